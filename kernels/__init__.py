@@ -1,0 +1,22 @@
+"""The fused operators of DeiT: `from deit.kernels import attention, gelu_mlp`."""
+
+from deit.kernels.attention import attention
+from deit.kernels.dispatch import Explanation, explain
+from deit.kernels.gelu_mlp import gelu_mlp
+from deit.kernels.layer_norm import add_layer_norm, layer_norm
+from deit.kernels.linear import linear
+from deit.kernels.losses import cross_entropy, distillation_loss
+from deit.kernels.patch_embed import patch_embed
+
+__all__ = [
+    "Explanation",
+    "add_layer_norm",
+    "attention",
+    "cross_entropy",
+    "distillation_loss",
+    "explain",
+    "gelu_mlp",
+    "layer_norm",
+    "linear",
+    "patch_embed",
+]

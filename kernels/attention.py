@@ -1,0 +1,79 @@
+"""Self-attention on the packed qkv projection."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from deit.kernels import dispatch, validate
+
+# Head dimensions the Triton kernel is compiled and tested for; DeiT's is 64 everywhere.
+TRITON_HEAD_DIMS = (32, 64, 128)
+
+
+def attention(
+    qkv: Tensor,
+    num_heads: int,
+    *,
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """softmax(q kT * scale + key_bias) v for every head (arXiv 1706.03762, eq. 1).
+
+    Args:
+        qkv: [B, N, 3 * D], as the projection wrote it: q, k, v one after another, each of
+            `num_heads` heads of D / num_heads channels. Read in place, never permuted.
+        num_heads: H; D must be a multiple of it.
+        scale: factor on the scores; None for (D / H) ** -0.5.
+        key_bias: [B, N], added to every query's scores: log sizes for merged tokens
+            (arXiv 2210.09461), -inf for padding. A sample whose keys are all -inf gives NaN in
+            the reference, as in PyTorch.
+        impl: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        [B, N, D] in qkv's dtype, heads concatenated. Softmax and accumulation are fp32.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+        NotImplementedError: the implementation named by `impl` cannot run, with each reason.
+    """
+    return dispatch.run(_ATTENTION, _prepare(qkv, num_heads, scale=scale, key_bias=key_bias), impl)
+
+
+def _prepare(
+    qkv: Tensor,
+    num_heads: int,
+    *,
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+) -> dispatch.Arguments:
+    validate.tensor("qkv", qkv, rank=3)
+    batch, tokens, channels = qkv.shape
+    if not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"num_heads: expected a positive integer; got {num_heads!r}")
+    if channels % (3 * num_heads):
+        raise ValueError(
+            f"qkv: expected a last axis of 3 * D with D a multiple of num_heads={num_heads}; "
+            f"got shape {tuple(qkv.shape)}"
+        )
+    if key_bias is not None:
+        validate.parameter("key_bias", key_bias, (batch, tokens), qkv, fp32_allowed=True)
+    if scale is None:
+        scale = (channels // (3 * num_heads)) ** -0.5
+    dtype = dispatch.autocast_dtype(qkv.device.type)
+    if dtype is not None and qkv.dtype in dispatch.KERNEL_DTYPES:
+        qkv = qkv.to(dtype)
+    return qkv, num_heads, float(scale), key_bias
+
+
+def _limits(
+    implementation: str, qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None
+) -> list[str]:
+    found = dispatch.interpreter_limits(implementation, qkv)
+    head_dim = qkv.shape[-1] // (3 * num_heads)
+    if implementation == "triton" and head_dim not in TRITON_HEAD_DIMS:
+        found.append(f"head dimension {head_dim} (served: {TRITON_HEAD_DIMS})")
+    return found
+
+
+_ATTENTION = dispatch.Operator("attention", _prepare, _limits)

@@ -1,0 +1,235 @@
+"""Which implementation of an operator runs, and the reasons the others do not.
+
+Every public operator validates its inputs into the schema's argument tuple and calls `run`.
+`impl="auto"` takes the first measured implementation that can run and otherwise the reference;
+a named one that cannot run raises with each reason. `explain` returns the reasons for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deit.kernels import native, ops, reference
+
+IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
+
+# Device -> operator -> implementations, the fastest measured one first. A device is "cpu" or a
+# CUDA architecture ("sm_90"). An architecture is entered here with its evidence, a row under
+# bench/results/ from that GPU: until then "auto" uses the reference there and says so.
+MEASURED: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": {"layer_norm": ("cpu",), "add_layer_norm": ("cpu",), "attention": ("cpu",)},
+}
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+Arguments = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What dispatch knows of one public operator.
+
+    prepare: the public arguments -> the schema's arguments, validated and cast for autocast.
+    limits:  (implementation, *schema arguments) -> why that implementation cannot take them.
+    """
+
+    name: str
+    prepare: Callable[..., Arguments]
+    limits: Callable[..., list[str]]
+    plain: Callable[..., Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plain", getattr(reference, self.name))
+        OPERATORS[self.name] = self
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def no_limits(implementation: str, *arguments: Any) -> list[str]:
+    """For operators whose kernels take whatever the schema takes."""
+    return []
+
+
+def interpreter_limits(implementation: str, x: Tensor, *_: Any) -> list[str]:
+    """For operators with a matrix product: Triton's interpreter gets bf16 `tl.dot` wrong."""
+    if implementation == "triton" and x.dtype == torch.bfloat16 and not x.is_cuda:
+        return ["Triton's interpreter computes bf16 matrix products wrongly (triton#11584)"]
+    return []
+
+
+def run(operator: Operator, arguments: Arguments, impl: str) -> Any:
+    """Execute `operator` on prepared `arguments` by the implementation that `impl` names."""
+    name = choose(operator, arguments, impl)
+    if name != "reference":
+        return ops.COMPILED[name][operator.name](*arguments)
+    device_type = arguments[0].device.type
+    if torch.is_autocast_enabled(device_type):
+        # `prepare` has cast already; autocast inside would cast again, and LN to fp32 on CUDA.
+        with torch.autocast(device_type, enabled=False):
+            return operator.plain(*arguments)
+    return operator.plain(*arguments)
+
+
+def choose(operator: Operator, arguments: Arguments, impl: str) -> str:
+    """The implementation that `impl` stands for on these arguments.
+
+    Raises ValueError for an unknown name, and NotImplementedError with every reason where a
+    named implementation cannot run.
+    """
+    if impl == "auto":
+        for candidate in _measured(operator.name, arguments[0].device):
+            if not reasons(operator, arguments, candidate):
+                return candidate
+        return "reference"
+    if impl == "reference":
+        return impl
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"impl: expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}"
+        )
+    why_not = reasons(operator, arguments, impl)
+    if why_not:
+        raise NotImplementedError(
+            f"{operator.name}: impl={impl!r} cannot run here: " + "; ".join(why_not)
+        )
+    return impl
+
+
+def reasons(operator: Operator, arguments: Arguments, implementation: str) -> list[str]:
+    """Why `implementation` cannot run `operator` on `arguments`; empty where it can."""
+    if implementation == "reference":
+        return []
+    device = arguments[0].device
+    absent = environment(implementation, device.type, device.index)
+    if operator.name not in ops.KERNELS[implementation]:
+        absent = (*absent, f"it has no {operator.name} kernel")
+    if absent:
+        return list(absent)
+    found = []
+    gradients = torch.is_grad_enabled()
+    for argument in arguments:
+        if not isinstance(argument, Tensor):
+            continue
+        if argument.is_floating_point() and argument.dtype not in KERNEL_DTYPES:
+            found.append(f"dtype {argument.dtype} (fp32, fp16 and bf16 are served)")
+        if gradients and argument.requires_grad:
+            found.append("an input requires grad and the kernel is forward-only")
+            gradients = False
+    return found + operator.limits(implementation, *arguments)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def environment(implementation: str, device_type: str, index: int | None) -> tuple[str, ...]:
+    """Why `implementation` cannot run at all on this device of this process."""
+    if implementation == "cpu":
+        if device_type != "cpu":
+            return (f"it runs on CPU tensors, these are on {device_type}",)
+        return native.why_not("cpu")
+    if implementation == "cuda":
+        if device_type != "cuda":
+            return (f"it runs on CUDA tensors, these are on {device_type}",)
+        return native.why_not("cuda")
+    if importlib.util.find_spec("triton") is None:
+        return ("the package triton is not installed",)
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if device_type == "cpu" and not interpreted:
+        return ("Triton runs CPU tensors only in its interpreter (TRITON_INTERPRET=1)",)
+    if device_type not in ("cpu", "cuda"):
+        return (f"it runs on CUDA tensors, these are on {device_type}",)
+    if device_type == "cuda" and not interpreted:
+        major, minor = torch.cuda.get_device_capability(index)
+        if major < 8:
+            return (f"its kernels need compute capability 8.0, this GPU has {major}.{minor}",)
+    return ()
+
+
+def _measured(operator: str, device: torch.device) -> tuple[str, ...]:
+    return measured_here(device.type, device.index).get(operator, ())
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def measured_here(device_type: str, index: int | None) -> dict[str, tuple[str, ...]]:
+    """MEASURED's entry for a device; warns once where a GPU has none."""
+    if device_type != "cuda":
+        return MEASURED.get(device_type, {})
+    major, minor = torch.cuda.get_device_capability(index)
+    architecture = f"sm_{major}{minor}"
+    if architecture not in MEASURED:
+        warnings.warn(
+            f"deit.kernels: no kernel has been run and checked on {architecture} yet, so "
+            "impl='auto' uses PyTorch there; impl='triton' runs the unproven kernels",
+            stacklevel=2,
+        )
+    return MEASURED.get(architecture, {})
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """For one call: the implementation "auto" takes, and why each other one would not run."""
+
+    operator: str
+    chosen: str
+    reasons: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [f"{self.operator}: auto runs {self.chosen}"]
+        for name, why_not in self.reasons.items():
+            lines.append(f"  {name:<10} " + ("; ".join(why_not) or "can run"))
+        return "\n".join(lines)
+
+
+def explain(operator: str, *inputs: Any, **options: Any) -> Explanation:
+    """Say for every implementation of `operator` why it would or would not run on these inputs.
+
+    Takes the operator's name and the public function's own arguments:
+    `explain("attention", qkv, 12)`. Raises what the operator itself would raise for bad input.
+    """
+    if operator not in OPERATORS:
+        raise ValueError(f"operator: expected one of {', '.join(OPERATORS)}; got {operator!r}")
+    options.pop("impl", None)
+    known = OPERATORS[operator]
+    arguments = known.prepare(*inputs, **options)
+    return Explanation(
+        operator,
+        choose(known, arguments, "auto"),
+        {name: reasons(known, arguments, name) for name in IMPLEMENTATIONS},
+    )
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast asks of matrix products on this device; None where it is off."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors as a matrix product under autocast would see them."""
+    first = tensors[0]
+    assert first is not None  # callers pass their main input first
+    dtype = autocast_dtype(first.device.type)
+    if dtype is None:
+        return tensors
+    return tuple(
+        t.to(dtype) if t is not None and t.dtype in KERNEL_DTYPES else t for t in tensors
+    )
+
+
+def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the tensor's GPU the current one: launches go to the current device's stream."""
+    if tensor.is_cuda:
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()

@@ -1,0 +1,68 @@
+"""The transformer's feed-forward block: two linear layers with an exact GELU between."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from deit.kernels import dispatch, validate
+
+
+def gelu_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    keep: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """residual + keep * gamma * (gelu(x @ w1.T + b1) @ w2.T + b2), GELU exact (by erf).
+
+    Args:
+        x: [..., D].
+        w1: [M, D], b1: [M] or None, w2: [D', M], b2: [D'] or None, in x's dtype.
+        residual: [..., D'], in x's dtype or fp32, or None.
+        gamma: [D'], LayerScale (arXiv 2103.17239), or None for 1.
+        keep: [B] for x [B, ..., D], stochastic depth's factor for each sample, or None for 1.
+        impl: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        [..., D'], in residual's dtype where there is one, else in x's. The hidden layer is
+        rounded to x's dtype between the two products, as in PyTorch.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+        NotImplementedError: the implementation named by `impl` cannot run, with each reason.
+    """
+    arguments = _prepare(x, w1, b1, w2, b2, residual=residual, gamma=gamma, keep=keep)
+    return dispatch.run(_GELU_MLP, arguments, impl)
+
+
+def _prepare(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> dispatch.Arguments:
+    validate.tensor("x", x)
+    validate.tensor("w1", w1, rank=2)
+    validate.tensor("w2", w2, rank=2)
+    x, w1, b1, w2, b2 = dispatch.autocast(x, w1, b1, w2, b2)
+    hidden, width = w1.shape[0], w2.shape[0]
+    validate.parameter("w1", w1, (hidden, x.shape[-1]), x)
+    validate.parameter("b1", b1, (hidden,), x)
+    validate.parameter("w2", w2, (width, hidden), x)
+    validate.parameter("b2", b2, (width,), x)
+    validate.epilogue(x, (*x.shape[:-1], width), residual, gamma, keep)
+    return x, w1, b1, w2, b2, residual, gamma, keep
+
+
+_GELU_MLP = dispatch.Operator("gelu_mlp", _prepare, dispatch.interpreter_limits)

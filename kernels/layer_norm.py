@@ -1,0 +1,98 @@
+"""LayerNorm, alone and fused with the residual addition before it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from deit.kernels import dispatch, validate
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """LayerNorm over the last axis (arXiv 1607.06450).
+
+    Args:
+        x: [..., D], fp32, fp16 or bf16 (fp64 by the reference).
+        weight, bias: [D], in x's dtype or fp32; bias may be None.
+        eps: added to the variance. timm and the official DeiT use 1e-6, Hugging Face 1e-12.
+        impl: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        [..., D] in x's dtype. Mean and variance are fp32 whatever the dtype, also under
+        autocast, which leaves x as it is.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+        NotImplementedError: the implementation named by `impl` cannot run, with each reason.
+    """
+    return dispatch.run(_LAYER_NORM, _prepare(x, weight, bias, eps), impl)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    gamma: Tensor | None = None,
+    keep: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The residual addition and the LayerNorm that follows it, in one pass.
+
+    Args:
+        x: [..., D], the branch's output.
+        residual: the stream it joins, x's shape, in x's dtype or fp32.
+        weight, bias, eps: as for `layer_norm`.
+        gamma: [D], LayerScale (arXiv 2103.17239), or None for 1.
+        keep: [B], stochastic depth's factor for each sample, 0 or 1/(1 - p), or None for 1.
+        impl: as for `layer_norm`.
+
+    Returns:
+        (LN(s), s) with s = residual + keep * gamma * x; LN(s) in x's dtype, s in residual's.
+
+    Raises:
+        As `layer_norm`.
+    """
+    arguments = _prepare_add(x, residual, weight, bias, eps, gamma=gamma, keep=keep)
+    return dispatch.run(_ADD_LAYER_NORM, arguments, impl)
+
+
+def _prepare(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6
+) -> dispatch.Arguments:
+    validate.tensor("x", x)
+    shape = x.shape[-1:]
+    validate.parameter("weight", weight, shape, x, fp32_allowed=True)
+    if bias is not None:
+        validate.parameter("bias", bias, shape, weight)
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number >= 0; got {eps}")
+    return x, weight, bias, eps
+
+
+def _prepare_add(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    gamma: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> dispatch.Arguments:
+    _, weight, bias, eps = _prepare(x, weight, bias, eps)
+    validate.tensor("residual", residual)
+    validate.epilogue(x, tuple(x.shape), residual, gamma, keep)
+    return x, residual, weight, bias, eps, gamma, keep
+
+
+_LAYER_NORM = dispatch.Operator("layer_norm", _prepare, dispatch.no_limits)
+_ADD_LAYER_NORM = dispatch.Operator("add_layer_norm", _prepare_add, dispatch.no_limits)

@@ -1,0 +1,71 @@
+"""A linear layer with bias, GELU, LayerScale, stochastic depth and residual as its epilogue."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from deit.kernels import dispatch, validate
+
+ACTIVATIONS = (None, "gelu", "gelu_tanh")
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    keep: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """residual + keep * gamma * act(x @ weight.T + bias).
+
+    Args:
+        x: [..., K].
+        weight: [M, K] and bias: [M] or None, in x's dtype.
+        activation: None, "gelu" (exact, by erf: what every DeiT checkpoint expects) or
+            "gelu_tanh" (the approximation).
+        residual: [..., M], in x's dtype or fp32, or None.
+        gamma: [M], LayerScale (arXiv 2103.17239), or None for 1.
+        keep: [B] for x [B, ..., K], stochastic depth's factor for each sample, or None for 1.
+        impl: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        [..., M], in residual's dtype where there is one, else in x's. Accumulation is fp32;
+        fp32 products are IEEE, never tf32.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+        NotImplementedError: the implementation named by `impl` cannot run, with each reason.
+    """
+    arguments = _prepare(
+        x, weight, bias, activation=activation, residual=residual, gamma=gamma, keep=keep
+    )
+    return dispatch.run(_LINEAR, arguments, impl)
+
+
+def _prepare(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> dispatch.Arguments:
+    validate.tensor("x", x)
+    validate.tensor("weight", weight, rank=2)
+    x, weight, bias = dispatch.autocast(x, weight, bias)
+    width = weight.shape[0]
+    validate.parameter("weight", weight, (width, x.shape[-1]), x)
+    validate.parameter("bias", bias, (width,), x)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected None, 'gelu' or 'gelu_tanh'; got {activation!r}")
+    validate.epilogue(x, (*x.shape[:-1], width), residual, gamma, keep)
+    return x, weight, bias, activation, residual, gamma, keep
+
+
+_LINEAR = dispatch.Operator("linear", _prepare, dispatch.interpreter_limits)

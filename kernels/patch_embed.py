@@ -1,0 +1,62 @@
+"""Images to tokens: patches projected, prefix tokens prepended, positions added."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from deit.kernels import dispatch, validate
+
+
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prefix: Tensor,
+    pos_embed: Tensor,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """concat(prefix, patches @ weightT + bias) + pos_embed (arXiv 2010.11929, eq. 1).
+
+    Args:
+        images: [B, C, H, W], H and W multiples of the patch size.
+        weight: [D, C, P, P], the patch projection as a convolution holds it; bias: [D] or None.
+        prefix: [1, T, D], the class token, then the distillation token where there is one.
+        pos_embed: [1, T + H * W / P**2, D].
+        impl: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        [B, T + H * W / P**2, D] in images' dtype.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+        NotImplementedError: the implementation named by `impl` cannot run, with each reason.
+    """
+    return dispatch.run(_PATCH_EMBED, _prepare(images, weight, bias, prefix, pos_embed), impl)
+
+
+def _prepare(
+    images: Tensor, weight: Tensor, bias: Tensor | None, prefix: Tensor, pos_embed: Tensor
+) -> dispatch.Arguments:
+    validate.tensor("images", images, rank=4)
+    validate.tensor("weight", weight, rank=4)
+    validate.tensor("prefix", prefix, rank=3)
+    images, weight, bias, prefix, pos_embed = dispatch.autocast(
+        images, weight, bias, prefix, pos_embed
+    )
+    (_, channels, height, width), (dim, _, *patch) = images.shape, weight.shape
+    validate.parameter("weight", weight, (dim, channels, *patch), images)
+    validate.parameter("bias", bias, (dim,), images)
+    if height % patch[0] or width % patch[1]:
+        raise ValueError(
+            f"images: expected height and width multiples of the patch {tuple(patch)}; "
+            f"got {height} x {width}"
+        )
+    prefix_tokens = prefix.shape[1]
+    tokens = prefix_tokens + (height // patch[0]) * (width // patch[1])
+    validate.parameter("prefix", prefix, (1, prefix_tokens, dim), images)
+    validate.parameter("pos_embed", pos_embed, (1, tokens, dim), images)
+    return images, weight, bias, prefix, pos_embed
+
+
+_PATCH_EMBED = dispatch.Operator("patch_embed", _prepare, dispatch.no_limits)

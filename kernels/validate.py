@@ -1,0 +1,63 @@
+"""Checks shared by the public operators; each error names the argument, the need and the value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def tensor(name: str, value: object, *, rank: int | None = None, min_rank: int = 1) -> None:
+    """`value` is a floating-point tensor of that rank."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor; got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point dtype; got {value.dtype}")
+    if rank is not None and value.dim() != rank:
+        raise ValueError(f"{name}: expected rank {rank}; got shape {tuple(value.shape)}")
+    if value.dim() < min_rank:
+        raise ValueError(f"{name}: expected rank >= {min_rank}; got shape {tuple(value.shape)}")
+
+
+def parameter(
+    name: str,
+    value: Tensor | None,
+    shape: Sequence[int],
+    like: Tensor,
+    *,
+    fp32_allowed: bool = False,
+) -> None:
+    """`value` has this shape and lives where and in the dtype in which `like` does.
+
+    With `fp32_allowed`, fp32 is accepted beside half-precision `like` (norms, gamma, keep).
+    """
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor; got {type(value).__name__}")
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}; got {tuple(value.shape)}")
+    if value.dtype != like.dtype and not (fp32_allowed and value.dtype == torch.float32):
+        allowed = f"{like.dtype} or torch.float32" if fp32_allowed else f"{like.dtype}"
+        raise TypeError(f"{name}: expected {allowed}, as the input's; got {value.dtype}")
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected on {like.device}, as the input; got {value.device}")
+
+
+def epilogue(
+    x: Tensor,
+    shape: tuple[int, ...],
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+) -> None:
+    """residual of the output's shape, gamma [D] (LayerScale), keep [B] (stochastic depth)."""
+    if residual is not None:
+        parameter("residual", residual, shape, x, fp32_allowed=True)
+    if gamma is not None:
+        parameter("gamma", gamma, shape[-1:], x, fp32_allowed=True)
+    if keep is not None:
+        if len(shape) < 2:
+            raise ValueError(f"keep: expected an input with a batch axis; got shape {shape}")
+        parameter("keep", keep, shape[:1], x, fp32_allowed=True)
