@@ -30,8 +30,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.num_heads < 1 or self.embed_dim % self.num_heads:
             raise ValueError(
-                f"num_heads: expected a divisor of embed_dim={self.embed_dim}; "
-                f"got {self.num_heads}"
+                f"num_heads: expected a divisor of embed_dim={self.embed_dim}; got {self.num_heads}"
             )
         if self.img_size < self.patch_size or self.img_size % self.patch_size:
             raise ValueError(
@@ -91,7 +90,9 @@ _SIZES = {
     "vit_base": "deit_b",
     "vit_large": "vit_l",
 }
-_PATTERN = re.compile(r"(?P<base>[a-z]+_[a-z]+?)(?P<distilled>_distilled)?(_patch16)?(_(?P<size>\d+))?")
+_PATTERN = re.compile(
+    r"(?P<base>[a-z]+_[a-z]+?)(?P<distilled>_distilled)?(_patch16)?(_(?P<size>\d+))?"
+)
 
 # The eight networks with published weights, by timm's names.
 PUBLISHED: tuple[str, ...] = tuple(
@@ -133,9 +134,7 @@ def config(
     if match is None or base not in VARIANTS:
         near = difflib.get_close_matches(arch, known_names(), n=3)
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-        raise ValueError(
-            f"arch: unknown name {arch!r}{hint}; known: {', '.join(known_names())}"
-        )
+        raise ValueError(f"arch: unknown name {arch!r}{hint}; known: {', '.join(known_names())}")
     if distilled is None:
         distilled = match["distilled"] is not None
     if img_size is None:

@@ -56,6 +56,21 @@ class Operator:
 OPERATORS: dict[str, Operator] = {}
 
 
+def _constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Cached, and evaluated once by torch.compile instead of traced into.
+
+    What `torch.compiler.assume_constant_result` does, without its import of torch._dynamo
+    (which imports triton, and takes a second).
+    """
+    cached = functools.cache(function)
+
+    def constant(*arguments: Any) -> Any:
+        return cached(*arguments)
+
+    constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return functools.update_wrapper(constant, function)
+
+
 def no_limits(implementation: str, *arguments: Any) -> list[str]:
     """For operators whose kernels take whatever the schema takes."""
     return []
@@ -88,7 +103,8 @@ def choose(operator: Operator, arguments: Arguments, impl: str) -> str:
     named implementation cannot run.
     """
     if impl == "auto":
-        for candidate in _measured(operator.name, arguments[0].device):
+        device = arguments[0].device
+        for candidate in measured(operator.name, device.type, device.index):
             if not reasons(operator, arguments, candidate):
                 return candidate
         return "reference"
@@ -117,6 +133,8 @@ def reasons(operator: Operator, arguments: Arguments, implementation: str) -> li
     if absent:
         return list(absent)
     found = []
+    if torch._C._are_functorch_transforms_active():
+        found.append("a torch.func transform is active and the kernel has no rule for it")
     gradients = torch.is_grad_enabled()
     for argument in arguments:
         if not isinstance(argument, Tensor):
@@ -129,8 +147,7 @@ def reasons(operator: Operator, arguments: Arguments, implementation: str) -> li
     return found + operator.limits(implementation, *arguments)
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@_constant_when_traced
 def environment(implementation: str, device_type: str, index: int | None) -> tuple[str, ...]:
     """Why `implementation` cannot run at all on this device of this process."""
     if implementation == "cpu":
@@ -155,25 +172,37 @@ def environment(implementation: str, device_type: str, index: int | None) -> tup
     return ()
 
 
-def _measured(operator: str, device: torch.device) -> tuple[str, ...]:
-    return measured_here(device.type, device.index).get(operator, ())
-
-
-@torch.compiler.assume_constant_result
-@functools.cache
-def measured_here(device_type: str, index: int | None) -> dict[str, tuple[str, ...]]:
-    """MEASURED's entry for a device; warns once where a GPU has none."""
+@_constant_when_traced
+def measured(operator: str, device_type: str, index: int | None) -> tuple[str, ...]:
+    """The implementations "auto" tries on a device, the fastest first; warns on an unproven GPU."""
     if device_type != "cuda":
-        return MEASURED.get(device_type, {})
+        return MEASURED.get(device_type, {}).get(operator, ())
     major, minor = torch.cuda.get_device_capability(index)
     architecture = f"sm_{major}{minor}"
     if architecture not in MEASURED:
-        warnings.warn(
-            f"deit.kernels: no kernel has been run and checked on {architecture} yet, so "
-            "impl='auto' uses PyTorch there; impl='triton' runs the unproven kernels",
-            stacklevel=2,
-        )
-    return MEASURED.get(architecture, {})
+        _warn_unproven(architecture)
+        return ()
+    return MEASURED[architecture].get(operator, ())
+
+
+@functools.cache
+def _warn_unproven(architecture: str) -> None:
+    warnings.warn(
+        f"deit.kernels: no kernel has been run and checked on {architecture} yet, so impl='auto' "
+        "uses PyTorch there; impl='triton' runs the unproven kernels",
+        stacklevel=2,
+    )
+
+
+def expected(operator: str, impl: str, device: torch.device) -> str:
+    """What `impl` comes to on `device` for inference on inputs within every kernel's limits."""
+    candidates = measured(operator, device.type, device.index) if impl == "auto" else (impl,)
+    for name in candidates:
+        if name == "reference" or (
+            operator in ops.KERNELS[name] and not environment(name, device.type, device.index)
+        ):
+            return name
+    return "reference" if impl == "auto" else f"{impl} (cannot run on {device.type})"
 
 
 @dataclass(frozen=True)
@@ -223,9 +252,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     dtype = autocast_dtype(first.device.type)
     if dtype is None:
         return tensors
-    return tuple(
-        t.to(dtype) if t is not None and t.dtype in KERNEL_DTYPES else t for t in tensors
-    )
+    return tuple(t.to(dtype) if t is not None and t.dtype in KERNEL_DTYPES else t for t in tensors)
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -122,7 +122,10 @@ def _prepare_distillation(
     kl_reduction: str = "batchmean",
 ) -> dispatch.Arguments:
     _prepare_ce(logits, target, label_smoothing=label_smoothing)
-    for name, other in (("teacher_logits", teacher_logits), ("distillation_logits", distillation_logits)):
+    for name, other in (
+        ("teacher_logits", teacher_logits),
+        ("distillation_logits", distillation_logits),
+    ):
         if other is not None:
             validate.tensor(name, other, rank=2)
             if other.shape != logits.shape or other.device != logits.device:

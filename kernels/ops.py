@@ -63,15 +63,11 @@ def _layer_norm_fake(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float)
     return x.new_empty(x.shape)
 
 
-def _add_layer_norm_fake(
-    x: Tensor, residual: Tensor, *_: object
-) -> tuple[Tensor, Tensor]:
+def _add_layer_norm_fake(x: Tensor, residual: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), residual.new_empty(residual.shape)
 
 
-def _attention_fake(
-    qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None
-) -> Tensor:
+def _attention_fake(qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None) -> Tensor:
     batch, tokens, channels = qkv.shape
     return qkv.new_empty((batch, tokens, channels // 3))
 
