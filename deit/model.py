@@ -145,8 +145,9 @@ class DeiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        for parameter in (self.prefix(), self.pos_embed):
-            nn.init.trunc_normal_(parameter, std=0.02)
+        for name in ("cls_token", "dist_token", "pos_embed"):
+            if hasattr(self, name):
+                nn.init.trunc_normal_(getattr(self, name), std=0.02)
 
     def prefix(self) -> Tensor:
         """The prefix tokens, [1, 1 or 2, D]: class, then distillation."""

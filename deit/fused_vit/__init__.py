@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from deit import configs
 from deit.fused_vit import plain
-from deit.fused_vit.modules import Fused
+from deit.fused_vit.modules import Fused, original_class
 from deit.fused_vit.report import Report, Row
 from deit.kernels import dispatch, ops
 from deit.model import DeiT
@@ -139,7 +139,7 @@ def _swap(
 
 def _restore(module: nn.Module) -> None:
     del module.fused_impls
-    module.__class__ = next(kind for kind in type(module).__mro__ if not issubclass(kind, Fused))
+    module.__class__ = original_class(module)
 
 
 def _report(model: nn.Module, impls: dict[str, str], notes: dict[str, str]) -> Report:

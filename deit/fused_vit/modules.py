@@ -72,6 +72,12 @@ class Fused:
         )
 
 
+def original_class(module: object) -> Any:
+    """The class that a fused module had before."""
+    kinds = type(module).__mro__
+    return kinds[kinds.index(Fused) + 1]
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether a call of `module` would run a hook, its own or a global one."""
     own = module.__dict__
@@ -111,9 +117,9 @@ class FusedAttention(Fused):
     OPERATORS = ("linear", "attention")
     LINEARS = ("qkv", "proj")
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # [B, N, D] -> [B, N, D]
-        if not self.runs_fused(x) or asks_for_mask(args, kwargs):
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+    def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
+        if not self.runs_fused(x):
+            return super().forward(x)  # type: ignore[misc]
         return self.attend(x)
 
     def attend(
@@ -217,14 +223,9 @@ class FusedBlock(Fused):
         """Stochastic depth's factors [B] of a branch, drawn as the original draws them."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # [B, N, D] -> [B, N, D]
-        if not self.runs_fused(x) or asks_for_mask(args, kwargs):
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+    def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
+        if not self.runs_fused(x):
+            return super().forward(x)  # type: ignore[misc]
         module: Any = self
         x = module.attn.attend(module.norm1.normalise(x), x, self.gamma(0), self.keep(0, x))
         return module.mlp.feed_forward(module.norm2.normalise(x), x, self.gamma(1), self.keep(1, x))
-
-
-def asks_for_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an attention mask or causality was asked for (timm's attn_mask, is_causal)."""
-    return any(a is not None and a is not False for a in (*args, *kwargs.values()))

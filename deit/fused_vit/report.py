@@ -47,7 +47,10 @@ class Report:
             name = names[0] if len(names) == 1 else f"{pattern} (x{len(names)})"
             cells.append((name or "(model)", kind, "fused" if fused else "left", note))
         widths = [max((len(c[i]) for c in cells), default=0) for i in range(3)]
-        lines = ["  ".join(t.ljust(w) for t, w in zip(c, widths)) + "  " + c[3] for c in cells]
+        lines = [
+            "  ".join(t.ljust(w) for t, w in zip(c[:3], widths, strict=True)) + "  " + c[3]
+            for c in cells
+        ]
         lines = [line.rstrip() for line in lines]
         lines.append("runs: " + ", ".join(f"{op} on {impl}" for op, impl in self.operators.items()))
         return "\n".join(lines)

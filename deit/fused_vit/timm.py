@@ -15,7 +15,23 @@ class FusedLayerNorm(modules.FusedLayerNorm, timm.layers.LayerNorm):
     """timm's LayerNorm on `deit.kernels.layer_norm`."""
 
 
-class FusedAttention(modules.FusedAttention, vision_transformer.Attention):
+class Masked:
+    """timm's optional mask arguments: a call that uses one takes the original forward."""
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:  # [B, N, D] -> [B, N, D]
+        given: dict[str, Any] = {}  # timm's of before 2026 know neither or only the first
+        if attn_mask is not None:
+            given["attn_mask"] = attn_mask
+        if is_causal is not False:
+            given["is_causal"] = is_causal
+        if given:
+            return modules.original_class(self).forward(self, x, **given)
+        return super().forward(x)  # type: ignore[misc]
+
+
+class FusedAttention(Masked, modules.FusedAttention, vision_transformer.Attention):
     """timm's Attention on `deit.kernels.linear` and `attention`."""
 
     IDENTITIES = ("q_norm", "k_norm", "norm")
@@ -50,7 +66,7 @@ def exact_gelu(act: nn.Module) -> bool:
     return type(act) is timm.layers.activations.GELU
 
 
-class FusedBlock(modules.FusedBlock, vision_transformer.Block):
+class FusedBlock(Masked, modules.FusedBlock, vision_transformer.Block):
     """timm's Block with its residual additions in the products' epilogues."""
 
     def unsupported(self) -> str | None:

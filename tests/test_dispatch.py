@@ -1,0 +1,208 @@
+"""Which implementation runs, and that nothing falls back unseen."""
+
+import pytest
+import torch
+
+from deit.kernels import attention, dispatch, explain, layer_norm, linear, ops, reference
+
+X = torch.randn(2, 5, 64)
+WEIGHT = torch.ones(64)
+
+# One valid call of every public operator, every optional argument at a non-default value.
+CALLS = {
+    "layer_norm": ((X, WEIGHT, WEIGHT, 1e-5), {}),
+    "add_layer_norm": ((X, X, WEIGHT, WEIGHT, 1e-5), {"gamma": WEIGHT, "keep": torch.ones(2)}),
+    "attention": ((torch.randn(2, 5, 192), 1), {"scale": 0.2, "key_bias": torch.zeros(2, 5)}),
+    "linear": (
+        (X, torch.randn(32, 64), torch.randn(32)),
+        {
+            "activation": "gelu",
+            "residual": torch.randn(2, 5, 32),
+            "gamma": torch.randn(32),
+            "keep": torch.ones(2),
+        },
+    ),
+    "gelu_mlp": (
+        (X, torch.randn(96, 64), torch.randn(96), torch.randn(64, 96), torch.randn(64)),
+        {"residual": X, "gamma": WEIGHT, "keep": torch.ones(2)},
+    ),
+    "patch_embed": (
+        (
+            torch.randn(2, 3, 32, 32),
+            torch.randn(8, 3, 16, 16),
+            torch.randn(8),
+            torch.randn(1, 2, 8),
+            torch.randn(1, 6, 8),
+        ),
+        {},
+    ),
+    "cross_entropy": ((torch.randn(4, 10), torch.tensor([0, 9, 3, 3])), {"label_smoothing": 0.1}),
+    "distillation_loss": (
+        (torch.randn(4, 10), torch.tensor([0, 9, 3, 3]), torch.randn(4, 10)),
+        {"distillation_logits": torch.randn(4, 10), "kind": "soft", "alpha": 0.3},
+    ),
+}
+
+
+def public(name):
+    import deit.kernels
+
+    return getattr(deit.kernels, name)
+
+
+def test_every_schema_has_an_operator_a_reference_and_a_fake():
+    assert set(CALLS) == set(ops.SCHEMAS) == set(dispatch.OPERATORS) == set(ops.FAKES)
+    for name in ops.SCHEMAS:
+        assert callable(getattr(reference, name))
+    for kernels in ops.KERNELS.values():
+        assert kernels <= set(ops.SCHEMAS)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_explain_agrees_with_what_runs(name):
+    args, kwargs = CALLS[name]
+    explanation = explain(name, *args, **kwargs)
+    assert set(explanation.reasons) == set(dispatch.IMPLEMENTATIONS)
+    assert explanation.reasons["reference"] == []
+    for implementation, why_not in explanation.reasons.items():
+        if why_not:
+            with pytest.raises(NotImplementedError) as error:
+                public(name)(*args, **kwargs, impl=implementation)
+            for reason in why_not:
+                assert reason in str(error.value)
+    public(name)(*args, **kwargs, impl=explanation.chosen)
+    assert name in str(explanation)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_fake_agrees_with_reference(name):
+    """A wrong fake corrupts every compiled graph that holds the operator."""
+    args, kwargs = CALLS[name]
+    arguments = dispatch.OPERATORS[name].prepare(*args, **kwargs)
+    real = getattr(reference, name)(*arguments)
+    meta = ops.COMPILED["cuda"][name](
+        *(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments)
+    )
+    for got, want in zip(_tuple(meta), _tuple(real), strict=True):
+        assert (got.shape, got.dtype) == (want.shape, want.dtype)
+
+
+def _tuple(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+def test_residual_in_fp32_beside_bf16_input():
+    x, residual = X.bfloat16(), torch.randn(2, 5, 32)
+    out = linear(x, torch.randn(32, 64).bfloat16(), residual=residual)
+    assert out.dtype == torch.float32
+    fake = ops.FAKES["linear"](x, torch.randn(32, 64), None, None, residual, None, None)
+    assert fake.dtype == torch.float32
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match=r"impl: expected 'auto' or one of .* got 'cudnn'"):
+        layer_norm(X, WEIGHT, impl="cudnn")
+    with pytest.raises(ValueError, match=r"operator: expected one of .* got 'conv'"):
+        explain("conv", X)
+
+
+def test_forward_only_kernels_are_not_used_for_training():
+    weight = WEIGHT.clone().requires_grad_()
+    with torch.no_grad():
+        usable = {n for n, why in explain("layer_norm", X, weight).reasons.items() if not why}
+    training = explain("layer_norm", X, weight)
+    assert training.chosen == "reference"
+    for implementation in usable - {"reference"}:
+        assert any("forward-only" in reason for reason in training.reasons[implementation])
+    layer_norm(X, weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_under_vmap_the_result_is_right():
+    stacked = torch.randn(3, 2, 5, 64)
+    got = torch.vmap(lambda x: layer_norm(x, WEIGHT))(stacked)
+    torch.testing.assert_close(got, layer_norm(stacked, WEIGHT))
+
+
+def test_torch_func_grad():
+    grad = torch.func.grad(lambda w: linear(X, w).square().sum())(torch.randn(32, 64))
+    assert grad.shape == (32, 64)
+
+
+def test_an_unproven_gpu_is_announced_and_left_to_pytorch(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 9))
+    dispatch._warn_unproven.cache_clear()
+    with pytest.warns(UserWarning, match="no kernel has been run and checked on sm_99"):
+        assert dispatch.measured("attention", "cuda", 1234) == ()
+
+
+def test_autocast_reaches_products_and_not_the_norm():
+    weight = torch.randn(32, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(X, weight).dtype == torch.bfloat16
+        assert linear(X, weight, residual=torch.zeros(2, 5, 32)).dtype == torch.float32
+        assert attention(torch.randn(1, 5, 192), 1).dtype == torch.bfloat16
+        assert layer_norm(X, WEIGHT).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_fullgraph_compile_of_the_public_function(name):
+    args, kwargs = CALLS[name]
+    function = public(name)
+    compiled = torch.compile(lambda *a: function(*a, **kwargs), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for got, want in zip(
+            _tuple(compiled(*args)), _tuple(function(*args, **kwargs)), strict=True
+        ):
+            torch.testing.assert_close(got, want)
+
+
+BAD = {
+    "not a tensor": (lambda: layer_norm([1.0], WEIGHT), TypeError, "x: expected a Tensor"),
+    "integers": (lambda: layer_norm(X.int(), WEIGHT), TypeError, "x: expected a floating-point"),
+    "width": (lambda: layer_norm(X, torch.ones(63)), ValueError, r"weight: expected shape \(64,\)"),
+    "dtype mix": (
+        lambda: linear(X, torch.randn(3, 64).half()),
+        TypeError,
+        "weight: expected torch.float32",
+    ),
+    "device": (
+        lambda: linear(X, torch.randn(3, 64, device="meta")),
+        ValueError,
+        "weight: expected on cpu",
+    ),
+    "heads": (
+        lambda: attention(torch.randn(1, 5, 192), 5),
+        ValueError,
+        "D a multiple of num_heads=5",
+    ),
+    "rank": (lambda: attention(torch.randn(5, 192), 1), ValueError, "qkv: expected rank 3"),
+    "head count": (
+        lambda: attention(torch.randn(1, 5, 192), 0),
+        ValueError,
+        "num_heads: expected a positive",
+    ),
+    "key_bias": (
+        lambda: attention(torch.randn(1, 5, 192), 1, key_bias=torch.zeros(1, 4)),
+        ValueError,
+        r"key_bias: expected shape \(1, 5\)",
+    ),
+    "keep": (
+        lambda: linear(X, torch.randn(3, 64), keep=torch.ones(3)),
+        ValueError,
+        r"keep: expected shape \(2,\); got \(3,\)",
+    ),
+    "activation": (
+        lambda: linear(X, torch.randn(3, 64), activation="relu"),
+        ValueError,
+        "activation: expected None, 'gelu' or 'gelu_tanh'; got 'relu'",
+    ),
+    "eps": (lambda: layer_norm(X, WEIGHT, eps=-1.0), ValueError, "eps: expected a number >= 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(case):
+    call, kind, message = BAD[case]
+    with pytest.raises(kind, match=message):
+        call()

@@ -1,0 +1,142 @@
+"""The references against independent statements of what they compute, in fp64."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from deit.kernels import cross_entropy, distillation_loss, reference
+
+torch.manual_seed(0)
+
+
+def fp64(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def test_layer_norm_by_its_formula():
+    x, w, b = fp64(3, 7, 20), fp64(20), fp64(20)
+    mean = x.mean(-1, keepdim=True)
+    var = ((x - mean) ** 2).mean(-1, keepdim=True)
+    want = (x - mean) / (var + 1e-3).sqrt() * w + b
+    torch.testing.assert_close(reference.layer_norm(x, w, b, 1e-3), want)
+
+
+def test_add_layer_norm_by_its_formula():
+    x, r, w, g, k = fp64(2, 3, 8), fp64(2, 3, 8), fp64(8), fp64(8), fp64(2)
+    normed, total = reference.add_layer_norm(x, r, w, None, 1e-6, g, k)
+    torch.testing.assert_close(total, r + k[:, None, None] * g * x)
+    torch.testing.assert_close(normed, reference.layer_norm(total, w, None, 1e-6))
+
+
+def test_attention_by_its_formula():
+    qkv, bias = fp64(2, 5, 3 * 12), fp64(2, 5)
+    q, k, v = (t.view(2, 5, 3, 4).transpose(1, 2) for t in qkv.split(12, dim=-1))
+    scores = q @ k.transpose(-1, -2) * 0.3 + bias[:, None, None]
+    want = (scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 5, 12)
+    torch.testing.assert_close(reference.attention(qkv, 3, 0.3, bias), want)
+
+
+def test_linear_and_mlp_by_their_formulas():
+    x, w1, b1, w2, b2 = fp64(2, 3, 8), fp64(16, 8), fp64(16), fp64(8, 16), fp64(8)
+    residual, gamma, keep = fp64(2, 3, 8), fp64(8), fp64(2)
+    erf_gelu = lambda t: t * (1 + torch.erf(t / math.sqrt(2))) / 2
+    hidden = erf_gelu(x @ w1.T + b1)
+    torch.testing.assert_close(reference.linear(x, w1, b1, "gelu", None, None, None), hidden)
+    want = residual + keep[:, None, None] * gamma * (hidden @ w2.T + b2)
+    torch.testing.assert_close(reference.gelu_mlp(x, w1, b1, w2, b2, residual, gamma, keep), want)
+    tanh = reference.linear(x, w1, b1, "gelu_tanh", None, None, None)
+    assert 0 < (tanh - hidden).abs().max() < 1e-2  # the approximation is another function
+
+
+def test_patch_embed_by_its_formula():
+    images, weight, bias = fp64(2, 3, 8, 4), fp64(5, 3, 4, 4), fp64(5)
+    prefix, positions = fp64(1, 2, 5), fp64(1, 4, 5)
+    patches = images.view(2, 3, 2, 4, 1, 4).permute(0, 2, 4, 1, 3, 5).reshape(2, 2, 48)
+    tokens = torch.cat([prefix.expand(2, -1, -1), patches @ weight.view(5, 48).T + bias], 1)
+    torch.testing.assert_close(
+        reference.patch_embed(images, weight, bias, prefix, positions), tokens + positions
+    )
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "attention", "gelu_mlp", "linear"])
+def test_gradcheck(name):
+    leaf = lambda *shape: fp64(*shape).requires_grad_()
+    calls = {
+        "layer_norm": (leaf(2, 3, 6), leaf(6), leaf(6), 1e-5),
+        "attention": (leaf(2, 3, 12), 2, 0.5, leaf(2, 3)),
+        "linear": (leaf(2, 3, 4), leaf(5, 4), leaf(5), "gelu", leaf(2, 3, 5), leaf(5), leaf(2)),
+        "gelu_mlp": (
+            leaf(2, 3, 4), leaf(6, 4), leaf(6), leaf(4, 6), leaf(4),
+            leaf(2, 3, 4), leaf(4), leaf(2),
+        ),
+    }  # fmt: skip
+    assert torch.autograd.gradcheck(getattr(reference, name), calls[name])
+
+
+def one_hot(index, classes):
+    return F.one_hot(index, classes).double()
+
+
+def test_cross_entropy_smoothing_and_soft_targets():
+    logits, target = fp64(4, 10), torch.tensor([1, 0, 9, 4])
+    smoothed = one_hot(target, 10) * 0.9 + 0.1 / 10
+    want = -(smoothed * logits.log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(cross_entropy(logits, target, label_smoothing=0.1), want)
+    torch.testing.assert_close(cross_entropy(logits, smoothed), want)
+
+
+def test_hard_distillation_is_equation_3():
+    logits, target, teacher = fp64(4, 10), torch.tensor([1, 0, 9, 4]), fp64(4, 10)
+    want = 0.5 * F.cross_entropy(logits, target) + 0.5 * F.cross_entropy(logits, teacher.argmax(1))
+    torch.testing.assert_close(
+        distillation_loss(logits, target, teacher, label_smoothing=0.0), want
+    )
+
+
+def test_label_smoothing_spares_the_teachers_labels():
+    logits, token, teacher = fp64(4, 10), fp64(4, 10), fp64(4, 10)
+    target = torch.tensor([1, 0, 9, 4])
+    smoothed = one_hot(target, 10) * 0.9 + 0.01
+    want = -0.5 * (smoothed * logits.log_softmax(-1)).sum(-1).mean() + 0.5 * F.cross_entropy(
+        token, teacher.argmax(1)
+    )
+    got = distillation_loss(logits, target, teacher, distillation_logits=token)
+    torch.testing.assert_close(got, want)
+
+
+def test_soft_distillation_averages_over_the_batch_and_legacy_over_elements():
+    logits, target, teacher = fp64(4, 10), torch.tensor([1, 0, 9, 4]), fp64(4, 10)
+    p, q = (teacher / 3).softmax(-1), (logits / 3).softmax(-1)
+    divergence = (p * (p / q).log()).sum(-1).mean()
+    hard = F.cross_entropy(logits, target)
+    options = {"kind": "soft", "label_smoothing": 0.0}
+    got = distillation_loss(logits, target, teacher, **options)
+    torch.testing.assert_close(got, 0.9 * hard + 0.1 * 9 * divergence)
+    legacy = distillation_loss(logits, target, teacher, kl_reduction="numel", **options)
+    torch.testing.assert_close(legacy, 0.9 * hard + 0.1 * 9 * divergence / 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "medium"}, "kind: expected 'hard' or 'soft'"),
+        ({"alpha": 2.0}, "alpha: expected in"),
+        ({"temperature": 0.0}, "temperature: expected > 0"),
+        ({"label_smoothing": 1.0}, "label_smoothing: expected in"),
+        ({"kl_reduction": "mean"}, "kl_reduction: expected one of"),
+        ({"distillation_logits": torch.zeros(4, 9)}, r"distillation_logits: expected \(4, 10\)"),
+    ],
+)
+def test_bad_loss_arguments(change, message):
+    target = torch.tensor([1, 0, 9, 4])
+    with pytest.raises(ValueError, match=message):
+        distillation_loss(torch.zeros(4, 10), target, torch.zeros(4, 10), **change)
+
+
+def test_target_kinds():
+    with pytest.raises(TypeError, match="target: expected int64"):
+        cross_entropy(torch.zeros(4, 10), torch.zeros(4, dtype=torch.int32))
+    with pytest.raises(ValueError, match="target: expected probabilities"):
+        cross_entropy(torch.zeros(4, 10), torch.zeros(4, 9))
