@@ -125,10 +125,11 @@ FAKES: dict[str, Callable[..., object]] = {
 
 
 def _triton_launcher(name: str) -> Callable[..., object]:
-    """A stand-in that imports `deit.kernels.triton.<name>` on its first call, not before."""
+    """A stand-in that imports the operator's Triton module on its first call, not before."""
+    file = {"add_layer_norm": "layer_norm"}.get(name, name)
 
     def launch(*args: object) -> object:
-        module = importlib.import_module(f"deit.kernels.triton.{name}")
+        module = importlib.import_module(f"deit.kernels.triton.{file}")
         return getattr(module, name)(*args)
 
     return launch

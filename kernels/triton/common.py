@@ -1,0 +1,167 @@
+"""What the Triton operators share: launches, views of rows, descriptors, device functions."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from deit.kernels import dispatch
+from deit.kernels.triton import configs
+
+# The interpreter stands for a Hopper GPU, so that it runs the descriptor forms, and has few
+# "multiprocessors", so that its persistent programs meet several tiles each.
+_INTERPRETED_ARCH, _INTERPRETED_SMS = 90, 3
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel and everything it is launched with; `aot` compiles it, a launcher runs it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int = 3
+    # Multiply-adds may contract: PyTorch's own kernels are compiled so too.
+    options: dict[str, Any] = field(default_factory=lambda: {"enable_fp_fusion": True})
+
+    def run(self, like: Tensor) -> None:
+        """Launch on the GPU (or in the interpreter) that holds `like`."""
+        with dispatch.device_guard(like):
+            self._call(self.kernel[self.grid])
+
+    def compile(self) -> Any:
+        """Compile for the active driver's target without running."""
+        return self._call(functools.partial(self.kernel.warmup, grid=self.grid))
+
+    def _call(self, kernel: Callable[..., Any]) -> Any:
+        return kernel(
+            **self.arguments,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            **self.options,
+        )
+
+
+def architecture(tensor: Tensor) -> int:
+    """The configuration family (80, 89, 90, 100, 120) of the device that holds `tensor`."""
+    return _architecture(tensor.device.index) if tensor.is_cuda else _INTERPRETED_ARCH
+
+
+@functools.cache
+def _architecture(index: int | None) -> int:
+    return configs.family(*torch.cuda.get_device_capability(index))
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """How many programs fill the device once; the size of a persistent grid."""
+    return _multiprocessors(tensor.device.index) if tensor.is_cuda else _INTERPRETED_SMS
+
+
+@functools.cache
+def _multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def last_contiguous(tensor: Tensor) -> Tensor:
+    """`tensor`, copied only where its last axis is not contiguous."""
+    if tensor.shape[-1] == 1 or tensor.stride(-1) == 1:
+        return tensor
+    return tensor.contiguous()
+
+
+def as_rows(*tensors: Tensor | None) -> list[Tensor | None]:
+    """[..., D] tensors with the same leading axes as views [outer, inner, D], D contiguous.
+
+    Where every tensor is one evenly spaced list of rows, inner is 1 (and the kernels' division
+    by it vanishes); else inner is the last leading axis. Copied is only a tensor whose last
+    axis is not contiguous, or which has three or more leading axes that do not merge.
+    """
+    views: list[Tensor | None] = []
+    for tensor in tensors:
+        if tensor is not None:
+            inner = tensor.shape[-2] if tensor.dim() > 1 else 1
+            outer = math.prod(tensor.shape[:-2])
+            tensor = last_contiguous(tensor).reshape(outer, inner, tensor.shape[-1])
+        views.append(tensor)
+    if all(v is None or evenly_spaced(v) for v in views):
+        return [None if v is None else v.view(-1, 1, v.shape[-1]) for v in views]
+    return views
+
+
+def evenly_spaced(view: Tensor) -> bool:
+    """Whether an [outer, inner, D] view is one list of rows at equal distances."""
+    outer, inner, _ = view.shape
+    return outer == 1 or inner == 1 or view.stride(0) == inner * view.stride(1)
+
+
+def row_strides(view: Tensor | None) -> tuple[int, int]:
+    """(outer, inner) strides of what `as_rows` returned; (0, 0) for None."""
+    return (0, 0) if view is None else (view.stride(0), view.stride(1))
+
+
+def rows_per_sample(tensor: Tensor) -> int:
+    """How many rows of the last axis one entry of the first axis holds."""
+    return math.prod(tensor.shape[1:-1])
+
+
+def describable(tensor: Tensor) -> bool:
+    """Whether a tensor descriptor can be made: 16-byte address and strides, nothing empty."""
+    if tensor.numel() == 0 or tensor.stride(-1) != 1 or tensor.data_ptr() % 16:
+        return False
+    return all(s > 0 and s * tensor.element_size() % 16 == 0 for s in tensor.stride()[:-1])
+
+
+def descriptor(tensor: Tensor, *block: int) -> TensorDescriptor:
+    """Reads outside the tensor give zero, writes outside it vanish."""
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """tl.dot's input_precision: fp32 products are IEEE, never tf32; half ones ignore it."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def row_offsets(rows, inner, stride_outer, stride_inner):
+    """Offset of each row of an [outer, inner, D] view; 64 bits, row numbers fit 32."""
+    outer = rows // inner
+    return outer.to(tl.int64) * stride_outer + (rows - outer * inner).to(tl.int64) * stride_inner
+
+
+@triton.jit
+def gelu(x):
+    """x * Phi(x), exact (arXiv 1606.08415)."""
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_tanh(x):
+    """The tanh approximation, as x * sigmoid(2u): tanh(u) = 2 * sigmoid(2u) - 1."""
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
+def add_residual(y, residual, gamma, keep, rows, cols, row_mask, col_mask, rows_per_sample):
+    """residual + keep * gamma * y in fp32, for the tile y of these rows and columns.
+
+    residual: a tile of pointers; gamma [D] and keep [B]: pointers; each may be None.
+    """
+    if gamma is not None:
+        y = y * tl.load(gamma + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    if keep is not None:
+        factor = tl.load(keep + rows // rows_per_sample, mask=row_mask, other=0.0)
+        y = y * factor.to(tl.float32)[:, None]
+    if residual is not None:
+        mask = row_mask[:, None] & col_mask[None, :]
+        y = y + tl.load(residual, mask=mask, other=0.0).to(tl.float32)
+    return y

@@ -1,0 +1,141 @@
+"""Tile sizes: one pinned default per operator, architecture, dtype and width.
+
+Nothing is tuned at call time, so a call never compiles more than one kernel and its result
+depends on nothing but its inputs. No configuration here has been timed on a GPU yet: each was
+chosen from the arithmetic in its comment and from what the compiler reports for it (registers,
+spills, shared memory, matrix instructions: `python -m deit.kernels.triton.aot`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Shared memory that one thread block may use, in bytes, by the families that need different
+# tiles (CUDA C++ programming guide, "Technical specifications per compute capability").
+# 89 also stands for 86, and 120 for 121: their limits are the same.
+SHARED_MEMORY = {
+    80: 163 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
+}
+
+
+def family(major: int, minor: int) -> int:
+    """The key of SHARED_MEMORY whose configurations serve compute capability major.minor."""
+    if major == 8:
+        return 80 if minor in (0, 7) else 89
+    if major == 9:
+        return 90
+    if major in (10, 11):  # 11.0 is Thor: Blackwell with tensor memory, as 10.x
+        return 100
+    return 120
+
+
+@dataclass(frozen=True)
+class LayerNormConfig:
+    """rows: rows of the matrix a program normalises; a power of two."""
+
+    rows: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """block_m queries meet block_n keys at a time.
+
+    one_block_keys: up to this many keys, all keys are held at once and softmax is plain; above
+        it, softmax is online. block_n is the online form's.
+    tma: read qkv by tensor descriptors where its strides and address allow them.
+    """
+
+    block_m: int
+    block_n: int
+    one_block_keys: int
+    tma: bool
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """Output tiles of block_m x block_n, block_k of the sum at a time.
+
+    group: tiles are numbered down `group` rows of tiles before the next column, for L2 reuse.
+    tma: read x and weight and write the output by tensor descriptors where strides and
+        addresses allow them.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group: int
+    tma: bool
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class MlpConfig:
+    """The single-kernel MLP: block_m rows stay on chip while the hidden layer passes by.
+
+    chunk: D = 3 * chunk (every DeiT width is three times a power of two, tiles are powers of
+        two). block_h: hidden channels at a time.
+    """
+
+    block_m: int
+    block_h: int
+    chunk: int
+    tma: bool
+    num_warps: int
+    num_stages: int
+
+
+def layer_norm(arch: int, dtype: torch.dtype, dim: int) -> LayerNormConfig:
+    """About 32 elements a thread: enough loads in flight to cover memory latency."""
+    padded = 1 << max(dim - 1, 0).bit_length()
+    num_warps = 4 if padded <= 4096 else 16
+    return LayerNormConfig(rows=max(1, min(16, num_warps * 32 * 32 // padded)), num_warps=num_warps)
+
+
+def attention(arch: int, dtype: torch.dtype, head_dim: int) -> AttentionConfig:
+    if dtype == torch.float32:
+        # IEEE products run on the plain cores, operands in registers: larger tiles spill.
+        return AttentionConfig(32, 32, 0, tma=False, num_warps=4, num_stages=2)
+    if arch in (90, 100):
+        # 64 queries x 256 keys of fp32 scores are 128 registers a thread in one warpgroup.
+        return AttentionConfig(64, 64, 256, tma=True, num_warps=4, num_stages=3)
+    return AttentionConfig(64, 64, 256, tma=False, num_warps=8, num_stages=2)
+
+
+def linear(arch: int, dtype: torch.dtype, width: int, depth: int) -> LinearConfig:
+    """`width` output channels, `depth` summed ones."""
+    if dtype == torch.float32:
+        return LinearConfig(64, 64, 16, group=8, tma=False, num_warps=4, num_stages=3)
+    # 192 = 3 * 64, 384 = 3 * 128 and 768 = 3 * 256 columns: the widest tile that wastes none.
+    block_n = 256 if width % 256 == 0 else 128 if width % 128 == 0 else 64
+    if arch in (90, 100):
+        stages = 3 if block_n == 256 else 4
+        return LinearConfig(128, block_n, 64, group=8, tma=True, num_warps=8, num_stages=stages)
+    block_n = min(block_n, 128)
+    if arch == 80:
+        return LinearConfig(128, block_n, 64, group=8, tma=False, num_warps=8, num_stages=3)
+    return LinearConfig(128, block_n, 32, group=8, tma=False, num_warps=8, num_stages=4)
+
+
+def gelu_mlp(arch: int, dtype: torch.dtype, dim: int) -> MlpConfig | None:
+    """None where two products with the hidden layer in memory are expected to be faster.
+
+    At D = 192 one kernel reads 0.6 MB of weights from L2 for every 128 rows, 0.23 GB at batch
+    256, and saves writing and reading 155 MB of hidden layer. At D = 384 the accumulators
+    (384 fp32 columns) leave room for 64 rows: 2.4 MB of weights for each 64 rows are 1.9 GB of
+    L2 traffic, against 310 MB saved, so there the hidden layer goes through memory.
+    """
+    if dtype == torch.float32 or dim != 192:
+        return None
+    if arch in (90, 100):
+        return MlpConfig(128, 64, 64, tma=True, num_warps=8, num_stages=3)
+    return None

@@ -1,0 +1,214 @@
+"""LayerNorm over rows, alone and fused with the residual addition before it.
+
+A program takes several rows at once, reads each element once, and keeps the rows in registers
+for the statistics' two passes: the mean, then the variance of the centred values (arXiv
+1607.06450). E[x^2] - E[x]^2 would cancel for inputs with a large mean. All fp32.
+
+Bytes moved are the floor: each input read once, each output written once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deit.kernels.triton import common, configs
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    config: configs.LayerNormConfig | None = None,
+) -> Tensor:
+    """`deit.kernels.layer_norm` on Triton; the last axis is made contiguous, others stay."""
+    out, launch = plan_layer_norm(x, weight, bias, eps, config=config)
+    if launch is not None:
+        launch.run(x)
+    return out
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    *,
+    config: configs.LayerNormConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`deit.kernels.add_layer_norm` on Triton; LN sees the sum before it is rounded."""
+    outputs, launch = plan_add_layer_norm(
+        x, residual, weight, bias, eps, gamma, keep, config=config
+    )
+    if launch is not None:
+        launch.run(x)
+    return outputs
+
+
+def plan_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    config: configs.LayerNormConfig | None = None,
+) -> tuple[Tensor, common.Launch | None]:
+    """The output, unwritten, and the launch that writes it; None for an empty input."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out, None
+    dim = x.shape[-1]
+    config = config or configs.layer_norm(common.architecture(x), x.dtype, dim)
+    (view,) = common.as_rows(x)
+    arguments = _row_arguments(view, dim, eps, config) | {
+        "x": view,
+        "weight": weight.contiguous(),
+        "bias": None if bias is None else bias.contiguous(),
+        "out": out,
+    }
+    grid = (triton.cdiv(arguments["rows"], config.rows),)
+    return out, common.Launch(_layer_norm_kernel, grid, arguments, config.num_warps)
+
+
+def plan_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    *,
+    config: configs.LayerNormConfig | None = None,
+) -> tuple[tuple[Tensor, Tensor], common.Launch | None]:
+    """As `plan_layer_norm`, for (LN(s), s)."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    if out.numel() == 0:
+        return (out, total), None
+    dim = x.shape[-1]
+    config = config or configs.layer_norm(common.architecture(x), x.dtype, dim)
+    view, residual_view = common.as_rows(x, residual)
+    residual_outer, residual_inner = common.row_strides(residual_view)
+    arguments = _row_arguments(view, dim, eps, config) | {
+        "x": view,
+        "residual": residual_view,
+        "weight": weight.contiguous(),
+        "bias": None if bias is None else bias.contiguous(),
+        "gamma": None if gamma is None else gamma.contiguous(),
+        "keep": None if keep is None else keep.contiguous(),
+        "out": out,
+        "total": total,
+        "residual_outer": residual_outer,
+        "residual_inner": residual_inner,
+        "rows_per_sample": common.rows_per_sample(x),
+    }
+    grid = (triton.cdiv(arguments["rows"], config.rows),)
+    return (out, total), common.Launch(_add_layer_norm_kernel, grid, arguments, config.num_warps)
+
+
+def _row_arguments(
+    view: Tensor, dim: int, eps: float, config: configs.LayerNormConfig
+) -> dict[str, object]:
+    x_outer, x_inner = common.row_strides(view)
+    return {
+        "rows": view.shape[0] * view.shape[1],
+        "dim": dim,
+        "inner": view.shape[1],
+        "x_outer": x_outer,
+        "x_inner": x_inner,
+        "eps": float(eps),
+        "ROWS": config.rows,
+        "BLOCK_D": triton.next_power_of_2(dim),
+    }
+
+
+@triton.jit
+def _normalise(x, mask, weight, bias, cols, dim, eps):
+    """LN of x [ROWS, BLOCK_D], zero outside the mask; fp32 throughout."""
+    mean = tl.sum(x, axis=1) / dim
+    centred = tl.where(mask, x - mean[:, None], 0.0)
+    variance = tl.sum(centred * centred, axis=1) / dim
+    y = centred * tl.math.rsqrt(variance + eps)[:, None]
+    y = y * tl.load(weight + cols, mask=cols < dim, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        y += tl.load(bias + cols, mask=cols < dim, other=0.0).to(tl.float32)[None, :]
+    return y
+
+
+@triton.jit
+def _layer_norm_kernel(
+    x,
+    weight,
+    bias,
+    out,
+    rows,
+    dim,
+    inner,
+    x_outer,
+    x_inner,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK_D)
+    mask = (row < rows)[:, None] & (cols < dim)[None, :]
+    at = common.row_offsets(row, inner, x_outer, x_inner)
+    values = tl.load(x + at[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    y = _normalise(values, mask, weight, bias, cols, dim, eps)
+    out_at = row.to(tl.int64)[:, None] * dim + cols[None, :]
+    tl.store(out + out_at, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_layer_norm_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    gamma,
+    keep,
+    out,
+    total,
+    rows,
+    dim,
+    inner,
+    x_outer,
+    x_inner,
+    residual_outer,
+    residual_inner,
+    rows_per_sample,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK_D)
+    row_mask, col_mask = row < rows, cols < dim
+    mask = row_mask[:, None] & col_mask[None, :]
+    at = common.row_offsets(row, inner, x_outer, x_inner)
+    values = tl.load(x + at[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    residual_at = common.row_offsets(row, inner, residual_outer, residual_inner)
+    values = common.add_residual(
+        values,
+        residual + residual_at[:, None] + cols[None, :],
+        gamma,
+        keep,
+        row,
+        cols,
+        row_mask,
+        col_mask,
+        rows_per_sample,
+    )
+    out_at = row.to(tl.int64)[:, None] * dim + cols[None, :]
+    tl.store(total + out_at, values.to(total.dtype.element_ty), mask=mask)
+    y = _normalise(values, mask, weight, bias, cols, dim, eps)
+    tl.store(out + out_at, y.to(out.dtype.element_ty), mask=mask)

@@ -1,0 +1,198 @@
+"""A linear layer whose bias, GELU, LayerScale, stochastic depth and residual are its epilogue.
+
+A persistent kernel: one program a multiprocessor walks the output tiles, numbered in groups
+that reuse x and weight in L2. Operands come by tensor descriptors (TMA) on Hopper and later,
+by pointers elsewhere and for addresses or strides that descriptors cannot take. The epilogue
+works on the fp32 accumulator; PyTorch rounds to x's dtype before GELU and before the residual.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deit.kernels.triton import common, configs
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    *,
+    config: configs.LinearConfig | None = None,
+) -> Tensor:
+    """`deit.kernels.linear` on Triton.
+
+    x, weight and residual are made contiguous in their last axis where they are not; other
+    strides are used as they are (see `common.as_rows`).
+    """
+    out, launch = plan(x, weight, bias, activation, residual, gamma, keep, config=config)
+    if launch is not None:
+        launch.run(x)
+    return out
+
+
+def plan(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    *,
+    config: configs.LinearConfig | None = None,
+) -> tuple[Tensor, common.Launch | None]:
+    """The output, unwritten, and the launch that writes it; None for an empty output."""
+    width, depth = weight.shape
+    dtype = x.dtype if residual is None else residual.dtype
+    out = torch.empty((*x.shape[:-1], width), dtype=dtype, device=x.device)
+    if out.numel() == 0:
+        return out, None
+    config = config or configs.linear(common.architecture(x), x.dtype, width, depth)
+    x_view, residual_view = common.as_rows(x, residual)
+    weight = common.last_contiguous(weight)
+    outer, inner, _ = x_view.shape
+    out_view = out.view(outer * inner, width)
+    config = replace(config, tma=config.tma and _tma_can_take(x_view, weight, out_view))
+    x_outer, x_inner = common.row_strides(x_view)
+    residual_outer, residual_inner = common.row_strides(residual_view)
+    blocks = config.block_m, config.block_n, config.block_k
+    x_arg, weight_arg, out_arg = _operands(x_view, weight, out_view, config)
+    arguments = {
+        "x": x_arg,
+        "weight": weight_arg,
+        "bias": None if bias is None else bias.contiguous(),
+        "residual": residual_view,
+        "gamma": None if gamma is None else gamma.contiguous(),
+        "keep": None if keep is None else keep.contiguous(),
+        "out": out_arg,
+        "rows": outer * inner,
+        "width": width,
+        "depth": depth,
+        "inner": inner,
+        "x_outer": x_outer,
+        "x_inner": x_inner,
+        "weight_stride": weight.stride(0),
+        "residual_outer": residual_outer,
+        "residual_inner": residual_inner,
+        "rows_per_sample": common.rows_per_sample(x),
+        "ACTIVATION": activation,
+        "TMA": config.tma,
+        "PRECISION": common.precision(x.dtype),
+        "GROUP": config.group,
+        **dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=True)),
+    }
+    tiles = triton.cdiv(outer * inner, config.block_m) * triton.cdiv(width, config.block_n)
+    grid = (min(tiles, common.multiprocessors(x)),)
+    return out, common.Launch(_linear_kernel, grid, arguments, config.num_warps, config.num_stages)
+
+
+def _tma_can_take(x_view: Tensor, weight: Tensor, out: Tensor) -> bool:
+    """x must be one evenly spaced list of rows, and all three describable."""
+    return common.evenly_spaced(x_view) and all(
+        common.describable(t) for t in (x_view.view(-1, x_view.shape[-1]), weight, out)
+    )
+
+
+def _operands(
+    x_view: Tensor, weight: Tensor, out: Tensor, config: configs.LinearConfig
+) -> tuple[object, object, object]:
+    if not config.tma:
+        return x_view, weight, out
+    return (
+        common.descriptor(x_view.view(-1, x_view.shape[-1]), config.block_m, config.block_k),
+        common.descriptor(weight, config.block_n, config.block_k),
+        common.descriptor(out, config.block_m, config.block_n),
+    )
+
+
+@triton.jit
+def _tile_origin(
+    tile, rows, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr
+):
+    """First row and column of a tile: down GROUP tiles of rows, then to the next column."""
+    m_tiles, n_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(width, BLOCK_N)
+    first_m = tile // (GROUP * n_tiles) * GROUP
+    group_m = tl.minimum(m_tiles - first_m, GROUP)
+    within = tile % (GROUP * n_tiles)
+    return (first_m + within % group_m) * BLOCK_M, within // group_m * BLOCK_N
+
+
+@triton.jit
+def _linear_kernel(
+    x,
+    weight,
+    bias,
+    residual,
+    gamma,
+    keep,
+    out,
+    rows,
+    width,
+    depth,
+    inner,
+    x_outer,
+    x_inner,
+    weight_stride,
+    residual_outer,
+    residual_inner,
+    rows_per_sample,
+    ACTIVATION: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(width, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+        m0, n0 = _tile_origin(tile, rows, width, BLOCK_M, BLOCK_N, GROUP)
+        row = m0 + tl.arange(0, BLOCK_M)
+        col = n0 + tl.arange(0, BLOCK_N)
+        row_mask, col_mask = row < rows, col < width
+
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if TMA:
+            for k0 in tl.range(0, depth, BLOCK_K):
+                a = x.load([m0, k0])
+                b = weight.load([n0, k0])
+                acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+        else:
+            ks = tl.arange(0, BLOCK_K)
+            a_at = x + common.row_offsets(row, inner, x_outer, x_inner)[:, None] + ks[None, :]
+            b_at = weight + col.to(tl.int64)[:, None] * weight_stride + ks[None, :]
+            for k0 in tl.range(0, depth, BLOCK_K):
+                k_mask = (ks < depth - k0)[None, :]
+                a = tl.load(a_at + k0, mask=row_mask[:, None] & k_mask, other=0.0)
+                b = tl.load(b_at + k0, mask=col_mask[:, None] & k_mask, other=0.0)
+                acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+
+        if bias is not None:
+            acc += tl.load(bias + col, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+        if ACTIVATION == "gelu":
+            acc = common.gelu(acc)
+        elif ACTIVATION == "gelu_tanh":
+            acc = common.gelu_tanh(acc)
+        added = None
+        if residual is not None:
+            at = common.row_offsets(row, inner, residual_outer, residual_inner)
+            added = residual + at[:, None] + col[None, :]
+        acc = common.add_residual(
+            acc, added, gamma, keep, row, col, row_mask, col_mask, rows_per_sample
+        )
+        if TMA:
+            out.store([m0, n0], acc.to(out.dtype))
+        else:
+            at = row.to(tl.int64)[:, None] * width + col[None, :]
+            mask = row_mask[:, None] & col_mask[None, :]
+            tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
