@@ -1,0 +1,263 @@
+// softmax(q kT * scale + key_bias) v (arXiv 1706.03762, eq. 1) on the packed projection.
+// Included by kernels.cpp.
+//
+// A task is one tile of queries of one head of one image. The head's keys (transposed, in panels
+// the micro-kernel reads with unit stride) and values are packed into fp32 once per range, since
+// a range's consecutive tasks share their head: 2 * N * d elements against 2 * N * N * d
+// multiply-adds. Scores of the tile stay in cache; the softmax is the plain two-pass one, exact
+// for any N. All matrix products go through `product`, a register-blocked outer product.
+
+#if defined(__AVX512F__)
+constexpr int kRows = 6, kCols = 4;  // 24 accumulators, 4 of B and 1 of A: 29 of 32 registers
+#else
+constexpr int kRows = 6, kCols = 2;  // 12 accumulators, 2 of B and 1 of A: 15 of 16 registers
+#endif
+constexpr int64_t kPanel = kCols * kWidth;  // keys of one panel
+// Terms added up in one chain; longer sums are added block by block, whose rounding error grows
+// with the number of blocks and not with N. 256 keeps N = 197 and 256 a single block.
+constexpr int64_t kDepthBlock = 256;
+
+// c[MR, NV * kWidth] (= or +=) a[MR, depth] * b[depth, NV * kWidth]
+template <int MR, int NV>
+DEIT_INLINE void product_block(const float* a, int64_t lda, const float* b, int64_t ldb,
+                               int64_t depth, bool add, float* c, int64_t ldc) {
+  Vec sums[MR][NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) sums[i][j] = broadcast(0.0f);
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec row[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) row[j] = load(b + k * ldb + j * kWidth);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) {
+      const Vec factor = broadcast(a[i * lda + k]);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) sums[i][j] = fma(factor, row[j], sums[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      float* to = c + i * ldc + j * kWidth;
+      store(to, add ? load(to) + sums[i][j] : sums[i][j]);
+    }
+  }
+}
+
+template <int MR>
+DEIT_INLINE void product_rows(const float* a, int64_t lda, const float* b, int64_t ldb,
+                              int64_t depth, int vectors, bool add, float* c, int64_t ldc) {
+  switch (vectors) {
+    case 1: return product_block<MR, 1>(a, lda, b, ldb, depth, add, c, ldc);
+    case 2: return product_block<MR, 2>(a, lda, b, ldb, depth, add, c, ldc);
+    case 3: return product_block<MR, kCols < 3 ? kCols : 3>(a, lda, b, ldb, depth, add, c, ldc);
+    default: return product_block<MR, kCols>(a, lda, b, ldb, depth, add, c, ldc);
+  }
+}
+
+// c[rows, vectors * kWidth] = a[rows, depth] * b[depth, vectors * kWidth], vectors <= kCols.
+void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows,
+             int64_t depth, int vectors, bool add, float* c, int64_t ldc) {
+  int64_t i = 0;
+  for (; i + kRows <= rows; i += kRows) {
+    product_rows<kRows>(a + i * lda, lda, b, ldb, depth, vectors, add, c + i * ldc, ldc);
+  }
+  for (; i + 2 <= rows; i += 2) {
+    product_rows<2>(a + i * lda, lda, b, ldb, depth, vectors, add, c + i * ldc, ldc);
+  }
+  for (; i < rows; ++i) {
+    product_rows<1>(a + i * lda, lda, b, ldb, depth, vectors, add, c + i * ldc, ldc);
+  }
+}
+
+DEIT_INLINE int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// Where the pieces of a range's workspace lie.
+struct Workspace {
+  int64_t keys_padded;  // N up to whole vectors
+  int64_t dim_padded;   // d up to whole vectors
+  float* keys;          // panels of [d, kPanel]
+  float* values;        // [N, dim_padded]
+  float* queries;       // [query_tile, d], times scale
+  float* scores;        // [query_tile, keys_padded]
+  float* out;           // [query_tile, dim_padded]
+  float* end;
+};
+
+DEIT_INLINE Workspace lay_out(const AttentionArgs& args, float* start) {
+  Workspace w;
+  w.keys_padded = round_up(args.tokens, kWidth);
+  w.dim_padded = round_up(args.head_dim, kWidth);
+  w.keys = start;
+  w.values = w.keys + round_up(args.tokens, kPanel) * args.head_dim;
+  w.queries = w.values + args.tokens * w.dim_padded;
+  w.scores = w.queries + round_up(args.query_tile * args.head_dim, 16);
+  w.out = w.scores + args.query_tile * w.keys_padded;
+  w.end = w.out + args.query_tile * w.dim_padded;
+  return w;
+}
+
+// rows x d of `from` (row stride `stride`) into fp32, times `factor`, d padded with zeros.
+template <class T>
+DEIT_INLINE void pack(const T* from, int64_t stride, int64_t rows, int64_t dim, float factor,
+                      float* to, int64_t ldt) {
+  const Vec f = broadcast(factor);
+  for (int64_t i = 0; i < rows; ++i, from += stride, to += ldt) {
+    int64_t k = 0;
+    for (; k + kWidth <= dim; k += kWidth) store(to + k, load(from + k) * f);
+    if (k == dim) continue;
+    const int rest = static_cast<int>(dim - k);
+    const Vec last = load_first(from + k, rest) * f;
+    if (ldt >= k + kWidth) {
+      store(to + k, last);
+    } else {
+      store_first(to + k, last, rest);
+    }
+  }
+}
+
+// The keys transposed: panel p holds [d, kPanel], zeros past key N.
+template <class T>
+DEIT_INLINE void pack_keys(const T* keys, int64_t stride, int64_t tokens, int64_t dim, float* to) {
+  for (int64_t first_key = 0; first_key < tokens; first_key += kWidth) {
+    float* panel = to + first_key / kPanel * kPanel * dim + first_key % kPanel;
+    for (int64_t k = 0; k < dim; k += kWidth) {
+      const int lanes = static_cast<int>(dim - k < kWidth ? dim - k : kWidth);
+      Vec block[kWidth];
+      for (int j = 0; j < kWidth; ++j) {
+        const T* row = keys + (first_key + j) * stride + k;
+        block[j] = first_key + j >= tokens ? broadcast(0.0f)
+                   : lanes == kWidth       ? load(row)
+                                           : load_first(row, lanes);
+      }
+      transpose(block);
+      for (int j = 0; j < lanes; ++j) store(panel + (k + j) * kPanel, block[j]);
+    }
+  }
+}
+
+// Scores -> exp(score - largest), in place; returns 1 / their sum. A row whose every score is
+// -inf becomes zeros, as in PyTorch's scaled_dot_product_attention.
+DEIT_INLINE float softmax_row(float* scores, const float* key_bias, int64_t tokens,
+                              int64_t padded) {
+  const float infinity = __builtin_inff();
+  for (int64_t j = tokens; j < padded; ++j) scores[j] = -infinity;
+  Vec top = broadcast(-infinity);
+  int64_t j = 0;
+  if (key_bias) {
+    for (; j + kWidth <= tokens; j += kWidth) {
+      const Vec s = load(scores + j) + load(key_bias + j);
+      store(scores + j, s);
+      top = max(s, top);
+    }
+    for (; j < tokens; ++j) scores[j] += key_bias[j];
+    j = tokens / kWidth * kWidth;
+  }
+  for (; j < padded; j += kWidth) top = max(load(scores + j), top);
+  const float largest_score = largest(top);
+  if (largest_score == -infinity) {
+    float total = 0.0f;  // -inf unless a score is NaN, which `max` passes over
+    for (j = 0; j < tokens; ++j) total += scores[j];
+    if (total == total) {
+      for (j = 0; j < padded; ++j) scores[j] = 0.0f;
+      return 0.0f;
+    }
+  }
+  const Vec base = broadcast(largest_score);
+  Vec total = broadcast(0.0f);
+  for (j = 0; j < padded; j += kWidth) {
+    const Vec p = exp_nonpositive(load(scores + j) - base);
+    store(scores + j, p);
+    total = total + p;
+  }
+  return 1.0f / sum(total);
+}
+
+template <class T>
+DEIT_INLINE void write_out(const float* from, int64_t dim, float factor, T* to) {
+  const Vec f = broadcast(factor);
+  int64_t k = 0;
+  for (; k + kWidth <= dim; k += kWidth) store(to + k, load(from + k) * f);
+  if (k < dim) store_first(to + k, load(from + k) * f, static_cast<int>(dim - k));
+}
+
+// One tile of queries against the packed keys and values.
+template <class T>
+void attend(const AttentionArgs& args, const Workspace& w, const T* queries, int64_t count,
+            const float* key_bias, T* out) {
+  const int64_t tokens = args.tokens, dim = args.head_dim;
+  pack(queries, args.stride_token, count, dim, args.scale, w.queries, dim);
+  for (int64_t key = 0; key < tokens; key += kPanel) {
+    const int64_t left = w.keys_padded - key;
+    const int vectors = static_cast<int>((left < kPanel ? left : kPanel) / kWidth);
+    product(w.queries, dim, w.keys + key * dim, kPanel, count, dim, vectors, false,
+            w.scores + key, w.keys_padded);
+  }
+  float inverse[64];
+  for (int64_t i = 0; i < count; ++i) {
+    inverse[i] = softmax_row(w.scores + i * w.keys_padded, key_bias, tokens, w.keys_padded);
+  }
+  for (int64_t k = 0; k < w.dim_padded; k += kPanel) {
+    const int64_t left = w.dim_padded - k;
+    const int vectors = static_cast<int>((left < kPanel ? left : kPanel) / kWidth);
+    for (int64_t key = 0; key < tokens; key += kDepthBlock) {
+      const int64_t depth = tokens - key < kDepthBlock ? tokens - key : kDepthBlock;
+      product(w.scores + key, w.keys_padded, w.values + key * w.dim_padded + k, w.dim_padded,
+              count, depth, vectors, key > 0, w.out + k, w.dim_padded);
+    }
+  }
+  const int64_t channels = args.heads * dim;
+  for (int64_t i = 0; i < count; ++i) {
+    write_out(w.out + i * w.dim_padded, dim, inverse[i], out + i * channels);
+  }
+}
+
+template <class T>
+void attention_typed(const AttentionArgs& args, float* workspace, int64_t begin, int64_t end) {
+  const Workspace w = lay_out(args, workspace);
+  const int64_t channels = args.heads * args.head_dim;
+  int64_t packed = -1;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t head_of_image = task / args.tiles;
+    const int64_t b = head_of_image / args.heads, h = head_of_image % args.heads;
+    const T* q = static_cast<const T*>(args.qkv) + b * args.stride_batch + h * args.head_dim;
+    if (packed != head_of_image) {
+      pack_keys(q + channels, args.stride_token, args.tokens, args.head_dim, w.keys);
+      pack(q + 2 * channels, args.stride_token, args.tokens, args.head_dim, 1.0f, w.values,
+           w.dim_padded);
+      packed = head_of_image;
+    }
+    const int64_t start = task % args.tiles * args.query_tile;
+    const int64_t left = args.tokens - start;
+    T* out = static_cast<T*>(args.out) + (b * args.tokens + start) * channels + h * args.head_dim;
+    attend(args, w, q + start * args.stride_token, left < args.query_tile ? left : args.query_tile,
+           args.key_bias ? args.key_bias + b * args.tokens : nullptr, out);
+  }
+}
+
+void attention(const AttentionArgs& args, float* workspace, int64_t begin, int64_t end) {
+  switch (args.type) {
+    case Scalar::f32: return attention_typed<float>(args, workspace, begin, end);
+    case Scalar::f16: return attention_typed<F16>(args, workspace, begin, end);
+    case Scalar::bf16: return attention_typed<BF16>(args, workspace, begin, end);
+  }
+}
+
+// As many queries as keep the tile's scores within 64 KB, whole micro-kernel rows, 6 to 48.
+void plan_attention(AttentionArgs& args) {
+  int64_t most = 16384 / round_up(args.tokens, kWidth) / kRows * kRows;
+  most = most < kRows ? kRows : most > 48 ? 48 : most;
+  const int64_t tiles = (args.tokens + most - 1) / most;
+  args.query_tile = round_up((args.tokens + tiles - 1) / tiles, kRows);
+  args.tiles = (args.tokens + args.query_tile - 1) / args.query_tile;
+}
+
+size_t attention_workspace(const AttentionArgs& args) {
+  return static_cast<size_t>(lay_out(args, nullptr).end - static_cast<float*>(nullptr));
+}

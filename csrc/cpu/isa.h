@@ -1,0 +1,75 @@
+// What the launchers (ops.cpp) and the kernels (kernels.cpp, once per instruction set) share:
+// plain data and function pointers. No torch header and no standard container may be included
+// from kernels.cpp: an inline function compiled there with AVX-512 could be the copy the linker
+// keeps for everyone.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace deit {
+
+enum class Scalar : int { f32, f16, bf16 };
+
+constexpr int kMaxLeadingDims = 6;
+
+// The rows of a tensor [..., D] whose last axis is contiguous. Sizes and strides (in elements)
+// are those of the leading axes, adjacent ones merged where memory allows.
+struct Rows {
+  const void* data;
+  int dims;
+  int64_t sizes[kMaxLeadingDims];
+  int64_t strides[kMaxLeadingDims];
+};
+
+// LN(residual + keep * gamma * x), and LN(x) where `residual.data` is null. Parameters are fp32.
+struct LayerNormArgs {
+  Rows x;
+  Rows residual;
+  Scalar x_type;         // of x and out
+  Scalar residual_type;  // of residual and sum
+  const float* weight;   // [D]
+  const float* bias;     // [D] or null
+  const float* gamma;    // [D] or null
+  const float* keep;     // [rows / rows_per_sample] or null
+  void* out;             // [rows, D], contiguous
+  void* sum;             // [rows, D], contiguous; null where residual.data is
+  int64_t channels;
+  int64_t rows_per_sample;
+  float eps;
+};
+
+struct AttentionArgs {
+  const void* qkv;  // [B, N, 3 * H * d], last axis contiguous
+  void* out;        // [B, N, H * d], contiguous
+  const float* key_bias;  // [B, N], contiguous, or null
+  Scalar type;            // of qkv and out
+  int64_t batch, tokens, heads, head_dim;
+  int64_t stride_batch, stride_token;  // of qkv, in elements
+  float scale;
+  int64_t query_tile;  // queries of one task; `tiles` tasks cover N
+  int64_t tiles;
+};
+
+// One instruction set's kernels. Ranges are [begin, end): of rows, and of (b, h, tile) tasks.
+// Every row and every query is computed by the same arithmetic wherever a range begins, so
+// results do not depend on the number of threads.
+struct Kernels {
+  const char* name;
+  size_t (*layer_norm_workspace)(const LayerNormArgs&);  // floats, one range's
+  void (*layer_norm)(const LayerNormArgs&, float* workspace, int64_t begin, int64_t end);
+  void (*plan_attention)(AttentionArgs&);  // sets query_tile and tiles
+  size_t (*attention_workspace)(const AttentionArgs&);
+  void (*attention)(const AttentionArgs&, float* workspace, int64_t begin, int64_t end);
+};
+
+extern const Kernels portable_kernels;
+#if defined(__x86_64__) || defined(_M_X64)
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+#endif
+
+// The best set this processor runs, or the one that was selected.
+const Kernels& kernels();
+
+}  // namespace deit
