@@ -245,14 +245,14 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return None
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors as a matrix product under autocast would see them."""
-    first = tensors[0]
-    assert first is not None  # callers pass their main input first
-    dtype = autocast_dtype(first.device.type)
+def autocast(x: Tensor, *others: Tensor | None) -> Any:
+    """The tensors as a matrix product under autocast would see them, in the same order."""
+    dtype = autocast_dtype(x.device.type)
     if dtype is None:
-        return tensors
-    return tuple(t.to(dtype) if t is not None and t.dtype in KERNEL_DTYPES else t for t in tensors)
+        return (x, *others)
+    return tuple(
+        t.to(dtype) if t is not None and t.dtype in KERNEL_DTYPES else t for t in (x, *others)
+    )
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

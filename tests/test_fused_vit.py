@@ -327,3 +327,21 @@ def test_report_reads_as_a_table():
     text = str(fuse(ours()))
     assert "blocks.* (x12)" in text
     assert "runs: layer_norm on" in text
+
+
+def test_ddp_trains_a_fused_model(tmp_path):
+    """DDP's hooks and gradient buckets hold on to the same parameters."""
+    import torch.distributed as dist
+
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = ours()
+        want = training_step(model)
+        fuse(model)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        training_step(wrapped)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, want[name], atol=1e-4, rtol=1e-4)
+    finally:
+        dist.destroy_process_group()

@@ -127,17 +127,16 @@ def _swap(
                 notes[name] = f"a subclass of {base.__name__}: its forward may differ"
                 break
         return
-    module.__class__ = table[original]
-    assert isinstance(module, Fused)
-    reason = module.unsupported()
+    module.__class__ = table[original]  # type: ignore[assignment]
+    reason = module.unsupported()  # type: ignore[operator]
     if reason is None:
-        module.fused_impls = impls
+        module.fused_impls = impls  # type: ignore[assignment]
     else:
         module.__class__ = original
         notes[name] = reason
 
 
-def _restore(module: nn.Module) -> None:
+def _restore(module: Any) -> None:
     del module.fused_impls
     module.__class__ = original_class(module)
 
@@ -150,7 +149,7 @@ def _report(model: nn.Module, impls: dict[str, str], notes: dict[str, str]) -> R
         kind = type(module).__name__
         if isinstance(module, Fused):
             operators.update(module.OPERATORS)
-            absorbed.update(module._modules[part] for part in module.LINEARS)  # type: ignore[attr-defined, misc]
+            absorbed.update(module._modules[part] for part in module.LINEARS)  # type: ignore[attr-defined]
             waiting = module.interrupted()
             rows.append(Row(name, kind, True, f"plain for now: {waiting}" if waiting else ""))
         elif module not in absorbed and (name in notes or _owns_parameters(module)):

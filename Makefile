@@ -1,0 +1,27 @@
+# The verbs of development. PYTHON names the interpreter of an environment with '.[test,dev]'.
+PYTHON ?= python
+MYPY_TREE := build/mypy
+
+.PHONY: test lint types aot bench picture
+
+test:
+	$(PYTHON) -m pytest
+
+lint:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+# mypy resolves imports by folder names, and deit.kernels lives in kernels/: show it the tree as
+# it is imported, by links.
+types:
+	rm -rf $(MYPY_TREE) && mkdir -p $(MYPY_TREE)/deit
+	for entry in deit/*; do ln -s "$(CURDIR)/$$entry" $(MYPY_TREE)/deit/; done
+	ln -s "$(CURDIR)/kernels" $(MYPY_TREE)/deit/kernels
+	MYPYPATH=$(MYPY_TREE) $(PYTHON) -m mypy -p deit
+
+# Every shipped Triton configuration, compiled for each GPU architecture, no GPU needed.
+aot:
+	$(PYTHON) -m deit.kernels.triton.aot
+
+bench:
+	$(PYTHON) bench/throughput.py --arch deit_b --bs 256
