@@ -1,0 +1,114 @@
+"""The command `deit`: its subcommands as typed dataclasses, one field a flag.
+
+This file imports no torch, so that `deit --help` answers at once; a subcommand imports what it
+needs when it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+BAD_INPUT = 2
+
+# Optional values, shown in the help by their kind alone.
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+OptionalName = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+
+
+@dataclass(frozen=True)
+class Info:
+    """Print versions, devices, what was built, and which kernels can run here."""
+
+    def run(self) -> int:
+        from deit.info import info
+
+        print(info())
+        return 0
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Name what photographs show: the likeliest classes of each, with their probabilities.
+
+    Exits with 1 if an image could not be read (the others are still printed), with 2 for bad
+    input.
+    """
+
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Photographs, or folders of them."""
+    weights: OptionalPath = None
+    """The trained weights: an official .pth, a .safetensors, or a Hugging Face model folder."""
+    arch: OptionalName = None
+    """The network, such as deit_b or deit_tiny_distilled_patch16_224; seen from the weights if
+    left out."""
+    img_size: OptionalInt = None
+    """Pixels along a side, a multiple of 16; the weights' own if left out."""
+    test_head: Literal["class", "distillation", "softmax-sum", "logit-mean"] = "softmax-sum"
+    """How a distilled network's two classifiers become one prediction: one of them, the sum of
+    the softmaxes (the paper's), or the mean of the logits (timm's)."""
+    topk: int = 5
+    """Classes to print for each photograph."""
+    classes: OptionalPath = None
+    """A text file with one class name a line, for weights of other classes than ImageNet's."""
+    device: str = "auto"
+    """A torch device; auto is the first GPU, or the CPU where there is none."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What the network computes in."""
+    batch_size: int = 16
+    """Photographs at a time."""
+    fuse: bool = True
+    """Run on the fused operators."""
+    json: bool = False
+    """Print one JSON document instead of text."""
+
+    def run(self) -> int:
+        from deit.predict import run
+
+        return run(self)
+
+
+Command = (
+    Annotated[Info, tyro.conf.subcommand("info")]
+    | Annotated[Predict, tyro.conf.subcommand("predict")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (the process's own if None) and return its exit code.
+
+    Bad input, a ValueError, TypeError or OSError, becomes one line on stderr and exit code 2;
+    with DEIT_TRACEBACK=1 in the environment it stays a traceback.
+    """
+    command = tyro.cli(
+        Command,  # type: ignore[arg-type]
+        prog="deit",
+        description="DeiT vision transformers on fused kernels.",
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    try:
+        return command.run()
+    except BrokenPipeError:
+        # The reader of our output has gone (`deit predict ... | head`): nothing is wrong here.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("deit: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError) as error:
+        if os.environ.get("DEIT_TRACEBACK") == "1":
+            raise
+        print(f"deit: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
