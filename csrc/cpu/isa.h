@@ -7,20 +7,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../common/rows.h"
+
 namespace deit {
-
-enum class Scalar : int { f32, f16, bf16 };
-
-constexpr int kMaxLeadingDims = 6;
-
-// The rows of a tensor [..., D] whose last axis is contiguous. Sizes and strides (in elements)
-// are those of the leading axes, adjacent ones merged where memory allows.
-struct Rows {
-  const void* data;
-  int dims;
-  int64_t sizes[kMaxLeadingDims];
-  int64_t strides[kMaxLeadingDims];
-};
 
 // LN(residual + keep * gamma * x), and LN(x) where `residual.data` is null. Parameters are fp32.
 struct LayerNormArgs {
