@@ -9,8 +9,6 @@ kernels do. A query with no key left (all scores -inf) gives zeros, as PyTorch's
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -56,7 +54,8 @@ def plan(
         return out, None
     config = config or configs.attention(common.architecture(qkv), qkv.dtype, head_dim)
     qkv = common.last_contiguous(qkv)
-    config = replace(config, tma=config.tma and common.describable(qkv))
+    if not common.describable(qkv):
+        config = config.without_tma()
     online = tokens > config.one_block_keys
     block_n = config.block_n if online else max(16, triton.next_power_of_2(tokens))
     query_blocks = triton.cdiv(tokens, config.block_m)
@@ -110,11 +109,13 @@ def _load(
 ):
     """[BLOCK, HEAD_DIM] of one sample from a token and a channel on; zero past the last token."""
     if TMA:
-        return source.load([batch, token, channel]).reshape(BLOCK, HEAD_DIM)
-    rows = token + tl.arange(0, BLOCK)
-    cols = channel + tl.arange(0, HEAD_DIM)
-    at = batch.to(tl.int64) * stride_b + rows.to(tl.int64)[:, None] * stride_n + cols[None, :]
-    return tl.load(source + at, mask=(rows < tokens)[:, None], other=0.0)
+        tile = source.load([batch, token, channel]).reshape(BLOCK, HEAD_DIM)
+    else:
+        rows = token + tl.arange(0, BLOCK)
+        cols = channel + tl.arange(0, HEAD_DIM)
+        at = batch.to(tl.int64) * stride_b + rows.to(tl.int64)[:, None] * stride_n + cols[None, :]
+        tile = tl.load(source + at, mask=(rows < tokens)[:, None], other=0.0)
+    return tile
 
 
 @triton.jit
@@ -122,10 +123,11 @@ def _key_bias(key_bias, batch, token, tokens, bias_b, bias_n, BLOCK: tl.constexp
     """What is added to the scores of BLOCK keys, in units of log2: -inf past the last token."""
     keys = token + tl.arange(0, BLOCK)
     if key_bias is None:
-        return tl.where(keys < tokens, 0.0, float("-inf"))
-    at = key_bias + batch.to(tl.int64) * bias_b + keys.to(tl.int64) * bias_n
-    values = tl.load(at, mask=keys < tokens, other=float("-inf"))
-    return values.to(tl.float32) * _LOG2_E
+        values = tl.where(keys < tokens, 0.0, float("-inf"))
+    else:
+        at = key_bias + batch.to(tl.int64) * bias_b + keys.to(tl.int64) * bias_n
+        values = tl.load(at, mask=keys < tokens, other=float("-inf")).to(tl.float32) * _LOG2_E
+    return values
 
 
 @triton.jit

@@ -8,7 +8,7 @@ spills, shared memory, matrix instructions: `python -m deit.kernels.triton.aot`)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -59,6 +59,10 @@ class AttentionConfig:
     num_warps: int
     num_stages: int
 
+    def without_tma(self) -> AttentionConfig:
+        """For inputs no descriptor can take: rare, so the form that never spills, online."""
+        return replace(self, tma=False, one_block_keys=0) if self.tma else self
+
 
 @dataclass(frozen=True)
 class LinearConfig:
@@ -76,6 +80,15 @@ class LinearConfig:
     tma: bool
     num_warps: int
     num_stages: int
+
+    @property
+    def epilogues(self) -> int:
+        """Column blocks in which the epilogue runs: a 128 x 256 tile at once spills 100-350 B."""
+        return 2 if self.block_n > 128 else 1
+
+    def without_tma(self) -> LinearConfig:
+        """For inputs no descriptor can take; pointers to a 128 x 256 tile would spill."""
+        return replace(self, tma=False, block_n=min(self.block_n, 128)) if self.tma else self
 
 
 @dataclass(frozen=True)

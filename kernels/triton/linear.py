@@ -8,8 +8,6 @@ works on the fp32 accumulator; PyTorch rounds to x's dtype before GELU and befor
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -62,7 +60,8 @@ def plan(
     weight = common.last_contiguous(weight)
     outer, inner, _ = x_view.shape
     out_view = out.view(outer * inner, width)
-    config = replace(config, tma=config.tma and _tma_can_take(x_view, weight, out_view))
+    if not _tma_can_take(x_view, weight, out_view):
+        config = config.without_tma()
     x_outer, x_inner = common.row_strides(x_view)
     residual_outer, residual_inner = common.row_strides(residual_view)
     blocks = config.block_m, config.block_n, config.block_k
@@ -89,6 +88,7 @@ def plan(
         "TMA": config.tma,
         "PRECISION": common.precision(x.dtype),
         "GROUP": config.group,
+        "EPILOGUES": config.epilogues,
         **dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=True)),
     }
     tiles = triton.cdiv(outer * inner, config.block_m) * triton.cdiv(width, config.block_n)
@@ -111,7 +111,7 @@ def _operands(
     return (
         common.descriptor(x_view.view(-1, x_view.shape[-1]), config.block_m, config.block_k),
         common.descriptor(weight, config.block_n, config.block_k),
-        common.descriptor(out, config.block_m, config.block_n),
+        common.descriptor(out, config.block_m, config.block_n // config.epilogues),
     )
 
 
@@ -125,6 +125,49 @@ def _tile_origin(
     group_m = tl.minimum(m_tiles - first_m, GROUP)
     within = tile % (GROUP * n_tiles)
     return (first_m + within % group_m) * BLOCK_M, within // group_m * BLOCK_N
+
+
+@triton.jit
+def _epilogue(
+    acc,
+    bias,
+    residual,
+    gamma,
+    keep,
+    out,
+    m0,
+    n0,
+    rows,
+    width,
+    inner,
+    residual_outer,
+    residual_inner,
+    rows_per_sample,
+    ACTIVATION: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Finish and write the accumulator tile whose first row and column are m0 and n0."""
+    row = m0 + tl.arange(0, acc.shape[0])
+    col = n0 + tl.arange(0, acc.shape[1])
+    row_mask, col_mask = row < rows, col < width
+    if bias is not None:
+        acc += tl.load(bias + col, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION == "gelu":
+        acc = common.gelu(acc)
+    elif ACTIVATION == "gelu_tanh":
+        acc = common.gelu_tanh(acc)
+    added = None
+    if residual is not None:
+        at = common.row_offsets(row, inner, residual_outer, residual_inner)
+        added = residual + at[:, None] + col[None, :]
+    acc = common.add_residual(
+        acc, added, gamma, keep, row, col, row_mask, col_mask, rows_per_sample
+    )
+    if TMA:
+        out.store([m0, n0], acc.to(out.dtype))
+    else:
+        at = row.to(tl.int64)[:, None] * width + col[None, :]
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])
 
 
 @triton.jit
@@ -150,6 +193,7 @@ def _linear_kernel(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
+    EPILOGUES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -157,10 +201,6 @@ def _linear_kernel(
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(width, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         m0, n0 = _tile_origin(tile, rows, width, BLOCK_M, BLOCK_N, GROUP)
-        row = m0 + tl.arange(0, BLOCK_M)
-        col = n0 + tl.arange(0, BLOCK_N)
-        row_mask, col_mask = row < rows, col < width
-
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if TMA:
             for k0 in tl.range(0, depth, BLOCK_K):
@@ -168,31 +208,71 @@ def _linear_kernel(
                 b = weight.load([n0, k0])
                 acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
         else:
+            row = m0 + tl.arange(0, BLOCK_M)
+            col = n0 + tl.arange(0, BLOCK_N)
             ks = tl.arange(0, BLOCK_K)
             a_at = x + common.row_offsets(row, inner, x_outer, x_inner)[:, None] + ks[None, :]
             b_at = weight + col.to(tl.int64)[:, None] * weight_stride + ks[None, :]
             for k0 in tl.range(0, depth, BLOCK_K):
                 k_mask = (ks < depth - k0)[None, :]
-                a = tl.load(a_at + k0, mask=row_mask[:, None] & k_mask, other=0.0)
-                b = tl.load(b_at + k0, mask=col_mask[:, None] & k_mask, other=0.0)
+                a = tl.load(a_at + k0, mask=(row < rows)[:, None] & k_mask, other=0.0)
+                b = tl.load(b_at + k0, mask=(col < width)[:, None] & k_mask, other=0.0)
                 acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
 
-        if bias is not None:
-            acc += tl.load(bias + col, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-        if ACTIVATION == "gelu":
-            acc = common.gelu(acc)
-        elif ACTIVATION == "gelu_tanh":
-            acc = common.gelu_tanh(acc)
-        added = None
-        if residual is not None:
-            at = common.row_offsets(row, inner, residual_outer, residual_inner)
-            added = residual + at[:, None] + col[None, :]
-        acc = common.add_residual(
-            acc, added, gamma, keep, row, col, row_mask, col_mask, rows_per_sample
-        )
-        if TMA:
-            out.store([m0, n0], acc.to(out.dtype))
+        if EPILOGUES == 2:
+            left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+            _epilogue(
+                left,
+                bias,
+                residual,
+                gamma,
+                keep,
+                out,
+                m0,
+                n0,
+                rows,
+                width,
+                inner,
+                residual_outer,
+                residual_inner,
+                rows_per_sample,
+                ACTIVATION,
+                TMA,
+            )
+            _epilogue(
+                right,
+                bias,
+                residual,
+                gamma,
+                keep,
+                out,
+                m0,
+                n0 + BLOCK_N // 2,
+                rows,
+                width,
+                inner,
+                residual_outer,
+                residual_inner,
+                rows_per_sample,
+                ACTIVATION,
+                TMA,
+            )
         else:
-            at = row.to(tl.int64)[:, None] * width + col[None, :]
-            mask = row_mask[:, None] & col_mask[None, :]
-            tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
+            _epilogue(
+                acc,
+                bias,
+                residual,
+                gamma,
+                keep,
+                out,
+                m0,
+                n0,
+                rows,
+                width,
+                inner,
+                residual_outer,
+                residual_inner,
+                rows_per_sample,
+                ACTIVATION,
+                TMA,
+            )
