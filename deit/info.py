@@ -1,0 +1,202 @@
+"""What is installed here and what runs: `deit info`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from deit.kernels import dispatch, native, ops
+
+PACKAGES = ("fused-deit", "torch", "triton", "torchvision", "timm", "transformers", "numpy")
+# The extensions that kernels here or in PyTorch make use of, as Linux spells them.
+CPU_FLAGS = (
+    "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni",
+    "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "amx_tile", "asimd", "bf16", "sve",
+)  # fmt: skip
+
+
+def collect() -> dict[str, Any]:
+    """Versions, devices, libraries and operators as plain data (JSON types only).
+
+    versions: package -> version or None. cpu, gpus: the devices. libraries: kind ->
+    `native.status`. operators: operator -> device -> {"auto": implementation,
+    "reasons": {implementation: [why not, ...]}}; no reasons means that it runs there, on
+    whatever inputs its own limits allow (`deit.kernels.explain` tells for given ones).
+    """
+    gpus = _gpus()
+    return {
+        "versions": _versions(),
+        "cpu": _cpu(),
+        "gpus": gpus,
+        "libraries": {kind: native.status(kind) for kind in native.LIBRARIES},
+        "operators": {
+            name: {device: _operator(name, device) for device in _devices(gpus)}
+            for name in ops.SCHEMAS
+        },
+    }
+
+
+def info() -> None:
+    """Print `collect()` for people."""
+    print_report(collect(), Console())
+
+
+def report() -> str:
+    """What `info` prints, as plain text of 100 columns."""
+    console = Console(width=100, no_color=True)
+    with console.capture() as capture:
+        print_report(collect(), console)
+    return capture.get()
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    versions["torch"] = torch.__version__
+    versions["CUDA runtime (torch's)"] = torch.version.cuda
+    versions["platform"] = platform.platform()
+    return versions
+
+
+def _cpu() -> dict[str, Any]:
+    model, flags = platform.processor() or platform.machine(), []
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        fields = {}
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+        model = fields.get("model name", model)
+        present = (fields.get("flags") or fields.get("Features") or "").split()
+        flags = [flag for flag in CPU_FLAGS if flag in present]
+    return {
+        "model": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_sets": flags,
+        "pytorch_uses": torch.backends.cpu.get_cpu_capability(),
+        "library_uses": None if native.why_not("cpu") else native.cpu_isa(),
+    }
+
+
+def _gpus() -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "multiprocessors": properties.multi_processor_count,
+            }
+        )
+    return found
+
+
+def _devices(gpus: list[dict[str, Any]]) -> list[str]:
+    return ["cpu", *(f"cuda:{index}" for index in range(len(gpus)))]
+
+
+def _operator(name: str, device: str) -> dict[str, Any]:
+    kind, _, number = device.partition(":")
+    index = int(number) if number else None
+    reasons: dict[str, list[str]] = {}
+    for implementation in dispatch.IMPLEMENTATIONS:
+        if implementation == "reference":
+            reasons[implementation] = []
+            continue
+        why_not = list(dispatch.environment(implementation, kind, index))
+        if name not in ops.KERNELS[implementation]:
+            why_not.append(f"it has no {name} kernel")
+        reasons[implementation] = why_not
+    measured = dispatch.measured_here(kind, index).get(name, ())
+    auto = next((m for m in measured if not reasons[m]), "reference")
+    return {"auto": auto, "reasons": reasons}
+
+
+def print_report(data: dict[str, Any], console: Console) -> None:
+    """Print what `collect` returned."""
+    table = Table("what", "version", title="Versions", title_justify="left")
+    for name, version in data["versions"].items():
+        table.add_row(name, version or "not installed")
+    console.print(table)
+    _print_devices(data, console)
+    for kind, library in data["libraries"].items():
+        _print_library(kind, library, console)
+    for device in _devices(data["gpus"]):
+        _print_operators(device, data["operators"], console)
+
+
+def _print_devices(data: dict[str, Any], console: Console) -> None:
+    cpu = data["cpu"]
+    console.print(f"[bold]CPU[/bold] {escape(cpu['model'])}: {cpu['cores']} cores, "
+                  f"{cpu['threads']} threads in use", highlight=False)  # fmt: skip
+    console.print(
+        f"  instruction sets: {' '.join(cpu['instruction_sets']) or 'unknown'}; PyTorch uses "
+        f"{cpu['pytorch_uses']}, the C++ library {cpu['library_uses'] or 'is not usable'}",
+        highlight=False,
+    )
+    if not data["gpus"]:
+        console.print("[bold]GPU[/bold] none visible to torch")
+    for index, gpu in enumerate(data["gpus"]):
+        console.print(
+            f"[bold]GPU {index}[/bold] {escape(gpu['name'])}: compute capability "
+            f"{gpu['capability']}, {gpu['memory_gib']} GiB, {gpu['multiprocessors']} "
+            "multiprocessors",
+            highlight=False,
+        )
+
+
+def _print_library(kind: str, library: dict[str, Any], console: Console) -> None:
+    state = "[green]usable[/green]" if library["usable"] else "[yellow]not usable[/yellow]"
+    console.print(f"[bold]{kind} library[/bold] {state}", highlight=False)
+    for reason in library["reasons"]:
+        console.print(f"  {escape(reason)}", highlight=False)
+    built = library["built"]
+    if library["path"] and built and built.get("built"):
+        console.print(f"  {escape(library['path'])}", highlight=False, soft_wrap=True)
+        console.print(
+            f"  built {library['time']} against torch {built['torch']} by "
+            f"{escape(built['compiler'])}, for {', '.join(built['architectures'])}",
+            highlight=False,
+        )
+    if library["stale"]:
+        console.print(f"  [yellow]stale: csrc/ has changed since; {escape(native.AGAIN)}[/yellow]")
+
+
+def _print_operators(device: str, operators: dict[str, Any], console: Console) -> None:
+    """One row an operator, and each reason once below: they repeat from operator to operator."""
+    names = [name for name in dispatch.IMPLEMENTATIONS if name != "reference"]
+    table = Table(title=f"Operators on {device}", title_justify="left")
+    for column in ("operator", "auto runs", "reference", *names):
+        table.add_column(column)
+    notes: list[str] = []
+    for operator, devices in operators.items():
+        entry, cells = devices[device], []
+        for name in names:
+            marks = []
+            for reason in entry["reasons"][name]:
+                text = f"{name}: {reason}" if not reason.startswith("it has no") else ""
+                if text and text not in notes:
+                    notes.append(text)
+                marks.append(f"no ({notes.index(text) + 1})" if text else "no kernel")
+            cells.append(marks[-1] if marks else "yes")
+        table.add_row(operator, entry["auto"], "yes", *cells)
+    console.print(table)
+    for number, note in enumerate(notes, 1):
+        console.print(f"  ({number}) {escape(note)}", highlight=False)
