@@ -1,0 +1,200 @@
+"""How far our logits are from timm's, transformers' and torchvision's on the same weights.
+
+    python bench/parity.py                 # a table of all eight published DeiTs
+    python bench/parity.py --json out.json
+
+Each reference network gets random weights that give logits of about unit scale (fresh ones give
+logits near zero, which any two networks share), `deit.load` reads them, and both see the same
+images, in fp32 on the CPU. The bound is 2e-5: fp32 rounding through 12 blocks.
+"""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from json import dumps
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+import deit
+
+BOUND = 2e-5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: the largest absolute difference of the logits, and their deviation."""
+
+    network: str
+    reference: str
+    delta: float
+    logit_std: float
+
+
+def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Fill every parameter, in place, so that activations and logits are of unit scale.
+
+    Matrices get variance 1/fan_in; LayerNorms, biases, tokens and positions get what is neither
+    0 nor 1, so that one exchanged or left out shows. Returns the network in evaluation mode.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.normal_(generator=generator)
+            if parameter.dim() in (2, 4):
+                parameter.mul_(parameter[0].numel() ** -0.5)
+            else:
+                parameter.mul_(0.1)
+            if name.endswith("weight") and parameter.dim() == 1:
+                parameter.add_(1.0)
+    return network.eval()
+
+
+def build(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """`make`'s network with `randomise`d weights; its own initialisation is skipped."""
+    with torch.device("meta"):
+        network = make()
+    buffers = [name for name, _ in network.named_buffers()]
+    if buffers:
+        raise RuntimeError(f"buffers that random weights would not fill: {buffers}")
+    return randomise(network.to_empty(device="cpu"), seed)
+
+
+def images_for(settings: deit.Config, seed: int = 1) -> Tensor:
+    """One normalised random image, [1, 3, size, size]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, 3, settings.img_size, settings.img_size, generator=generator)
+
+
+def compare(label: str, reference: str, theirs: Tensor, ours: nn.Module, images: Tensor) -> Row:
+    """The row of two networks' logits on `images`."""
+    with torch.inference_mode():
+        logits = ours(images)
+    delta = (logits - theirs).abs().max().item()
+    return Row(label, reference, delta, theirs.std().item())
+
+
+def against_timm(name: str) -> Row:
+    """Our network against timm's of the same name, by timm's way of joining the heads."""
+    import timm
+
+    settings = deit.config(name)
+    network = build(lambda: timm.create_model(name))
+    images = images_for(settings)
+    with torch.inference_mode():
+        theirs = network(images)
+    ours = deit.load(network.state_dict(), name, test_head="logit-mean")
+    return compare(name, "timm", theirs, ours, images)
+
+
+def transformers_network(kind: str, settings: deit.Config, **changes: object) -> nn.Module:
+    """A transformers network of class `kind`, in `settings`' shape, with random weights."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    family = transformers.ViTConfig if kind.startswith("ViT") else transformers.DeiTConfig
+    config = family(
+        hidden_size=settings.embed_dim,
+        num_hidden_layers=settings.depth,
+        num_attention_heads=settings.num_heads,
+        intermediate_size=settings.mlp_ratio * settings.embed_dim,
+        image_size=settings.img_size,
+        num_labels=settings.num_classes,
+        **changes,
+    )
+    return build(lambda: getattr(transformers, kind)(config))
+
+
+def against_transformers(name: str, kind: str | None = None) -> Iterator[Row]:
+    """Against transformers' network, its keys as in memory and as in a saved folder."""
+    settings = deit.config(name)
+    reference = "transformers" if kind is None else "transformers, class head only"
+    if kind is None:
+        distilled, plain = "DeiTForImageClassificationWithTeacher", "ViTForImageClassification"
+        kind = distilled if settings.distilled else plain
+    network = transformers_network(kind, settings)
+    images = images_for(settings)
+    with torch.inference_mode():
+        theirs = network(images).logits
+    # DeiTForImageClassification has the distillation token and no classifier for it
+    test_head = "class" if kind == "DeiTForImageClassification" else "logit-mean"
+    ours = deit.load(network.state_dict(), test_head=test_head)
+    yield compare(name, f"{reference}, keys in memory", theirs, ours, images)
+    with tempfile.TemporaryDirectory() as folder:
+        network.save_pretrained(folder)
+        ours = deit.load(folder, test_head=test_head)
+    yield compare(name, f"{reference}, keys on disk", theirs, ours, images)
+
+
+def against_torchvision(name: str) -> Row:
+    """Against torchvision's vit_b_16 or vit_l_16."""
+    import torchvision
+
+    network = build(getattr(torchvision.models, name))
+    ours = deit.load(network.state_dict())
+    images = images_for(ours.config)
+    with torch.inference_mode():
+        theirs = network(images)
+    return compare(name, "torchvision", theirs, ours, images)
+
+
+def rows() -> Iterator[Row]:
+    """All comparisons, each as it is made."""
+    for name in deit.PUBLISHED:
+        yield against_timm(name)
+        yield from against_transformers(name)
+    yield from against_transformers(
+        "deit_tiny_distilled_patch16_224", kind="DeiTForImageClassification"
+    )
+    yield against_torchvision("vit_b_16")
+    yield against_torchvision("vit_l_16")
+
+
+def versions() -> dict[str, str]:
+    """What was compared with what."""
+    import timm
+    import torchvision
+    import transformers
+
+    modules = (deit, torch, timm, transformers, torchvision)
+    return {module.__name__: module.__version__ for module in modules}
+
+
+def main(json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None) -> int:
+    """Print the table of all networks; 1 if a difference is over the bound.
+
+    Args:
+        json: also write the rows to this file.
+    """
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    console = Console()
+    total = 3 * len(deit.PUBLISHED) + 4
+    found = list(track(rows(), "comparing", total, console=Console(stderr=True), transient=True))
+    table = Table("network", "reference", "max |Δ|", "logit std", title="Parity in fp32")
+    for column in table.columns:
+        column.no_wrap = True
+    for row in found:
+        table.add_row(row.network, row.reference, f"{row.delta:.1e}", f"{row.logit_std:.2f}")
+    console.print(table)
+    worst = max(row.delta for row in found)
+    used = versions()
+    listed = ", ".join(f"{name} {version}" for name, version in used.items())
+    console.print(f"largest: {worst:.1e}, bound {BOUND:.0e}; {listed}", highlight=False)
+    if json is not None:
+        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        record = {"date": date, "bound": BOUND, "versions": used, "rows": list(map(asdict, found))}
+        json.write_text(dumps(record, indent=2) + "\n", encoding="utf-8")
+    return 0 if worst <= BOUND else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(tyro.cli(main))
