@@ -1,0 +1,202 @@
+"""The device that is measured: its name, its own matrix-product peak, its memory."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import ctypes.util
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import Clock
+
+GIB = 1 << 30
+
+
+def resolve(name: str) -> torch.device:
+    """ "auto" (the GPU where there is one), "cpu", "cuda" or "cuda:1" as a device that exists.
+
+    Raises ValueError for any other name, and for a GPU that torch does not see.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N; got {name!r}")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ValueError(f"device: torch sees {count} CUDA devices here; got {name!r}")
+        device = torch.device("cuda", device.index or 0)
+    return device
+
+
+def cpu_model() -> str:
+    """The processor's name as the system gives it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What a reader must know of the machine and the software to repeat a figure."""
+    import timm
+
+    try:
+        import triton
+    except ImportError:
+        triton = None
+    facts: dict[str, Any] = {
+        "device": cpu_model(),
+        "driver": None,
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__ if triton else None,
+        "timm": timm.__version__,
+    }
+    if device.type == "cuda":
+        facts["device"] = torch.cuda.get_device_name(device)
+        facts["driver"] = gpu_query(device, "driver_version")
+    return facts
+
+
+def gpu_query(device: torch.device, fields: str) -> str | None:
+    """nvidia-smi's answer on `fields` for this GPU; None where there is no nvidia-smi."""
+    if device.type != "cuda" or not shutil.which("nvidia-smi"):
+        return None
+    # By UUID: nvidia-smi counts all GPUs, torch those left by CUDA_VISIBLE_DEVICES.
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    answer = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", uuid],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+class Peak:
+    """The device's own matrix-product speed at one dtype, the best seen in this run.
+
+    The product is square, 8192 a side on a GPU and 2048 on a CPU (where it takes 0.1 s on two
+    cores and is within a few per cent of larger ones); smaller where one product would take
+    more than two seconds.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.clock = Clock(device)
+        self.dtype = dtype
+        self.size = 8192 if device.type == "cuda" else 2048
+        self.flops_per_s = 0.0
+
+    def measure(self, seconds: float = 1.0) -> float:
+        """Repeat the product for about `seconds`; returns and keeps the best FLOP/s so far."""
+        if not self.flops_per_s:
+            while self.size > 256 and self._best(self.size // 4, 5) * 64 > 2.0:
+                self.size //= 2
+        end = time.perf_counter() + seconds
+        while True:
+            self.flops_per_s = max(self.flops_per_s, 2 * self.size**3 / self._best(self.size, 3))
+            if time.perf_counter() > end:
+                return self.flops_per_s
+
+    def _best(self, size: int, calls: int) -> float:
+        """The shortest of a few products of this size, in seconds."""
+        a, b = (torch.randn(size, size, device=self.clock.device).to(self.dtype) for _ in range(2))
+        return min(self.clock.time(lambda: a @ b) for _ in range(calls))
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{self.flops_per_s / 1e12:.3g} TFLOP/s ({self.size}³, {kind})"
+
+
+MEMORY_IS = {
+    "cuda": "model, and the most that torch's allocator held above the resting level in one step",
+    "cpu": "model, and the rise of the process's resident set above the resting level in one step",
+}
+
+
+def available_bytes(device: torch.device) -> float:
+    """Memory that can still be allocated without swapping or being killed."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(free + cached)
+    found = [float("inf")]
+    with contextlib.suppress(OSError):
+        match = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        found += [int(match[1]) * 1024.0] if match else []
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit; "max" for none
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        found.append(float(limit - int(Path("/sys/fs/cgroup/memory.current").read_text())))
+    return max(min(found), 0.0)
+
+
+def step_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """The most memory that one call of `step` takes above the resting level, in bytes.
+
+    On a GPU torch's allocator counts it. On Linux it is the growth of the resident set's
+    high-water mark, reset through /proc/self/clear_refs, after freed memory was given back to
+    the system; elsewhere the growth of ru_maxrss, a lower bound once a larger step has run.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        resting = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return max(0, torch.cuda.max_memory_allocated(device) - resting)
+    _give_back_freed_memory()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        resting = _status("VmRSS")
+        step()
+        return max(0, _status("VmHWM") - resting)
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        step()
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+
+
+def _status(field: str) -> int:
+    match = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    if match is None:
+        raise OSError(f"/proc/self/status has no {field}")
+    return int(match[1]) * 1024
+
+
+def _give_back_freed_memory() -> None:
+    """glibc keeps freed blocks resident; a step that reuses them would look free."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(ctypes.util.find_library("c")).malloc_trim(0)
+
+
+def graph_pool_bytes(device: torch.device) -> int:
+    """What CUDA graphs keep in pools of their own, which a step's own peak does not show."""
+    if device.type != "cuda":
+        return 0
+    segments = torch.cuda.memory_snapshot()
+    return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) != (0, 0))

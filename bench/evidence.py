@@ -1,0 +1,147 @@
+"""Evidence rows: what was measured, where, by which sources, and whether that still holds.
+
+A results file is a JSON array of rows, one a contender. A row whose kernels have changed since
+is stale, and whoever prints it says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SCHEMA = 1
+
+_TEXT, _NUMBER = (str,), (int, float)
+# Field -> the types it may have. Everything is present in every row; None where it does not
+# apply (no GPU driver on a CPU, no kernels of ours in a convnet).
+FIELDS: dict[str, tuple[type, ...]] = {
+    "schema": (int,),
+    "date": _TEXT,  # UTC, ISO 8601
+    "command": _TEXT,
+    "protocol": _TEXT,  # "modern" or "deit2021"
+    "mode": _TEXT,  # "inference" or "training"
+    "network": _TEXT,
+    "contender": _TEXT,  # "fused", "eager", "compiled", ... with the memory format
+    "img_size": (int,),
+    "batch": (int,),
+    "batch_asked": (int,),
+    "dtype": _TEXT,
+    "tf32": (bool,),
+    "device": _TEXT,
+    "driver": (str, type(None)),
+    "gpu_state": (str, type(None)),  # clocks, power, temperature just after timing
+    "cpu": _TEXT,
+    "cores": (int,),
+    "threads": (int,),
+    "cpu_capability": _TEXT,
+    "python": _TEXT,
+    "torch": _TEXT,
+    "cuda": (str, type(None)),
+    "triton": (str, type(None)),
+    "timm": _TEXT,
+    "n": (int,),  # timed samples (rounds)
+    "calls_per_sample": (int,),
+    "img_per_s": _NUMBER,  # median
+    "img_per_s_low": _NUMBER,  # first quartile
+    "img_per_s_high": _NUMBER,  # third quartile
+    "img_per_s_mean": _NUMBER,  # of the mean seconds, as the paper reports
+    "seconds": (list,),  # every sample: seconds a batch, in the rounds' order
+    "gflop_per_image": _NUMBER,  # two a multiply-add; training counted as three forwards
+    "gflop_per_s": _NUMBER,
+    "peak_gflop_per_s": _NUMBER,  # this device's matrix product, measured in the same run
+    "peak_size": (int,),
+    "memory_bytes": (int, type(None)),
+    "warmup_seconds": _NUMBER,
+    "compile_seconds": (int, float, type(None)),
+    "logits_error": (int, float, type(None)),  # relative L2 distance from the wider dtype
+    "tried": (dict,),  # other variants of this network -> img/s, or why it was not tried
+    "operators": (dict, type(None)),  # operator -> implementation, for the fused contender
+    "kernels_sha256": (str, type(None)),
+    "quoted_top1": (int, float, type(None)),
+    "quoted_v100_img_per_s": (int, float, type(None)),
+    "quoted_source": (str, type(None)),
+    "photographs": (dict, type(None)),
+}
+
+
+def sources(root: Path = ROOT) -> list[Path]:
+    """The files that decide what the kernels compute and how fast, sorted.
+
+    Raises ValueError where there are none: a hash of nothing would never go stale.
+    """
+    found = sorted(
+        path
+        for folder, pattern in (("kernels", "*.py"), ("csrc", "*"))
+        for path in (root / folder).rglob(pattern)
+        if path.is_file() and path.suffix not in (".so", ".o", ".pyc", ".md")
+    )
+    if not found:
+        raise ValueError(f"root: expected a tree with kernels/ and csrc/; got {root}")
+    return found
+
+
+def kernels_sha256(root: Path = ROOT) -> str:
+    """SHA-256 over the name and the bytes of every kernel source."""
+    total = hashlib.sha256()
+    for path in sources(root):
+        content = path.read_bytes()
+        total.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
+        total.update(content)
+    return total.hexdigest()
+
+
+def is_stale(row: dict[str, Any], root: Path = ROOT) -> bool:
+    """Have the kernels that this row measured changed since? Never for rows without kernels."""
+    recorded = row["kernels_sha256"]
+    return recorded is not None and recorded != kernels_sha256(root)
+
+
+def check(row: dict[str, Any]) -> None:
+    """Raises ValueError naming every field that is missing, unknown or of the wrong type."""
+    wrong = [f"{name} is missing" for name in FIELDS if name not in row]
+    wrong += [f"{name} is unknown" for name in row if name not in FIELDS]
+    for name, types in FIELDS.items():
+        value = row.get(name)
+        if name in row and not isinstance(value, types):
+            wrong.append(f"{name} is {type(value).__name__}, not {types[0].__name__}")
+        elif isinstance(value, bool) and bool not in types:
+            wrong.append(f"{name} is bool, not {types[0].__name__}")
+    if wrong:
+        raise ValueError("row: " + "; ".join(wrong))
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """The command as it can be repeated: paths reduced to their last part."""
+    shown = []
+    for argument in arguments:
+        name, equals, value = argument.rpartition("=")
+        shown.append(name + equals + (Path(value).name if "/" in value else value))
+    return "python bench/throughput.py " + " ".join(shown)
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Check the rows and write them; the folder is made where it is missing."""
+    for row in rows:
+        check(row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(list(rows), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """The rows of several results files, checked; errors name the file."""
+    rows = []
+    for path in paths:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, list):
+                raise ValueError(f"expected a JSON array of rows; got {type(found).__name__}")
+            for row in found:
+                check(row)
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}") from error
+        rows += found
+    return rows

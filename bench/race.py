@@ -1,0 +1,360 @@
+"""One comparison from start to end: build, check, fit, warm up, compile, time in rounds.
+
+Everything apart from the rounds (building, checking, compiling, warming up, choosing among a
+convnet's variants) happens before them and is reported apart.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import contenders as field_of
+import devices
+import planning
+import torch
+from contenders import Contender, Network, Oracle, WrongOutputs
+from progress import Progress, human
+from timing import Clock, interleave, spread
+from torch import Tensor
+
+RESERVE = 12.0  # seconds of a budget kept for the second peak, the report and the exit
+COMPILE_SHARE = 0.45  # of a budget: seven compilations took 140 s of 540 s on two cores
+LEAST_COMPILE = 8.0  # seconds; DeiT-B alone takes 8 s on two idle cores
+FIRST_RESULT = 150.0  # seconds from the start within which a preliminary figure is printed
+TRIAL_CALLS = 3  # to choose among a convnet's variants: one to warm up, two timed
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compare and under what terms; `budget` and `seconds` None for no limit."""
+
+    networks: Sequence[Network]
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+    impl: str = "auto"
+    train: bool = False
+    protocol: str = "modern"
+    compile: bool = True
+    compile_mode: str = "default"
+    seconds: float | None = None
+    budget: float | None = None
+    keep: float = 0.0  # seconds of the budget that what follows the rounds will take
+
+    @property
+    def rounds(self) -> int:
+        return 30 if self.protocol == "deit2021" else planning.ROUNDS
+
+
+class Inputs:
+    """Random images, regenerated apart from timing and rotated: never zeros, never cached ones."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        # Four of a GPU's batches exceed its L2 cache; a CPU's batch does so alone.
+        self.count = 4 if device.type == "cuda" else 2
+        self.pools: dict[tuple[int, int], list[Tensor]] = {}
+
+    def get(self, contender: Contender, batch: int, turn: int = 0) -> Tensor:
+        """A batch for this contender, in its memory format."""
+        shape = (batch, contender.network.img_size)
+        if shape not in self.pools:
+            self.pools[shape] = [self._fresh(*shape) for _ in range(self.count)]
+        return contender.to_layout(self.pools[shape][turn % self.count])
+
+    def refresh(self, turn: int) -> None:
+        """New values in the batch that `turn` will use."""
+        for pool in self.pools.values():
+            pool[turn % self.count].normal_()
+
+    def forget(self) -> None:
+        """Free all batches."""
+        self.pools.clear()
+
+    def _fresh(self, batch: int, size: int) -> Tensor:
+        return torch.randn(batch, 3, size, size, device=self.device, dtype=self.dtype)
+
+
+@dataclass
+class Entry:
+    """One network in the race: its eager model, the check, and the variants still in."""
+
+    network: Network
+    base: Contender
+    oracle: Oracle | None
+    gradient: Tensor | None
+    variants: list[Contender] = field(default_factory=list)
+
+
+class Race:
+    """Runs a comparison; afterwards `finalists` hold samples of the same rounds."""
+
+    def __init__(self, settings: Settings, progress: Progress) -> None:
+        self.settings, self.progress = settings, progress
+        self.clock = Clock(settings.device)
+        input_dtype = torch.float32 if settings.train else settings.dtype
+        self.inputs = Inputs(settings.device, input_dtype)
+        self.peak = devices.Peak(settings.device, settings.dtype)
+        self.entries: list[Entry] = []
+        self.finalists: list[Contender] = []
+        self.batch = settings.batch
+        self.notes: list[str] = []  # what was shortened, refused or left out, and why
+        self.refused = False  # some contender computed something else
+
+    # What is left -------------------------------------------------------------------------
+
+    def left(self) -> float:
+        """Seconds of the budget that the race may still use."""
+        if self.settings.budget is None:
+            return math.inf
+        return self.settings.budget - self.progress.elapsed() - RESERVE - self.settings.keep
+
+    def note(self, message: str) -> None:
+        """A message that is printed now and again beneath the results."""
+        self.notes.append(message)
+        self.progress.say(message)
+
+    def refuse(self, error: WrongOutputs) -> None:
+        """A contender is out, with a message, and the run's exit status will say so."""
+        self.refused = True
+        self.note(str(error))
+
+    # Building and checking ----------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Build every network, check fused against eager, and probe speed and memory."""
+        for network in self.settings.networks:
+            self.progress.doing(f"building and checking {network.label}")
+            try:
+                self.entries.append(self._entry(network))
+            except WrongOutputs as error:
+                self.refuse(error)
+
+    def _entry(self, network: Network) -> Entry:
+        s = self.settings
+        base = field_of.eager(network, s.device, s.dtype, s.train)
+        probe = self.inputs.get(base, min(s.batch, 4))
+        entry = Entry(network, base, None, None, [base])
+        if s.train:
+            entry.gradient = field_of.gradients(base, probe, s.dtype)
+        else:
+            entry.oracle = Oracle(base, probe)
+            base.logits_error = entry.oracle.eager_error
+        others = []
+        if network.config:
+            others.append(field_of.fused(base, s.impl, s.train))
+        elif s.protocol == "modern":
+            others.append(field_of.in_channels_last(base))
+        for contender in [base, *others]:
+            contender._step = field_of.make_step(contender, s.dtype, s.train)
+            try:
+                if contender is not base:
+                    self.check(entry, contender, probe)
+                    entry.variants.append(contender)
+            except WrongOutputs as error:
+                self.refuse(error)
+        for contender in entry.variants:
+            self._probe(contender)
+        self.inputs.forget()
+        return entry
+
+    def check(self, entry: Entry, contender: Contender, images: Tensor) -> None:
+        """Raise WrongOutputs where `contender` does not compute what the eager model does."""
+        images = contender.to_layout(images)
+        if self.settings.train:
+            found = field_of.gradients(contender, images, self.settings.dtype)
+            assert entry.gradient is not None
+            field_of.verify_gradients(contender, found, entry.gradient, self.settings.dtype)
+            return
+        # A compiled model sees another batch than the probe's, with an oracle of its own.
+        oracle = entry.oracle
+        if oracle is None or contender.how == "compiled":
+            oracle = Oracle(entry.base, images)
+        contender.logits_error = oracle.verify(contender, self.call(contender, images))
+
+    def call(self, contender: Contender, images: Tensor) -> Tensor:
+        """One step of a contender on a batch: its logits, or in training its loss."""
+        assert contender._step is not None
+        return contender._step(images)
+
+    def _probe(self, contender: Contender) -> None:
+        """Seconds and bytes an image at a small batch, for planning only."""
+        batch = min(self.settings.batch, 4)
+        images = self.inputs.get(contender, batch)
+        self.call(contender, images)
+        taken = devices.step_bytes(lambda: self.call(contender, images), self.settings.device)
+        contender.image_bytes = taken / batch + images[0].nbytes * self.inputs.count
+        self._measure(contender, images)
+
+    def _measure(self, contender: Contender, images: Tensor, calls: int = 1) -> float:
+        seconds = self.clock.time(lambda: self.call(contender, images), calls)
+        contender.image_seconds = seconds / len(images)
+        return seconds
+
+    # Fitting ------------------------------------------------------------------------------
+
+    def choose_batch(self) -> None:
+        """Shorten the batch, for all alike, to what memory and the budget allow."""
+        s = self.settings
+        if s.device.type == "cpu":
+            need = max((v.image_bytes for e in self.entries for v in e.variants), default=0.0)
+            free = devices.available_bytes(s.device)
+            fits = planning.batch_for_memory(self.batch, need, free)
+            if fits < self.batch:
+                self.batch = fits
+                self.note(
+                    f"asked for batch {s.batch}; {free / 1e9:.1f} GB are free and an image takes "
+                    f"{need / 1e6:.0f} MB: batch {fits}"
+                )
+        if s.budget is not None:
+            self._fit_budget(s.budget)
+
+    def _fit_budget(self, budget: float) -> None:
+        s = self.settings
+        rounds = s.rounds if s.protocol == "deit2021" else planning.LEAST_ROUNDS
+        deits = [v for e in self.entries if e.network.config for v in e.variants]
+        work = [v.image_seconds * (rounds + 2 + planning.PRELIMINARY_ROUNDS) for v in deits]
+        compiles = s.compile and s.protocol == "modern"
+        if compiles:
+            work += [e.base.image_seconds * (rounds + 2) for e in self.entries if e.network.config]
+        trials = TRIAL_CALLS * (4 if compiles else 2) if s.protocol == "modern" else 0
+        for entry in self.entries:
+            if not entry.network.config:
+                work.append(entry.base.image_seconds * (rounds + 2 + trials))
+        share = self.left() * (1 - COMPILE_SHARE if compiles else 0.9)
+        fits = planning.batch_for_time(self.batch, work, 1, share)
+        first = max(FIRST_RESULT - self.progress.elapsed(), 10.0)
+        pair = [v.image_seconds for v in deits]
+        calls = planning.PRELIMINARY_ROUNDS + 2
+        fits = planning.batch_for_time(fits, pair, calls, first)
+        if fits < self.batch:
+            asked = human(sum(work) * self.batch)
+            self.note(
+                f"asked for batch {s.batch}; measured at batch {fits}, because the runs at "
+                f"{self.batch} would take about {asked} and the budget is {human(budget)}"
+            )
+            self.batch = fits
+
+    # Warming up and the first result --------------------------------------------------------
+
+    def warm_up(self) -> None:
+        """Run every variant at the batch; where it does not fit, halve it for all."""
+        if self.settings.protocol == "deit2021" and self.settings.device.type == "cuda":
+            for entry in self.entries:
+                for contender in entry.variants:
+                    self._largest(contender)
+            return
+        order = sorted(self.entries, key=lambda e: e.network.config is None)
+        deits = [v for e in order if e.network.config for v in e.variants]
+        self.batch, _ = planning.halve_until_it_fits(
+            self.batch, lambda batch: self._warm_all(deits, batch), self.note
+        )
+        self._preliminary(deits)
+        rest = [v for e in order for v in e.variants if v not in deits]
+        batch, _ = planning.halve_until_it_fits(
+            self.batch, lambda batch: self._warm_all(rest, batch), self.note
+        )
+        if batch < self.batch:
+            self.batch = batch
+            self._warm_all(deits, batch)
+
+    def _warm_all(self, contenders: Sequence[Contender], batch: int) -> None:
+        self.inputs.forget()
+        for contender in contenders:
+            self.progress.doing(f"warming up {contender.label}", f"batch {batch}")
+            self.warm(contender, batch)
+
+    def warm(self, contender: Contender, batch: int) -> None:
+        """First calls at the batch that is timed, with the memory of one of them."""
+        start = time.perf_counter()
+        device = self.settings.device
+        images = self.inputs.get(contender, batch)
+        pools = devices.graph_pool_bytes(device)
+        self.call(contender, images)
+        above = devices.step_bytes(lambda: self.call(contender, images), device)
+        above += max(0, devices.graph_pool_bytes(device) - pools)
+        contender.memory_bytes = contender.parameter_bytes + above
+        if device.type == "cuda":
+            while time.perf_counter() - start < 0.5:  # clocks rise, algorithms are chosen
+                self._measure(contender, images)
+            self._measure(contender, images)
+        contender.batch = batch
+        contender.warmup_seconds = time.perf_counter() - start
+
+    def _largest(self, contender: Contender) -> None:
+        def attempt(batch: int) -> None:
+            self.inputs.forget()
+            torch.cuda.empty_cache()
+            self.progress.doing(f"largest batch of {contender.label}", f"{batch}")
+            self.warm(contender, batch)
+
+        self._warm_all([contender], planning.largest_that_fits(attempt))
+
+    def _preliminary(self, deits: Sequence[Contender]) -> None:
+        """A first figure early: a few interleaved rounds of the DeiTs' eager and fused forms."""
+        if self.settings.budget is None:
+            return
+        samples = self.rounds(deits, planning.PRELIMINARY_ROUNDS, [1] * len(deits), "preliminary")
+        speeds = []
+        for contender, taken in zip(deits, samples, strict=True):
+            median = spread(taken).median
+            contender.image_seconds = median / self.batch
+            speeds.append(f"{contender.label} {self.batch / median:.4g} img/s")
+        what = f"preliminary, {planning.PRELIMINARY_ROUNDS} rounds at batch {self.batch}: "
+        self.progress.announce(what + ", ".join(speeds))
+
+    # Rounds ---------------------------------------------------------------------------------
+
+    def final(self) -> None:
+        """The rounds that are reported: all finalists interleaved."""
+        s = self.settings
+        self.progress.doing("measuring the device's matrix-product peak")
+        self.peak.measure()
+        times = [c.image_seconds * c.batch for c in self.finalists]
+        if s.protocol == "deit2021":
+            cost = sum(times)
+            affordable = int(self.left() / cost) if math.isfinite(self.left()) else s.rounds
+            plan = planning.Rounds(max(1, min(s.rounds, affordable)), (1,) * len(times), cost)
+        else:
+            seconds = s.seconds or (5.0 if s.device.type == "cuda" else 40.0)
+            plan = planning.plan_rounds(times, seconds, self.left())
+        samples = self.rounds(self.finalists, plan.rounds, plan.calls, "timing")
+        for contender, taken, calls in zip(self.finalists, samples, plan.calls, strict=True):
+            contender.samples, contender.calls = taken, calls
+        done = len(samples[0])
+        if s.protocol == "deit2021" and done < s.rounds:
+            self.note(f"the protocol's 30 runs were cut to {done} by the budget")
+        self.peak.measure()
+
+    def rounds(
+        self, contenders: Sequence[Contender], rounds: int, calls: Sequence[int], what: str
+    ) -> list[list[float]]:
+        """Seconds a batch, in interleaved rounds; fewer than asked where the budget runs out.
+
+        `calls[i]` consecutive calls make a sample of contender i; `what` names the step.
+        """
+        began = time.perf_counter()
+
+        def sample(contender: Contender, count: int, turn: int) -> float:
+            images = self.inputs.get(contender, contender.batch, turn)
+            if self.settings.device.type == "cuda":
+                self.call(contender, images)  # clocks and caches as this contender leaves them
+            return self._measure(contender, images, count)
+
+        def enough(done: int) -> bool:
+            each = (time.perf_counter() - began) / done
+            if what == "timing":
+                self.progress.left(min(each * (rounds - done), self.left()) + RESERVE)
+            self.progress.doing(f"{what} {len(contenders)} contenders", f"round {done} of {rounds}")
+            # Quartiles want three rounds, unless the run is about to overrun its budget badly.
+            return self.left() < each and (done >= 3 or self.left() < -2 * RESERVE)
+
+        steps = [
+            lambda turn, c=contender, n=count: sample(c, n, turn)
+            for contender, count in zip(contenders, calls, strict=True)
+        ]
+        self.progress.doing(f"{what} {len(contenders)} contenders", f"{rounds} rounds")
+        return interleave(steps, rounds, before=self.inputs.refresh, enough=enough)

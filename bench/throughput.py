@@ -1,0 +1,198 @@
+"""Images/s of fused DeiTs beside the same models eager and compiled, and beside convnets.
+
+    python bench/throughput.py --arch deit_b --bs 256
+
+What is compared runs in one process, interleaved in rounds, after its logits were checked. On a
+CPU the run is fitted into a time budget and says what it shortened.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import compiling
+import contenders as field_of
+import devices
+import evidence
+import photos
+import report
+import table5
+import torch
+import tyro
+from contenders import Network
+from progress import Progress, process_start
+from race import Race, Settings
+from selection import Selection
+
+CPU_BUDGET = 540.0
+TABLE5_DEITS = ("deit_ti", "deit_s", "deit_b", "deit_b_384")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure images/s: a DeiT fused, eager and compiled, and the convnets it competes with."""
+
+    arch: str = "deit_b"
+    """A DeiT by any of its names, or `all` for those of the paper's Table 5."""
+    against: tuple[str, ...] = ()
+    """Convnets of Table 5 by name, or `all`, or `none`. Not given: of each family the one nearest
+    in quoted speed."""
+    bs: int = 256
+    """Images in a batch; shortened, with a message, where memory or the budget demand it."""
+    img_size: int | None = None
+    """Pixels of the DeiT's images, a multiple of 16; convnets keep the paper's sizes."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU. In training, the dtype of autocast."""
+    impl: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
+    """Which implementation of the fused operators runs, wherever it has a kernel."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto for a GPU where there is one."""
+    seconds: float | None = None
+    """Timed seconds for each contender. Not given: 5 on a GPU; on a CPU up to 40, as the budget
+    allows."""
+    budget: float | None = None
+    """Seconds that the whole run may take, counted from its start; 0 for no limit. Not given:
+    540 on a CPU, no limit on a GPU."""
+    train: bool = False
+    """Time training steps (forward, loss, backward, AdamW) instead of inference."""
+    protocol: Literal["modern", "deit2021"] = "modern"
+    """deit2021: fp32 with TF32 off, eager, the largest batch that fits, the mean of 30 runs."""
+    compile: bool = True
+    """Also run what torch.compile makes of each network."""
+    compile_mode: Literal["auto", "default", "reduce-overhead", "max-autotune"] = "auto"
+    """auto: max-autotune on a GPU, default on a CPU."""
+    images: Path | None = None
+    """A folder of photographs: report the loader, the model, and both end to end on them."""
+    json: Path | None = None
+    """Write one evidence row a contender into this file."""
+    threads: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """CPU threads. Not given: torch's choice."""
+
+
+def positive(options: Options) -> None:
+    """Raises ValueError for a number that is not positive."""
+    for name in ("bs", "img_size", "seconds", "threads"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}: expected a positive number; got {value}")
+    if options.budget is not None and not options.budget >= 0:
+        raise ValueError(f"budget: expected seconds, or 0 for no limit; got {options.budget}")
+
+
+def networks(options: Options) -> list[Network]:
+    """The DeiTs asked for, then the convnets; ValueError for unknown names."""
+    names = TABLE5_DEITS if options.arch == "all" else (options.arch,)
+    deits = [field_of.deit_network(name, options.img_size) for name in names]
+    if options.arch == "all":  # with --img-size two of them may be the same
+        deits = list({network.label: network for network in deits}.values())
+    asked = [name for each in options.against for name in each.split(",") if name]
+    if not asked:
+        asked = list(dict.fromkeys(n for each in deits for n in field_of.neighbours(each)))
+    elif asked == ["all"]:
+        asked = list(table5.CONVNETS)
+    elif asked == ["none"]:
+        asked = []
+    known = dict.fromkeys(table5.convnet(name).model for name in asked)
+    return deits + [field_of.convnet(name) for name in known]
+
+
+def settle(options: Options) -> Settings:
+    """The options as terms of a race; ValueError for what cannot be had."""
+    positive(options)
+    if options.train and options.images:
+        raise ValueError("images: photographs are for inference; leave out --train")
+    device = devices.resolve(options.device)
+    paper = options.protocol == "deit2021"
+    if paper and options.dtype not in ("auto", "fp32"):
+        raise ValueError(f"dtype: protocol deit2021 is fp32; got {options.dtype}")
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = "bf16" if device.type == "cuda" and not paper else "fp32"
+    mode = options.compile_mode
+    if mode == "auto":
+        mode = "max-autotune" if device.type == "cuda" else "default"
+    budget = options.budget
+    if budget is None:
+        budget = CPU_BUDGET if device.type == "cpu" else 0.0
+    return Settings(
+        networks=networks(options),
+        batch=options.bs,
+        dtype=report.DTYPES[dtype],
+        device=device,
+        impl=options.impl,
+        train=options.train,
+        protocol=options.protocol,
+        compile=options.compile,
+        compile_mode=mode,
+        seconds=options.seconds,
+        budget=budget or None,
+        keep=0.2 * budget if options.images else 0.0,
+    )
+
+
+def measure(
+    settings: Settings, paths: Sequence[Path], progress: Progress
+) -> tuple[Race, dict[str, photos.Photographs]]:
+    """Everything up to the report: the race, and each DeiT's photographs by its label."""
+    progress.left(settings.budget, at_most=True)
+    race = Race(settings, progress)
+    race.prepare()
+    if race.entries:
+        race.choose_batch()
+        race.warm_up()
+        Selection(race).run()
+        race.final()
+    found = {
+        network.label: photos.measure(race, pair, paths)
+        for network in settings.networks
+        if paths and (pair := pair_of(race, network))
+    }
+    return race, found
+
+
+def pair_of(race: Race, network: Network) -> list[field_of.Contender]:
+    """The fused and the eager finalist of a DeiT; nothing for a convnet."""
+    return [
+        c for c in race.finalists if c.network is network and network.config and c.how != "compiled"
+    ]
+
+
+def main(arguments: Sequence[str] | None = None, start: float | None = None) -> int:
+    """Command line; `start` is the perf_counter() from which a budget counts, None for now.
+
+    Exit status: 0; 1 where a contender was refused for wrong outputs; 2 for bad input, with one
+    line that says what was expected.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = tyro.cli(Options, args=arguments, description=__doc__)
+    compiling.quiet_loggers()
+    progress = Progress(time.perf_counter() if start is None else start)
+    with progress:
+        progress.doing("preparing")
+        try:
+            settings = settle(options)
+            paths = photos.folder(options.images) if options.images else []
+        except ValueError as error:
+            progress.doing("")
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32; every table states it
+        torch.backends.cudnn.allow_tf32 = False
+        race, photographs = measure(settings, paths, progress)
+    if race.finalists:
+        facts = devices.describe(settings.device)
+        report.show(race, facts, photographs)
+        if options.json:
+            evidence.write(options.json, report.rows(race, facts, arguments, photographs))
+    return 1 if race.refused or not race.finalists else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(start=process_start()))  # importing torch counts, too
