@@ -30,7 +30,7 @@ class Info:
     def run(self) -> int:
         from deit.info import info
 
-        print(info())
+        info()
         return 0
 
 

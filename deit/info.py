@@ -124,8 +124,8 @@ def _operator(name: str, device: str) -> dict[str, Any]:
         if name not in ops.KERNELS[implementation]:
             why_not.append(f"it has no {name} kernel")
         reasons[implementation] = why_not
-    measured = dispatch.measured_here(kind, index).get(name, ())
-    auto = next((m for m in measured if not reasons[m]), "reference")
+    candidates = dispatch.measured(name, kind, index)
+    auto = next((c for c in candidates if not reasons[c]), "reference")
     return {"auto": auto, "reasons": reasons}
 
 
@@ -163,7 +163,7 @@ def _print_devices(data: dict[str, Any], console: Console) -> None:
 
 
 def _print_library(kind: str, library: dict[str, Any], console: Console) -> None:
-    state = "[green]usable[/green]" if library["usable"] else "[yellow]not usable[/yellow]"
+    state = "[green]built, loads[/green]" if library["usable"] else "[yellow]cannot be used[/yellow]"
     console.print(f"[bold]{kind} library[/bold] {state}", highlight=False)
     for reason in library["reasons"]:
         console.print(f"  {escape(reason)}", highlight=False)
