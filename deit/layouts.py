@@ -226,7 +226,7 @@ def infer(converted: Converted, saved: Config | None = None) -> Config:
         depth=len(blocks),
         distilled=distilled,
         img_size=side * patch,
-        num_classes=base.num_classes if head is None else head.shape[0],
+        num_classes=base.num_classes if head is None or head.dim() != 2 else head.shape[0],
         patch_size=patch,
         in_chans=channels,
         eps=saved.eps if saved else converted.layout.eps,

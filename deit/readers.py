@@ -95,15 +95,17 @@ def _read_pickle(path: Path) -> object:
     except Exception as error:
         # Damaged bytes surface as RuntimeError, EOFError, UnpicklingError, KeyError, ... alike.
         # torch's own message advises weights_only=False, which this one must not repeat.
-        named = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
-        if named and "Weights only load failed" in str(error):
+        text = str(error)
+        if named := re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", text):
             raise ValueError(
                 f"{path}: refused, its pickle asks for {named[1]}, and weights need tensors and "
                 "plain containers only; nothing in it was run"
             ) from None
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else "no details"
+        detail = re.search(r"WeightsUnpickler error:\s*(.+)", text)
+        reason = detail[1] if detail else next(iter(text.splitlines()), "no details")
         raise ValueError(
-            f"{path}: damaged or not a PyTorch file ({type(error).__name__}: {first_line[:200]})"
+            f"{path}: damaged or not a PyTorch file of plain weights "
+            f"({type(error).__name__}: {reason.strip()[:200]})"
         ) from None
 
 
