@@ -1,5 +1,10 @@
 """The fused operators of DeiT: `from deit.kernels import attention, gelu_mlp`."""
 
+if __name__ == "kernels":  # found from the repository's root instead of the PyPI package
+    from deit.kernels import shadow
+
+    shadow.hand_over(__name__, __path__)
+
 from deit.kernels.attention import attention
 from deit.kernels.dispatch import Explanation, explain
 from deit.kernels.gelu_mlp import gelu_mlp

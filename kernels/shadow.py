@@ -1,0 +1,34 @@
+"""Gives the import name `kernels` back to the PyPI package that owns it.
+
+With the repository's root on sys.path (`python -m ...` or `python -c ...` run there), `import
+kernels` finds this folder first, and transformers 5.x imports names from the PyPI package
+without asking again: DeiT models would not import. So the folder, imported under that name,
+loads the other package in its own place.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def hand_over(name: str, own_folder: Iterable[str]) -> None:
+    """Load the package `name` from further down sys.path and put it into sys.modules.
+
+    Raises ImportError, naming both packages, where there is no other one.
+    """
+    own = {Path(folder).resolve() for folder in own_folder}
+    elsewhere = [path for path in sys.path if (Path(path) / name).resolve() not in own]
+    spec = importlib.machinery.PathFinder.find_spec(name, elsewhere)
+    if spec is None or spec.loader is None:
+        raise ImportError(
+            f"the folder {name}/ of fused-deit is imported as deit.kernels; `import {name}` means "
+            f"the PyPI package {name!r}, which is not installed",
+            name=name,
+        )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # before it runs: it imports its own submodules by this name
+    spec.loader.exec_module(module)
