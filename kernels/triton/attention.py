@@ -1,10 +1,10 @@
 """Self-attention on the packed qkv projection, read where the projection wrote it.
 
-Two kernels. Up to `one_block_keys` keys (197 and 198 tokens pad to 256), K and V of one head
-stay on chip, every score of a query is there at once, and softmax needs no rescaling. Above,
-softmax is online (arXiv 1805.02867; the tiling of arXiv 2205.14135). Scores, softmax and sums are
-fp32; the probabilities are rounded to qkv's dtype for the second product, as PyTorch's fused
-kernels do. A query with no key left (all scores -inf) gives zeros, as PyTorch's.
+Two kernels. On Hopper and later up to 256 keys (197 and 198 tokens pad to that), K and V of one
+head stay on chip, every score of a query is there at once, and softmax needs no rescaling.
+Elsewhere softmax is online (arXiv 1805.02867; the tiling of arXiv 2205.14135). Scores, softmax
+and sums are fp32; the probabilities are rounded to qkv's dtype for the second product, as
+PyTorch's fused kernels do. A query with no key left (all scores -inf) gives zeros, as PyTorch's.
 """
 
 from __future__ import annotations
@@ -52,16 +52,14 @@ def plan(
     out = torch.empty((batch, tokens, channels // 3), dtype=qkv.dtype, device=qkv.device)
     if out.numel() == 0:
         return out, None
-    config = config or configs.attention(common.architecture(qkv), qkv.dtype, head_dim)
     qkv = common.last_contiguous(qkv)
-    if not common.describable(qkv):
-        config = config.without_tma()
-    online = tokens > config.one_block_keys
-    block_n = config.block_n if online else max(16, triton.next_power_of_2(tokens))
+    config = config or configs.attention(
+        common.architecture(qkv), qkv.dtype, head_dim, tokens, common.describable(qkv)
+    )
     query_blocks = triton.cdiv(tokens, config.block_m)
     arguments = {
         "q_source": _source(qkv, config.block_m, head_dim, config.tma),
-        "kv_source": _source(qkv, block_n, head_dim, config.tma),
+        "kv_source": _source(qkv, config.block_n, head_dim, config.tma),
         "key_bias": key_bias,
         "out": out,
         "tokens": tokens,
@@ -73,11 +71,11 @@ def plan(
         "scale": scale * _LOG2_E.value,
         "HEAD_DIM": head_dim,
         "BLOCK_M": config.block_m,
-        "BLOCK_N": block_n,
+        "BLOCK_N": config.block_n,
         "TMA": config.tma,
         "PRECISION": common.precision(qkv.dtype),
     }
-    if online:
+    if config.online:
         kernel, programs = _online_kernel, query_blocks
     else:
         # A program takes every query of its head, unless that leaves multiprocessors idle.

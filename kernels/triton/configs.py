@@ -23,6 +23,9 @@ SHARED_MEMORY = {
     120: 99 * 1024,
 }
 
+# Up to this many keys are held at once: 197 and 198 tokens pad to 256.
+ONE_BLOCK_KEYS = 256
+
 
 def family(major: int, minor: int) -> int:
     """The key of SHARED_MEMORY whose configurations serve compute capability major.minor."""
@@ -47,21 +50,16 @@ class LayerNormConfig:
 class AttentionConfig:
     """block_m queries meet block_n keys at a time.
 
-    one_block_keys: up to this many keys, all keys are held at once and softmax is plain; above
-        it, softmax is online. block_n is the online form's.
+    online: softmax rescales as blocks of keys pass; else block_n holds every key.
     tma: read qkv by tensor descriptors where its strides and address allow them.
     """
 
     block_m: int
     block_n: int
-    one_block_keys: int
+    online: bool
     tma: bool
     num_warps: int
     num_stages: int
-
-    def without_tma(self) -> AttentionConfig:
-        """For inputs no descriptor can take: rare, so the form that never spills, online."""
-        return replace(self, tma=False, one_block_keys=0) if self.tma else self
 
 
 @dataclass(frozen=True)
@@ -114,14 +112,31 @@ def layer_norm(arch: int, dtype: torch.dtype, dim: int) -> LayerNormConfig:
     return LayerNormConfig(rows=max(1, min(16, num_warps * 32 * 32 // padded)), num_warps=num_warps)
 
 
-def attention(arch: int, dtype: torch.dtype, head_dim: int) -> AttentionConfig:
+def attention(
+    arch: int, dtype: torch.dtype, head_dim: int, tokens: int, tma: bool = True
+) -> AttentionConfig:
+    """`tma`: whether the input's strides and address suit a descriptor.
+
+    All keys of one head at once need a matrix unit that reads them from shared memory (wgmma,
+    tcgen05). With mma.sync they sit in registers and 64 x 256 scores spill 100 to 450 bytes, as
+    they do on Hopper without tensor copies.
+    """
     if dtype == torch.float32:
-        # IEEE products run on the plain cores, operands in registers: larger tiles spill.
-        return AttentionConfig(32, 32, 0, tma=False, num_warps=4, num_stages=2)
-    if arch in (90, 100):
-        # 64 queries x 256 keys of fp32 scores are 128 registers a thread in one warpgroup.
-        return AttentionConfig(64, 64, 256, tma=True, num_warps=4, num_stages=3)
-    return AttentionConfig(64, 64, 256, tma=False, num_warps=8, num_stages=2)
+        # IEEE products run on the plain cores, operands in registers: 64 x 64 spills.
+        block_m, warps = (64, 8) if head_dim <= 64 else (16, 4)
+        return AttentionConfig(block_m, 32, True, tma=False, num_warps=warps, num_stages=2)
+    if arch not in (90, 100) or not tma:
+        # 128 channels: fewer keys at a time, or the operands spill 8 to 56 bytes.
+        block_m, block_n, warps = (64, 64, 4) if head_dim <= 64 else (128, 32, 8)
+        return AttentionConfig(block_m, block_n, True, tma=False, num_warps=warps, num_stages=3)
+    stages = 3 if head_dim <= 64 else 2
+    if tokens <= ONE_BLOCK_KEYS:
+        # 64 x 256 fp32 scores are 128 registers a thread in 4 warps: fits on Hopper (252 in
+        # all, two blocks a multiprocessor), spills 200 bytes on Blackwell, which takes 8.
+        block_n = max(16, 1 << (tokens - 1).bit_length())
+        warps = 4 if arch == 90 else 8
+        return AttentionConfig(64, block_n, False, tma=True, num_warps=warps, num_stages=stages)
+    return AttentionConfig(128, 64, True, tma=True, num_warps=8, num_stages=stages)
 
 
 def linear(arch: int, dtype: torch.dtype, width: int, depth: int) -> LinearConfig:
