@@ -1,17 +1,17 @@
 """The fused operators of DeiT: `from deit.kernels import attention, gelu_mlp`."""
 
 if __name__ == "kernels":  # found from the repository's root instead of the PyPI package
-    from deit.kernels import shadow
+    from .shadow import hand_over
 
-    shadow.hand_over(__name__, __path__)
-
-from deit.kernels.attention import attention
-from deit.kernels.dispatch import Explanation, explain
-from deit.kernels.gelu_mlp import gelu_mlp
-from deit.kernels.layer_norm import add_layer_norm, layer_norm
-from deit.kernels.linear import linear
-from deit.kernels.losses import cross_entropy, distillation_loss
-from deit.kernels.patch_embed import patch_embed
+    hand_over(__name__, __path__)
+else:
+    from deit.kernels.attention import attention
+    from deit.kernels.dispatch import Explanation, explain
+    from deit.kernels.gelu_mlp import gelu_mlp
+    from deit.kernels.layer_norm import add_layer_norm, layer_norm
+    from deit.kernels.linear import linear
+    from deit.kernels.losses import cross_entropy, distillation_loss
+    from deit.kernels.patch_embed import patch_embed
 
 __all__ = [
     "Explanation",
