@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -118,7 +118,7 @@ def against_transformers(name: str, kind: str | None = None) -> Iterator[Row]:
     if kind is None:
         distilled, plain = "DeiTForImageClassificationWithTeacher", "ViTForImageClassification"
         kind = distilled if settings.distilled else plain
-    network = transformers_network(kind, settings)
+    network: Any = transformers_network(kind, settings)
     images = images_for(settings)
     with torch.inference_mode():
         theirs = network(images).logits

@@ -39,7 +39,7 @@ HEADS = ("head", "head_dist")
 
 
 def load(
-    source: str | Path | Mapping[str, object],
+    source: str | os.PathLike[str] | Mapping[str, object],
     arch: str | Config | None = None,
     *,
     distilled: bool | None = None,
@@ -97,7 +97,7 @@ def load(
 
 def load_into(
     model: DeiT,
-    source: str | Path | Mapping[str, object],
+    source: str | os.PathLike[str] | Mapping[str, object],
     *,
     reset_head: bool = False,
     entry: str | None = None,
@@ -118,7 +118,7 @@ def load_into(
     return model
 
 
-def save(model: DeiT, path: str | Path) -> None:
+def save(model: DeiT, path: str | os.PathLike[str]) -> None:
     """Write the weights, and the Config as metadata, to `path`, a .safetensors file.
 
     Atomic: the file is complete on disk under its name, or not there (or as it was before).
@@ -231,8 +231,12 @@ def _target(
         )
     else:
         settings = own if arch is None else arch
-    given = {"distilled": distilled, "img_size": img_size, "num_classes": num_classes}
-    return replace(settings, **{key: value for key, value in given.items() if value is not None})
+    return replace(
+        settings,
+        distilled=settings.distilled if distilled is None else distilled,
+        img_size=settings.img_size if img_size is None else img_size,
+        num_classes=settings.num_classes if num_classes is None else num_classes,
+    )
 
 
 def _fit(

@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with DEIT_TRACEBACK=1 in the environment it stays a traceback.
     """
     command = tyro.cli(
-        Command,  # type: ignore[arg-type]
+        Command,
         prog="deit",
         description="DeiT vision transformers on fused kernels.",
         args=arguments,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,7 +42,9 @@ class Weights:
     eps: float | None = None
 
 
-def read(source: str | Path | Mapping[str, object], entry: str | None = None) -> Weights:
+def read(
+    source: str | os.PathLike[str] | Mapping[str, object], entry: str | None = None
+) -> Weights:
     """Weights from a file, a Hugging Face model folder or a state dict.
 
     `entry` picks one of several state dicts in a checkpoint; None takes "model", then
@@ -52,7 +55,7 @@ def read(source: str | Path | Mapping[str, object], entry: str | None = None) ->
     """
     if isinstance(source, Mapping):
         return Weights("state dict", choose_entry(source, entry, "state dict"))
-    if not isinstance(source, (str, Path)):
+    if not isinstance(source, (str, os.PathLike)):
         raise TypeError(
             f"source: expected a path or a state dict; got {type(source).__name__}"
             + (" (pass its state_dict())" if isinstance(source, torch.nn.Module) else "")
