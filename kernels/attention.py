@@ -26,8 +26,8 @@ def attention(
         num_heads: H; D must be a multiple of it.
         scale: factor on the scores; None for (D / H) ** -0.5.
         key_bias: [B, N], added to every query's scores: log sizes for merged tokens
-            (arXiv 2210.09461), -inf for padding. A sample whose keys are all -inf gives NaN in
-            the reference, as in PyTorch.
+            (arXiv 2210.09461), -inf for padding. A sample whose keys are all -inf gives
+            zeros, as PyTorch's scaled_dot_product_attention does.
         impl: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:

@@ -1,0 +1,138 @@
+"""A representative subset of the shipped Triton kernels, compiled for GPUs that are not here.
+
+The whole set: `python -m deit.kernels.triton.aot`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    pytest.skip("the interpreter has no compiler", allow_module_level=True)
+
+from deit.kernels.triton import aot, cases, configs
+
+# For every architecture: each kernel in bf16 with its longest epilogue, the widest tile
+# (D = 768) for its registers and shared memory, and both forms of attention.
+SUBSET = [
+    # sm_80's widest tile is that of D = 384.
+    cases.Case(
+        operator,
+        variant,
+        dtype,
+        384 if (operator, size, arch) == ("linear", 768, 80) else size,
+        arch,
+    )
+    for arch in (80, 90, 100)
+    for operator, variant, dtype, size in (
+        ("layer_norm", "plain", "bf16", 768),
+        ("add_layer_norm", "gamma keep fp32", "bf16", 192),
+        ("attention", "197 bias", "bf16", 64),
+        ("attention", "577", "fp16", 64),
+        ("linear", "gelu", "bf16", 768),
+        ("linear", "fp32 residual", "bf16", 768),
+        ("linear", "residual gamma keep", "fp16", 192),
+        ("linear", "gelu", "fp32", 192),
+        ("gelu_mlp", "residual gamma keep", "bf16", 192),
+    )
+    if (operator, arch) != ("gelu_mlp", 80)
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """What compiles here is really compiled, and leaves nothing behind."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+
+
+def _name(case: cases.Case) -> str:
+    return f"sm_{case.arch}-{case.operator}-{case.size}-{case.dtype}-{case.variant}"
+
+
+@pytest.mark.parametrize("case", SUBSET, ids=_name)
+def test_compiles_without_fault(case):
+    result = aot.compile_case(case)
+    assert result.faults == []
+    assert result.registers > 0
+
+
+def test_subset_is_part_of_the_whole():
+    assert set(SUBSET) <= set(cases.all_cases())
+
+
+def test_every_shipped_configuration_is_a_case():
+    """Each (operator, architecture, dtype) has a case, and linear one for each tile width."""
+    found = {(c.operator, c.arch, c.dtype) for c in cases.all_cases()}
+    for arch in cases.ARCHITECTURES:
+        for dtype in cases.DTYPES:
+            for operator in ("layer_norm", "add_layer_norm", "attention", "linear"):
+                assert (operator, arch, dtype) in found
+            single = configs.gelu_mlp(arch, cases.DTYPES[dtype], 192) is not None
+            assert (("gelu_mlp", arch, dtype) in found) == single
+    tiles = {
+        configs.linear(90, cases.DTYPES["bf16"], c.size, c.size).block_n
+        for c in cases.all_cases((90,), ("bf16",))
+        if c.operator == "linear"
+    }
+    assert tiles == {64, 128, 256}
+
+
+def test_a_spill_is_found():
+    """Four warps cannot hold a 128 x 256 accumulator and its epilogue."""
+    case = cases.Case("linear", "fp32 residual", "bf16", 768, 90)
+    launch = dataclasses.replace(case.build(), num_warps=4)
+    with aot.target(90):
+        registers, spills = aot.resource_usage(launch.compile().asm["cubin"])
+    assert registers == 255
+    assert spills > 0
+
+
+def test_faults_are_named():
+    result = aot.Result(
+        case=cases.Case("linear", "bias", "bf16", 192, 90),
+        kernel="k",
+        registers=255,
+        spills=16,
+        shared=configs.SHARED_MEMORY[90] + 1,
+        instructions=("mma.sync",),
+    )
+    text = " ".join(result.faults)
+    for part in ("spills 16 bytes", "shared memory", "no wgmma", "no cp.async.bulk.tensor"):
+        assert part in text
+    assert "FAULT" in aot.row(result)
+
+
+def test_a_kernel_that_does_not_compile_is_a_fault(monkeypatch):
+    case = cases.Case("linear", "bias", "bf16", 192, 90)
+    launch = case.build()
+    launch.arguments["BLOCK_M"] = 96  # not a power of two
+    monkeypatch.setattr(cases.Case, "build", lambda self: launch)
+    assert "does not compile" in aot.compile_case(case).faults[0]
+
+
+def test_command_line_reports_and_exits_with_zero():
+    done = subprocess.run(
+        [sys.executable, "-m", "deit.kernels.triton.aot", "--arch", "90", "--dtype", "bf16",
+         "--operator", "gelu_mlp", "--jobs", "1"],
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 compiled, 0 with a fault" in done.stdout
+    assert "wgmma, cp.async.bulk.tensor" in done.stdout
+
+
+def test_importing_and_planning_touch_no_device():
+    code = (
+        "import torch\n"
+        "from deit.kernels.triton import aot, cases\n"
+        "[case.build() for case in cases.all_cases((90,), ('bf16',))]\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
