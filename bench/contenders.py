@@ -128,10 +128,11 @@ class Contender:
     def label(self) -> str:
         return f"{self.network.label} {self.variant}"
 
-    @property
-    def parameter_bytes(self) -> int:
-        tensors = [*self.module.parameters(), *self.module.buffers()]
-        return sum(t.numel() * t.element_size() for t in tensors)
+    def resident_bytes(self, train: bool) -> int:
+        """Weights and buffers; in training also the gradients and AdamW's two moments."""
+        weights = sum(t.numel() * t.element_size() for t in self.module.parameters())
+        buffers = sum(t.numel() * t.element_size() for t in self.module.buffers())
+        return weights * (4 if train else 1) + buffers
 
     def to_layout(self, images: Tensor) -> Tensor:
         """The images in this contender's memory format; apart from timing."""
@@ -273,9 +274,11 @@ class Oracle:
 
 
 def verify_gradients(
-    contender: Contender, found: Tensor, expected: Tensor, dtype: torch.dtype
+    contender: Contender, base: Contender, images: Tensor, dtype: torch.dtype
 ) -> float:
-    """The distance of two gradient vectors; WrongOutputs beyond the dtype's tolerance."""
+    """The distance of two contenders' gradients; WrongOutputs beyond the dtype's tolerance."""
+    expected = gradients(base, images, dtype)
+    found = gradients(contender, images, dtype)
     if found.shape != expected.shape:
         raise WrongOutputs(f"{contender.label} is refused: some parameters got no gradient")
     error = distance(found, expected)

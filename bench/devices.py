@@ -133,8 +133,10 @@ class Peak:
 
 
 MEMORY_IS = {
-    "cuda": "model, and the most that torch's allocator held above the resting level in one step",
-    "cpu": "model, and the rise of the process's resident set above the resting level in one step",
+    "cuda": "the weights (in training gradients and moments too) and the most that torch's "
+    "allocator held above the resting level in one step",
+    "cpu": "the weights (in training gradients and moments too) and the rise of the process's "
+    "resident set above the resting level in one step",
 }
 
 

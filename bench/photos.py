@@ -88,10 +88,15 @@ def measure(race: Race, contenders: Sequence[Contender], paths: Sequence[Path]) 
 
 
 def _batches(race: Race, contenders: Sequence[Contender], batch: int, decode: float) -> int:
-    """Batches in a pass: as many as the budget allows, up to MOST_BATCHES."""
-    left = race.left() + race.settings.keep
-    each = ROUNDS * batch * sum(2 * c.image_seconds + 2 * decode for c in contenders)
-    return MOST_BATCHES if math.isinf(left) else max(1, min(MOST_BATCHES, int(left / each)))
+    """Batches in a pass: what --seconds and the budget allow, from 2 to MOST_BATCHES."""
+    seconds, left = race.settings.seconds, race.left() + race.settings.keep
+    wanted = float(MOST_BATCHES)
+    if seconds is not None:
+        wanted = min(wanted, seconds / (batch * max(c.image_seconds for c in contenders)))
+    if not math.isinf(left):
+        each = ROUNDS * batch * sum(2 * c.image_seconds + 2 * decode for c in contenders)
+        wanted = min(wanted, left / each)
+    return max(2, int(wanted))  # with one, decoding could not run beside the model
 
 
 def _rounds(race: Race, contenders: Sequence[Contender], loader: PhotoLoader) -> list[list[float]]:
@@ -116,10 +121,14 @@ def _rounds(race: Race, contenders: Sequence[Contender], loader: PhotoLoader) ->
         steps.append(lambda _, c=contender: model(c))
         steps.append(lambda _, c=contender: whole(c))
 
+    keep = race.settings.keep
+    began = time.perf_counter()
+
     def before(turn: int) -> None:
+        each = (time.perf_counter() - began) / max(turn, 1)
+        race.progress.left(each * (ROUNDS - turn) if turn else None)
         race.progress.doing("photographs", f"round {turn + 1} of {ROUNDS}")
 
-    keep = race.settings.keep
     return interleave(steps, ROUNDS, before=before, enough=lambda _: race.left() + keep < 0)
 
 

@@ -93,7 +93,7 @@ class Progress:
     def doing(self, step: str, detail: str = "") -> None:
         """The step now running; `detail` (a round, a count) may change without a new line."""
         self.step, self.detail = step, detail
-        if self.live:
+        if self.live or not step:
             return
         now = time.perf_counter()
         then, printed = self._printed

@@ -16,6 +16,7 @@ import devices
 import planning
 import torch
 from contenders import Contender, Network, Oracle, WrongOutputs
+from inputs import Inputs
 from progress import Progress, human
 from timing import Clock, interleave, spread
 from torch import Tensor
@@ -49,43 +50,13 @@ class Settings:
         return 30 if self.protocol == "deit2021" else planning.ROUNDS
 
 
-class Inputs:
-    """Random images, regenerated apart from timing and rotated: never zeros, never cached ones."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
-        # Four of a GPU's batches exceed its L2 cache; a CPU's batch does so alone.
-        self.count = 4 if device.type == "cuda" else 2
-        self.pools: dict[tuple[int, int], list[Tensor]] = {}
-
-    def get(self, contender: Contender, batch: int, turn: int = 0) -> Tensor:
-        """A batch for this contender, in its memory format."""
-        shape = (batch, contender.network.img_size)
-        if shape not in self.pools:
-            self.pools[shape] = [self._fresh(*shape) for _ in range(self.count)]
-        return contender.to_layout(self.pools[shape][turn % self.count])
-
-    def refresh(self, turn: int) -> None:
-        """New values in the batch that `turn` will use."""
-        for pool in self.pools.values():
-            pool[turn % self.count].normal_()
-
-    def forget(self) -> None:
-        """Free all batches."""
-        self.pools.clear()
-
-    def _fresh(self, batch: int, size: int) -> Tensor:
-        return torch.randn(batch, 3, size, size, device=self.device, dtype=self.dtype)
-
-
 @dataclass
 class Entry:
-    """One network in the race: its eager model, the check, and the variants still in."""
+    """One network in the race: its eager model, the check on its logits, the variants still in."""
 
     network: Network
     base: Contender
     oracle: Oracle | None
-    gradient: Tensor | None
     variants: list[Contender] = field(default_factory=list)
 
 
@@ -137,10 +108,8 @@ class Race:
         s = self.settings
         base = field_of.eager(network, s.device, s.dtype, s.train)
         probe = self.inputs.get(base, min(s.batch, 4))
-        entry = Entry(network, base, None, None, [base])
-        if s.train:
-            entry.gradient = field_of.gradients(base, probe, s.dtype)
-        else:
+        entry = Entry(network, base, None, [base])
+        if not s.train:
             entry.oracle = Oracle(base, probe)
             base.logits_error = entry.oracle.eager_error
         others = []
@@ -162,12 +131,13 @@ class Race:
         return entry
 
     def check(self, entry: Entry, contender: Contender, images: Tensor) -> None:
-        """Raise WrongOutputs where `contender` does not compute what the eager model does."""
+        """Raise WrongOutputs where `contender` does not compute what the eager model does.
+
+        In training their gradients are compared, so both must still have the same weights.
+        """
         images = contender.to_layout(images)
         if self.settings.train:
-            found = field_of.gradients(contender, images, self.settings.dtype)
-            assert entry.gradient is not None
-            field_of.verify_gradients(contender, found, entry.gradient, self.settings.dtype)
+            field_of.verify_gradients(contender, entry.base, images, self.settings.dtype)
             return
         # A compiled model sees another batch than the probe's, with an oracle of its own.
         oracle = entry.oracle
@@ -276,7 +246,7 @@ class Race:
         self.call(contender, images)
         above = devices.step_bytes(lambda: self.call(contender, images), device)
         above += max(0, devices.graph_pool_bytes(device) - pools)
-        contender.memory_bytes = contender.parameter_bytes + above
+        contender.memory_bytes = contender.resident_bytes(self.settings.train) + above
         if device.type == "cuda":
             while time.perf_counter() - start < 0.5:  # clocks rise, algorithms are chosen
                 self._measure(contender, images)

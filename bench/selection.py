@@ -108,11 +108,14 @@ class Selection:
         made.image_seconds = entry.base.image_seconds
         images = race.inputs.get(made, batch)
         began = time.perf_counter()
-        race.call(made, images)
-        race.clock.synchronize()
-        made.compile_seconds = time.perf_counter() - began
-        made.compile_cached = compiling.from_cache()
+        if not self.settings.train:
+            race.call(made, images)
+            race.clock.synchronize()
+            made.compile_seconds = time.perf_counter() - began
         race.check(entry, made, images)
+        if self.settings.train:  # the check compiled it: a step would have changed the weights
+            made.compile_seconds = time.perf_counter() - began
+        made.compile_cached = compiling.from_cache()
         race.warm(made, batch)
 
     def _rounds_cost(self, made: Contender, entry: Entry) -> float:
