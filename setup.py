@@ -260,13 +260,14 @@ def build_library(kind: str, target: Path, temp: Path, env: Mapping[str, str]) -
     if nvcc and torch.cuda is None:
         raise NotBuilt(f"torch {torch.version} in the build environment has no CUDA to link to")
     target.parent.mkdir(parents=True, exist_ok=True)
+    made = (temp / kind / target.name).resolve()
     started = time.monotonic()
-    text = (
-        cuda_ninja(compiler, nvcc, torch, target.resolve())
-        if nvcc
-        else cpu_ninja(compiler, torch, target.resolve())
-    )
+    text = cuda_ninja(compiler, nvcc, torch, made) if nvcc else cpu_ninja(compiler, torch, made)
     run_ninja(temp / kind, text, env)
+    # Put in place by a rename: processes that have the old library open keep it whole.
+    fresh = target.with_suffix(".new")
+    shutil.copy2(made, fresh)
+    fresh.replace(target)
     return {
         "built": True,
         "file": target.name,
@@ -287,12 +288,12 @@ def build_all(target: Path, temp: Path, env: Mapping[str, str]) -> dict[str, Any
     missing, libraries = [], {}
     for kind in build_record.KINDS:
         library = target / f"_{kind}{SUFFIX}"
-        library.unlink(missing_ok=True)  # never an old library under a new record
         try:
             if wanted == "none" or (wanted == "cpu" and kind == "cuda"):
                 raise NotBuilt(f"FUSED_DEIT_BUILD={wanted} at installation")
             libraries[kind] = build_library(kind, library, temp, env)
         except NotBuilt as error:
+            library.unlink(missing_ok=True)  # never an old library under a new record
             libraries[kind] = {"built": False, "reason": str(error)}
             if wanted == "required" or (wanted == "cpu" and kind == "cpu"):
                 missing.append(f"the {kind} library was not built: {error}")
