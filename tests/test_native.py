@@ -44,9 +44,9 @@ def parameters(channels, dtype, seed=1):
     return [oracle.make("random", (channels,), dtype, seed=seed + i) for i in range(3)]
 
 
-# 768, 384 and 192 are DeiT's widths; 100 leaves a tail of 4 in 16 lanes and of 4 in 8; 1, 3 and
-# 33 are less than a vector and one more than two; 2000 exceeds four chains of any set.
-@pytest.mark.parametrize("channels", [1, 3, 33, 100, 192, 384, 768, 2000])
+# 768 and 192 are DeiT's widths; 100 leaves a tail of 4 in 16 lanes and of 4 in 8; 1 is less than
+# a vector and 33 one more than two; 2000 is several blocks and a tail for any set.
+@pytest.mark.parametrize("channels", [1, 33, 100, 192, 768, 2000])
 @pytest.mark.parametrize("family", oracle.FAMILIES)
 def test_layer_norm(isa, family, channels):
     for dtype in DTYPES:
@@ -89,13 +89,13 @@ def test_large_mean_keeps_precision(isa):
 def test_attention(isa, tokens):
     for dtype in DTYPES:
         heads = 1 if tokens > 300 else 3
-        for family in ("random", "outlier"):
+        for family in ("random", "outlier") if tokens == 197 else ("random",):
             qkv = oracle.make(family, (2, tokens, 3 * heads * 64), dtype, seed=2)
             if family == "outlier":
                 qkv = qkv / 8  # else every softmax is one-hot and half precision exact
             bias = oracle.make("random", (2, tokens), seed=3)
             bias[:, 1::5] = -torch.inf
-            for key_bias in (None, bias, bias.to(dtype)):
+            for key_bias in (None, bias.to(dtype) if tokens % 2 else bias):
                 arguments = (qkv, heads, 0.125, key_bias)
                 oracle.check(OPS["attention"](*arguments), reference.attention, arguments)
 
