@@ -74,7 +74,7 @@ def _cpu() -> dict[str, Any]:
     model, flags = platform.processor() or platform.machine(), []
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        fields = {}
+        fields: dict[str, str] = {}
         for line in cpuinfo.read_text().splitlines():
             key, _, value = line.partition(":")
             fields.setdefault(key.strip(), value.strip())
@@ -163,7 +163,9 @@ def _print_devices(data: dict[str, Any], console: Console) -> None:
 
 
 def _print_library(kind: str, library: dict[str, Any], console: Console) -> None:
-    state = "[green]built, loads[/green]" if library["usable"] else "[yellow]cannot be used[/yellow]"
+    state = (
+        "[green]built, loads[/green]" if library["usable"] else "[yellow]cannot be used[/yellow]"
+    )
     console.print(f"[bold]{kind} library[/bold] {state}", highlight=False)
     for reason in library["reasons"]:
         console.print(f"  {escape(reason)}", highlight=False)
