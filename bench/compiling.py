@@ -40,14 +40,14 @@ def limit(seconds: float | None) -> Iterator[None]:
 
 
 def abandon() -> None:
-    """Forget a half-done compilation, and stop the compilers it left queued.
+    """After OutOfTime: stop the C++ compilers that the interrupted compilation left queued.
 
     Whatever is being compiled at this moment is waited for, so that it does not run beside what
-    is timed next.
+    is timed next. Finished compilations stay: torch._dynamo.reset() would drop those too, and
+    they would be compiled again inside the rounds.
     """
     from torch._inductor.async_compile import AsyncCompile
 
-    torch._dynamo.reset()
     pool = getattr(AsyncCompile, "pool", None)
     if pool is not None and pool.cache_info().currsize:
         pool().shutdown(wait=True, cancel_futures=True)
@@ -68,6 +68,11 @@ def from_cache() -> bool:
     """Did inductor take the last compilation from its cache on disk? Its time is then no guide."""
     counters = torch._dynamo.utils.counters["inductor"]
     return counters["fxgraph_cache_hit"] > 0 and counters["fxgraph_cache_miss"] == 0
+
+
+def graphs() -> int:
+    """How many graphs dynamo has compiled so far; more after the rounds than before is a fault."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def forget_counters() -> None:

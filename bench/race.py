@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import compiling
 import contenders as field_of
 import devices
 import planning
@@ -24,7 +25,8 @@ from torch import Tensor
 RESERVE = 12.0  # seconds of a budget kept for the second peak, the report and the exit
 COMPILE_SHARE = 0.45  # of a budget: seven compilations took 140 s of 540 s on two cores
 LEAST_COMPILE = 8.0  # seconds; DeiT-B alone takes 8 s on two idle cores
-FIRST_RESULT = 150.0  # seconds from the start within which a preliminary figure is printed
+PROBE = 2  # images, to learn speed and memory by; a first guess of what a batch will take
+FIRST_RESULT = 60.0  # seconds that the preliminary figure may take once its models are built
 TRIAL_CALLS = 3  # to choose among a convnet's variants: one to warm up, two timed
 
 
@@ -96,8 +98,18 @@ class Race:
     # Building and checking ----------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Build every network, check fused against eager, and probe speed and memory."""
-        for network in self.settings.networks:
+        """Build every network, check fused against eager, and probe speed and memory.
+
+        DeiTs come first, and with a budget a first figure of them, before any convnet is built.
+        """
+        networks = self.settings.networks
+        self._prepare([network for network in networks if network.config])
+        if self.settings.budget is not None:
+            self._preliminary([v for entry in self.entries for v in entry.variants])
+        self._prepare([network for network in networks if not network.config])
+
+    def _prepare(self, networks: Sequence[Network]) -> None:
+        for network in networks:
             self.progress.doing(f"building and checking {network.label}")
             try:
                 self.entries.append(self._entry(network))
@@ -107,7 +119,7 @@ class Race:
     def _entry(self, network: Network) -> Entry:
         s = self.settings
         base = field_of.eager(network, s.device, s.dtype, s.train)
-        probe = self.inputs.get(base, min(s.batch, 4))
+        probe = self.inputs.get(base, min(s.batch, PROBE))
         entry = Entry(network, base, None, [base])
         if not s.train:
             entry.oracle = Oracle(base, probe)
@@ -152,7 +164,7 @@ class Race:
 
     def _probe(self, contender: Contender) -> None:
         """Seconds and bytes an image at a small batch, for planning only."""
-        batch = min(self.settings.batch, 4)
+        batch = min(self.settings.batch, PROBE)
         images = self.inputs.get(contender, batch)
         self.call(contender, images)
         taken = devices.step_bytes(lambda: self.call(contender, images), self.settings.device)
@@ -169,24 +181,29 @@ class Race:
     def choose_batch(self) -> None:
         """Shorten the batch, for all alike, to what memory and the budget allow."""
         s = self.settings
-        if s.device.type == "cpu":
-            need = max((v.image_bytes for e in self.entries for v in e.variants), default=0.0)
-            free = devices.available_bytes(s.device)
-            fits = planning.batch_for_memory(self.batch, need, free)
-            if fits < self.batch:
-                self.batch = fits
-                self.note(
-                    f"asked for batch {s.batch}; {free / 1e9:.1f} GB are free and an image takes "
-                    f"{need / 1e6:.0f} MB: batch {fits}"
-                )
+        need, free, fits = self._fit_memory([v for e in self.entries for v in e.variants])
+        if fits < self.batch:
+            self.batch = fits
+            self.note(
+                f"asked for batch {s.batch}; {free / 1e9:.1f} GB are free and an image takes "
+                f"{need / 1e6:.0f} MB: batch {fits}"
+            )
         if s.budget is not None:
             self._fit_budget(s.budget)
+
+    def _fit_memory(self, contenders: Sequence[Contender]) -> tuple[float, float, int]:
+        """Bytes an image, bytes free, and the batch that fits; a GPU is asked by trying."""
+        need = max((c.image_bytes for c in contenders), default=0.0)
+        if self.settings.device.type != "cpu":
+            return need, math.inf, self.batch
+        free = devices.available_bytes(self.settings.device)
+        return need, free, planning.batch_for_memory(self.batch, need, free)
 
     def _fit_budget(self, budget: float) -> None:
         s = self.settings
         rounds = s.rounds if s.protocol == "deit2021" else planning.LEAST_ROUNDS
         deits = [v for e in self.entries if e.network.config for v in e.variants]
-        work = [v.image_seconds * (rounds + 2 + planning.PRELIMINARY_ROUNDS) for v in deits]
+        work = [v.image_seconds * (rounds + 2) for v in deits]
         compiles = s.compile and s.protocol == "modern"
         if compiles:
             work += [e.base.image_seconds * (rounds + 2) for e in self.entries if e.network.config]
@@ -196,10 +213,6 @@ class Race:
                 work.append(entry.base.image_seconds * (rounds + 2 + trials))
         share = self.left() * (1 - COMPILE_SHARE if compiles else 0.9)
         fits = planning.batch_for_time(self.batch, work, 1, share)
-        first = max(FIRST_RESULT - self.progress.elapsed(), 10.0)
-        pair = [v.image_seconds for v in deits]
-        calls = planning.PRELIMINARY_ROUNDS + 2
-        fits = planning.batch_for_time(fits, pair, calls, first)
         if fits < self.batch:
             asked = human(sum(work) * self.batch)
             self.note(
@@ -217,19 +230,10 @@ class Race:
                 for contender in entry.variants:
                     self._largest(contender)
             return
-        order = sorted(self.entries, key=lambda e: e.network.config is None)
-        deits = [v for e in order if e.network.config for v in e.variants]
+        everyone = [v for e in self.entries for v in e.variants]
         self.batch, _ = planning.halve_until_it_fits(
-            self.batch, lambda batch: self._warm_all(deits, batch), self.note
+            self.batch, lambda batch: self._warm_all(everyone, batch), self.note
         )
-        self._preliminary(deits)
-        rest = [v for e in order for v in e.variants if v not in deits]
-        batch, _ = planning.halve_until_it_fits(
-            self.batch, lambda batch: self._warm_all(rest, batch), self.note
-        )
-        if batch < self.batch:
-            self.batch = batch
-            self._warm_all(deits, batch)
 
     def _warm_all(self, contenders: Sequence[Contender], batch: int) -> None:
         self.inputs.forget()
@@ -265,15 +269,23 @@ class Race:
 
     def _preliminary(self, deits: Sequence[Contender]) -> None:
         """A first figure early: a few interleaved rounds of the DeiTs' eager and fused forms."""
-        if self.settings.budget is None:
+        if not deits:
             return
-        samples = self.rounds(deits, planning.PRELIMINARY_ROUNDS, [1] * len(deits), "preliminary")
+        rounds = planning.PRELIMINARY_ROUNDS
+        _, _, batch = self._fit_memory(deits)
+        seconds = [v.image_seconds for v in deits]
+        batch = planning.batch_for_time(batch, seconds, rounds + 2, min(FIRST_RESULT, self.left()))
+        batch, _ = planning.halve_until_it_fits(
+            batch, lambda batch: self._warm_all(deits, batch), self.progress.say
+        )
         speeds = []
-        for contender, taken in zip(deits, samples, strict=True):
-            median = spread(taken).median
-            contender.image_seconds = median / self.batch
-            speeds.append(f"{contender.label} {self.batch / median:.4g} img/s")
-        what = f"preliminary, {planning.PRELIMINARY_ROUNDS} rounds at batch {self.batch}: "
+        taken = self.rounds(deits, rounds, [1] * len(deits), "preliminary")
+        for contender, samples in zip(deits, taken, strict=True):
+            median = spread(samples).median
+            contender.image_seconds = median / batch
+            speeds.append(f"{contender.label} {batch / median:.4g} img/s")
+        self.inputs.forget()
+        what = f"preliminary, {rounds} rounds at batch {batch}: "
         self.progress.announce(what + ", ".join(speeds))
 
     # Rounds ---------------------------------------------------------------------------------
@@ -291,7 +303,10 @@ class Race:
         else:
             seconds = s.seconds or (5.0 if s.device.type == "cuda" else 40.0)
             plan = planning.plan_rounds(times, seconds, self.left())
+        graphs = compiling.graphs()
         samples = self.rounds(self.finalists, plan.rounds, plan.calls, "timing")
+        if compiling.graphs() != graphs:
+            self.note("something was compiled within the rounds: compiled figures are too low")
         for contender, taken, calls in zip(self.finalists, samples, plan.calls, strict=True):
             contender.samples, contender.calls = taken, calls
         done = len(samples[0])

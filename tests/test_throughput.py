@@ -376,6 +376,29 @@ def test_time_limit_interrupts() -> None:
         pass
 
 
+def test_an_abandoned_compilation_leaves_finished_ones_alone() -> None:
+    double = torch.compile(lambda x: 2 * x, backend="eager")
+    x = torch.ones(3)
+    assert torch.equal(double(x), 2 * x)
+    graphs = compiling.graphs()
+    compiling.abandon()
+    double(x)
+    assert compiling.graphs() == graphs > 0
+
+
+def test_compiled_contender_is_checked_and_times_its_compilation(tmp_path: Path) -> None:
+    run = race.Race(settings(batch=2, budget=None), progress.Progress(time.perf_counter()))
+    run.settings = settings(batch=2, budget=None, networks=[contenders.deit_network("deit_ti", 32)])
+    run.prepare()
+    run.warm_up()
+    selection.Selection(run).run()
+    assert [c.how for c in run.finalists] == ["fused", "eager", "compiled"]
+    made = run.finalists[-1]
+    assert made.compile_seconds > 0
+    assert made.logits_error < 1e-4
+    assert made.batch == 2
+
+
 def test_step_bytes_sees_a_temporary_allocation() -> None:
     size = 64 << 20
     seen = devices.step_bytes(lambda: torch.ones(size, dtype=torch.uint8), CPU)
