@@ -114,6 +114,24 @@ def rows_per_sample(tensor: Tensor) -> int:
     return math.prod(tensor.shape[1:-1])
 
 
+def contiguous(**parameters: Tensor | None) -> dict[str, Tensor | None]:
+    """Vectors as kernels read them; None stays None."""
+    return {name: None if p is None else p.contiguous() for name, p in parameters.items()}
+
+
+def epilogue_arguments(
+    x: Tensor, residual_view: Tensor | None, gamma: Tensor | None, keep: Tensor | None
+) -> dict[str, Any]:
+    """The arguments that `add_residual` and its callers need; residual from `as_rows`."""
+    outer, inner = row_strides(residual_view)
+    return contiguous(gamma=gamma, keep=keep) | {
+        "residual": residual_view,
+        "residual_outer": outer,
+        "residual_inner": inner,
+        "rows_per_sample": rows_per_sample(x),
+    }
+
+
 def describable(tensor: Tensor) -> bool:
     """Whether a tensor descriptor can be made: 16-byte address and strides, nothing empty."""
     if tensor.numel() == 0 or tensor.stride(-1) != 1 or tensor.data_ptr() % 16:

@@ -75,23 +75,16 @@ def plan(
         return None
     dtype = x.dtype if residual is None else residual.dtype
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    residual_outer, residual_inner = common.row_strides(residual_view)
     arguments = {
         "x": common.descriptor(rows, config.block_m, config.chunk),
         "w1": common.descriptor(w1, config.block_h, config.chunk),
-        "b1": None if b1 is None else b1.contiguous(),
         "w2": common.descriptor(w2, config.chunk, config.block_h),
-        "b2": None if b2 is None else b2.contiguous(),
-        "residual": residual_view,
-        "gamma": None if gamma is None else gamma.contiguous(),
-        "keep": None if keep is None else keep.contiguous(),
+        **common.contiguous(b1=b1, b2=b2),
+        **common.epilogue_arguments(x, residual_view, gamma, keep),
         "out": common.descriptor(out.view(-1, dim), config.block_m, config.chunk),
         "rows": rows.shape[0],
         "hidden": hidden,
         "inner": x_view.shape[1],
-        "residual_outer": residual_outer,
-        "residual_inner": residual_inner,
-        "rows_per_sample": common.rows_per_sample(x),
         "CHUNK": config.chunk,
         "BLOCK_M": config.block_m,
         "BLOCK_H": config.block_h,

@@ -9,6 +9,8 @@ Bytes moved are the floor: each input read once, each output written once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -67,12 +69,8 @@ def plan_layer_norm(
     dim = x.shape[-1]
     config = config or configs.layer_norm(common.architecture(x), x.dtype, dim)
     (view,) = common.as_rows(x)
-    arguments = _row_arguments(view, dim, eps, config) | {
-        "x": view,
-        "weight": weight.contiguous(),
-        "bias": None if bias is None else bias.contiguous(),
-        "out": out,
-    }
+    arguments = _row_arguments(view, dim, eps, config) | common.contiguous(weight=weight, bias=bias)
+    arguments["out"] = out
     grid = (triton.cdiv(arguments["rows"], config.rows),)
     return out, common.Launch(_layer_norm_kernel, grid, arguments, config.num_warps)
 
@@ -96,19 +94,12 @@ def plan_add_layer_norm(
     dim = x.shape[-1]
     config = config or configs.layer_norm(common.architecture(x), x.dtype, dim)
     view, residual_view = common.as_rows(x, residual)
-    residual_outer, residual_inner = common.row_strides(residual_view)
-    arguments = _row_arguments(view, dim, eps, config) | {
-        "x": view,
-        "residual": residual_view,
-        "weight": weight.contiguous(),
-        "bias": None if bias is None else bias.contiguous(),
-        "gamma": None if gamma is None else gamma.contiguous(),
-        "keep": None if keep is None else keep.contiguous(),
+    arguments = {
+        **_row_arguments(view, dim, eps, config),
+        **common.contiguous(weight=weight, bias=bias),
+        **common.epilogue_arguments(x, residual_view, gamma, keep),
         "out": out,
         "total": total,
-        "residual_outer": residual_outer,
-        "residual_inner": residual_inner,
-        "rows_per_sample": common.rows_per_sample(x),
     }
     grid = (triton.cdiv(arguments["rows"], config.rows),)
     return (out, total), common.Launch(_add_layer_norm_kernel, grid, arguments, config.num_warps)
@@ -116,9 +107,10 @@ def plan_add_layer_norm(
 
 def _row_arguments(
     view: Tensor, dim: int, eps: float, config: configs.LayerNormConfig
-) -> dict[str, object]:
+) -> dict[str, Any]:
     x_outer, x_inner = common.row_strides(view)
     return {
+        "x": view,
         "rows": view.shape[0] * view.shape[1],
         "dim": dim,
         "inner": view.shape[1],

@@ -63,17 +63,13 @@ def plan(
     if not _tma_can_take(x_view, weight, out_view):
         config = config.without_tma()
     x_outer, x_inner = common.row_strides(x_view)
-    residual_outer, residual_inner = common.row_strides(residual_view)
-    blocks = config.block_m, config.block_n, config.block_k
     x_arg, weight_arg, out_arg = _operands(x_view, weight, out_view, config)
     arguments = {
         "x": x_arg,
         "weight": weight_arg,
-        "bias": None if bias is None else bias.contiguous(),
-        "residual": residual_view,
-        "gamma": None if gamma is None else gamma.contiguous(),
-        "keep": None if keep is None else keep.contiguous(),
         "out": out_arg,
+        **common.contiguous(bias=bias),
+        **common.epilogue_arguments(x, residual_view, gamma, keep),
         "rows": outer * inner,
         "width": width,
         "depth": depth,
@@ -81,15 +77,14 @@ def plan(
         "x_outer": x_outer,
         "x_inner": x_inner,
         "weight_stride": weight.stride(0),
-        "residual_outer": residual_outer,
-        "residual_inner": residual_inner,
-        "rows_per_sample": common.rows_per_sample(x),
         "ACTIVATION": activation,
         "TMA": config.tma,
         "PRECISION": common.precision(x.dtype),
         "GROUP": config.group,
         "EPILOGUES": config.epilogues,
-        **dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=True)),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
     }
     tiles = triton.cdiv(outer * inner, config.block_m) * triton.cdiv(width, config.block_n)
     grid = (min(tiles, common.multiprocessors(x)),)
