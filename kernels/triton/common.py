@@ -79,7 +79,7 @@ def last_contiguous(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-def as_rows(*tensors: Tensor | None) -> list[Tensor | None]:
+def as_rows(*tensors: Tensor | None) -> list[Any]:
     """[..., D] tensors with the same leading axes as views [outer, inner, D], D contiguous.
 
     Where every tensor is one evenly spaced list of rows, inner is 1 (and the kernels' division
