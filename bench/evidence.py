@@ -54,6 +54,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "gflop_per_s": _NUMBER,
     "peak_gflop_per_s": _NUMBER,  # this device's matrix product, measured in the same run
     "peak_size": (int,),
+    "peak_by": _TEXT,  # "matmul" or "1x1 convolution"
     "memory_bytes": (int, type(None)),
     "warmup_seconds": _NUMBER,
     "compile_seconds": (int, float, type(None)),

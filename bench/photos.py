@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -104,7 +105,7 @@ def _rounds(race: Race, contenders: Sequence[Contender], loader: PhotoLoader) ->
     batches = len(loader)
     photographs, _ = next(iter(loader))
 
-    def whole(contender: Contender | None) -> float:
+    def whole(contender: Contender | None, turn: int) -> float:
         race.clock.synchronize()
         start = time.perf_counter()
         for images, _ in loader:
@@ -113,13 +114,12 @@ def _rounds(race: Race, contenders: Sequence[Contender], loader: PhotoLoader) ->
         race.clock.synchronize()
         return time.perf_counter() - start
 
-    def model(contender: Contender) -> float:
+    def model(contender: Contender, turn: int) -> float:
         return race.clock.time(lambda: race.call(contender, photographs), batches) * batches
 
-    steps = [lambda _: whole(None)]
+    steps = [functools.partial(whole, None)]
     for contender in contenders:
-        steps.append(lambda _, c=contender: model(c))
-        steps.append(lambda _, c=contender: whole(c))
+        steps += [functools.partial(model, contender), functools.partial(whole, contender)]
 
     keep = race.settings.keep
     began = time.perf_counter()

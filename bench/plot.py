@@ -53,7 +53,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    style = {
+    style: Any = {
         "font.size": 9,
         "font.family": "DejaVu Sans",
         "svg.hashsalt": "deit",  # the same rows give the same file

@@ -112,7 +112,7 @@ def terms(race: Race, facts: Mapping[str, Any]) -> str:
     return (
         f"{mode}, protocol {s.protocol}, {kind}{tf32}, {batch}, {rounds} interleaved rounds\n"
         f"measured on {where}\n"
-        f"torch {facts['torch']}, timm {facts['timm']}; matrix-product peak {race.peak}"
+        f"torch {facts['torch']}, timm {facts['timm']}; peak {race.peak}"
     )
 
 
@@ -207,6 +207,7 @@ def rows(
         "gpu_state": devices.gpu_query(s.device, "clocks.sm,clocks.mem,power.draw,temperature.gpu"),
         "peak_gflop_per_s": race.peak.flops_per_s / 1e9,
         "peak_size": race.peak.size,
+        "peak_by": race.peak.by,
     }
     return [common | _row(race, contender, photographs) for contender in race.finalists]
 

@@ -410,7 +410,7 @@ def test_peak_is_a_speed_at_the_dtype() -> None:
     peak = devices.Peak(CPU, torch.float32)
     peak.size = 256
     assert 1e8 < peak.measure(0.05) == peak.flops_per_s
-    assert "(256³, float32)" in str(peak)
+    assert "(256³, float32, by " in str(peak)
 
 
 def test_inputs_are_fresh_each_round_and_in_the_contenders_format() -> None:
