@@ -33,7 +33,13 @@ MEASURED: dict[str, dict[str, tuple[str, ...]]] = {
     # 5.1 / 4.8 / 4.7. layer_norm: fp32 2.2 / 2.2 / 1.9, bf16 1.6 / 1.8 / 2.0, fp16 2.0 / 1.7 / 2.1.
     # add_layer_norm: fp32 2.1 / 1.9 / 1.6, bf16 1.8 / 2.0 / 2.2, fp16 1.9 / 2.0 / 2.3. At B = 64
     # and D = 768 fp32 LayerNorm is bound by memory: 1.0.
-    "cpu": {"layer_norm": ("cpu",), "add_layer_norm": ("cpu",), "attention": ("cpu",)},
+    "cpu": {
+        "layer_norm": ("cpu",),
+        "add_layer_norm": ("cpu",),
+        "attention": ("cpu",),
+        "linear": ("cpu",),
+        "gelu_mlp": ("cpu",),
+    },
 }
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from deit.kernels import dispatch, validate
+from deit.kernels import dispatch, onednn, validate
 
 
 def gelu_mlp(
@@ -65,4 +65,12 @@ def _prepare(
     return x, w1, b1, w2, b2, residual, gamma, keep
 
 
-_GELU_MLP = dispatch.Operator("gelu_mlp", _prepare, dispatch.interpreter_limits)
+def _limits(
+    implementation: str, x: Tensor, w1: Tensor, _: Tensor | None, w2: Tensor, *__: object
+) -> list[str]:
+    if implementation == "cpu":
+        return onednn.why_not(x, w1, w2)
+    return dispatch.interpreter_limits(implementation, x)
+
+
+_GELU_MLP = dispatch.Operator("gelu_mlp", _prepare, _limits)

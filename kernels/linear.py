@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from deit.kernels import dispatch, validate
+from deit.kernels import dispatch, onednn, validate
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh")
 
@@ -68,4 +68,10 @@ def _prepare(
     return x, weight, bias, activation, residual, gamma, keep
 
 
-_LINEAR = dispatch.Operator("linear", _prepare, dispatch.interpreter_limits)
+def _limits(implementation: str, x: Tensor, weight: Tensor, *_: object) -> list[str]:
+    if implementation == "cpu":
+        return onednn.why_not(x, weight)
+    return dispatch.interpreter_limits(implementation, x)
+
+
+_LINEAR = dispatch.Operator("linear", _prepare, _limits)

@@ -53,7 +53,7 @@ NAMESPACES: dict[str, str] = {"cpu": "deit_cpu", "triton": "deit_triton", "cuda"
 # Which operators each implementation has kernels for. The two native lists are what csrc/ holds;
 # a built library that lacks one of them is reported by native.py, not discovered by a call.
 KERNELS: dict[str, frozenset[str]] = {
-    "cpu": frozenset({"layer_norm", "add_layer_norm", "attention"}),
+    "cpu": frozenset({"layer_norm", "add_layer_norm", "attention", "linear", "gelu_mlp"}),
     "triton": frozenset({"layer_norm", "add_layer_norm", "attention", "linear", "gelu_mlp"}),
     "cuda": frozenset({"layer_norm", "add_layer_norm"}),
 }
@@ -124,15 +124,21 @@ FAKES: dict[str, Callable[..., object]] = {
 }
 
 
-def _triton_launcher(name: str) -> Callable[..., object]:
-    """A stand-in that imports the operator's Triton module on its first call, not before."""
-    file = {"add_layer_norm": "layer_norm"}.get(name, name)
+# The CPU's operators that are oneDNN's products rather than kernels of csrc/cpu.
+ONEDNN = frozenset({"linear", "gelu_mlp"})
+
+
+def _launcher(module: str, name: str) -> Callable[..., object]:
+    """A stand-in that imports the operator's module on its first call, not before."""
 
     def launch(*args: object) -> object:
-        module = importlib.import_module(f"deit.kernels.triton.{file}")
-        return getattr(module, name)(*args)
+        return getattr(importlib.import_module(f"deit.kernels.{module}"), name)(*args)
 
     return launch
+
+
+def _triton_module(name: str) -> str:
+    return "triton." + {"add_layer_norm": "layer_norm"}.get(name, name)
 
 
 def _register() -> dict[str, dict[str, torch._ops.OpOverload]]:
@@ -145,7 +151,10 @@ def _register() -> dict[str, dict[str, torch._ops.OpOverload]]:
             torch.library.register_fake(qualified, FAKES[name])
             if implementation == "triton" and name in KERNELS["triton"]:
                 # The CPU key serves Triton's interpreter; dispatch refuses it otherwise.
-                torch.library.impl(qualified, ("CUDA", "CPU"))(_triton_launcher(name))
+                launch = _launcher(_triton_module(name), name)
+                torch.library.impl(qualified, ("CUDA", "CPU"))(launch)
+            elif implementation == "cpu" and name in ONEDNN:
+                torch.library.impl(qualified, "CPU")(_launcher("onednn", name))
             compiled[implementation][name] = getattr(getattr(torch.ops, namespace), name).default
     return compiled
 
