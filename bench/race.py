@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import compiling
 import contenders as field_of
 import devices
+import evidence
 import planning
 import torch
 from contenders import Contender, Network, Oracle, WrongOutputs
@@ -75,6 +76,7 @@ class Race:
         self.finalists: list[Contender] = []
         self.batch = settings.batch
         self.notes: list[str] = []  # what was shortened, refused or left out, and why
+        self.kernels_sha256 = evidence.kernels_sha256()  # now: they may be edited meanwhile
         self.refused = False  # some contender computed something else
 
     # What is left -------------------------------------------------------------------------
