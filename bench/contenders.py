@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import deit
+from deit.kernels import dispatch
 
 Step = Callable[[Tensor], Any]
 
@@ -159,10 +160,29 @@ def fused(base: Contender, impl: str, train: bool) -> Contender:
         {} if train else {id(t): t for t in (*base.module.parameters(), *base.module.buffers())}
     )
     module = copy.deepcopy(base.module, shared)
-    report = fuse(module, impl=impl)
-    made = Contender(base.network, "fused", "contiguous", module, module)
-    made.operators = dict(report.operators)
-    return made
+    fuse(module, impl=impl)
+    return Contender(base.network, "fused", "contiguous", module, module)
+
+
+def operators_in(step: Callable[[], object]) -> dict[str, str]:
+    """Operator -> the implementation that ran in one call of `step`; several joined by "and".
+
+    Watched, not predicted: the choice depends on shapes, dtypes and on whether gradients flow.
+    """
+    seen: dict[str, set[str]] = {}
+    choose = dispatch.choose
+
+    def watch(operator: dispatch.Operator, arguments: dispatch.Arguments, impl: str) -> str:
+        name = choose(operator, arguments, impl)
+        seen.setdefault(operator.name, set()).add(name)
+        return name
+
+    dispatch.choose = watch
+    try:
+        step()
+    finally:
+        dispatch.choose = choose
+    return {operator: " and ".join(sorted(names)) for operator, names in seen.items()}
 
 
 def in_channels_last(base: Contender) -> Contender:
@@ -217,6 +237,7 @@ def training_loss(contender: Contender, images: Tensor, dtype: torch.dtype) -> T
 
 def gradients(contender: Contender, images: Tensor, dtype: torch.dtype) -> Tensor:
     """All parameters' gradients as one vector, on the CPU; the module is left without them."""
+    contender.module.zero_grad(set_to_none=True)
     state = copy.deepcopy(contender.module.state_dict())  # batch norm's running statistics move
     training_loss(contender, images, dtype).backward()
     found = [p.grad.flatten().float() for p in contender.module.parameters() if p.grad is not None]

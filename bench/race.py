@@ -251,7 +251,8 @@ class Race:
         device = self.settings.device
         images = self.inputs.get(contender, batch)
         pools = devices.graph_pool_bytes(device)
-        self.call(contender, images)
+        operators = field_of.operators_in(lambda: self.call(contender, images))
+        contender.operators = operators if contender.how == "fused" else None
         above = devices.step_bytes(lambda: self.call(contender, images), device)
         above += max(0, devices.graph_pool_bytes(device) - pools)
         contender.memory_bytes = contender.resident_bytes(self.settings.train) + above

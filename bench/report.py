@@ -149,7 +149,7 @@ def _about_fused(race: Race, fused: Contender) -> list[str]:
     lines = [verdict(fused, other) for other in others]
     operators = fused.operators or {}
     ran = ", ".join(f"{operator}: {impl}" for operator, impl in operators.items())
-    return [*lines, f"{fused.label} ran {ran}"]
+    return [*lines, f"{fused.label} ran {ran or 'none of the operators'}"]
 
 
 def _footnotes(race: Race) -> str:
@@ -239,7 +239,7 @@ def _row(
         "logits_error": contender.logits_error,
         "tried": contender.tried,
         "operators": contender.operators,
-        "kernels_sha256": race.kernels_sha256 if contender.operators else None,
+        "kernels_sha256": race.kernels_sha256 if contender.how == "fused" else None,
         "quoted_top1": quoted.top1 if quoted else None,
         "quoted_v100_img_per_s": quoted.v100_img_s if quoted else None,
         "quoted_source": table5.SOURCE if quoted else None,

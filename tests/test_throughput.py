@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from deit.kernels import dispatch
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import compiling
@@ -253,6 +255,7 @@ def test_wrong_gradients_are_refused() -> None:
     base = contenders.eager(network, CPU, torch.float32, train=True)
     images = torch.randn(2, 3, 32, 32)
     good = contenders.fused(base, "auto", train=True)
+    base.module.pos_embed.grad = torch.ones_like(base.module.pos_embed)  # left by an earlier step
     assert contenders.verify_gradients(good, base, images, torch.float32) < 1e-3
     good.call = Scaled(good.module, 1.05)
     with pytest.raises(contenders.WrongOutputs, match="gradients are off"):
@@ -265,6 +268,20 @@ def test_fused_shares_weights_in_inference_and_owns_them_in_training() -> None:
     assert contenders.fused(base, "auto", train=False).module.pos_embed.data_ptr() == pointer
     assert contenders.fused(base, "auto", train=True).module.pos_embed.data_ptr() != pointer
     assert type(base.module.blocks[0]).__name__ == "Block"  # the eager model stays as it was
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_operators_are_watched_as_they_run(train: bool) -> None:
+    network = contenders.deit_network("deit_ti", 32)
+    base = contenders.eager(network, CPU, torch.float32, train=train)
+    images = torch.randn(2, 3, 32, 32)
+    assert contenders.operators_in(lambda: base.module(images)) == {}
+    made = contenders.fused(base, "auto", train=train)
+    step = contenders.make_step(made, torch.float32, train=train)
+    seen = contenders.operators_in(lambda: step(images))
+    assert {"attention", "gelu_mlp"} <= set(seen)
+    assert set(" ".join(seen.values()).split()) <= {*dispatch.IMPLEMENTATIONS, "and"}
+    assert contenders.operators_in(lambda: None) == {}  # the watch was called off
 
 
 def test_a_training_step_updates_the_weights() -> None:
