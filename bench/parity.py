@@ -23,14 +23,17 @@ import tyro
 from torch import Tensor, nn
 
 import deit
+from deit.fused_vit import fuse
 
 if TYPE_CHECKING:
+    from rich import box
     from rich.table import Table
 
 BOUND = 2e-5
 
 # Hugging Face transformers names its keys one way in memory and another on disk.
 TRANSFORMERS = ("HF in memory", "HF on disk")
+FUSED = "timm, fused"
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,8 @@ def compare(label: str, reference: str, theirs: Tensor, ours: nn.Module, images:
     return Row(label, reference, delta, theirs.std().item())
 
 
-def against_timm(name: str) -> Row:
-    """Our network against timm's of the same name, by timm's way of joining the heads."""
+def against_timm(name: str) -> Iterator[Row]:
+    """Our network, plain then fused, against timm's, by timm's way of joining the heads."""
     import timm
 
     settings = deit.config(name)
@@ -96,7 +99,9 @@ def against_timm(name: str) -> Row:
     with torch.inference_mode():
         theirs = network(images)
     ours = deit.load(network.state_dict(), name, test_head="logit-mean")
-    return compare(name, "timm", theirs, ours, images)
+    yield compare(name, "timm", theirs, ours, images)
+    fuse(ours)
+    yield compare(name, FUSED, theirs, ours, images)
 
 
 def transformers_network(kind: str, settings: deit.Config, **changes: object) -> nn.Module:
@@ -153,7 +158,7 @@ def against_torchvision(name: str) -> Row:
 def rows() -> Iterator[Row]:
     """All comparisons, each as it is made."""
     for name in deit.PUBLISHED:
-        yield against_timm(name)
+        yield from against_timm(name)
         yield from against_transformers(name)
         if name == "deit_tiny_distilled_patch16_224":
             yield from against_transformers(name, kind="DeiTForImageClassification")
@@ -173,16 +178,19 @@ def versions() -> dict[str, str]:
 
 def tabulate(found: list[Row]) -> Table:
     """One line a network, one column a reference."""
+    from rich import box
     from rich.table import Table
 
-    columns = ["timm", *TRANSFORMERS, "torchvision"]
-    table = Table(title="max |Δ| of the logits, fp32, same weights and images")
+    columns = ["timm", FUSED, *TRANSFORMERS, "torchvision"]
+    title = "max |Δ| of the logits, fp32, same weights and images"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
     table.add_column("network", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", overflow="fold")
     deltas: dict[str, dict[str, str]] = {}
     for row in found:
-        deltas.setdefault(row.network, {})[row.reference] = f"{row.delta:.1e}"
+        cell = f"{row.delta:.1e}" if row.delta else "0"
+        deltas.setdefault(row.network.replace("_patch16", ""), {})[row.reference] = cell
     for network, cells in deltas.items():
         table.add_row(network, *(cells.get(column, "") for column in columns))
     return table

@@ -28,8 +28,9 @@ def within(row):
 
 
 @pytest.mark.parametrize("name", deit.PUBLISHED)
-def test_logits_are_timms(name):
-    within(parity.against_timm(name))
+def test_logits_are_timms_plain_and_fused(name):
+    for row in parity.against_timm(name):
+        within(row)
 
 
 @pytest.mark.parametrize("name", deit.PUBLISHED)
