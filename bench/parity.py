@@ -26,7 +26,6 @@ import deit
 from deit.fused_vit import fuse
 
 if TYPE_CHECKING:
-    from rich import box
     from rich.table import Table
 
 BOUND = 2e-5

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_NO_POST_OP = ("none", [], "")
-_GELU = {"gelu": ("gelu", [], "none"), "gelu_tanh": ("gelu", [], "tanh")}
+# What the product's result passes through: its name, its numbers, its algorithm.
+PostOp = tuple[str, list[float], str]
+_NO_POST_OP: PostOp = ("none", [], "")
+_GELU: dict[str, PostOp] = {"gelu": ("gelu", [], "none"), "gelu_tanh": ("gelu", [], "tanh")}
 
 
 def why_not(x: Tensor, *weights: Tensor) -> list[str]:
