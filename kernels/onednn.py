@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Asked once: torch.compile does not trace into the question.
+_AVAILABLE = torch.backends.mkldnn.is_available()
+
 # What the product's result passes through: its name, its numbers, its algorithm.
 PostOp = tuple[str, list[float], str]
 _NO_POST_OP: PostOp = ("none", [], "")
@@ -18,7 +21,7 @@ _GELU: dict[str, PostOp] = {"gelu": ("gelu", [], "none"), "gelu_tanh": ("gelu", 
 def why_not(x: Tensor, *weights: Tensor) -> list[str]:
     """Why oneDNN cannot run a product of these; empty where it can."""
     found = []
-    if not torch.backends.mkldnn.is_available():
+    if not _AVAILABLE:
         found.append("this torch is built without oneDNN")
     if x.dtype != torch.float32:
         found.append(f"dtype {x.dtype} (fp32 only: half precision runs on oneDNN in PyTorch)")
