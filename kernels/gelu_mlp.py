@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
 
-from deit.kernels import dispatch, validate
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from deit.kernels import dispatch, ops, validate
 
 
 def gelu_mlp(
@@ -65,4 +69,58 @@ def _prepare(
     return x, w1, b1, w2, b2, residual, gamma, keep
 
 
-_GELU_MLP = dispatch.Operator("gelu_mlp", _prepare, dispatch.interpreter_limits)
+class _GeluMlp(torch.autograd.Function):
+    """Differentiates by an implementation's `gelu_mlp_fwd` and `gelu_mlp_bwd`.
+
+    The hidden layer is kept as it was before GELU, [..., M] in x's dtype.
+    """
+
+    @staticmethod
+    def forward(
+        implementation: str,
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor | None,
+        residual: Tensor | None,
+        gamma: Tensor | None,
+        keep: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        forward = ops.COMPILED[implementation]["gelu_mlp_fwd"]
+        return forward(x, w1, b1, w2, b2, residual, gamma, keep)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.implementation, x, w1, b1, w2, b2, residual, gamma, keep = inputs
+        _, hidden, affine = output
+        ctx.has = tuple(t is not None for t in (b1, b2, residual))
+        ctx.save_for_backward(x, w1, w2, hidden, affine, gamma, keep)
+        ctx.mark_non_differentiable(hidden, affine)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        backward = ops.COMPILED[ctx.implementation]["gelu_mlp_bwd"]
+        dx, dw1, db1, dw2, db2, dgamma = backward(dout, *ctx.saved_tensors)
+        has_b1, has_b2, has_residual = ctx.has
+        return (
+            None,
+            dx,
+            dw1,
+            db1 if has_b1 else None,
+            dw2,
+            db2 if has_b2 else None,
+            dout if has_residual else None,
+            None if ctx.saved_tensors[-2] is None else dgamma,
+            None,
+        )
+
+
+def _train(implementation: str, *arguments: Any) -> Tensor:
+    return _GeluMlp.apply(implementation, *arguments)[0]
+
+
+_GELU_MLP = dispatch.Operator(
+    "gelu_mlp", _prepare, dispatch.interpreter_limits, _train, {7: "keep"}
+)
