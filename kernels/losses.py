@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from deit.kernels import dispatch, validate
+from deit.kernels import dispatch, ops, validate
 
 # Table 9 and section 4 of arXiv 2012.12877: hard labels share the loss equally, eq. (3); soft
 # distillation weighs the teacher by lambda = 0.1 at tau = 3.
@@ -155,7 +158,65 @@ def _prepare_distillation(
     )
 
 
-_CROSS_ENTROPY = dispatch.Operator("cross_entropy", _prepare_ce, dispatch.no_limits)
+class _CrossEntropy(torch.autograd.Function):
+    """Differentiates by an implementation's `cross_entropy_fwd` and `cross_entropy_bwd`."""
+
+    @staticmethod
+    def forward(
+        implementation: str, logits: Tensor, target: Tensor, label_smoothing: float
+    ) -> tuple[Tensor, Tensor]:
+        return ops.COMPILED[implementation]["cross_entropy_fwd"](logits, target, label_smoothing)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.implementation, logits, target, ctx.label_smoothing = inputs
+        ctx.save_for_backward(logits, target, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        backward = ops.COMPILED[ctx.implementation]["cross_entropy_bwd"]
+        return None, backward(dloss, *ctx.saved_tensors, ctx.label_smoothing), None, None
+
+
+class _DistillationLoss(torch.autograd.Function):
+    """Differentiates by `distillation_loss_fwd` and `distillation_loss_bwd`."""
+
+    @staticmethod
+    def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return ops.COMPILED[implementation]["distillation_loss_fwd"](*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.implementation, logits, target, teacher_logits, token_logits, *ctx.options = inputs
+        ctx.save_for_backward(logits, target, teacher_logits, token_logits, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        backward = ops.COMPILED[ctx.implementation]["distillation_loss_bwd"]
+        dlogits, dtoken = backward(dloss, *ctx.saved_tensors, *ctx.options)
+        has_token = ctx.saved_tensors[3] is not None
+        return (None, dlogits, None, None, dtoken if has_token else None, *[None] * 5)
+
+
+def _train_ce(implementation: str, *arguments: Any) -> Tensor:
+    return _CrossEntropy.apply(implementation, *arguments)[0]
+
+
+def _train_distillation(implementation: str, *arguments: Any) -> Tensor:
+    return _DistillationLoss.apply(implementation, *arguments)[0]
+
+
+_CROSS_ENTROPY = dispatch.Operator(
+    "cross_entropy", _prepare_ce, dispatch.no_limits, _train_ce, {1: "target"}
+)
 _DISTILLATION_LOSS = dispatch.Operator(
-    "distillation_loss", _prepare_distillation, dispatch.no_limits
+    "distillation_loss",
+    _prepare_distillation,
+    dispatch.no_limits,
+    _train_distillation,
+    {1: "target", 2: "teacher_logits"},
 )
