@@ -114,10 +114,11 @@ class _LayerNorm(torch.autograd.Function):
         ctx.has_bias = bias is not None
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)  # or autograd fills zeros for mean and rstd
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         backward = ops.COMPILED[ctx.implementation]["layer_norm_bwd"]
         dx, dweight, dbias = backward(dout, *ctx.saved_tensors)
         return None, dx, dweight, dbias if ctx.has_bias else None, None
@@ -147,11 +148,17 @@ class _AddLayerNorm(torch.autograd.Function):
         ctx.has_bias, ctx.has_gamma = bias is not None, gamma is not None
         ctx.save_for_backward(x, total, weight, mean, rstd, gamma, keep)
         ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)  # or autograd fills zeros for mean and rstd
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor, dtotal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dout: Tensor | None, dtotal: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
         backward = ops.COMPILED[ctx.implementation]["add_layer_norm_bwd"]
+        x, total, *_ = ctx.saved_tensors
+        dout = torch.zeros_like(x) if dout is None else dout
+        dtotal = torch.zeros_like(total) if dtotal is None else dtotal
         dx, dresidual, dweight, dbias, dgamma = backward(dout, dtotal, *ctx.saved_tensors)
         return (
             None,

@@ -124,19 +124,36 @@ NAMESPACES: dict[str, str] = {"cpu": "deit_cpu", "triton": "deit_triton", "cuda"
 # a built library that lacks one of them is reported by native.py, not discovered by a call.
 KERNELS: dict[str, frozenset[str]] = {
     "cpu": frozenset({"layer_norm", "add_layer_norm", "attention"}),
-    "triton": frozenset({"layer_norm", "add_layer_norm", "attention", "linear", "gelu_mlp"}),
+    "triton": frozenset(
+        {
+            "add_layer_norm",
+            "add_layer_norm_bwd",
+            "add_layer_norm_fwd",
+            "attention",
+            "gelu_mlp",
+            "layer_norm",
+            "layer_norm_bwd",
+            "layer_norm_fwd",
+            "linear",
+        }
+    ),
     "cuda": frozenset({"layer_norm", "add_layer_norm"}),
 }
 
 
 def _triton_launcher(name: str) -> Callable[..., object]:
-    """A stand-in that imports the operator's Triton module on its first call, not before."""
+    """A stand-in that imports the operator's Triton module on its first call, not before.
+
+    Gradients have modules of their own, `<operator>_bwd`.
+    """
     operator = name.removesuffix("_fwd").removesuffix("_bwd")
     file = {
         "add_layer_norm": "layer_norm",
         "cross_entropy": "losses",
         "distillation_loss": "losses",
     }.get(operator, operator)
+    if name.endswith("_bwd"):
+        file += "_bwd"
 
     def launch(*args: object) -> object:
         module = importlib.import_module(f"deit.kernels.triton.{file}")
