@@ -22,13 +22,15 @@ def cross_entropy(
     """Cross-entropy of softmax(logits) against target, averaged over the batch.
 
     Args:
-        logits: [B, C].
-        target: [B] class indices (int64), or [B, C] probabilities (mixup, cutmix).
+        logits: [B, C], C >= 1.
+        target: [B] class indices (int64), or [B, C] probabilities (mixup, cutmix). No index means
+            "ignore". One outside [0, C) is an error of PyTorch's on the reference (on a GPU a
+            failed device assertion) and makes the loss and its row's gradient NaN in kernels.
         label_smoothing: epsilon in [0, 1): target becomes (1 - epsilon) target + epsilon / C.
         impl: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        A scalar, at least fp32.
+        A scalar, at least fp32; NaN for an empty batch.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
@@ -69,7 +71,7 @@ def distillation_loss(
         impl: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        A scalar, at least fp32.
+        A scalar, at least fp32; NaN for an empty batch.
 
     Raises:
         As `cross_entropy`.
@@ -93,6 +95,8 @@ def _prepare_ce(
 ) -> dispatch.Arguments:
     validate.tensor("logits", logits, rank=2)
     batch, classes = logits.shape
+    if classes == 0:
+        raise ValueError(f"logits: expected at least one class; got shape {(batch, classes)}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a Tensor; got {type(target).__name__}")
     if target.is_floating_point():
@@ -172,10 +176,11 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.implementation, logits, target, ctx.label_smoothing = inputs
         ctx.save_for_backward(logits, target, output[1])
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # or autograd fills zeros for the statistics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dloss: Tensor, _: None) -> tuple[Tensor | None, ...]:
         backward = ops.COMPILED[ctx.implementation]["cross_entropy_bwd"]
         return None, backward(dloss, *ctx.saved_tensors, ctx.label_smoothing), None, None
 
@@ -192,10 +197,11 @@ class _DistillationLoss(torch.autograd.Function):
         ctx.implementation, logits, target, teacher_logits, token_logits, *ctx.options = inputs
         ctx.save_for_backward(logits, target, teacher_logits, token_logits, output[1])
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # or autograd fills zeros for the statistics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dloss: Tensor, _: None) -> tuple[Tensor | None, ...]:
         backward = ops.COMPILED[ctx.implementation]["distillation_loss_bwd"]
         dlogits, dtoken = backward(dloss, *ctx.saved_tensors, *ctx.options)
         has_token = ctx.saved_tensors[3] is not None

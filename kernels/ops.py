@@ -51,7 +51,8 @@ SCHEMAS: dict[str, str] = {
 
 # What training needs beside them: `_fwd` also returns what `_bwd` reads again, and `_bwd` returns
 # the gradients in the order of the forward's arguments. A gradient or saved tensor that the call
-# has no use for (no bias, no gamma) is an empty tensor. lse, mean and rstd are fp32.
+# has no use for (no bias, no gamma) is an empty tensor. lse, mean, rstd and a
+# loss's statistics of its rows are fp32.
 TRAINING_SCHEMAS: dict[str, str] = {
     "layer_norm_fwd": (
         "(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor out, Tensor mean, "
@@ -99,20 +100,20 @@ TRAINING_SCHEMAS: dict[str, str] = {
         "Tensor dbias, Tensor dprefix, Tensor dpos_embed)"
     ),
     "cross_entropy_fwd": (
-        "(Tensor logits, Tensor target, float label_smoothing) -> (Tensor loss, Tensor lse)"
+        "(Tensor logits, Tensor target, float label_smoothing) -> (Tensor loss, Tensor statistics)"
     ),
     "cross_entropy_bwd": (
-        "(Tensor dloss, Tensor logits, Tensor target, Tensor lse, float label_smoothing) "
+        "(Tensor dloss, Tensor logits, Tensor target, Tensor statistics, float label_smoothing) "
         "-> Tensor dlogits"
     ),
     "distillation_loss_fwd": (
         "(Tensor logits, Tensor target, Tensor teacher_logits, Tensor? distillation_logits, "
         "str kind, float alpha, float temperature, float label_smoothing, str kl_reduction) "
-        "-> (Tensor loss, Tensor lse)"
+        "-> (Tensor loss, Tensor statistics)"
     ),
     "distillation_loss_bwd": (
         "(Tensor dloss, Tensor logits, Tensor target, Tensor teacher_logits, "
-        "Tensor? distillation_logits, Tensor lse, str kind, float alpha, float temperature, "
+        "Tensor? distillation_logits, Tensor statistics, str kind, float alpha, float temperature, "
         "float label_smoothing, str kl_reduction) -> (Tensor dlogits, "
         "Tensor ddistillation_logits)"
     ),
@@ -130,11 +131,23 @@ KERNELS: dict[str, frozenset[str]] = {
             "add_layer_norm_bwd",
             "add_layer_norm_fwd",
             "attention",
+            "attention_bwd",
+            "attention_fwd",
+            "cross_entropy",
+            "cross_entropy_bwd",
+            "cross_entropy_fwd",
+            "distillation_loss",
+            "distillation_loss_bwd",
+            "distillation_loss_fwd",
             "gelu_mlp",
+            "gelu_mlp_bwd",
+            "gelu_mlp_fwd",
             "layer_norm",
             "layer_norm_bwd",
             "layer_norm_fwd",
             "linear",
+            "linear_bwd",
+            "linear_fwd",
         }
     ),
     "cuda": frozenset({"layer_norm", "add_layer_norm"}),

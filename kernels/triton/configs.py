@@ -26,6 +26,9 @@ SHARED_MEMORY = {
 # Up to this many keys are held at once: 197 and 198 tokens pad to 256.
 ONE_BLOCK_KEYS = 256
 
+# Widths of a head that a descriptor's block, whose sides are powers of two, covers exactly.
+TMA_HEAD_DIMS = (32, 64, 128)
+
 
 def family(major: int, minor: int) -> int:
     """The key of SHARED_MEMORY whose configurations serve compute capability major.minor."""
@@ -54,6 +57,14 @@ class LayerNormBwdConfig:
     programs: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """block: classes a program holds at once."""
+
+    block: int
+    num_warps: int
 
 
 @dataclass(frozen=True)
@@ -166,6 +177,12 @@ def layer_norm_bwd(arch: int, dtype: torch.dtype, dim: int) -> LayerNormBwdConfi
     return LayerNormBwdConfig(rows=rows, programs=2, num_warps=num_warps, num_stages=2)
 
 
+def loss(classes: int) -> LossConfig:
+    """ImageNet's 1,000 classes in one block, 8 a thread; ImageNet-21k's in six of 4,096."""
+    block = min(4096, 1 << max(classes - 1, 15).bit_length())
+    return LossConfig(block=block, num_warps=4 if block <= 1024 else 8)
+
+
 def attention(
     arch: int, dtype: torch.dtype, head_dim: int, tokens: int, tma: bool = True
 ) -> AttentionConfig:
@@ -180,7 +197,7 @@ def attention(
         # 64 bytes on one architecture or another.
         block_m, block_n, warps = (32, 32, 8) if head_dim <= 64 else (16, 32, 4)
         return AttentionConfig(block_m, block_n, True, tma=False, num_warps=warps, num_stages=2)
-    if arch not in (90, 100) or not tma or head_dim & (head_dim - 1):
+    if arch not in (90, 100) or not tma or head_dim not in TMA_HEAD_DIMS:
         # 128 channels: fewer keys at a time, or the operands spill 8 to 56 bytes.
         block_m, block_n, warps = (64, 64, 4) if head_dim <= 64 else (128, 32, 8)
         return AttentionConfig(block_m, block_n, True, tma=False, num_warps=warps, num_stages=3)
@@ -199,13 +216,12 @@ def attention_bwd(
     arch: int, dtype: torch.dtype, head_dim: int, tokens: int, tma: bool = True
 ) -> AttentionBwdConfig:
     """`tma`: whether qkv's strides and address suit a descriptor."""
-    tma = tma and head_dim in (32, 64, 128)
+    tma = tma and arch in (90, 100) and head_dim in TMA_HEAD_DIMS
     if dtype == torch.float32:
         return AttentionBwdConfig(32, 32, False, tma=False, num_warps=8, num_stages=2)
-    if arch in (90, 100) and tma and tokens <= ONE_BLOCK_KEYS and head_dim == 64:
+    if tma and tokens <= ONE_BLOCK_KEYS and head_dim == 64:
         resident = max(64, 1 << (tokens - 1).bit_length())
         return AttentionBwdConfig(resident, 32, True, tma=True, num_warps=8, num_stages=2)
-    tma = tma and arch in (90, 100)
     return AttentionBwdConfig(64, 64, False, tma=tma, num_warps=4, num_stages=2)
 
 
