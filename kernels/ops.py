@@ -148,6 +148,8 @@ KERNELS: dict[str, frozenset[str]] = {
             "linear",
             "linear_bwd",
             "linear_fwd",
+            "patch_embed",
+            "patch_embed_bwd",
         }
     ),
     "cuda": frozenset({"layer_norm", "add_layer_norm"}),

@@ -68,6 +68,32 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class PatchEmbedConfig:
+    """Output tiles of block_m tokens x block_n channels, block_k pixels of the sum at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class PatchEmbedBwdConfig:
+    """Tiles of block_m channels x block_n pixels of dweight, block_k patches at a time.
+
+    programs: for how many a multiprocessor the sum over patches is split.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    programs: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
     """block_m queries meet block_n keys at a time.
 
@@ -181,6 +207,24 @@ def loss(classes: int) -> LossConfig:
     """ImageNet's 1,000 classes in one block, 8 a thread; ImageNet-21k's in six of 4,096."""
     block = min(4096, 1 << max(classes - 1, 15).bit_length())
     return LossConfig(block=block, num_warps=4 if block <= 1024 else 8)
+
+
+def patch_embed(arch: int, dtype: torch.dtype, dim: int) -> PatchEmbedConfig:
+    """Pointers, since a patch is no rectangle of the batch that a descriptor could describe."""
+    if dtype == torch.float32:
+        return PatchEmbedConfig(64, 64, 16, num_warps=4, num_stages=3)
+    block_n = 128 if dim % 128 == 0 else 64
+    block_k = 64 if arch in (80, 90, 100) else 32
+    return PatchEmbedConfig(128, block_n, block_k, num_warps=8, num_stages=3)
+
+
+def patch_embed_bwd(arch: int, dtype: torch.dtype, dim: int) -> PatchEmbedBwdConfig:
+    """Two programs of 8 warps a multiprocessor: 64 registers a thread of accumulator each."""
+    if dtype == torch.float32:
+        return PatchEmbedBwdConfig(64, 64, 16, programs=2, num_warps=4, num_stages=3)
+    block_m = 128 if dim % 128 == 0 else 64
+    block_k = 64 if arch in (80, 90, 100) else 32
+    return PatchEmbedBwdConfig(block_m, 128, block_k, programs=2, num_warps=8, num_stages=3)
 
 
 def attention(

@@ -12,7 +12,6 @@ head serves as both, dx is their sum. All fp32 between load and store.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
