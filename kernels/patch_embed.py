@@ -23,7 +23,8 @@ def patch_embed(
     """concat(prefix, patches @ weightT + bias) + pos_embed (arXiv 2010.11929, eq. 1).
 
     Args:
-        images: [B, C, H, W], H and W multiples of the patch size.
+        images: [B, C, H, W], H and W multiples of the patch size, at any strides. Only the
+            reference has a gradient for them.
         weight: [D, C, P, P], the patch projection as a convolution holds it; bias: [D] or None.
         prefix: [1, T, D], the class token, then the distillation token where there is one.
         pos_embed: [1, T + H * W / P**2, D].

@@ -7,10 +7,11 @@ x_hat = (s - mean) * rstd and g = weight * dout (arXiv 1607.06450, differentiate
     dbias = sum(dout)                                      dgamma = sum(keep * ds * x)
 
 The sums over rows stay in registers, an fp32 tile a program, and are reduced once when its rows
-are done; `partials` adds up the programs. Bytes: layer_norm 3 T D e (dout, x, dx), the
-floor, which a copy of 1.5 T D elements also moves; add_layer_norm 5 T D e (dout, dtotal, total, dx, dresidual) and T D e
-more with gamma (x), for e-byte elements; statistics and partial sums are under 2 % of that at
-D >= 192 and batch 256. Everything is fp32 between load and store.
+are done; `partials` adds up the programs. Everything is fp32 between load and store.
+
+Bytes, for T rows of D elements of e bytes: layer_norm 3 T D e (dout, x, dx); add_layer_norm
+5 T D e (dout, dtotal, total, dx, dresidual), and T D e more with gamma (x). That is the floor.
+Statistics and partial sums add 2 % at D = 192 and 1.6 % at 768 (batch 256, bf16, H100).
 """
 
 from __future__ import annotations
