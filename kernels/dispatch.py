@@ -98,7 +98,7 @@ def run(operator: Operator, arguments: Arguments, impl: str) -> Any:
     """Execute `operator` on prepared `arguments` by the implementation that `impl` names."""
     name = choose(operator, arguments, impl)
     if name != "reference":
-        if _needs_gradient(arguments):
+        if needs_gradient(arguments):
             assert operator.train is not None  # `reasons` has said so otherwise
             return operator.train(name, *arguments)
         return ops.COMPILED[name][operator.name](*arguments)
@@ -118,7 +118,7 @@ def choose(operator: Operator, arguments: Arguments, impl: str) -> str:
     """
     if impl == "auto":
         device = arguments[0].device
-        name = f"{operator.name}_bwd" if _needs_gradient(arguments) else operator.name
+        name = f"{operator.name}_bwd" if needs_gradient(arguments) else operator.name
         for candidate in measured(name, device.type, device.index):
             if not reasons(operator, arguments, candidate):
                 return candidate
@@ -155,12 +155,12 @@ def reasons(operator: Operator, arguments: Arguments, implementation: str) -> li
             continue
         if argument.is_floating_point():
             found.append(f"dtype {argument.dtype} (fp32, fp16 and bf16 are served)")
-    if _needs_gradient(arguments):
+    if needs_gradient(arguments):
         found += _training_reasons(operator, arguments, implementation)
     return found + operator.limits(implementation, *arguments)
 
 
-def _needs_gradient(arguments: Arguments) -> bool:
+def needs_gradient(arguments: Arguments) -> bool:
     """Whether autograd will want this call's gradients."""
     if not torch.is_grad_enabled():
         return False

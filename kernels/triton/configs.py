@@ -143,10 +143,12 @@ class LinearConfig:
     num_warps: int
     num_stages: int
 
-    @property
-    def epilogues(self) -> int:
-        """Column blocks in which the epilogue runs: a 128 x 256 tile at once spills 100-350 B."""
-        return 2 if self.block_n > 128 else 1
+    def epilogues(self, columns: int = 128) -> int:
+        """Blocks of that many columns in which the epilogue runs.
+
+        A 128 x 256 tile at once spills 100 to 350 bytes.
+        """
+        return max(1, self.block_n // columns)
 
     def without_tma(self) -> LinearConfig:
         """For inputs no descriptor can take; pointers to a 128 x 256 tile would spill."""
