@@ -302,8 +302,8 @@ def _rows_kernel(
 
 @triton.jit
 def _mean_kernel(row_loss, loss, batch, BLOCK: tl.constexpr):
-    acc = tl.zeros((BLOCK,), tl.float32)
+    acc = tl.zeros((BLOCK,), tl.float64)  # one number a row: free, and rounded once
     for first in tl.range(0, batch, BLOCK):
         row = first + tl.arange(0, BLOCK)
-        acc += tl.load(row_loss + row, mask=row < batch, other=0.0)
-    tl.store(loss, tl.sum(acc, 0) / batch)
+        acc += tl.load(row_loss + row, mask=row < batch, other=0.0).to(tl.float64)
+    tl.store(loss, (tl.sum(acc, 0) / batch).to(tl.float32))
