@@ -178,9 +178,15 @@ def gelu_and_slope(x):
 
 @triton.jit
 def gelu_tanh_and_slope(x):
-    """gelu_tanh(x) = x * s(v) and its derivative, s + x * s * (1 - s) * v'."""
-    s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    return x * s, s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    """x * s(v), v = 2u, and its derivative s + x * s * (1 - s) * v'.
+
+    s and s * (1 - s) are made of exp(-|v|), which cannot overflow; 1 - s would cancel.
+    """
+    v = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+    small = tl.exp(-tl.abs(v))
+    r = 1.0 / (1.0 + small)
+    s = tl.where(v >= 0, r, small * r)
+    return x * s, s + x * small * r * r * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
 
 
 @triton.jit

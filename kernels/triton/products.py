@@ -109,7 +109,7 @@ def plan_input_gradient(
     weight = common.last_contiguous(weight)
     if not all(common.describable(t) for t in (g, weight, out, hidden) if t is not None):
         config = config.without_tma()
-    epilogues = config.epilogues(128 if hidden is None else 64)
+    epilogues = config.epilogues(128 if hidden is None else 32)
     operands: dict[str, Any] = {
         "g": g,
         "weight": weight,
