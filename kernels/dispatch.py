@@ -103,7 +103,7 @@ def run(operator: Operator, arguments: Arguments, impl: str) -> Any:
             return operator.train(name, *arguments)
         return ops.COMPILED[name][operator.name](*arguments)
     device_type = arguments[0].device.type
-    if torch.is_autocast_enabled(device_type):
+    if autocast_dtype(device_type) is not None:
         # `prepare` has cast already; autocast inside would cast again, and LN to fp32 on CUDA.
         with torch.autocast(device_type, enabled=False):
             return operator.plain(*arguments)
@@ -271,7 +271,7 @@ def explain(operator: str, *inputs: Any, **options: Any) -> Explanation:
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast asks of matrix products on this device; None where it is off."""
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta has no autocast
         return torch.get_autocast_dtype(device_type)
     return None
 

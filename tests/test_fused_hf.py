@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-transformers = pytest.importorskip("transformers", minversion="5.0")
+pytest.importorskip("transformers", minversion="5.0")
 
-from transformers.models.deit import modeling_deit  # noqa: E402
-from transformers.models.vit import modeling_vit  # noqa: E402
+from transformers.models.deit import modeling_deit
+from transformers.models.vit import modeling_vit
 
-from deit.fused_vit import attention_interface, fuse, huggingface, register_hf, unfuse  # noqa: E402
-from deit.fused_vit.modules import Fused, original_class  # noqa: E402
+import transformers  # isort: skip  (importing the models has put another module in its place)
+
+from deit.fused_vit import attention_interface, fuse, huggingface, register_hf, unfuse
+from deit.fused_vit.modules import Fused, original_class
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 SIZES = {

@@ -1,5 +1,7 @@
 """The last block for the tokens that the heads read: same logits, fewer operations, no surprise."""
 
+import contextlib
+
 import pytest
 import timm
 import torch
@@ -79,6 +81,12 @@ def test_features_keep_every_token(model):
     assert rows_of(model, model.forward_features) == [None]
 
 
+class Nowhere(contextlib.nullcontext):
+    """In place of the counter's module tracker, whose global hooks ask for the original forward."""
+
+    parents = ("Global",)
+
+
 @pytest.mark.parametrize("name", ["deit_b", "deit_b_distilled"])
 def test_operations_saved(name):
     """Of a block's 24 N D^2 + 4 N^2 D the keys' and values' 4 N D^2 remain: 1/12 of 83 %."""
@@ -88,7 +96,9 @@ def test_operations_saved(name):
         counts = {}
         for last_block in ("full", "auto"):
             fuse(model, impl="reference", last_block=last_block)
-            with FlopCounterMode(display=False) as counter:
+            counter = FlopCounterMode(display=False)
+            counter.mod_tracker = Nowhere()
+            with counter:
                 model(images)
             counts[last_block] = counter.get_total_flops()
     assert 0.068 < 1 - counts["auto"] / counts["full"] < 0.071

@@ -1,14 +1,13 @@
 """The operators as PyTorch sees them: schemas, fakes, tracing, autograd, odd memory, devices."""
 
-import itertools
-
 import pytest
 import torch
 from test_dispatch import CALLS
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deit
 import deit.kernels
-from deit.fused_vit import fuse
+from deit.fused_vit import fuse, register_hf
 from deit.kernels import dispatch, native, ops, reference
 
 CPU = sorted(ops.KERNELS["cpu"] & set(CALLS)) if not native.why_not("cpu") else []
@@ -92,13 +91,13 @@ def tensor_positions(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "position"), itertools.chain.from_iterable(tensor_positions(n) for n in CALLS)
+    ("name", "position"), [pair for name in CALLS for pair in tensor_positions(name)]
 )
 def test_inputs_on_two_devices_are_refused(name, position):
     args, kwargs = list(CALLS[name][0]), dict(CALLS[name][1])
     where = args if isinstance(position, int) else kwargs
     where[position] = where[position].to("meta")
-    with pytest.raises(ValueError, match="expected on cpu"):
+    with pytest.raises(ValueError, match="on cpu"):
         public(name)(*args, **kwargs)
 
 
@@ -172,15 +171,15 @@ def test_second_derivatives_of_a_compiled_kernel_are_refused(name, throwaway):
     operator, arguments, leaves = trained(name)
     out = each(dispatch.run(operator, tuple(arguments), "cpu"))
     grads = torch.autograd.grad(sum(t.square().sum() for t in out), leaves, create_graph=True)
-    wanted = [g for g in grads if g.requires_grad]
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        torch.autograd.grad(sum(g.sum() for g in wanted), leaves[0])
+        sum(g.square().sum() for g in grads).backward()
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_second_derivatives_exist_by_the_reference(name):
     operator, arguments, leaves = trained(name)
-    out = each(dispatch.run(operator, tuple(arguments), "reference"))
+    with sdpa_kernel(SDPBackend.MATH):  # PyTorch's own fused attention has first derivatives only
+        out = each(dispatch.run(operator, tuple(arguments), "reference"))
     loss = sum(t.square().sum() for t in out)
     (first,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), leaves[0])
@@ -214,8 +213,15 @@ def timms():
 
 def huggingfaces():
     transformers = pytest.importorskip("transformers", minversion="5.0")
+    # While exporting, transformers' own "sdpa" writes out a mask even where nothing is hidden.
+    register_hf()
     config = transformers.DeiTConfig(
-        image_size=32, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_labels=10
+        image_size=32,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_labels=10,
+        attn_implementation="deit_fused",
     )
     return transformers.DeiTForImageClassification(config)
 
@@ -274,7 +280,7 @@ def test_fullgraph_compile_of_a_fused_training_step(name):
 
 def operators_in(program):
     return {
-        str(node.target).split(".")[0]
+        str(node.target).removesuffix(".default")
         for node in program.graph.nodes
         if str(node.target).startswith("deit_")
     }
@@ -290,7 +296,7 @@ def test_export_round_trip(model, tmp_path):
         loaded = torch.export.load(tmp_path / "model.pt2").module()
         torch.testing.assert_close(logits(loaded(IMAGES)), want, atol=5e-5, rtol=1e-4)
     if CPU:
-        assert {"deit_cpu::layer_norm", "deit_cpu::attention"} <= operators_in(program)
+        assert {"deit_cpu.layer_norm", "deit_cpu.attention"} <= operators_in(program)
 
 
 def test_export_with_gradients_holds_pytorch_s_operators():

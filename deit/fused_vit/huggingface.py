@@ -7,6 +7,7 @@ no parameter and no buffer, and is made anew when a weight has changed.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -34,13 +35,12 @@ class Packed:
     """
 
     def __init__(self) -> None:
-        self.drop()
+        # Sources, their state, the copy: one attribute, so that threads see all three or none.
+        self.kept: tuple[Any, Any, Any] | None = None
 
     def drop(self) -> None:
         """Forget the copy."""
-        self.sources: tuple[Tensor, ...] = ()
-        self.state: tuple[object, ...] = ()
-        self.value: tuple[Tensor, Tensor | None] | None = None
+        self.kept = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
         return Packed()
@@ -56,23 +56,25 @@ class Packed:
             self.drop()
             return _pack(sources)
         state = tuple((t._version, t.data_ptr(), t.dtype, t.device) for t in sources)
-        same = len(sources) == len(self.sources) and all(
-            a is b for a, b in zip(sources, self.sources, strict=True)
-        )
-        if self.value is None or not same or state != self.state:
-            # A normal tensor also under inference_mode: a later call may save it for backward.
-            with torch.inference_mode(False), torch.no_grad():
-                self.value = _pack(sources)
-            self.sources, self.state = sources, state
-        return self.value
+        if self.kept is not None:
+            old_sources, old_state, value = self.kept
+            if state == old_state and all(map(operator.is_, sources, old_sources)):
+                return value
+        # A normal tensor also under inference_mode: a later call may save it for backward.
+        with torch.inference_mode(False), torch.no_grad():
+            value = _pack(sources)
+        self.kept = sources, state, value
+        return value
 
 
 def _must_not_keep(sources: tuple[Tensor, ...]) -> bool:
-    """Whether gradients are wanted, or the copy would be something else than a plain tensor."""
+    """Whether the copy must be made in the call: for gradients, a transform, a CUDA graph."""
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     if torch.is_grad_enabled() and any(t.requires_grad for t in sources):
         return True
+    if sources[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return True  # a replay must see what the weights are then
     return any(t.is_inference() or t.is_meta for t in sources)  # without versions, without data
 
 
@@ -151,6 +153,9 @@ class FusedMlp(modules.FusedMlp):
     @staticmethod
     def exact_gelu(act: object) -> bool:
         return modules.FusedMlp.exact_gelu(act) or type(act) is GELUActivation
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
+        return super().forward(hidden_states)
 
 
 class FusedLayer(modules.FusedBlock):

@@ -13,10 +13,12 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from deit.kernels import attention, gelu_mlp, layer_norm, linear
 
-_PLAIN_TENSORS = (nn.Parameter, Tensor)
+# What a kernel may read, and what torch.export traces with in its place. Not DTensor and the like.
+PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 
 
 class Fused:
@@ -52,7 +54,7 @@ class Fused:
             child = children.get(name)
             if type(child) is not nn.Linear:
                 return f"{name} is a {type(child).__name__}, not a Linear"
-            if type(child.weight) not in _PLAIN_TENSORS:
+            if type(child.weight) not in PLAIN_TENSORS:
                 return f"{name}.weight is a {type(child.weight).__name__}, not a plain tensor"
         for name in self.IDENTITIES:
             child = children.get(name)
@@ -120,16 +122,16 @@ class FusedLayerNorm(Fused):
             return f"it normalises over {len(norm.normalized_shape)} axes, not the last one"
         if norm.weight is None:
             return "it has no weight"
-        if type(norm.weight) not in _PLAIN_TENSORS:
+        if type(norm.weight) not in PLAIN_TENSORS:
             return f"weight is a {type(norm.weight).__name__}, not a plain tensor"
         if getattr(norm, "_fast_norm", False):
             return "timm's fast_norm is set, which normalises in the autocast dtype"
         return None
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
-        if not self.runs_fused(x):
-            return super().forward(x)  # type: ignore[misc]
-        return self.normalise(x)
+    def forward(self, input: Tensor) -> Tensor:  # [..., D] -> [..., D]
+        if not self.runs_fused(input):
+            return super().forward(input)  # type: ignore[misc]
+        return self.normalise(input)
 
     def normalise(self, x: Tensor) -> Tensor:
         norm: Any = self
