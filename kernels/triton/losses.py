@@ -278,7 +278,7 @@ def _rows_kernel(
         index = tl.load(target + row * target_stride)
         valid = (index >= 0) & (index < classes)
         at = logits + row * logits_stride + index
-        x_true = tl.load(at, mask=valid, other=float("nan")).to(tl.float32)
+        x_true = tl.load(at, mask=valid, other=0.0).to(tl.float32)
         dot += (1.0 - smoothing) * (x_true - _pivot(m))
         mass = tl.where(valid, 1.0, float("nan"))
     loss = truth * (tl.log(z) * mass - dot)

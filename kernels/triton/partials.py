@@ -31,6 +31,7 @@ def plan_sum(partials: Tensor, *outs: Tensor) -> common.Launch:
         "second": second,
         "third": third,
         "count": count,
+        "slot": count * length,
         "length": length,
         "BLOCK_P": block_p,
         "BLOCK": block,
@@ -56,13 +57,13 @@ def _sum_kernel(
     third,
     count,
     length,
+    slot,
     BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    slot = count.to(tl.int64) * length
     _sum_slot(partials, first, cols, count, length, BLOCK_P, BLOCK)
     if second is not None:
         _sum_slot(partials + slot, second, cols, count, length, BLOCK_P, BLOCK)
     if third is not None:
-        _sum_slot(partials + 2 * slot, third, cols, count, length, BLOCK_P, BLOCK)
+        _sum_slot(partials + slot + slot, third, cols, count, length, BLOCK_P, BLOCK)
