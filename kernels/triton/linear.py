@@ -99,10 +99,12 @@ def plan(
     written = [t if t is None else t.view(outer * inner, width) for t in (out, affine)]
     if not _tma_can_take(x_view, weight, *written):
         config = config.without_tma()
-    # With affine, 128 columns of an fp32 output would ask for 96 KB of staging, and pointers
-    # spill 8 bytes on sm_100.
-    narrow = affine is not None and (out.element_size() == 4 or not config.tma)
-    epilogues = config.epilogues(64 if narrow else 128)
+    # With affine, 128 columns of an fp32 output would ask for 96 KB of staging, and pointers to
+    # 64 spill 8 bytes on sm_100 and sm_120.
+    columns = 128
+    if affine is not None:
+        columns = 32 if not config.tma else 64 if out.element_size() == 4 else 128
+    epilogues = config.epilogues(columns)
     x_outer, x_inner = common.row_strides(x_view)
     arguments = {
         **_operands(x_view, weight, *written, config, config.block_n // epilogues),

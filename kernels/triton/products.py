@@ -109,7 +109,7 @@ def plan_input_gradient(
     weight = common.last_contiguous(weight)
     if not all(common.describable(t) for t in (g, weight, out, hidden) if t is not None):
         config = config.without_tma()
-    epilogues = config.epilogues(128 if hidden is None else 32)
+    epilogues = config.epilogues(128 if hidden is None and config.tma else 32)
     operands: dict[str, Any] = {
         "g": g,
         "weight": weight,
@@ -190,7 +190,7 @@ def plan_weight_gradient(
         "g_stride": g.stride(0),
         "x_outer": x_outer,
         "x_inner": x_inner,
-        **_constants(config, g.dtype, config.epilogues()),
+        **_constants(config, g.dtype, config.epilogues(32)),
     }
     grid = (min(tiles * splits, programs),)
     return out, common.Launch(
