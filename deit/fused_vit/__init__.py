@@ -112,7 +112,7 @@ def fused(model: nn.Module, impl: str = "auto", *, last_block: str = "auto") -> 
         for module in model.modules():
             if module in before:
                 module.__class__, impls = before[module]
-                module.adopt(impls)  # type: ignore[operator]
+                module.adopt(impls)
             elif isinstance(module, Fused):
                 _restore(module)
 

@@ -139,10 +139,11 @@ def make_mask(
 
     padding_only = mask_function is masking_utils.bidirectional_mask_function and not use_vmap
     whole = q_offset == kv_offset == 0 and allow_is_bidirectional_skip
-    if padding_only and whole and attention_mask is None:
-        return None
-    if padding_only and whole and attention_mask.shape == (batch_size, kv_length):
-        return attention_mask.bool()[:, None, None, :].expand(-1, -1, q_length, -1)
+    if padding_only and whole:
+        if attention_mask is None:
+            return None
+        if attention_mask.shape == (batch_size, kv_length):
+            return attention_mask.bool()[:, None, None, :].expand(-1, -1, q_length, -1)
     return masking_utils.sdpa_mask(
         batch_size,
         q_length,

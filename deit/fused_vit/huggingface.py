@@ -128,7 +128,7 @@ class FusedAttention(modules.FusedAttention):
         self.fused_packed.drop()  # .to(device) would leave the old device's copy alive
         return super()._apply(*args, **kwargs)  # type: ignore[misc]
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         # Called by itself, the eager form owes its caller the attention weights.
@@ -185,7 +185,7 @@ class FusedLayer(modules.FusedBlock):
         recorded = output_capturing._active_collector.get()
         return recorded is not None and "attentions" in recorded
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
         bias = _bias(hidden_states, attention_mask)

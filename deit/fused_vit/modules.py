@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from deit.kernels import attention, gelu_mlp, layer_norm, linear
+from deit.fused_vit.attends import Attends
+from deit.kernels import gelu_mlp, layer_norm
 
 # What a kernel may read, and what torch.export traces with in its place. Not DTensor and the like.
 PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
@@ -138,74 +138,11 @@ class FusedLayerNorm(Fused):
         return layer_norm(x, norm.weight, norm.bias, norm.eps, impl=self.fused_impls["layer_norm"])
 
 
-class Attends:
-    """Self-attention from one packed projection; a mix-in for what holds its parameters."""
-
-    def projection(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [3 * D', D] of q, k and v one after another, and bias [3 * D'] or None."""
-        raise NotImplementedError
-
-    def output(self) -> nn.Linear:
-        """The projection of the concatenated heads."""
-        raise NotImplementedError
-
-    def geometry(self) -> tuple[int, float]:
-        """The number of heads and the factor on the scores."""
-        raise NotImplementedError
-
-    def attend(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        gamma: Tensor | None = None,
-        keep: Tensor | None = None,
-        *,
-        key_bias: Tensor | None = None,
-        rows: int | None = None,
-    ) -> Tensor:
-        """residual + keep * gamma * proj(attention(qkv(x))), of the first `rows` tokens or all."""
-        impls = self.fused_impls  # type: ignore[attr-defined]
-        weight, bias = self.projection()
-        heads, scale = self.geometry()
-        if rows is None:
-            packed = linear(x, weight, bias, impl=impls["linear"])
-            mixed = attention(
-                packed, heads, scale=scale, key_bias=key_bias, impl=impls["attention"]
-            )
-        else:
-            mixed = self.mix_prefix(x, rows, weight, bias)
-        proj = self.output()
-        return linear(
-            mixed,
-            proj.weight,
-            proj.bias,
-            residual=residual,
-            gamma=gamma,
-            keep=keep,
-            impl=impls["linear"],
-        )
-
-    def mix_prefix(self, x: Tensor, rows: int, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """[B, rows, D']: the first `rows` queries against all keys, heads concatenated.
-
-        PyTorch's attention serves: it has B * H * rows queries, half a percent of a layer's.
-        """
-        heads, scale = self.geometry()
-        impl = self.fused_impls["linear"]  # type: ignore[attr-defined]
-        width = weight.shape[0] // 3
-        bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
-        q = linear(x[:, :rows], weight[:width], bias_q, impl=impl)
-        kv = linear(x, weight[width:], bias_kv, impl=impl)
-        q = q.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, H, rows, d]
-        k, v = kv.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, N, d]
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
-
-
 class FusedAttention(Attends, Fused):
     """Over an attention with one qkv projection and an output projection."""
 
     OPERATORS = ("linear", "attention")
-    LINEARS = ("qkv", "proj")
+    LINEARS: ClassVar[tuple[str, ...]] = ("qkv", "proj")
 
     def projection(self) -> tuple[Tensor, Tensor | None]:
         qkv: Any = self._modules["qkv"]  # type: ignore[attr-defined]

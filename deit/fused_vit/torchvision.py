@@ -13,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torchvision.models import vision_transformer
 
 from deit.fused_vit import modules, plain
+from deit.fused_vit.attends import Attends
 
 
 class FusedMlp(modules.FusedMlp, vision_transformer.MLPBlock):
@@ -28,7 +29,7 @@ class FusedMlp(modules.FusedMlp, vision_transformer.MLPBlock):
         return super().unsupported()
 
 
-class FusedEncoderBlock(modules.Attends, modules.FusedBlock, vision_transformer.EncoderBlock):
+class FusedEncoderBlock(Attends, modules.FusedBlock, vision_transformer.EncoderBlock):
     """torchvision's EncoderBlock with its residual additions in the products' epilogues."""
 
     PARTS = (
