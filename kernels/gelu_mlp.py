@@ -48,6 +48,8 @@ def gelu_mlp(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
         NotImplementedError: the implementation named by `impl` cannot run, with each reason.
     """
+    if not isinstance(recompute, bool):
+        raise TypeError(f"recompute: expected a bool; got {type(recompute).__name__}")
     arguments = _prepare(x, w1, b1, w2, b2, residual=residual, gamma=gamma, keep=keep)
     if recompute and dispatch.needs_gradient(arguments):
         return _recomputed(arguments, impl)
@@ -154,7 +156,10 @@ class _GeluMlp(torch.autograd.Function):
 
 
 def _train(implementation: str, *arguments: Any, recompute: bool = False) -> Tensor:
-    return _GeluMlp.apply(implementation, recompute, *arguments)[0]
+    x, w1, b1, w2, b2, residual, gamma, keep = arguments
+    if residual is x:  # torch.compile traces no autograd.Function given one tensor twice
+        residual = x.view_as(x)
+    return _GeluMlp.apply(implementation, recompute, x, w1, b1, w2, b2, residual, gamma, keep)[0]
 
 
 _GELU_MLP = dispatch.Operator(

@@ -116,7 +116,10 @@ class _Linear(torch.autograd.Function):
 
 
 def _train(implementation: str, *arguments: Any) -> Tensor:
-    return _Linear.apply(implementation, *arguments)[0]
+    x, weight, bias, activation, residual, gamma, keep = arguments
+    if residual is x:  # torch.compile traces no autograd.Function given one tensor twice
+        residual = x.view_as(x)
+    return _Linear.apply(implementation, x, weight, bias, activation, residual, gamma, keep)[0]
 
 
 _LINEAR = dispatch.Operator("linear", _prepare, dispatch.interpreter_limits, _train, {6: "keep"})

@@ -373,6 +373,28 @@ def test_registration():
     check("gelu_mlp_bwd", x, x, weight, w2, hidden, x.new_empty(0), None, None)
 
 
+def test_compiles_whole():
+    """Forward and backward in one graph, also where x is its own residual."""
+    x, w1, w2 = _make(2, 5, 16), _make(32, 16, seed=2), _make(16, 32, seed=7)
+
+    def run(x, w1, w2, keep):
+        y = linear(x, w1, activation="gelu", impl="triton")
+        y = linear(y, w2, residual=x, impl="triton")
+        y = gelu_mlp(y, w1, None, w2, None, residual=y, recompute=True, impl="triton")
+        return gelu_mlp(x, w1, None, w2, None, residual=x, keep=keep, impl="triton") + y
+
+    arguments = (_make(2, 5, 16, seed=3), x, w1, w2, torch.tensor([1.25, 2.0]))
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for a, b in zip(_backward(run)(*arguments), _backward(compiled)(*arguments), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_recompute_is_a_bool():
+    x = _make(5, 16)
+    with pytest.raises(TypeError, match="recompute: expected a bool; got int"):
+        gelu_mlp(x, x, None, x.t(), None, recompute=1)
+
+
 def test_keep_has_no_gradient():
     x, weight = _make(2, 5, 16), _make(16, 16)
     keep = torch.ones(2, requires_grad=True)
