@@ -193,11 +193,11 @@ def layer_norm(arch: int, dtype: torch.dtype, dim: int) -> LayerNormConfig:
 
 
 def layer_norm_bwd(arch: int, dtype: torch.dtype, dim: int) -> LayerNormBwdConfig:
-    """16 elements a thread: three fp32 accumulators and four operands of them fit 128 registers.
+    """16 elements a thread: without gamma, operands and sums of them fit 128 registers.
 
-    Then two programs of 8 warps are resident, and with a second stage in flight each keeps
-    2 * 4096 elements or more of every input coming: 64 KB a multiprocessor for three bf16
-    inputs, where 3.3 TB/s at 700 ns of latency need 18.
+    Then two programs of 8 warps are resident, each with its next 4096 elements of every input on
+    their way (cp.async): 32 KB a multiprocessor for two bf16 inputs, where 3.3 TB/s at 700 ns of
+    latency need 18. With gamma it is 171 registers, one program, and 24 KB or more.
     """
     padded = 1 << max(dim - 1, 0).bit_length()
     num_warps = 8 if padded <= 8192 else 32
@@ -213,8 +213,8 @@ def loss(classes: int) -> LossConfig:
 
 def patch_embed(arch: int, dtype: torch.dtype, dim: int) -> PatchEmbedConfig:
     """Pointers, since a patch is no rectangle of the batch that a descriptor could describe."""
-    if dtype == torch.float32:
-        return PatchEmbedConfig(64, 64, 16, num_warps=4, num_stages=3)
+    if dtype == torch.float32:  # 64 tokens in 4 warps spill 8 bytes on sm_120
+        return PatchEmbedConfig(128, 64, 16, num_warps=8, num_stages=3)
     block_n = 128 if dim % 128 == 0 else 64
     block_k = 64 if arch in (80, 90, 100) else 32
     return PatchEmbedConfig(128, block_n, block_k, num_warps=8, num_stages=3)
@@ -246,7 +246,10 @@ def attention(
     if arch not in (90, 100) or not tma or head_dim not in TMA_HEAD_DIMS:
         # 128 channels: fewer keys at a time, or the operands spill 8 to 56 bytes.
         block_m, block_n, warps = (64, 64, 4) if head_dim <= 64 else (128, 32, 8)
-        return AttentionConfig(block_m, block_n, True, tma=False, num_warps=warps, num_stages=3)
+        stages = 2 if head_dim == 32 else 3  # three of 32 channels spill 8 bytes on sm_80
+        return AttentionConfig(
+            block_m, block_n, True, tma=False, num_warps=warps, num_stages=stages
+        )
     if tokens <= ONE_BLOCK_KEYS and head_dim == 64:
         # 64 x 256 fp32 scores are 128 registers a thread in 4 warps: fits on Hopper (252 in
         # all, two blocks a multiprocessor), spills 200 bytes on Blackwell, which takes 8. Heads
@@ -261,14 +264,26 @@ def attention(
 def attention_bwd(
     arch: int, dtype: torch.dtype, head_dim: int, tokens: int, tma: bool = True
 ) -> AttentionBwdConfig:
-    """`tma`: whether qkv's strides and address suit a descriptor."""
+    """`tma`: whether qkv's strides and address suit a descriptor.
+
+    A whole head of 256 x 64 on Hopper: q and dout are 64 KB of shared memory, keys and values 32
+    at a time and p, ds between the products bring it to 115 KB; dq is 64 registers a thread in 8
+    warps, 32 columns of scores and of dp 32 each: at most 219 in all. 32 keys also waste least:
+    197 tokens are 7 blocks of 32 (224) and 4 of 64 (256). Blackwell spills 16 to 112 bytes there.
+    """
     tma = tma and arch in (90, 100) and head_dim in TMA_HEAD_DIMS
     if dtype == torch.float32:
-        return AttentionBwdConfig(32, 32, False, tma=False, num_warps=8, num_stages=2)
-    if tma and tokens <= ONE_BLOCK_KEYS and head_dim == 64:
+        resident, warps = (32, 8) if head_dim <= 64 else (16, 4)
+        return AttentionBwdConfig(resident, 32, False, tma=False, num_warps=warps, num_stages=2)
+    if arch == 90 and tma and tokens <= ONE_BLOCK_KEYS and head_dim == 64:
         resident = max(64, 1 << (tokens - 1).bit_length())
         return AttentionBwdConfig(resident, 32, True, tma=True, num_warps=8, num_stages=2)
-    return AttentionBwdConfig(64, 64, False, tma=tma, num_warps=4, num_stages=2)
+    if head_dim <= 64:
+        # By pointers 64 x 64 spills 8 to 56 bytes on one architecture or another.
+        passing = 64 if tma else 32
+        return AttentionBwdConfig(64, passing, False, tma=tma, num_warps=4, num_stages=2)
+    # 64 x 64 spills 72 bytes; so do 4 warps of mma.sync, 16.
+    return AttentionBwdConfig(64, 32, False, tma=tma, num_warps=4 if tma else 8, num_stages=2)
 
 
 def linear(arch: int, dtype: torch.dtype, width: int, depth: int) -> LinearConfig:
