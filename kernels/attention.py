@@ -10,8 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from deit.kernels import dispatch, ops, validate
 
-# Head dimensions the Triton kernel is compiled and tested for; DeiT's is 64 everywhere.
-TRITON_HEAD_DIMS = (32, 64, 128)
+# Head dimensions the Triton kernels are compiled and tested for; DeiT's is 64 everywhere. 80 and
+# 96 run in tiles of 128 channels, the rest masked.
+TRITON_HEAD_DIMS = (32, 64, 80, 96, 128)
 
 
 def attention(
