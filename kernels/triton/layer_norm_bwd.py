@@ -79,8 +79,8 @@ def plan(
     dgamma = weight.new_empty(0) if gamma is None else gamma.new_empty(dim)
     outputs = dx, dsum, dweight, dbias, dgamma
     if total.numel() == 0:
-        for sums in outputs[2:]:
-            sums.zero_()
+        for gradient in outputs[2:]:
+            gradient.zero_()
         return outputs, []
     config = config or configs.layer_norm_bwd(common.architecture(total), total.dtype, dim)
     arguments = _views(dout, dtotal, x if gamma is not None else None, total) | common.contiguous(

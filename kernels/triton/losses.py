@@ -306,4 +306,4 @@ def _mean_kernel(row_loss, loss, batch, BLOCK: tl.constexpr):
     for first in tl.range(0, batch, BLOCK):
         row = first + tl.arange(0, BLOCK)
         acc += tl.load(row_loss + row, mask=row < batch, other=0.0).to(tl.float64)
-    tl.store(loss, (tl.sum(acc, 0) / batch).to(tl.float32))
+    tl.store(loss, tl.sum(acc, 0) / batch)
