@@ -2,7 +2,7 @@
 PYTHON ?= python
 MYPY_TREE := build/mypy
 
-.PHONY: test lint types aot bench picture
+.PHONY: test lint types aot gpu bench picture
 
 test:
 	$(PYTHON) -m pytest
@@ -22,6 +22,12 @@ types:
 # Every shipped Triton configuration, compiled for each GPU architecture, no GPU needed.
 aot:
 	$(PYTHON) -m deit.kernels.triton.aot
+
+# Needs a GPU: correctness, robustness, tuning and speed of every operator, into OUT; about 8
+# minutes. Works from a plain checkout with torch and triton.
+OUT ?= build/gpu
+gpu:
+	$(PYTHON) bench/qualify.py --out $(OUT)
 
 bench:
 	$(PYTHON) bench/throughput.py --arch deit_b --bs 256

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from deit.kernels import dispatch, validate
+from deit.kernels import dispatch, ops, validate
 
-# Head dimensions the Triton kernel is compiled and tested for; DeiT's is 64 everywhere.
-TRITON_HEAD_DIMS = (32, 64, 128)
+# Head dimensions the Triton kernels are compiled and tested for; DeiT's is 64 everywhere. 80 and
+# 96 run in tiles of 128 channels, the rest masked.
+TRITON_HEAD_DIMS = (32, 64, 80, 96, 128)
 
 
 def attention(
@@ -76,4 +81,33 @@ def _limits(
     return found
 
 
-_ATTENTION = dispatch.Operator("attention", _prepare, _limits)
+class _Attention(torch.autograd.Function):
+    """Differentiates by an implementation's `attention_fwd` and `attention_bwd`."""
+
+    @staticmethod
+    def forward(
+        implementation: str, qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return ops.COMPILED[implementation]["attention_fwd"](qkv, num_heads, scale, key_bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.implementation, qkv, ctx.num_heads, ctx.scale, key_bias = inputs
+        out, lse = output
+        ctx.save_for_backward(qkv, out, lse, key_bias)
+        ctx.mark_non_differentiable(lse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, out, lse, key_bias = ctx.saved_tensors
+        backward = ops.COMPILED[ctx.implementation]["attention_bwd"]
+        dqkv = backward(dout, qkv, out, lse, ctx.num_heads, ctx.scale, key_bias)
+        return None, dqkv, None, None, None
+
+
+def _train(implementation: str, *arguments: Any) -> Tensor:
+    return _Attention.apply(implementation, *arguments)[0]
+
+
+_ATTENTION = dispatch.Operator("attention", _prepare, _limits, _train, {3: "key_bias"})

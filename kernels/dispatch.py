@@ -53,11 +53,16 @@ class Operator:
 
     prepare: the public arguments -> the schema's arguments, validated and cast for autocast.
     limits:  (implementation, *schema arguments) -> why that implementation cannot take them.
+    train:   (implementation, *schema arguments) -> the output, differentiable by that
+        implementation's own `_fwd` and `_bwd` kernels.
+    constants: the schema arguments for which those kernels compute no gradient, by position.
     """
 
     name: str
     prepare: Callable[..., Arguments]
     limits: Callable[..., list[str]]
+    train: Callable[..., Any] | None = None
+    constants: dict[int, str] = field(default_factory=dict)
     plain: Callable[..., Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,9 +104,12 @@ def run(operator: Operator, arguments: Arguments, impl: str) -> Any:
     """Execute `operator` on prepared `arguments` by the implementation that `impl` names."""
     name = choose(operator, arguments, impl)
     if name != "reference":
+        if needs_gradient(arguments):
+            assert operator.train is not None  # `reasons` has said so otherwise
+            return operator.train(name, *arguments)
         return ops.COMPILED[name][operator.name](*arguments)
     device_type = arguments[0].device.type
-    if torch.is_autocast_enabled(device_type):
+    if autocast_dtype(device_type) is not None:
         # `prepare` has cast already; autocast inside would cast again, and LN to fp32 on CUDA.
         with torch.autocast(device_type, enabled=False):
             return operator.plain(*arguments)
@@ -116,7 +124,8 @@ def choose(operator: Operator, arguments: Arguments, impl: str) -> str:
     """
     if impl == "auto":
         device = arguments[0].device
-        for candidate in measured(operator.name, device.type, device.index):
+        name = f"{operator.name}_bwd" if needs_gradient(arguments) else operator.name
+        for candidate in measured(name, device.type, device.index):
             if not reasons(operator, arguments, candidate):
                 return candidate
         return "reference"
@@ -147,16 +156,32 @@ def reasons(operator: Operator, arguments: Arguments, implementation: str) -> li
     found = []
     if torch._C._are_functorch_transforms_active():
         found.append("a torch.func transform is active and the kernel has no rule for it")
-    gradients = torch.is_grad_enabled()
     for argument in arguments:
-        if not isinstance(argument, Tensor):
+        if not isinstance(argument, Tensor) or argument.dtype in KERNEL_DTYPES:
             continue
-        if argument.is_floating_point() and argument.dtype not in KERNEL_DTYPES:
+        if argument.is_floating_point():
             found.append(f"dtype {argument.dtype} (fp32, fp16 and bf16 are served)")
-        if gradients and argument.requires_grad:
-            found.append("an input requires grad and the kernel is forward-only")
-            gradients = False
+    if needs_gradient(arguments):
+        found += _training_reasons(operator, arguments, implementation)
     return found + operator.limits(implementation, *arguments)
+
+
+def needs_gradient(arguments: Arguments) -> bool:
+    """Whether autograd will want this call's gradients."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+
+
+def _training_reasons(operator: Operator, arguments: Arguments, implementation: str) -> list[str]:
+    kernels = ops.KERNELS[implementation]
+    if operator.train is None or f"{operator.name}_bwd" not in kernels:
+        return ["an input requires grad and the kernel is forward-only"]
+    return [
+        f"{name} requires grad and the kernel has no gradient for it"
+        for position, name in operator.constants.items()
+        if isinstance(arguments[position], Tensor) and arguments[position].requires_grad
+    ]
 
 
 @_constant_when_traced
@@ -252,7 +277,7 @@ def explain(operator: str, *inputs: Any, **options: Any) -> Explanation:
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast asks of matrix products on this device; None where it is off."""
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta has no autocast
         return torch.get_autocast_dtype(device_type)
     return None
 

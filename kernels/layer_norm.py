@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
 
-from deit.kernels import dispatch, validate
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from deit.kernels import dispatch, ops, validate
 
 
 def layer_norm(
@@ -94,5 +98,89 @@ def _prepare_add(
     return x, residual, weight, bias, eps, gamma, keep
 
 
-_LAYER_NORM = dispatch.Operator("layer_norm", _prepare, dispatch.no_limits)
-_ADD_LAYER_NORM = dispatch.Operator("add_layer_norm", _prepare_add, dispatch.no_limits)
+class _LayerNorm(torch.autograd.Function):
+    """Differentiates by an implementation's `layer_norm_fwd` and `layer_norm_bwd`."""
+
+    @staticmethod
+    def forward(
+        implementation: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return ops.COMPILED[implementation]["layer_norm_fwd"](x, weight, bias, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.implementation, x, weight, bias, _ = inputs
+        _, mean, rstd = output
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)  # or autograd fills zeros for mean and rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        backward = ops.COMPILED[ctx.implementation]["layer_norm_bwd"]
+        dx, dweight, dbias = backward(dout, *ctx.saved_tensors)
+        return None, dx, dweight, dbias if ctx.has_bias else None, None
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    """Differentiates by an implementation's `add_layer_norm_fwd` and `add_layer_norm_bwd`."""
+
+    @staticmethod
+    def forward(
+        implementation: str,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        gamma: Tensor | None,
+        keep: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        forward = ops.COMPILED[implementation]["add_layer_norm_fwd"]
+        return forward(x, residual, weight, bias, eps, gamma, keep)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.implementation, x, _, weight, bias, _, gamma, keep = inputs
+        _, total, mean, rstd = output
+        ctx.has_bias, ctx.has_gamma = bias is not None, gamma is not None
+        ctx.save_for_backward(x, total, weight, mean, rstd, gamma, keep)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)  # or autograd fills zeros for mean and rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dout: Tensor | None, dtotal: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        backward = ops.COMPILED[ctx.implementation]["add_layer_norm_bwd"]
+        x, total, *_ = ctx.saved_tensors
+        dout = torch.zeros_like(x) if dout is None else dout
+        dtotal = torch.zeros_like(total) if dtotal is None else dtotal
+        dx, dresidual, dweight, dbias, dgamma = backward(dout, dtotal, *ctx.saved_tensors)
+        return (
+            None,
+            dx,
+            dresidual,
+            dweight,
+            dbias if ctx.has_bias else None,
+            None,
+            dgamma if ctx.has_gamma else None,
+            None,
+        )
+
+
+def _train(implementation: str, *arguments: Any) -> Tensor:
+    return _LayerNorm.apply(implementation, *arguments)[0]
+
+
+def _train_add(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return _AddLayerNorm.apply(implementation, *arguments)[:2]
+
+
+_LAYER_NORM = dispatch.Operator("layer_norm", _prepare, dispatch.no_limits, _train)
+_ADD_LAYER_NORM = dispatch.Operator(
+    "add_layer_norm", _prepare_add, dispatch.no_limits, _train_add, {6: "keep"}
+)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
 
-from deit.kernels import dispatch, onednn, validate
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from deit.kernels import dispatch, onednn, ops, validate
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh")
 
@@ -74,4 +78,54 @@ def _limits(implementation: str, x: Tensor, weight: Tensor, *_: object) -> list[
     return dispatch.interpreter_limits(implementation, x)
 
 
-_LINEAR = dispatch.Operator("linear", _prepare, _limits)
+class _Linear(torch.autograd.Function):
+    """Differentiates by an implementation's `linear_fwd` and `linear_bwd`."""
+
+    @staticmethod
+    def forward(
+        implementation: str,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str | None,
+        residual: Tensor | None,
+        gamma: Tensor | None,
+        keep: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        forward = ops.COMPILED[implementation]["linear_fwd"]
+        return forward(x, weight, bias, activation, residual, gamma, keep)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.implementation, x, weight, bias, ctx.activation, residual, gamma, keep = inputs
+        _, affine = output
+        ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
+        ctx.save_for_backward(x, weight, affine, gamma, keep)
+        ctx.mark_non_differentiable(affine)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, affine, gamma, keep = ctx.saved_tensors
+        backward = ops.COMPILED[ctx.implementation]["linear_bwd"]
+        dx, dweight, dbias, dgamma = backward(dout, x, weight, affine, ctx.activation, gamma, keep)
+        return (
+            None,
+            dx,
+            dweight,
+            dbias if ctx.has_bias else None,
+            None,
+            dout if ctx.has_residual else None,
+            None if gamma is None else dgamma,
+            None,
+        )
+
+
+def _train(implementation: str, *arguments: Any) -> Tensor:
+    x, weight, bias, activation, residual, gamma, keep = arguments
+    if residual is x:  # torch.compile traces no autograd.Function given one tensor twice
+        residual = x.view_as(x)
+    return _Linear.apply(implementation, x, weight, bias, activation, residual, gamma, keep)[0]
+
+
+_LINEAR = dispatch.Operator("linear", _prepare, _limits, _train, {6: "keep"})

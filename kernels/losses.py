@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from deit.kernels import dispatch, validate
+from deit.kernels import dispatch, ops, validate
 
 # Table 9 and section 4 of arXiv 2012.12877: hard labels share the loss equally, eq. (3); soft
 # distillation weighs the teacher by lambda = 0.1 at tau = 3.
@@ -19,13 +22,15 @@ def cross_entropy(
     """Cross-entropy of softmax(logits) against target, averaged over the batch.
 
     Args:
-        logits: [B, C].
-        target: [B] class indices (int64), or [B, C] probabilities (mixup, cutmix).
+        logits: [B, C], C >= 1.
+        target: [B] class indices (int64), or [B, C] probabilities (mixup, cutmix). No index means
+            "ignore". One outside [0, C) is an error of PyTorch's on the reference (on a GPU a
+            failed device assertion) and makes the loss and its row's gradient NaN in kernels.
         label_smoothing: epsilon in [0, 1): target becomes (1 - epsilon) target + epsilon / C.
         impl: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        A scalar, at least fp32.
+        A scalar, at least fp32; NaN for an empty batch.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
@@ -66,7 +71,7 @@ def distillation_loss(
         impl: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        A scalar, at least fp32.
+        A scalar, at least fp32; NaN for an empty batch.
 
     Raises:
         As `cross_entropy`.
@@ -90,6 +95,8 @@ def _prepare_ce(
 ) -> dispatch.Arguments:
     validate.tensor("logits", logits, rank=2)
     batch, classes = logits.shape
+    if classes == 0:
+        raise ValueError(f"logits: expected at least one class; got shape {(batch, classes)}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a Tensor; got {type(target).__name__}")
     if target.is_floating_point():
@@ -155,7 +162,67 @@ def _prepare_distillation(
     )
 
 
-_CROSS_ENTROPY = dispatch.Operator("cross_entropy", _prepare_ce, dispatch.no_limits)
+class _CrossEntropy(torch.autograd.Function):
+    """Differentiates by an implementation's `cross_entropy_fwd` and `cross_entropy_bwd`."""
+
+    @staticmethod
+    def forward(
+        implementation: str, logits: Tensor, target: Tensor, label_smoothing: float
+    ) -> tuple[Tensor, Tensor]:
+        return ops.COMPILED[implementation]["cross_entropy_fwd"](logits, target, label_smoothing)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.implementation, logits, target, ctx.label_smoothing = inputs
+        ctx.save_for_backward(logits, target, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # or autograd fills zeros for the statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        backward = ops.COMPILED[ctx.implementation]["cross_entropy_bwd"]
+        return None, backward(dloss, *ctx.saved_tensors, ctx.label_smoothing), None, None
+
+
+class _DistillationLoss(torch.autograd.Function):
+    """Differentiates by `distillation_loss_fwd` and `distillation_loss_bwd`."""
+
+    @staticmethod
+    def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return ops.COMPILED[implementation]["distillation_loss_fwd"](*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.implementation, logits, target, teacher_logits, token_logits, *ctx.options = inputs
+        ctx.save_for_backward(logits, target, teacher_logits, token_logits, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # or autograd fills zeros for the statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        backward = ops.COMPILED[ctx.implementation]["distillation_loss_bwd"]
+        dlogits, dtoken = backward(dloss, *ctx.saved_tensors, *ctx.options)
+        has_token = ctx.saved_tensors[3] is not None
+        return (None, dlogits, None, None, dtoken if has_token else None, *[None] * 5)
+
+
+def _train_ce(implementation: str, *arguments: Any) -> Tensor:
+    return _CrossEntropy.apply(implementation, *arguments)[0]
+
+
+def _train_distillation(implementation: str, *arguments: Any) -> Tensor:
+    return _DistillationLoss.apply(implementation, *arguments)[0]
+
+
+_CROSS_ENTROPY = dispatch.Operator(
+    "cross_entropy", _prepare_ce, dispatch.no_limits, _train_ce, {1: "target"}
+)
 _DISTILLATION_LOSS = dispatch.Operator(
-    "distillation_loss", _prepare_distillation, dispatch.no_limits
+    "distillation_loss",
+    _prepare_distillation,
+    dispatch.no_limits,
+    _train_distillation,
+    {1: "target", 2: "teacher_logits"},
 )

@@ -16,7 +16,8 @@ import importlib
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+
+from deit.kernels.fakes import FAKES
 
 # Arguments are positional and in the order in which every implementation, the reference
 # included, takes them. Sources: LayerNorm, arXiv 1607.06450; attention, arXiv 1706.03762;
@@ -48,84 +49,126 @@ SCHEMAS: dict[str, str] = {
     ),
 }
 
+# What training needs beside them: `_fwd` also returns what `_bwd` reads again, and `_bwd` returns
+# the gradients in the order of the forward's arguments. A gradient or saved tensor that the call
+# has no use for (no bias, no gamma) is an empty tensor. lse, mean, rstd and a
+# loss's statistics of its rows are fp32.
+TRAINING_SCHEMAS: dict[str, str] = {
+    "layer_norm_fwd": (
+        "(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor out, Tensor mean, "
+        "Tensor rstd)"
+    ),
+    "layer_norm_bwd": (
+        "(Tensor dout, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor dx, "
+        "Tensor dweight, Tensor dbias)"
+    ),
+    "add_layer_norm_fwd": (
+        "(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, Tensor? gamma, "
+        "Tensor? keep) -> (Tensor out, Tensor total, Tensor mean, Tensor rstd)"
+    ),
+    "add_layer_norm_bwd": (
+        "(Tensor dout, Tensor dtotal, Tensor x, Tensor total, Tensor weight, Tensor mean, "
+        "Tensor rstd, Tensor? gamma, Tensor? keep) -> (Tensor dx, Tensor dresidual, "
+        "Tensor dweight, Tensor dbias, Tensor dgamma)"
+    ),
+    "attention_fwd": (
+        "(Tensor qkv, int num_heads, float scale, Tensor? key_bias) -> (Tensor out, Tensor lse)"
+    ),
+    "attention_bwd": (
+        "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int num_heads, float scale, "
+        "Tensor? key_bias) -> Tensor dqkv"
+    ),
+    "linear_fwd": (
+        "(Tensor x, Tensor weight, Tensor? bias, str? activation, Tensor? residual, "
+        "Tensor? gamma, Tensor? keep) -> (Tensor out, Tensor affine)"
+    ),
+    "linear_bwd": (
+        "(Tensor dout, Tensor x, Tensor weight, Tensor affine, str? activation, Tensor? gamma, "
+        "Tensor? keep) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dgamma)"
+    ),
+    "gelu_mlp_fwd": (
+        "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual, "
+        "Tensor? gamma, Tensor? keep) -> (Tensor out, Tensor hidden, Tensor affine)"
+    ),
+    "gelu_mlp_bwd": (
+        "(Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor hidden, Tensor affine, "
+        "Tensor? gamma, Tensor? keep) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, "
+        "Tensor db2, Tensor dgamma)"
+    ),
+    "patch_embed_bwd": (
+        "(Tensor dout, Tensor images, Tensor weight, int prefix_tokens) -> (Tensor dweight, "
+        "Tensor dbias, Tensor dprefix, Tensor dpos_embed)"
+    ),
+    "cross_entropy_fwd": (
+        "(Tensor logits, Tensor target, float label_smoothing) -> (Tensor loss, Tensor statistics)"
+    ),
+    "cross_entropy_bwd": (
+        "(Tensor dloss, Tensor logits, Tensor target, Tensor statistics, float label_smoothing) "
+        "-> Tensor dlogits"
+    ),
+    "distillation_loss_fwd": (
+        "(Tensor logits, Tensor target, Tensor teacher_logits, Tensor? distillation_logits, "
+        "str kind, float alpha, float temperature, float label_smoothing, str kl_reduction) "
+        "-> (Tensor loss, Tensor statistics)"
+    ),
+    "distillation_loss_bwd": (
+        "(Tensor dloss, Tensor logits, Tensor target, Tensor teacher_logits, "
+        "Tensor? distillation_logits, Tensor statistics, str kind, float alpha, float temperature, "
+        "float label_smoothing, str kl_reduction) -> (Tensor dlogits, "
+        "Tensor ddistillation_logits)"
+    ),
+}
+
 NAMESPACES: dict[str, str] = {"cpu": "deit_cpu", "triton": "deit_triton", "cuda": "deit_cuda"}
 
 # Which operators each implementation has kernels for. The two native lists are what csrc/ holds;
 # a built library that lacks one of them is reported by native.py, not discovered by a call.
 KERNELS: dict[str, frozenset[str]] = {
     "cpu": frozenset({"layer_norm", "add_layer_norm", "attention", "linear", "gelu_mlp"}),
-    "triton": frozenset({"layer_norm", "add_layer_norm", "attention", "linear", "gelu_mlp"}),
+    "triton": frozenset(
+        {
+            "add_layer_norm",
+            "add_layer_norm_bwd",
+            "add_layer_norm_fwd",
+            "attention",
+            "attention_bwd",
+            "attention_fwd",
+            "cross_entropy",
+            "cross_entropy_bwd",
+            "cross_entropy_fwd",
+            "distillation_loss",
+            "distillation_loss_bwd",
+            "distillation_loss_fwd",
+            "gelu_mlp",
+            "gelu_mlp_bwd",
+            "gelu_mlp_fwd",
+            "layer_norm",
+            "layer_norm_bwd",
+            "layer_norm_fwd",
+            "linear",
+            "linear_bwd",
+            "linear_fwd",
+            "patch_embed",
+            "patch_embed_bwd",
+        }
+    ),
     "cuda": frozenset({"layer_norm", "add_layer_norm"}),
-}
-
-
-def _layer_norm_fake(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _add_layer_norm_fake(x: Tensor, residual: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), residual.new_empty(residual.shape)
-
-
-def _attention_fake(qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None) -> Tensor:
-    batch, tokens, channels = qkv.shape
-    return qkv.new_empty((batch, tokens, channels // 3))
-
-
-def _projected(x: Tensor, width: int, residual: Tensor | None) -> Tensor:
-    dtype = x.dtype if residual is None else residual.dtype
-    return x.new_empty((*x.shape[:-1], width), dtype=dtype)
-
-
-def _linear_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-    keep: Tensor | None,
-) -> Tensor:
-    return _projected(x, weight.shape[0], residual)
-
-
-def _gelu_mlp_fake(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-    keep: Tensor | None,
-) -> Tensor:
-    return _projected(x, w2.shape[0], residual)
-
-
-def _patch_embed_fake(
-    images: Tensor, weight: Tensor, bias: Tensor | None, prefix: Tensor, pos_embed: Tensor
-) -> Tensor:
-    return images.new_empty((images.shape[0], pos_embed.shape[1], weight.shape[0]))
-
-
-def _scalar_loss_fake(logits: Tensor, *_: object) -> Tensor:
-    return logits.new_empty((), dtype=torch.float32)
-
-
-FAKES: dict[str, Callable[..., object]] = {
-    "layer_norm": _layer_norm_fake,
-    "add_layer_norm": _add_layer_norm_fake,
-    "attention": _attention_fake,
-    "linear": _linear_fake,
-    "gelu_mlp": _gelu_mlp_fake,
-    "patch_embed": _patch_embed_fake,
-    "cross_entropy": _scalar_loss_fake,
-    "distillation_loss": _scalar_loss_fake,
 }
 
 
 # The CPU's operators that are oneDNN's products rather than kernels of csrc/cpu.
 ONEDNN = frozenset({"linear", "gelu_mlp"})
+
+
+def _triton_module(name: str) -> str:
+    """The module of a Triton operator; gradients have their own, `<operator>_bwd`."""
+    operator = name.removesuffix("_fwd").removesuffix("_bwd")
+    file = {
+        "add_layer_norm": "layer_norm",
+        "cross_entropy": "losses",
+        "distillation_loss": "losses",
+    }.get(operator, operator)
+    return f"triton.{file}_bwd" if name.endswith("_bwd") else f"triton.{file}"
 
 
 def _launcher(module: str, name: str) -> Callable[..., object]:
@@ -137,15 +180,11 @@ def _launcher(module: str, name: str) -> Callable[..., object]:
     return launch
 
 
-def _triton_module(name: str) -> str:
-    return "triton." + {"add_layer_norm": "layer_norm"}.get(name, name)
-
-
 def _register() -> dict[str, dict[str, torch._ops.OpOverload]]:
     compiled: dict[str, dict[str, torch._ops.OpOverload]] = {}
     for implementation, namespace in NAMESPACES.items():
         compiled[implementation] = {}
-        for name, schema in SCHEMAS.items():
+        for name, schema in (SCHEMAS | TRAINING_SCHEMAS).items():
             qualified = f"{namespace}::{name}"
             torch.library.define(qualified, schema)
             torch.library.register_fake(qualified, FAKES[name])

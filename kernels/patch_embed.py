@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
 
-from deit.kernels import dispatch, validate
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from deit.kernels import dispatch, ops, validate
 
 
 def patch_embed(
@@ -19,7 +23,8 @@ def patch_embed(
     """concat(prefix, patches @ weightT + bias) + pos_embed (arXiv 2010.11929, eq. 1).
 
     Args:
-        images: [B, C, H, W], H and W multiples of the patch size.
+        images: [B, C, H, W], H and W multiples of the patch size, at any strides. Only the
+            reference has a gradient for them.
         weight: [D, C, P, P], the patch projection as a convolution holds it; bias: [D] or None.
         prefix: [1, T, D], the class token, then the distillation token where there is one.
         pos_embed: [1, T + H * W / P**2, D].
@@ -59,4 +64,39 @@ def _prepare(
     return images, weight, bias, prefix, pos_embed
 
 
-_PATCH_EMBED = dispatch.Operator("patch_embed", _prepare, dispatch.no_limits)
+class _PatchEmbed(torch.autograd.Function):
+    """Differentiates by an implementation's `patch_embed_bwd`; images get no gradient."""
+
+    @staticmethod
+    def forward(
+        implementation: str,
+        images: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        prefix: Tensor,
+        pos_embed: Tensor,
+    ) -> Tensor:
+        forward = ops.COMPILED[implementation]["patch_embed"]
+        return forward(images, weight, bias, prefix, pos_embed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.implementation, images, weight, bias, prefix, _ = inputs
+        ctx.has_bias, ctx.prefix_tokens = bias is not None, prefix.shape[1]
+        ctx.save_for_backward(images, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        backward = ops.COMPILED[ctx.implementation]["patch_embed_bwd"]
+        dweight, dbias, dprefix, dpos = backward(dout, *ctx.saved_tensors, ctx.prefix_tokens)
+        return None, None, dweight, dbias if ctx.has_bias else None, dprefix, dpos
+
+
+def _train(implementation: str, *arguments: Any) -> Tensor:
+    return _PatchEmbed.apply(implementation, *arguments)
+
+
+_PATCH_EMBED = dispatch.Operator(
+    "patch_embed", _prepare, dispatch.interpreter_limits, _train, {0: "images"}
+)

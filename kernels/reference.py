@@ -97,12 +97,18 @@ def patch_embed(
     return tokens + pos_embed
 
 
+# PyTorch always ignores one index; -100, its default, is as wrong a class here as any other.
+_IGNORE_NOTHING = -(2**31)
+
+
 def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
     """Mean over the batch of CE(softmax(logits), target); class indices or probabilities."""
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     if target.is_floating_point():
         target = target.to(logits.dtype)
-    return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
+    return F.cross_entropy(
+        logits, target, ignore_index=_IGNORE_NOTHING, label_smoothing=label_smoothing
+    )
 
 
 def distillation_loss(
@@ -135,5 +141,5 @@ def distillation_loss(
             log_target=True,
         )
         count = student.shape[0] if kl_reduction == "batchmean" else student.numel()
-        imitation = divergence * (temperature**2 / count)
+        imitation = divergence * temperature**2 / count  # NaN, not an exception, for no rows
     return (1 - alpha) * cross_entropy(logits, target, label_smoothing) + alpha * imitation

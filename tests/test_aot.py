@@ -40,6 +40,13 @@ SUBSET = [
         ("linear", "residual gamma keep", "fp16", 192),
         ("linear", "gelu", "fp32", 192),
         ("gelu_mlp", "residual gamma keep", "bf16", 192),
+        ("layer_norm_bwd", "plain", "bf16", 768),
+        ("add_layer_norm_bwd", "gamma keep fp32", "bf16", 768),
+        ("partial_sums", "one", "fp32", 768),
+        ("distillation_loss", "soft smoothed student kl", "bf16", 21841),
+        ("distillation_loss_bwd", "index hard", "bf16", 1000),
+        ("patch_embed", "channels last", "bf16", 768),
+        ("patch_embed_bwd", "channels first", "bf16", 768),
     )
     if (operator, arch) != ("gelu_mlp", 80)
 ]

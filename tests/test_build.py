@@ -173,3 +173,9 @@ def test_import_kernels_from_the_root_explains_itself(tmp_path):
     result = import_kernels(tmp_path)
     assert result.returncode != 0
     assert "imported as deit.kernels" in result.stderr
+    # What transformers asks before it goes on without the package.
+    code = "import kernels; assert not hasattr(kernels, '__version__'); kernels.get_kernel"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert "ImportError: the folder kernels/" in result.stderr

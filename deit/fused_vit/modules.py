@@ -12,10 +12,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from deit.kernels import attention, gelu_mlp, layer_norm, linear
+from deit.fused_vit.attends import Attends
+from deit.kernels import gelu_mlp, layer_norm
 
-_PLAIN_TENSORS = (nn.Parameter, Tensor)
+# What a kernel may read, and what torch.export traces with in its place. Not DTensor and the like.
+PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 
 
 class Fused:
@@ -27,7 +30,22 @@ class Fused:
     IDENTITIES: ClassVar[tuple[str, ...]] = ()
     DROPOUTS: ClassVar[tuple[str, ...]] = ()
 
-    fused_impls: dict[str, str]  # operator -> impl, set by fuse()
+    # What fuse() leaves on a module, and unfuse() takes away.
+    STATE: ClassVar[tuple[str, ...]] = ("fused_impls",)
+    fused_impls: dict[str, str]  # operator -> impl
+
+    def adopt(self, impls: dict[str, str]) -> None:
+        """Run each operator by the implementation that `impls` names from now on."""
+        self.fused_impls = impls
+
+    def absorbed(self) -> list[nn.Module]:
+        """The submodules whose parameters the fused path reads itself."""
+        children = self._modules  # type: ignore[attr-defined]
+        return [child for name in self.LINEARS if (child := children.get(name)) is not None]
+
+    def remark(self) -> str:
+        """What the report says of this module beside that it is fused."""
+        return ""
 
     def unsupported(self) -> str | None:
         """Why this module's structure has no fused form; None where it has."""
@@ -36,7 +54,7 @@ class Fused:
             child = children.get(name)
             if type(child) is not nn.Linear:
                 return f"{name} is a {type(child).__name__}, not a Linear"
-            if type(child.weight) not in _PLAIN_TENSORS:
+            if type(child.weight) not in PLAIN_TENSORS:
                 return f"{name}.weight is a {type(child.weight).__name__}, not a plain tensor"
         for name in self.IDENTITIES:
             child = children.get(name)
@@ -79,13 +97,17 @@ def original_class(module: object) -> Any:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether a call of `module` would run a hook of its own."""
+    """Whether a call of `module` would run more than its class's forward.
+
+    That is a hook, or a forward set on the instance (as accelerate's offloading does).
+    """
     own = module.__dict__  # spelled out: this runs for twenty modules a block
     return bool(
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
+        or "forward" in own
     )
 
 
@@ -100,54 +122,43 @@ class FusedLayerNorm(Fused):
             return f"it normalises over {len(norm.normalized_shape)} axes, not the last one"
         if norm.weight is None:
             return "it has no weight"
-        if type(norm.weight) not in _PLAIN_TENSORS:
+        if type(norm.weight) not in PLAIN_TENSORS:
             return f"weight is a {type(norm.weight).__name__}, not a plain tensor"
         if getattr(norm, "_fast_norm", False):
             return "timm's fast_norm is set, which normalises in the autocast dtype"
         return None
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
-        if not self.runs_fused(x):
-            return super().forward(x)  # type: ignore[misc]
-        return self.normalise(x)
+    def forward(self, input: Tensor) -> Tensor:  # [..., D] -> [..., D]
+        if not self.runs_fused(input):
+            return super().forward(input)  # type: ignore[misc]
+        return self.normalise(input)
 
     def normalise(self, x: Tensor) -> Tensor:
         norm: Any = self
         return layer_norm(x, norm.weight, norm.bias, norm.eps, impl=self.fused_impls["layer_norm"])
 
 
-class FusedAttention(Fused):
+class FusedAttention(Attends, Fused):
     """Over an attention with one qkv projection and an output projection."""
 
     OPERATORS = ("linear", "attention")
-    LINEARS = ("qkv", "proj")
+    LINEARS: ClassVar[tuple[str, ...]] = ("qkv", "proj")
+
+    def projection(self) -> tuple[Tensor, Tensor | None]:
+        qkv: Any = self._modules["qkv"]  # type: ignore[attr-defined]
+        return qkv.weight, qkv.bias
+
+    def output(self) -> nn.Linear:
+        return self._modules[self.LINEARS[-1]]  # type: ignore[attr-defined]
+
+    def geometry(self) -> tuple[int, float]:
+        module: Any = self
+        return module.num_heads, module.scale
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
         if not self.runs_fused(x):
             return super().forward(x)  # type: ignore[misc]
         return self.attend(x)
-
-    def attend(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        gamma: Tensor | None = None,
-        keep: Tensor | None = None,
-    ) -> Tensor:
-        """residual + keep * gamma * proj(attention(qkv(x)))."""
-        module: Any = self
-        qkv, proj, impls = module.qkv, module.proj, self.fused_impls
-        packed = linear(x, qkv.weight, qkv.bias, impl=impls["linear"])
-        mixed = attention(packed, module.num_heads, scale=module.scale, impl=impls["attention"])
-        return linear(
-            mixed,
-            proj.weight,
-            proj.bias,
-            residual=residual,
-            gamma=gamma,
-            keep=keep,
-            impl=impls["linear"],
-        )
 
 
 class FusedMlp(Fused):
@@ -155,6 +166,24 @@ class FusedMlp(Fused):
 
     OPERATORS = ("gelu_mlp",)
     LINEARS = ("fc1", "fc2")
+    ACTIVATION: ClassVar[str] = ""  # the submodule that must be an exact GELU, if there is one
+
+    @staticmethod
+    def exact_gelu(act: object) -> bool:
+        """Whether `act` computes GELU by erf."""
+        return type(act) is nn.GELU and act.approximate == "none"
+
+    def unsupported(self) -> str | None:
+        act = self._modules.get(self.ACTIVATION)  # type: ignore[attr-defined]
+        if self.ACTIVATION and not self.exact_gelu(act):
+            return f"its activation is {act}, not the exact GELU"
+        return super().unsupported()
+
+    def interrupted(self) -> str | None:
+        act = self._modules.get(self.ACTIVATION)  # type: ignore[attr-defined]
+        if act is not None and hooked(act):
+            return f"{self.ACTIVATION} has a hook"
+        return super().interrupted()
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
         if not self.runs_fused(x):
@@ -169,13 +198,13 @@ class FusedMlp(Fused):
         keep: Tensor | None = None,
     ) -> Tensor:
         """residual + keep * gamma * fc2(gelu(fc1(x)))."""
-        module: Any = self
+        fc1, fc2 = (self._modules[name] for name in self.LINEARS)  # type: ignore[attr-defined]
         return gelu_mlp(
             x,
-            module.fc1.weight,
-            module.fc1.bias,
-            module.fc2.weight,
-            module.fc2.bias,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias,
             residual=residual,
             gamma=gamma,
             keep=keep,
@@ -187,14 +216,19 @@ class FusedBlock(Fused):
     """Over a pre-norm block: both residual additions move into the products' epilogues."""
 
     OPERATORS = ("layer_norm", "linear", "attention", "gelu_mlp")
+    # In the order in which they run: norm, attention, norm, MLP.
     PARTS: ClassVar[tuple[tuple[str, type[Fused]], ...]] = (
         ("norm1", FusedLayerNorm),
         ("attn", FusedAttention),
         ("norm2", FusedLayerNorm),
         ("mlp", FusedMlp),
     )
-    SCALES: ClassVar[tuple[str, str]] = ("ls1", "ls2")
-    DROP_PATHS: ClassVar[tuple[str, str]] = ("drop_path1", "drop_path2")
+    SCALES: ClassVar[tuple[str, ...]] = ("ls1", "ls2")
+    DROP_PATHS: ClassVar[tuple[str, ...]] = ("drop_path1", "drop_path2")
+
+    def parts(self) -> tuple[Any, ...]:
+        """What normalises, attends, normalises and feeds forward."""
+        return tuple(self._modules[name] for name, _ in self.PARTS)  # type: ignore[attr-defined]
 
     def unsupported(self) -> str | None:
         children = self._modules  # type: ignore[attr-defined]
@@ -205,32 +239,52 @@ class FusedBlock(Fused):
             reason = part.unsupported()
             if reason is not None:
                 return f"{name}: {reason}"
-        return None
+        return super().unsupported()
 
     def interrupted(self) -> str | None:
         children = self._modules  # type: ignore[attr-defined]
         for name, _ in self.PARTS:
             part = children[name]
-            reason = "it has a hook" if hooked(part) else part.interrupted()
+            reason = "it has a hook" if self.watched(part) else part.interrupted()
             if reason is not None:
                 return f"{name}: {reason}"
         for name in (*self.SCALES, *self.DROP_PATHS):
             child = children.get(name)
             if child is not None and hooked(child):
                 return f"{name} has a hook"
-        return None
+        return super().interrupted()
+
+    def watched(self, part: nn.Module) -> bool:
+        """Whether a hook on `part` wants to be run by this call."""
+        return hooked(part)
 
     def gamma(self, index: int) -> Tensor | None:
         """LayerScale's [D] of the first or second branch; None where there is none."""
+        if not self.SCALES:
+            return None
         return getattr(self._modules.get(self.SCALES[index]), "gamma", None)  # type: ignore[attr-defined]
 
     def keep(self, index: int, x: Tensor) -> Tensor | None:
         """Stochastic depth's factors [B] of a branch, drawn as the original draws them."""
-        raise NotImplementedError
+        return None
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
         if not self.runs_fused(x):
             return super().forward(x)  # type: ignore[misc]
-        module: Any = self
-        x = module.attn.attend(module.norm1.normalise(x), x, self.gamma(0), self.keep(0, x))
-        return module.mlp.feed_forward(module.norm2.normalise(x), x, self.gamma(1), self.keep(1, x))
+        return self.advance(x)
+
+    def advance(
+        self, x: Tensor, *, key_bias: Tensor | None = None, rows: int | None = None
+    ) -> Tensor:
+        """The block's output [B, N, D], or [B, rows, D]: its first `rows` tokens alone."""
+        norm1, attn, norm2, mlp = self.parts()
+        stream = x if rows is None else x[:, :rows]
+        stream = attn.attend(
+            norm1.normalise(x),
+            stream,
+            self.gamma(0),
+            self.keep(0, x),
+            key_bias=key_bias,
+            rows=rows,
+        )
+        return mlp.feed_forward(norm2.normalise(stream), stream, self.gamma(1), self.keep(1, x))

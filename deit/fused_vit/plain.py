@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from deit import model
 from deit.fused_vit import modules
+from deit.fused_vit.last_block import PrefixOnly
 
 
 class FusedLayerNorm(modules.FusedLayerNorm, nn.LayerNorm):
@@ -23,14 +24,24 @@ class FusedMlp(modules.FusedMlp, model.Mlp):
 class FusedBlock(modules.FusedBlock, model.Block):
     """deit.model.Block with its residual additions in the products' epilogues."""
 
-    SCALES = ()  # type: ignore[assignment]
-    DROP_PATHS = ("drop_path", "drop_path")
-
-    def gamma(self, index: int) -> None:
-        return None
+    SCALES = ()
+    DROP_PATHS = ("drop_path",)
 
     def keep(self, index: int, x: Tensor) -> Tensor | None:
         return self.drop_path.keep(x)
+
+
+class FusedDeiT(PrefixOnly, model.DeiT):
+    """deit.model.DeiT with the last block for the prefix tokens alone."""
+
+    def rows(self) -> int:
+        return self.config.prefix_tokens
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if not self.runs_fused(images):
+            return super().forward(images)
+        self._check(images)
+        return self.forward_head(self.prefix_features(self.embed(images)))
 
 
 LEAVES: dict[type[nn.Module], type[modules.Fused]] = {
@@ -39,3 +50,4 @@ LEAVES: dict[type[nn.Module], type[modules.Fused]] = {
     model.Mlp: FusedMlp,
 }
 BLOCKS: dict[type[nn.Module], type[modules.Fused]] = {model.Block: FusedBlock}
+ROOTS: dict[type[nn.Module], type[modules.Fused]] = {model.DeiT: FusedDeiT}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import timm.layers
-from timm.models import vision_transformer
+from timm.models import deit, vision_transformer
 from torch import Tensor, nn
 
 from deit.fused_vit import modules
+from deit.fused_vit.last_block import PrefixOnly
 
 
 class FusedLayerNorm(modules.FusedLayerNorm, timm.layers.LayerNorm):
@@ -48,22 +49,11 @@ class FusedMlp(modules.FusedMlp, timm.layers.Mlp):
 
     IDENTITIES = ("norm",)
     DROPOUTS = ("drop1", "drop2")
+    ACTIVATION = "act"
 
-    def unsupported(self) -> str | None:
-        act = self.act
-        if not exact_gelu(act):
-            return f"its activation is {act}, not the exact GELU"
-        return super().unsupported()
-
-    def interrupted(self) -> str | None:
-        return "act has a hook" if modules.hooked(self.act) else super().interrupted()
-
-
-def exact_gelu(act: nn.Module) -> bool:
-    """Whether `act` computes GELU by erf: torch's module or timm's wrapper of it."""
-    if type(act) is nn.GELU:
-        return act.approximate == "none"
-    return type(act) is timm.layers.activations.GELU
+    @staticmethod
+    def exact_gelu(act: object) -> bool:
+        return modules.FusedMlp.exact_gelu(act) or type(act) is timm.layers.activations.GELU
 
 
 class FusedBlock(Masked, modules.FusedBlock, vision_transformer.Block):
@@ -88,9 +78,62 @@ class FusedBlock(Masked, modules.FusedBlock, vision_transformer.Block):
         return keep.div_(1.0 - rate) if drop.scale_by_keep and rate < 1.0 else keep
 
 
+class ClassifiesByPrefix(PrefixOnly):
+    """What timm's two vision transformers share."""
+
+    def unsupported(self) -> str | None:
+        if not _FEATURES_KNOWN:
+            return f"timm {timm.__version__} computes features by other steps than are known here"
+        return super().unsupported()
+
+    def interrupted(self) -> str | None:
+        module: Any = self
+        if module.global_pool != "token" or module.attn_pool is not None:
+            return f"global_pool={module.global_pool!r} reads every token"
+        if module.grad_checkpointing:
+            return "gradient checkpointing is on"
+        return super().interrupted()
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Any:  # [B, 3, H, W] -> [B, C]
+        if attn_mask is not None or is_causal is not False:
+            return modules.original_class(self).forward(self, x, attn_mask, is_causal)
+        module: Any = self
+        if not self.runs_fused(x):
+            return super().forward(x)  # type: ignore[misc]
+        x = module.norm_pre(module.patch_drop(module._pos_embed(module.patch_embed(x))))
+        return module.forward_head(self.prefix_features(x))
+
+
+class FusedVisionTransformer(ClassifiesByPrefix, vision_transformer.VisionTransformer):
+    """timm's VisionTransformer with the last block for the class token alone."""
+
+    ROWS = 1
+
+
+class FusedVisionTransformerDistilled(ClassifiesByPrefix, deit.VisionTransformerDistilled):
+    """timm's distilled DeiT with the last block for the class and distillation tokens alone."""
+
+    ROWS = 2
+
+
+# `forward` above spells out the steps of timm's forward_features (the same since 0.9): a timm that
+# takes another step would silently lose it there.
+_STEPS = {"patch_embed", "_pos_embed", "patch_drop", "norm_pre", "blocks", "norm"}
+_FEATURES_KNOWN = (
+    _STEPS
+    <= set(vision_transformer.VisionTransformer.forward_features.__code__.co_names)
+    <= _STEPS | {"grad_checkpointing", "torch", "jit", "is_scripting", "checkpoint_seq"}
+)
+
 LEAVES: dict[type[nn.Module], type[modules.Fused]] = {
     timm.layers.LayerNorm: FusedLayerNorm,
     vision_transformer.Attention: FusedAttention,
     timm.layers.Mlp: FusedMlp,
 }
 BLOCKS: dict[type[nn.Module], type[modules.Fused]] = {vision_transformer.Block: FusedBlock}
+ROOTS: dict[type[nn.Module], type[modules.Fused]] = {
+    vision_transformer.VisionTransformer: FusedVisionTransformer,
+    deit.VisionTransformerDistilled: FusedVisionTransformerDistilled,
+}

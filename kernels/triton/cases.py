@@ -6,17 +6,29 @@ what would be launched, with the same specialisation of every argument.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from deit.kernels.triton import attention, common, configs, gelu_mlp, layer_norm, linear
+from deit.kernels.triton import (
+    attention,
+    attention_bwd,
+    cases_rows,
+    common,
+    configs,
+    gelu_mlp,
+    linear,
+    linear_bwd,
+    products,
+)
 
 ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIMS = (192, 384, 768, 1024)  # DeiT-Ti, -S, -B, ViT-L
+HEAD_DIMS = (64, 32, 128, 80, 96)
 _BATCH, _TOKENS = 256, 197
 
 
@@ -33,28 +45,56 @@ class Case:
     @property
     def tensor_cores(self) -> bool:
         """Whether the kernel has products in half precision."""
-        return self.dtype != "fp32" and "layer_norm" not in self.operator
+        if self.operator in cases_rows.VARIANTS and self.operator not in cases_rows.PRODUCTS:
+            return False
+        if self.variant in ("delta", "tokens"):
+            return False
+        if self.operator == "output_gradient":  # linear's backward without its products
+            return False
+        return self.dtype != "fp32"
 
     @property
     def tma(self) -> bool:
         """Whether it is meant to read by tensor descriptors."""
-        return self.tensor_cores and self.arch in (90, 100) and self.variant not in _POINTERS
+        if self.arch not in (90, 100) or any(pointers in self.variant for pointers in _POINTERS):
+            return False
+        if self.operator in cases_rows.VARIANTS:
+            return False
+        if self.operator.startswith("attention") and self.size not in configs.TMA_HEAD_DIMS:
+            return False
+        return self.tensor_cores
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype`, as PyTorch's."""
+        return DTYPES[self.dtype]
 
     def build(self) -> common.Launch:
         """The launch, its tensors on the meta device."""
+        if self.operator in cases_rows.VARIANTS:
+            return cases_rows.build(self)
         return _BUILDERS[self.operator](self)
 
 
 # Variants whose strides a descriptor cannot take.
 _POINTERS = ("unaligned", "token slice")
+# Operators compiled for a tile and not for a width.
+_TILED = ("linear", "linear_fwd", "gelu_mlp", "input_gradient", "weight_gradient",
+          "output_gradient")  # fmt: skip
 
 _VARIANTS: dict[str, tuple[str, ...]] = {
-    "layer_norm": ("plain", "fp32 weights"),
-    "add_layer_norm": ("plain", "gamma keep fp32"),
     "attention": ("197", "197 bias", "577", "577 bias", "unaligned"),
+    "attention_fwd": ("197 bias", "577 bias"),
+    "attention_bwd": ("197", "197 bias", "577", "577 bias", "unaligned", "delta"),
     "linear": ("bias", "gelu", "gelu_tanh", "residual", "residual gamma keep", "fp32 residual",
                "unaligned", "token slice"),
     "gelu_mlp": ("residual", "residual gamma keep", "fp32 residual"),
+    "linear_fwd": ("gelu", "gelu_tanh", "fp32 residual gamma keep",
+                   "gelu unaligned"),
+    # The three kernels of linear's and gelu_mlp's backward.
+    "output_gradient": ("sums only", "gelu", "gelu_tanh gamma keep", "fp32 gamma keep"),
+    "input_gradient": ("plain", "through gelu", "unaligned", "through gelu unaligned"),
+    "weight_gradient": ("plain", "one part", "unaligned", "token slice"),
 }  # fmt: skip
 
 
@@ -64,12 +104,12 @@ def all_cases(
     """Every shipped case, each configuration once."""
     for arch in architectures:
         for dtype in dtypes:
-            for operator, variants in _VARIANTS.items():
+            for operator, variants in (cases_rows.VARIANTS | _VARIANTS).items():
                 seen = set()
-                for size in (64, 32, 128) if operator == "attention" else DIMS:
+                for size in _sizes(operator):
                     config = _config(operator, arch, DTYPES[dtype], size)
                     # LayerNorm and attention are compiled for a width, the others for a tile.
-                    key = config if operator in ("linear", "gelu_mlp") else (config, size)
+                    key = config if operator in _TILED else (config, size)
                     if config is None or key in seen:
                         continue
                     seen.add(key)
@@ -77,31 +117,35 @@ def all_cases(
                         yield Case(operator, variant, dtype, size, arch)
 
 
+def _sizes(operator: str) -> tuple[int, ...]:
+    if "loss" in operator or "cross_entropy" in operator:
+        return cases_rows.CLASSES
+    return HEAD_DIMS if operator.startswith("attention") else DIMS
+
+
 def _config(operator: str, arch: int, dtype: torch.dtype, size: int) -> object:
-    if operator == "linear":
+    if operator in ("linear", "linear_fwd"):
         return configs.linear(arch, dtype, size, size)
-    if operator == "attention":
+    if operator == "output_gradient":
+        return configs.output_gradient(size)
+    if operator == "input_gradient":
+        # Both forms, so that each of its configurations is compiled.
+        return tuple(
+            configs.input_gradient(arch, dtype, size, size, gelu=gelu) for gelu in (False, True)
+        )
+    if operator == "weight_gradient":
+        return configs.weight_gradient(arch, dtype, size, size)
+    if operator == "attention_bwd":
+        return configs.attention_bwd(arch, dtype, size, _TOKENS)
+    if operator.startswith("attention"):
         return configs.attention(arch, dtype, size, _TOKENS)
-    return getattr(configs, operator.removeprefix("add_"))(arch, dtype, size)
+    if operator in cases_rows.VARIANTS:
+        return cases_rows.config(operator, arch, dtype, size)
+    return getattr(configs, operator)(arch, dtype, size)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _layer_norm(case: Case) -> common.Launch:
-    dtype, dim = DTYPES[case.dtype], case.size
-    full = case.variant != "plain"
-    weight, bias = (_empty(dim, dtype=torch.float32 if full else dtype) for _ in range(2))
-    x = _empty(_BATCH, _TOKENS, dim, dtype=dtype)
-    config = configs.layer_norm(case.arch, dtype, dim)
-    if case.operator == "layer_norm":
-        return _launch(layer_norm.plan_layer_norm(x, weight, bias, 1e-6, config=config))
-    residual = _empty(*x.shape, dtype=torch.float32 if full else dtype)
-    gamma, keep = (_empty(dim), _empty(_BATCH)) if full else (None, None)
-    return _launch(
-        layer_norm.plan_add_layer_norm(x, residual, weight, bias, 1e-6, gamma, keep, config=config)
-    )
 
 
 def _attention(case: Case) -> common.Launch:
@@ -111,9 +155,22 @@ def _attention(case: Case) -> common.Launch:
     spare = 1 if "unaligned" in case.variant else 0
     qkv = _empty(_BATCH, tokens, 3 * heads * case.size + spare, dtype=dtype)
     key_bias = _empty(_BATCH, tokens) if "bias" in case.variant else None
-    config = configs.attention(case.arch, dtype, case.size, tokens, tma=not spare)
     qkv = qkv[..., : 3 * heads * case.size]
-    return _launch(attention.plan(qkv, heads, 0.125, key_bias, config=config))
+    if case.operator != "attention_bwd":
+        config = configs.attention(case.arch, dtype, case.size, tokens, tma=not spare)
+        lse = case.operator == "attention_fwd"
+        return _launch(attention.plan(qkv, heads, 0.125, key_bias, save_lse=lse, config=config))
+    bwd_config = configs.attention_bwd(case.arch, dtype, case.size, tokens, tma=not spare)
+    if case.variant == "delta":
+        bwd_config = dataclasses.replace(bwd_config, whole_head=False)
+    out, row_lse = (
+        _empty(_BATCH, tokens, heads * case.size, dtype=dtype),
+        _empty(_BATCH, heads, tokens),
+    )
+    _, launches = attention_bwd.plan(
+        out, qkv, out, row_lse, heads, 0.125, key_bias, config=bwd_config
+    )
+    return launches[0 if case.variant == "delta" else -1]
 
 
 def _epilogue(case: Case, shape: torch.Size) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -129,16 +186,49 @@ def _epilogue(case: Case, shape: torch.Size) -> tuple[Tensor | None, Tensor | No
 def _linear(case: Case) -> common.Launch:
     dtype, dim = DTYPES[case.dtype], case.size
     x = _empty(_BATCH, _TOKENS, dim, dtype=dtype)
-    if case.variant == "unaligned":
+    if "unaligned" in case.variant:
         x = _empty(_BATCH, _TOKENS, dim + 1, dtype=dtype)[..., :dim]
     elif case.variant == "token slice":
         x = _empty(_BATCH, _TOKENS + 1, dim, dtype=dtype)[:, 1:]
     weight, bias = _empty(dim, dim, dtype=dtype), _empty(dim, dtype=dtype)
-    activation = case.variant if case.variant.startswith("gelu") else None
+    activation = case.variant.split()[0] if case.variant.startswith("gelu") else None
+    options = _epilogue(case, x.shape)
     config = configs.linear(case.arch, dtype, dim, dim)
-    return _launch(
-        linear.plan(x, weight, bias, activation, *_epilogue(case, x.shape), config=config)
-    )
+    affine = _empty(*x.shape, dtype=dtype) if case.operator == "linear_fwd" else None
+    return _launch(linear.plan(x, weight, bias, activation, *options, affine=affine, config=config))
+
+
+def _output_gradient(case: Case) -> common.Launch:
+    dtype, dim = DTYPES[case.dtype], case.size
+    dout = _empty(_BATCH, _TOKENS, dim, dtype=torch.float32 if "fp32" in case.variant else dtype)
+    affine = _empty(*dout.shape, dtype=dtype)
+    activation = case.variant.split()[0] if case.variant.startswith("gelu") else None
+    _, gamma, keep = _epilogue(case, dout.shape)
+    return _launch(linear_bwd.plan(dout, dtype, affine, activation, gamma, keep))
+
+
+def _spaced(case: Case) -> Tensor:
+    """[T, D]; where descriptors shall not take it, its rows are off 16 bytes."""
+    spare = 1 if "unaligned" in case.variant else 0
+    rows = _empty(_BATCH * _TOKENS, case.size + spare, dtype=DTYPES[case.dtype])
+    return rows[:, : case.size]
+
+
+def _input_gradient(case: Case) -> common.Launch:
+    g, dtype, gelu = _spaced(case), DTYPES[case.dtype], "gelu" in case.variant
+    weight, hidden = _empty(case.size, case.size, dtype=dtype), _empty(*g.shape, dtype=dtype)
+    config = configs.input_gradient(case.arch, dtype, case.size, case.size, gelu=gelu)
+    return _launch(products.plan_input_gradient(g, weight, hidden if gelu else None, config=config))
+
+
+def _weight_gradient(case: Case) -> common.Launch:
+    g, dtype = _spaced(case), DTYPES[case.dtype]
+    x = _empty(_BATCH, _TOKENS + 1, case.size, dtype=dtype)[:, 1:]
+    if case.variant != "token slice":
+        x = _empty(_BATCH, _TOKENS, case.size, dtype=dtype)
+    config = configs.weight_gradient(case.arch, dtype, case.size, case.size)
+    programs = 1 if case.variant == "one part" else 132
+    return _launch(products.plan_weight_gradient(g, x, config=config, programs=programs))
 
 
 def _gelu_mlp(case: Case) -> common.Launch:
@@ -158,9 +248,13 @@ def _launch(planned: tuple[object, common.Launch | None] | None) -> common.Launc
 
 
 _BUILDERS = {
-    "layer_norm": _layer_norm,
-    "add_layer_norm": _layer_norm,
     "attention": _attention,
+    "attention_fwd": _attention,
+    "attention_bwd": _attention,
     "linear": _linear,
     "gelu_mlp": _gelu_mlp,
+    "linear_fwd": _linear,
+    "output_gradient": _output_gradient,
+    "input_gradient": _input_gradient,
+    "weight_gradient": _weight_gradient,
 }

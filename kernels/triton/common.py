@@ -169,6 +169,63 @@ def gelu_tanh(x):
 
 
 @triton.jit
+def gelu_and_slope(x):
+    """gelu(x) and its derivative, Phi(x) + x * phi(x), from one erf."""
+    below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    return x * below, below + x * density
+
+
+@triton.jit
+def gelu_tanh_and_slope(x):
+    """x * s(v), v = 2u, and its derivative s + x * s * (1 - s) * v'.
+
+    s and s * (1 - s) are made of exp(-|v|), which cannot overflow; 1 - s would cancel.
+    """
+    v = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+    small = tl.exp(-tl.abs(v))
+    r = 1.0 / (1.0 + small)
+    s = tl.where(v >= 0, r, small * r)
+    return x * s, s + x * small * r * r * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+
+
+@triton.jit
+def tile_origin(
+    tile, rows, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr
+):
+    """First row and column of a tile: down GROUP tiles of rows, then to the next column."""
+    m_tiles, n_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(width, BLOCK_N)
+    first_m = tile // (GROUP * n_tiles) * GROUP
+    group_m = tl.minimum(m_tiles - first_m, GROUP)
+    within = tile % (GROUP * n_tiles)
+    return (first_m + within % group_m) * BLOCK_M, within // group_m * BLOCK_N
+
+
+@triton.jit
+def column_parts(tile, PARTS: tl.constexpr):
+    """The tile's columns as one, two or four tiles, left to right."""
+    parts = (tile,)
+    if PARTS > 1:
+        halves = tile.reshape(tile.shape[0], 2, tile.shape[1] // 2)
+        left, right = halves.permute(0, 2, 1).split()
+        parts = column_parts(left, PARTS // 2) + column_parts(right, PARTS // 2)
+    return parts
+
+
+@triton.jit
+def store_tile(out, tile, m0, n0, rows, width, TMA: tl.constexpr):
+    """Write the tile at row m0, column n0 of a contiguous [rows, width] matrix."""
+    if TMA:
+        out.store([m0, n0], tile.to(out.dtype))
+    else:
+        row = m0 + tl.arange(0, tile.shape[0])
+        col = n0 + tl.arange(0, tile.shape[1])
+        at = row.to(tl.int64)[:, None] * width + col[None, :]
+        mask = (row < rows)[:, None] & (col < width)[None, :]
+        tl.store(out + at, tile.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def add_residual(y, residual, gamma, keep, rows, cols, row_mask, col_mask, rows_per_sample):
     """residual + keep * gamma * y in fp32, for the tile y of these rows and columns.
 

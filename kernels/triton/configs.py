@@ -26,6 +26,9 @@ SHARED_MEMORY = {
 # Up to this many keys are held at once: 197 and 198 tokens pad to 256.
 ONE_BLOCK_KEYS = 256
 
+# Widths of a head that a descriptor's block, whose sides are powers of two, covers exactly.
+TMA_HEAD_DIMS = (32, 64, 128)
+
 
 def family(major: int, minor: int) -> int:
     """The key of SHARED_MEMORY whose configurations serve compute capability major.minor."""
@@ -47,6 +50,50 @@ class LayerNormConfig:
 
 
 @dataclass(frozen=True)
+class LayerNormBwdConfig:
+    """rows: rows at a time, a power of two; programs: how many a multiprocessor has."""
+
+    rows: int
+    programs: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """block: classes a program holds at once."""
+
+    block: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class PatchEmbedConfig:
+    """Output tiles of block_m tokens x block_n channels, block_k pixels of the sum at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class PatchEmbedBwdConfig:
+    """Tiles of block_m channels x block_n pixels of dweight, block_k patches at a time.
+
+    programs: for how many a multiprocessor the sum over patches is split.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    programs: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
     """block_m queries meet block_n keys at a time.
 
@@ -57,6 +104,23 @@ class AttentionConfig:
     block_m: int
     block_n: int
     online: bool
+    tma: bool
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class AttentionBwdConfig:
+    """`resident` keys or queries stay on chip while the others pass, `passing` at a time.
+
+    whole_head: all queries of a head are resident, and one program does the head; `resident` is
+        at least the number of tokens.
+    tma: read qkv and dout by tensor descriptors.
+    """
+
+    resident: int
+    passing: int
+    whole_head: bool
     tma: bool
     num_warps: int
     num_stages: int
@@ -79,14 +143,30 @@ class LinearConfig:
     num_warps: int
     num_stages: int
 
-    @property
-    def epilogues(self) -> int:
-        """Column blocks in which the epilogue runs: a 128 x 256 tile at once spills 100-350 B."""
-        return 2 if self.block_n > 128 else 1
+    def epilogues(self, columns: int = 128) -> int:
+        """Blocks of that many columns in which the epilogue runs.
+
+        A 128 x 256 tile at once spills 100 to 350 bytes.
+        """
+        return max(1, self.block_n // columns)
 
     def without_tma(self) -> LinearConfig:
         """For inputs no descriptor can take; pointers to a 128 x 256 tile would spill."""
         return replace(self, tma=False, block_n=min(self.block_n, 128)) if self.tma else self
+
+
+@dataclass(frozen=True)
+class OutputGradientConfig:
+    """The elementwise pass of `linear`'s backward.
+
+    A program takes `chunk` rows of `columns` columns, `rows` at a time, and leaves one partial
+    sum a column.
+    """
+
+    chunk: int
+    rows: int
+    columns: int
+    num_warps: int
 
 
 @dataclass(frozen=True)
@@ -112,6 +192,43 @@ def layer_norm(arch: int, dtype: torch.dtype, dim: int) -> LayerNormConfig:
     return LayerNormConfig(rows=max(1, min(16, num_warps * 32 * 32 // padded)), num_warps=num_warps)
 
 
+def layer_norm_bwd(arch: int, dtype: torch.dtype, dim: int) -> LayerNormBwdConfig:
+    """16 elements a thread: without gamma, operands and sums of them fit 128 registers.
+
+    Then two programs of 8 warps are resident, each with its next 4096 elements of every input on
+    their way (cp.async): 32 KB a multiprocessor for two bf16 inputs, where 3.3 TB/s at 700 ns of
+    latency need 18. With gamma it is 171 registers, one program, and 24 KB or more.
+    """
+    padded = 1 << max(dim - 1, 0).bit_length()
+    num_warps = 8 if padded <= 8192 else 32
+    rows = max(1, min(16, num_warps * 32 * 16 // padded))
+    return LayerNormBwdConfig(rows=rows, programs=2, num_warps=num_warps, num_stages=2)
+
+
+def loss(classes: int) -> LossConfig:
+    """ImageNet's 1,000 classes in one block, 8 a thread; ImageNet-21k's in six of 4,096."""
+    block = min(4096, 1 << max(classes - 1, 15).bit_length())
+    return LossConfig(block=block, num_warps=4 if block <= 1024 else 8)
+
+
+def patch_embed(arch: int, dtype: torch.dtype, dim: int) -> PatchEmbedConfig:
+    """Pointers, since a patch is no rectangle of the batch that a descriptor could describe."""
+    if dtype == torch.float32:  # 64 tokens in 4 warps spill 8 bytes on sm_120
+        return PatchEmbedConfig(128, 64, 16, num_warps=8, num_stages=3)
+    block_n = 128 if dim % 128 == 0 else 64
+    block_k = 64 if arch in (80, 90, 100) else 32
+    return PatchEmbedConfig(128, block_n, block_k, num_warps=8, num_stages=3)
+
+
+def patch_embed_bwd(arch: int, dtype: torch.dtype, dim: int) -> PatchEmbedBwdConfig:
+    """Two programs of 8 warps a multiprocessor: 64 registers a thread of accumulator each."""
+    if dtype == torch.float32:
+        return PatchEmbedBwdConfig(64, 64, 16, programs=2, num_warps=4, num_stages=3)
+    block_m = 128 if dim % 128 == 0 else 64
+    block_k = 64 if arch in (80, 90, 100) else 32
+    return PatchEmbedBwdConfig(block_m, 128, block_k, programs=2, num_warps=8, num_stages=3)
+
+
 def attention(
     arch: int, dtype: torch.dtype, head_dim: int, tokens: int, tma: bool = True
 ) -> AttentionConfig:
@@ -126,10 +243,13 @@ def attention(
         # 64 bytes on one architecture or another.
         block_m, block_n, warps = (32, 32, 8) if head_dim <= 64 else (16, 32, 4)
         return AttentionConfig(block_m, block_n, True, tma=False, num_warps=warps, num_stages=2)
-    if arch not in (90, 100) or not tma:
+    if arch not in (90, 100) or not tma or head_dim not in TMA_HEAD_DIMS:
         # 128 channels: fewer keys at a time, or the operands spill 8 to 56 bytes.
         block_m, block_n, warps = (64, 64, 4) if head_dim <= 64 else (128, 32, 8)
-        return AttentionConfig(block_m, block_n, True, tma=False, num_warps=warps, num_stages=3)
+        stages = 2 if head_dim == 32 else 3  # three of 32 channels spill 8 bytes on sm_80
+        return AttentionConfig(
+            block_m, block_n, True, tma=False, num_warps=warps, num_stages=stages
+        )
     if tokens <= ONE_BLOCK_KEYS and head_dim == 64:
         # 64 x 256 fp32 scores are 128 registers a thread in 4 warps: fits on Hopper (252 in
         # all, two blocks a multiprocessor), spills 200 bytes on Blackwell, which takes 8. Heads
@@ -139,6 +259,31 @@ def attention(
         return AttentionConfig(64, block_n, False, tma=True, num_warps=warps, num_stages=3)
     stages = 3 if head_dim <= 64 else 2
     return AttentionConfig(128, 64, True, tma=True, num_warps=8, num_stages=stages)
+
+
+def attention_bwd(
+    arch: int, dtype: torch.dtype, head_dim: int, tokens: int, tma: bool = True
+) -> AttentionBwdConfig:
+    """`tma`: whether qkv's strides and address suit a descriptor.
+
+    A whole head of 256 x 64 on Hopper: q and dout are 64 KB of shared memory, keys and values 32
+    at a time and p, ds between the products bring it to 115 KB; dq is 64 registers a thread in 8
+    warps, 32 columns of scores and of dp 32 each: at most 219 in all. 32 keys also waste least:
+    197 tokens are 7 blocks of 32 (224) and 4 of 64 (256). Blackwell spills 16 to 112 bytes there.
+    """
+    tma = tma and arch in (90, 100) and head_dim in TMA_HEAD_DIMS
+    if dtype == torch.float32:
+        resident, warps = (32, 8) if head_dim <= 64 else (16, 4)
+        return AttentionBwdConfig(resident, 32, False, tma=False, num_warps=warps, num_stages=2)
+    if arch == 90 and tma and tokens <= ONE_BLOCK_KEYS and head_dim == 64:
+        resident = max(64, 1 << (tokens - 1).bit_length())
+        return AttentionBwdConfig(resident, 32, True, tma=True, num_warps=8, num_stages=2)
+    if head_dim <= 64:
+        # By pointers 64 x 64 spills 8 to 56 bytes on one architecture or another.
+        passing = 64 if tma else 32
+        return AttentionBwdConfig(64, passing, False, tma=tma, num_warps=4, num_stages=2)
+    # 64 x 64 spills 72 bytes; so do 4 warps of mma.sync, 16.
+    return AttentionBwdConfig(64, 32, False, tma=tma, num_warps=4 if tma else 8, num_stages=2)
 
 
 def linear(arch: int, dtype: torch.dtype, width: int, depth: int) -> LinearConfig:
@@ -154,6 +299,38 @@ def linear(arch: int, dtype: torch.dtype, width: int, depth: int) -> LinearConfi
     if arch == 80:
         return LinearConfig(128, block_n, 64, group=8, tma=False, num_warps=8, num_stages=3)
     return LinearConfig(128, block_n, 32, group=8, tma=False, num_warps=8, num_stages=4)
+
+
+def output_gradient(width: int) -> OutputGradientConfig:
+    """2048 elements a program at a time; 2364 programs for DeiT-B's 50432 x 768."""
+    columns = 128 if width % 128 == 0 else 64
+    return OutputGradientConfig(chunk=128, rows=2048 // columns, columns=columns, num_warps=4)
+
+
+def input_gradient(
+    arch: int, dtype: torch.dtype, width: int, depth: int, *, gelu: bool
+) -> LinearConfig:
+    """`width` input channels, summed over `depth` output channels."""
+    return linear(arch, dtype, width, depth)
+
+
+def weight_gradient(arch: int, dtype: torch.dtype, width: int, depth: int) -> LinearConfig:
+    """A `width` x `depth` matrix, summed over the rows of x."""
+    return linear(arch, dtype, depth, width)
+
+
+def splits(tiles: int, steps: int, programs: int) -> int:
+    """Into how many parts to cut a sum of `steps` blocks for each of `tiles` tiles.
+
+    The fewest steps for the busiest of `programs`, plus what the parts cost to write and read:
+    a 128 x 256 tile in fp32 and back is 0.26 MB, 0.09 us at 3 TB/s, an eighth of the 0.7 us that
+    its step of 64 takes a multiprocessor of an H100.
+    """
+
+    def cost(count: int) -> float:
+        return -(-tiles * count // programs) * -(-steps // count) + count * tiles / 8
+
+    return min(range(1, min(steps, 64) + 1), key=cost)
 
 
 def gelu_mlp(arch: int, dtype: torch.dtype, dim: int) -> MlpConfig | None:

@@ -46,6 +46,25 @@ def gelu_mlp(
     return linear_module.linear(hidden, w2, b2, None, residual, gamma, keep)
 
 
+def gelu_mlp_fwd(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gelu_mlp`, the hidden layer before GELU, and fc2's output where gamma is given, else empty.
+
+    Two products: the one-kernel form never has the hidden layer in memory, and here it must be.
+    """
+    activated, hidden = linear_module.linear_fwd(x, w1, b1, "gelu", None, None, None)
+    out, affine = linear_module.linear_fwd(activated, w2, b2, None, residual, gamma, keep)
+    return out, hidden, affine
+
+
 def plan(
     x: Tensor,
     w1: Tensor,

@@ -4,7 +4,8 @@ A program takes several rows at once, reads each element once, and keeps the row
 for the statistics' two passes: the mean, then the variance of the centred values (arXiv
 1607.06450). E[x^2] - E[x]^2 would cancel for inputs with a large mean. All fp32.
 
-Bytes moved are the floor: each input read once, each output written once.
+Bytes moved are the floor: each input read once, each output written once. Training adds 8 a row:
+`_fwd` also writes mean and rstd, fp32, for layer_norm_bwd.py.
 """
 
 from __future__ import annotations
@@ -28,10 +29,20 @@ def layer_norm(
     config: configs.LayerNormConfig | None = None,
 ) -> Tensor:
     """`deit.kernels.layer_norm` on Triton; the last axis is made contiguous, others stay."""
-    out, launch = plan_layer_norm(x, weight, bias, eps, config=config)
+    (out, *_), launch = plan_layer_norm(x, weight, bias, eps, config=config)
     if launch is not None:
         launch.run(x)
     return out
+
+
+def layer_norm_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, ...]:
+    """As `layer_norm`; (out, mean, rstd), the statistics fp32 of x.shape[:-1]."""
+    outputs, launch = plan_layer_norm(x, weight, bias, eps, save=True)
+    if launch is not None:
+        launch.run(x)
+    return outputs
 
 
 def add_layer_norm(
@@ -46,9 +57,25 @@ def add_layer_norm(
     config: configs.LayerNormConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`deit.kernels.add_layer_norm` on Triton; LN sees the sum before it is rounded."""
-    outputs, launch = plan_add_layer_norm(
+    (out, total, *_), launch = plan_add_layer_norm(
         x, residual, weight, bias, eps, gamma, keep, config=config
     )
+    if launch is not None:
+        launch.run(x)
+    return out, total
+
+
+def add_layer_norm_fwd(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """As `add_layer_norm`; (out, total, mean, rstd)."""
+    outputs, launch = plan_add_layer_norm(x, residual, weight, bias, eps, gamma, keep, save=True)
     if launch is not None:
         launch.run(x)
     return outputs
@@ -60,19 +87,25 @@ def plan_layer_norm(
     bias: Tensor | None,
     eps: float,
     *,
+    save: bool = False,
     config: configs.LayerNormConfig | None = None,
-) -> tuple[Tensor, common.Launch | None]:
-    """The output, unwritten, and the launch that writes it; None for an empty input."""
+) -> tuple[tuple[Tensor, ...], common.Launch | None]:
+    """The outputs, unwritten, and the launch that writes them; None for an empty input.
+
+    `save`: mean and rstd are outputs too.
+    """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    statistics = _statistics(x) if save else ()
     if out.numel() == 0:
-        return out, None
+        return (out, *statistics), None
     dim = x.shape[-1]
     config = config or configs.layer_norm(common.architecture(x), x.dtype, dim)
     (view,) = common.as_rows(x)
     arguments = _row_arguments(view, dim, eps, config) | common.contiguous(weight=weight, bias=bias)
-    arguments["out"] = out
+    arguments |= {"out": out} | _statistics_arguments(*statistics)
     grid = (triton.cdiv(arguments["rows"], config.rows),)
-    return out, common.Launch(_layer_norm_kernel, grid, arguments, config.num_warps)
+    launch = common.Launch(_layer_norm_kernel, grid, arguments, config.num_warps)
+    return (out, *statistics), launch
 
 
 def plan_add_layer_norm(
@@ -84,13 +117,15 @@ def plan_add_layer_norm(
     gamma: Tensor | None,
     keep: Tensor | None,
     *,
+    save: bool = False,
     config: configs.LayerNormConfig | None = None,
-) -> tuple[tuple[Tensor, Tensor], common.Launch | None]:
+) -> tuple[tuple[Tensor, ...], common.Launch | None]:
     """As `plan_layer_norm`, for (LN(s), s)."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    statistics = _statistics(x) if save else ()
     if out.numel() == 0:
-        return (out, total), None
+        return (out, total, *statistics), None
     dim = x.shape[-1]
     config = config or configs.layer_norm(common.architecture(x), x.dtype, dim)
     view, residual_view = common.as_rows(x, residual)
@@ -98,11 +133,25 @@ def plan_add_layer_norm(
         **_row_arguments(view, dim, eps, config),
         **common.contiguous(weight=weight, bias=bias),
         **common.epilogue_arguments(x, residual_view, gamma, keep),
+        **_statistics_arguments(*statistics),
         "out": out,
         "total": total,
     }
     grid = (triton.cdiv(arguments["rows"], config.rows),)
-    return (out, total), common.Launch(_add_layer_norm_kernel, grid, arguments, config.num_warps)
+    launch = common.Launch(_add_layer_norm_kernel, grid, arguments, config.num_warps)
+    return (out, total, *statistics), launch
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Where mean and rstd of every row go."""
+    mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
+    return mean, rstd
+
+
+def _statistics_arguments(
+    mean: Tensor | None = None, rstd: Tensor | None = None
+) -> dict[str, Tensor | None]:
+    return {"mean_out": mean, "rstd_out": rstd}
 
 
 def _row_arguments(
@@ -123,15 +172,27 @@ def _row_arguments(
 
 
 @triton.jit
-def _normalise(x, mask, weight, bias, cols, dim, eps):
+def centre(x, mean, mask, dim):
+    """x [ROWS, BLOCK_D] less its mean, zero outside the mask.
+
+    The mean is off by up to half an ulp of itself: at a mean of 1000 that is 3e-5 of a
+    standard deviation of 1, and all of the error. The centred values show it, so they are
+    centred again. A saved mean has the same ulp, and the backward pass the same correction.
+    """
+    centred = tl.where(mask, x - mean[:, None], 0.0)
+    return tl.where(mask, centred - (tl.sum(centred, axis=1) / dim)[:, None], 0.0)
+
+
+@triton.jit
+def _normalise(x, mask, weight, bias, mean_out, rstd_out, row, row_mask, cols, dim, eps):
     """LN of x [ROWS, BLOCK_D], zero outside the mask; fp32 throughout."""
     mean = tl.sum(x, axis=1) / dim
-    centred = tl.where(mask, x - mean[:, None], 0.0)
-    # The mean is off by up to half an ulp of itself: at a mean of 1000 that is 3e-5 of a
-    # standard deviation of 1, and all of the error. The centred values show it.
-    centred = tl.where(mask, centred - (tl.sum(centred, axis=1) / dim)[:, None], 0.0)
-    variance = tl.sum(centred * centred, axis=1) / dim
-    y = centred * tl.math.rsqrt(variance + eps)[:, None]
+    centred = centre(x, mean, mask, dim)
+    rstd = tl.math.rsqrt(tl.sum(centred * centred, axis=1) / dim + eps)
+    if mean_out is not None:
+        tl.store(mean_out + row, mean, mask=row_mask)
+        tl.store(rstd_out + row, rstd, mask=row_mask)
+    y = centred * rstd[:, None]
     y = y * tl.load(weight + cols, mask=cols < dim, other=0.0).to(tl.float32)[None, :]
     if bias is not None:
         y += tl.load(bias + cols, mask=cols < dim, other=0.0).to(tl.float32)[None, :]
@@ -144,6 +205,8 @@ def _layer_norm_kernel(
     weight,
     bias,
     out,
+    mean_out,
+    rstd_out,
     rows,
     dim,
     inner,
@@ -155,10 +218,11 @@ def _layer_norm_kernel(
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_D)
-    mask = (row < rows)[:, None] & (cols < dim)[None, :]
+    row_mask = row < rows
+    mask = row_mask[:, None] & (cols < dim)[None, :]
     at = common.row_offsets(row, inner, x_outer, x_inner)
     values = tl.load(x + at[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    y = _normalise(values, mask, weight, bias, cols, dim, eps)
+    y = _normalise(values, mask, weight, bias, mean_out, rstd_out, row, row_mask, cols, dim, eps)
     out_at = row.to(tl.int64)[:, None] * dim + cols[None, :]
     tl.store(out + out_at, y.to(out.dtype.element_ty), mask=mask)
 
@@ -173,6 +237,8 @@ def _add_layer_norm_kernel(
     keep,
     out,
     total,
+    mean_out,
+    rstd_out,
     rows,
     dim,
     inner,
@@ -205,5 +271,5 @@ def _add_layer_norm_kernel(
     )
     out_at = row.to(tl.int64)[:, None] * dim + cols[None, :]
     tl.store(total + out_at, values.to(total.dtype.element_ty), mask=mask)
-    y = _normalise(values, mask, weight, bias, cols, dim, eps)
+    y = _normalise(values, mask, weight, bias, mean_out, rstd_out, row, row_mask, cols, dim, eps)
     tl.store(out + out_at, y.to(out.dtype.element_ty), mask=mask)

@@ -38,7 +38,7 @@ def linear(
     return out
 
 
-def plan(
+def linear_fwd(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -48,8 +48,45 @@ def plan(
     keep: Tensor | None,
     *,
     config: configs.LinearConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`linear`, and x @ weight.T + bias in x's dtype where the backward needs it, else empty.
+
+    The same kernel writes both: the epilogue stores its accumulator before the activation.
+    """
+    needed = activation is not None or gamma is not None
+    affine = x.new_empty((*x.shape[:-1], weight.shape[0]) if needed else (0,))
+    out, launch = plan(
+        x,
+        weight,
+        bias,
+        activation,
+        residual,
+        gamma,
+        keep,
+        affine=affine if needed else None,
+        config=config,
+    )
+    if launch is not None:
+        launch.run(x)
+    return out, affine
+
+
+def plan(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    *,
+    affine: Tensor | None = None,
+    config: configs.LinearConfig | None = None,
 ) -> tuple[Tensor, common.Launch | None]:
-    """The output, unwritten, and the launch that writes it; None for an empty output."""
+    """The output, unwritten, and the launch that writes it; None for an empty output.
+
+    affine: contiguous, of the output's shape and x's dtype, to be written too; or None.
+    """
     width, depth = weight.shape
     dtype = x.dtype if residual is None else residual.dtype
     out = torch.empty((*x.shape[:-1], width), dtype=dtype, device=x.device)
@@ -59,15 +96,18 @@ def plan(
     x_view, residual_view = common.as_rows(x, residual)
     weight = common.last_contiguous(weight)
     outer, inner, _ = x_view.shape
-    out_view = out.view(outer * inner, width)
-    if not _tma_can_take(x_view, weight, out_view):
+    written = [t if t is None else t.view(outer * inner, width) for t in (out, affine)]
+    if not _tma_can_take(x_view, weight, *written):
         config = config.without_tma()
+    # With affine, 128 columns of an fp32 output would ask for 96 KB of staging, and pointers to
+    # 64 spill 8 bytes on sm_100 and sm_120.
+    columns = 128
+    if affine is not None:
+        columns = 32 if not config.tma else 64 if out.element_size() == 4 else 128
+    epilogues = config.epilogues(columns)
     x_outer, x_inner = common.row_strides(x_view)
-    x_arg, weight_arg, out_arg = _operands(x_view, weight, out_view, config)
     arguments = {
-        "x": x_arg,
-        "weight": weight_arg,
-        "out": out_arg,
+        **_operands(x_view, weight, *written, config, config.block_n // epilogues),
         **common.contiguous(bias=bias),
         **common.epilogue_arguments(x, residual_view, gamma, keep),
         "rows": outer * inner,
@@ -81,7 +121,7 @@ def plan(
         "TMA": config.tma,
         "PRECISION": common.precision(x.dtype),
         "GROUP": config.group,
-        "EPILOGUES": config.epilogues,
+        "EPILOGUES": epilogues,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -91,35 +131,33 @@ def plan(
     return out, common.Launch(_linear_kernel, grid, arguments, config.num_warps, config.num_stages)
 
 
-def _tma_can_take(x_view: Tensor, weight: Tensor, out: Tensor) -> bool:
-    """x must be one evenly spaced list of rows, and all three describable."""
+def _tma_can_take(x_view: Tensor, weight: Tensor, out: Tensor, affine: Tensor | None) -> bool:
+    """x must be one evenly spaced list of rows, and all of them describable."""
     return common.evenly_spaced(x_view) and all(
-        common.describable(t) for t in (x_view.view(-1, x_view.shape[-1]), weight, out)
+        common.describable(t)
+        for t in (x_view.view(-1, x_view.shape[-1]), weight, out, affine)
+        if t is not None
     )
 
 
 def _operands(
-    x_view: Tensor, weight: Tensor, out: Tensor, config: configs.LinearConfig
-) -> tuple[object, object, object]:
+    x_view: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    affine: Tensor | None,
+    config: configs.LinearConfig,
+    columns: int,
+) -> dict[str, object]:
     if not config.tma:
-        return x_view, weight, out
-    return (
-        common.descriptor(x_view.view(-1, x_view.shape[-1]), config.block_m, config.block_k),
-        common.descriptor(weight, config.block_n, config.block_k),
-        common.descriptor(out, config.block_m, config.block_n // config.epilogues),
-    )
-
-
-@triton.jit
-def _tile_origin(
-    tile, rows, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr
-):
-    """First row and column of a tile: down GROUP tiles of rows, then to the next column."""
-    m_tiles, n_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(width, BLOCK_N)
-    first_m = tile // (GROUP * n_tiles) * GROUP
-    group_m = tl.minimum(m_tiles - first_m, GROUP)
-    within = tile % (GROUP * n_tiles)
-    return (first_m + within % group_m) * BLOCK_M, within // group_m * BLOCK_N
+        return {"x": x_view, "weight": weight, "out": out, "affine": affine}
+    written = (config.block_m, columns)
+    rows = x_view.view(-1, x_view.shape[-1])
+    return {
+        "x": common.descriptor(rows, config.block_m, config.block_k),
+        "weight": common.descriptor(weight, config.block_n, config.block_k),
+        "out": common.descriptor(out, *written),
+        "affine": None if affine is None else common.descriptor(affine, *written),
+    }
 
 
 @triton.jit
@@ -130,6 +168,7 @@ def _epilogue(
     gamma,
     keep,
     out,
+    affine,
     m0,
     n0,
     rows,
@@ -147,6 +186,8 @@ def _epilogue(
     row_mask, col_mask = row < rows, col < width
     if bias is not None:
         acc += tl.load(bias + col, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    if affine is not None:
+        common.store_tile(affine, acc, m0, n0, rows, width, TMA)
     if ACTIVATION == "gelu":
         acc = common.gelu(acc)
     elif ACTIVATION == "gelu_tanh":
@@ -158,11 +199,7 @@ def _epilogue(
     acc = common.add_residual(
         acc, added, gamma, keep, row, col, row_mask, col_mask, rows_per_sample
     )
-    if TMA:
-        out.store([m0, n0], acc.to(out.dtype))
-    else:
-        at = row.to(tl.int64)[:, None] * width + col[None, :]
-        tl.store(out + at, acc.to(out.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])
+    common.store_tile(out, acc, m0, n0, rows, width, TMA)
 
 
 @triton.jit
@@ -174,6 +211,7 @@ def _linear_kernel(
     gamma,
     keep,
     out,
+    affine,
     rows,
     width,
     depth,
@@ -195,7 +233,7 @@ def _linear_kernel(
 ):
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(width, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        m0, n0 = _tile_origin(tile, rows, width, BLOCK_M, BLOCK_N, GROUP)
+        m0, n0 = common.tile_origin(tile, rows, width, BLOCK_M, BLOCK_N, GROUP)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if TMA:
             for k0 in tl.range(0, depth, BLOCK_K):
@@ -214,54 +252,18 @@ def _linear_kernel(
                 b = tl.load(b_at + k0, mask=(col < width)[:, None] & k_mask, other=0.0)
                 acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
 
-        if EPILOGUES == 2:
-            left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        parts = common.column_parts(acc, EPILOGUES)
+        for part in tl.static_range(EPILOGUES):
             _epilogue(
-                left,
+                parts[part],
                 bias,
                 residual,
                 gamma,
                 keep,
                 out,
+                affine,
                 m0,
-                n0,
-                rows,
-                width,
-                inner,
-                residual_outer,
-                residual_inner,
-                rows_per_sample,
-                ACTIVATION,
-                TMA,
-            )
-            _epilogue(
-                right,
-                bias,
-                residual,
-                gamma,
-                keep,
-                out,
-                m0,
-                n0 + BLOCK_N // 2,
-                rows,
-                width,
-                inner,
-                residual_outer,
-                residual_inner,
-                rows_per_sample,
-                ACTIVATION,
-                TMA,
-            )
-        else:
-            _epilogue(
-                acc,
-                bias,
-                residual,
-                gamma,
-                keep,
-                out,
-                m0,
-                n0,
+                n0 + part * (BLOCK_N // EPILOGUES),
                 rows,
                 width,
                 inner,

@@ -13,14 +13,17 @@ from deit.kernels.triton import configs
 DTYPES = (torch.float32, torch.float16)  # the interpreter's bf16 products are wrong
 
 
-def _qkv(batch, tokens, heads=3, head_dim=64, dtype=torch.float16, family="random"):
+def make_qkv(batch, tokens, heads=3, head_dim=64, dtype=torch.float16, family="random"):
     """qkv of one input family. A mean of 1000 is for v alone: in q and k it would make every
-    softmax an argmax; there the mean is 4."""
+    softmax an argmax; there the mean is 4. "one_hot": scores of standard deviation 25."""
     shape = (batch, tokens, heads * head_dim)
+    if family == "one_hot":
+        return torch.cat(
+            [oracle.make("random", shape, dtype, seed=s, scale=5.0) for s in (1, 2, 3)], -1
+        )
     q, k = (oracle.make(family, shape, dtype, seed=s, scale=0.5, mean=8.0) for s in (1, 2))
-    if (
-        family == "outlier"
-    ):  # scores of outlier channels times each other are 10^4: keep softmax soft
+    if family == "outlier":
+        # Scores of outlier channels times each other are 10^4: keep softmax soft.
         k = oracle.make("random", shape, dtype, seed=2, scale=0.05)
     return torch.cat([q, k, oracle.make(family, shape, dtype, seed=3)], dim=-1)
 
@@ -37,25 +40,25 @@ def _check(qkv, heads=3, key_bias=None, scale=0.125, config=None):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 17, 64, 197, 198, 257])
 def test_tokens(tokens, dtype):
-    _check(_qkv(2 if tokens < 197 else 1, tokens, dtype=dtype))
+    _check(make_qkv(2 if tokens < 197 else 1, tokens, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("family", oracle.FAMILIES)
+@pytest.mark.parametrize("family", [*oracle.FAMILIES, "one_hot"])
 def test_error_rule(family, dtype):
-    _check(_qkv(2, 50, dtype=dtype, family=family))
+    _check(make_qkv(2, 50, dtype=dtype, family=family))
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3])
 def test_batches(batch):
     """Three samples and three heads are also enough for a program to take a whole head."""
-    assert _check(_qkv(batch, 70)).shape == (batch, 70, 192)
+    assert _check(make_qkv(batch, 70)).shape == (batch, 70, 192)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
 def test_head_dims(head_dim, dtype):
-    _check(_qkv(1, 40, heads=2, head_dim=head_dim, dtype=dtype), 2, scale=head_dim**-0.5)
+    _check(make_qkv(1, 40, heads=2, head_dim=head_dim, dtype=dtype), 2, scale=head_dim**-0.5)
 
 
 @pytest.mark.parametrize("tokens", [50, 300])
@@ -65,21 +68,21 @@ def test_key_bias(tokens, dtype):
     bias = oracle.make("random", (3, tokens), dtype, seed=7)
     bias[1, tokens - 9 :] = -torch.inf
     bias[2, : tokens - 20] = -torch.inf
-    _check(_qkv(3, tokens, heads=1), 1, bias)
-    _check(_qkv(3, tokens, heads=1), 1, bias.t().contiguous().t())
+    _check(make_qkv(3, tokens, heads=1), 1, bias)
+    _check(make_qkv(3, tokens, heads=1), 1, bias.t().contiguous().t())
 
 
 @pytest.mark.parametrize("tokens", [50, 300])
 def test_no_key_left_gives_zeros_as_pytorch(tokens):
     bias = torch.zeros(2, tokens, dtype=torch.float16)
     bias[1] = -torch.inf
-    out = _check(_qkv(2, tokens, heads=1), 1, bias)
+    out = _check(make_qkv(2, tokens, heads=1), 1, bias)
     assert (out[1] == 0).all()
 
 
 @pytest.mark.parametrize("tokens", [50, 300])
 def test_nan_spreads_as_far_as_in_pytorch(tokens):
-    qkv = _qkv(2, tokens, heads=1)
+    qkv = make_qkv(2, tokens, heads=1)
     qkv[0, 3, 0] = torch.nan  # a query: its row
     qkv[1, 3, 64] = torch.nan  # a key: every row of the sample
     out = _check(qkv, 1)
@@ -90,14 +93,14 @@ def test_nan_spreads_as_far_as_in_pytorch(tokens):
 
 def test_nan_of_the_next_sample_stays_there():
     """Keys are padded to a block: what is read there must not be the next sample's."""
-    qkv = _qkv(2, 50, heads=1)
+    qkv = make_qkv(2, 50, heads=1)
     qkv[1] = torch.nan
     assert _check(qkv, 1)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, -0.5])
 def test_scales(scale):
-    _check(_qkv(1, 17), scale=scale)
+    _check(make_qkv(1, 17), scale=scale)
 
 
 @pytest.mark.parametrize("arch", configs.SHARED_MEMORY)
@@ -106,7 +109,7 @@ def test_scales(scale):
 def test_every_architectures_configuration(arch, tokens, tma):
     config = configs.attention(arch, torch.float16, 64, tokens, tma)
     bias = oracle.make("random", (1, tokens), seed=7)
-    _check(_qkv(1, tokens, heads=1), 1, bias, config=config)
+    _check(make_qkv(1, tokens, heads=1), 1, bias, config=config)
 
 
 STRIDES = {
@@ -121,26 +124,26 @@ STRIDES = {
 
 @pytest.mark.parametrize("name", STRIDES)
 def test_strides(name):
-    _check(STRIDES[name](_qkv(3, 20)))
+    _check(STRIDES[name](make_qkv(3, 20)))
 
 
 def test_offsets_past_32_bits():
     storage = torch.empty(2**31 + 17 * 192, dtype=torch.float16)
     qkv = storage.as_strided((2, 17, 192), (2**31, 192, 1))
-    qkv.copy_(_qkv(2, 17, heads=1))
+    qkv.copy_(make_qkv(2, 17, heads=1))
     _check(qkv, 1)
     _check(qkv, 1, config=configs.attention(80, torch.float16, 64, 17))
 
 
 def test_through_the_public_function():
-    qkv, bias = _qkv(2, 17), oracle.make("random", (2, 17), torch.float16, seed=7)
+    qkv, bias = make_qkv(2, 17), oracle.make("random", (2, 17), torch.float16, seed=7)
     assert explain("attention", qkv, 3, key_bias=bias).reasons["triton"] == []
     out = attention(qkv, 3, key_bias=bias, impl="triton")
     oracle.check(out, reference.attention, (qkv, 3, 64**-0.5, bias))
 
 
 def test_bf16_is_refused_in_the_interpreter():
-    qkv = _qkv(1, 17, dtype=torch.bfloat16)
+    qkv = make_qkv(1, 17, dtype=torch.bfloat16)
     assert any("bf16" in reason for reason in explain("attention", qkv, 3).reasons["triton"])
     with pytest.raises(NotImplementedError, match="bf16"):
         attention(qkv, 3, impl="triton")

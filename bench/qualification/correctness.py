@@ -1,0 +1,97 @@
+"""Every operator and implementation against fp64, under the rule of tests/oracle.py."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from qualification.context import Context
+
+IMPLEMENTATIONS = ("triton", "cuda", "cpu")
+DTYPES = ("bf16", "fp16", "fp32")
+# (batch, tokens, D): one token; DeiT's 197 and, distilled, 198; the first count past one block of
+# keys; 384 pixels; the largest that is promised. Then the widths of DeiT-S and -B.
+SHAPES = (
+    (3, 197, 192), (2, 577, 192), (3, 198, 768), (2, 257, 384), (3, 1, 192), (1, 1025, 192),
+    (2, 197, 384), (2, 577, 768), (0, 197, 192),
+)  # fmt: skip
+
+
+def correctness(context: Context) -> None:
+    """As a stage: one job an operator and dtype. As a job: that operator's rows."""
+    from qualification.calls import OPERATORS
+
+    if context.dry:
+        check(
+            context, ["layer_norm", "linear", "attention", "cross_entropy"], "fp32", ((1, 5, 64),)
+        )
+    elif context.job:
+        operator, dtype = context.job.split(":")
+        check(context, [operator], dtype, SHAPES)
+    else:
+        context.fan_out([f"{operator}:{dtype}" for dtype in DTYPES for operator in OPERATORS])
+    if not context.job:
+        above = sum(row["used"] > 1 for row in context.rows)
+        context.note(f"{len(context.rows)} figures, {above} above the rule")
+
+
+def check(
+    context: Context, operators: list[str], dtype: str, shapes: tuple[tuple[int, ...], ...]
+) -> None:
+    """Rows of these operators: the random family at every shape, the others at the first."""
+    import torch
+
+    # PyTorch's own error is the yardstick: in fp32 it must be fp32's, also of the convolution.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for operator in operators:
+        for shape, family in plan(operator, shapes, context.dry):
+            if context.left() < 0:
+                context.note(f"{operator} {dtype}: no time from {shape}, {family} on")
+                break
+            for impl in IMPLEMENTATIONS:
+                case = (impl, operator, dtype, shape, family)
+                context.attempt(f"{case}", functools.partial(compare, context, *case))
+
+
+def plan(
+    operator: str, shapes: tuple[tuple[int, ...], ...], dry: bool
+) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Shapes and input families, the most telling first."""
+    from qualification.calls import FAMILIES
+
+    softmax = operator in ("attention", "cross_entropy", "distillation_loss")
+    families = [f for f in FAMILIES if softmax or f != "one_hot"]
+    yield from ((shapes[0], family) for family in families[: 1 if dry else None])
+    # A loss has neither tokens nor D: its batch, one row to 257, is all that differs.
+    rest = shapes[1:]
+    if "loss" in operator or operator == "cross_entropy":
+        rest = ((1, 0, 0), (257, 0, 0)) if rest else ()
+    yield from ((shape, "random") for shape in rest)
+
+
+def compare(
+    context: Context, impl: str, operator: str, dtype: str, shape: tuple[int, ...], family: str
+) -> None:
+    """One call forward and, where there are kernels for it, backward."""
+    import numerics
+
+    import deit.kernels
+    from qualification import calls
+
+    batch, tokens, dim = shape
+    call = calls.build(operator, numerics.DTYPES[dtype], context.device, batch=batch,
+                       tokens=tokens, dim=dim, family=family)  # fmt: skip
+    reasons = deit.kernels.explain(call.operator, **call.inputs, **call.options).reasons[impl]
+    if reasons:
+        context.note(f"{impl} {operator}: not run, {'; '.join(reasons)}")
+        return
+    backward = numerics.differentiable(call, impl)
+    for row in numerics.compare(call, impl, dtype, family, backward):
+        context.row(shape=list(shape), **asdict(row))
+        if row.used > 1:
+            context.fail(
+                f"{impl} {operator} {dtype} {list(shape)} {family}, {row.quantity}: error "
+                f"{row.norm:.3g} (PyTorch's {row.torch_norm:.3g}), largest {row.max:.3g} "
+                f"({row.torch_max:.3g}), {row.used:.2f} of what the rule allows"
+            )

@@ -1,0 +1,54 @@
+"""Whole networks: bench/throughput.py, briefly, each run in a process of its own."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+from qualification.context import Context
+
+ARCHITECTURES = ("deit_b", "deit_s", "deit_ti")
+IMPLEMENTATIONS = ("triton", "auto")
+
+
+def throughput(context: Context) -> None:
+    """As a stage: one job a network and implementation, one at a time. As a job: its rows."""
+    if context.job:
+        arch, impl = context.job.split(":")
+        context.attempt(context.job, functools.partial(measure, context, arch, impl))
+    elif context.dry:
+        context.attempt("deit_ti:auto", functools.partial(measure, context, "deit_ti", "auto"))
+    else:
+        context.jobs = 1  # two on one GPU would time each other
+        context.fan_out([f"{a}:{impl}" for a in ARCHITECTURES for impl in IMPLEMENTATIONS])
+
+
+def measure(context: Context, arch: str, impl: str) -> None:
+    """Fused and eager, interleaved; what is compiled takes minutes and is left to the script."""
+    import devices
+    import report
+    import throughput
+    from progress import Progress
+
+    options = throughput.Options(
+        arch=arch,
+        against=("none",),
+        bs=1 if context.dry else 256,
+        img_size=32 if context.dry else None,
+        impl=impl,
+        device=str(context.device),
+        seconds=0.05 if context.dry else 2.0,
+        budget=4.0 if context.dry else 0.0,
+        compile=False,
+    )
+    with Progress(time.perf_counter()) as progress:
+        settings = throughput.settle(options)
+        race, _ = throughput.measure(settings, [], progress)
+    if race.refused:
+        context.fail(f"{arch} {impl}: wrong outputs: {'; '.join(race.notes)}")
+    if not race.finalists:
+        context.fail(f"{arch} {impl}: nothing was timed")
+        return
+    arguments = ["--arch", arch, "--impl", impl, "--against", "none", "--no-compile"]
+    for row in report.rows(race, devices.describe(settings.device), arguments, {}):
+        context.row(**{**row, "impl": impl})

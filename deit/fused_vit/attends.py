@@ -1,0 +1,71 @@
+"""Self-attention from one packed projection, for all tokens or for the first few."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deit.kernels import attention, linear
+
+
+class Attends:
+    """Self-attention from one packed projection; a mix-in for what holds its parameters."""
+
+    def projection(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [3 * D', D] of q, k and v one after another, and bias [3 * D'] or None."""
+        raise NotImplementedError
+
+    def output(self) -> nn.Linear:
+        """The projection of the concatenated heads."""
+        raise NotImplementedError
+
+    def geometry(self) -> tuple[int, float]:
+        """The number of heads and the factor on the scores."""
+        raise NotImplementedError
+
+    def attend(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        gamma: Tensor | None = None,
+        keep: Tensor | None = None,
+        *,
+        key_bias: Tensor | None = None,
+        rows: int | None = None,
+    ) -> Tensor:
+        """residual + keep * gamma * proj(attention(qkv(x))), of the first `rows` tokens or all."""
+        impls = self.fused_impls  # type: ignore[attr-defined]
+        weight, bias = self.projection()
+        heads, scale = self.geometry()
+        if rows is None:
+            packed = linear(x, weight, bias, impl=impls["linear"])
+            mixed = attention(
+                packed, heads, scale=scale, key_bias=key_bias, impl=impls["attention"]
+            )
+        else:
+            mixed = self.mix_prefix(x, rows, weight, bias)
+        proj = self.output()
+        return linear(
+            mixed,
+            proj.weight,
+            proj.bias,
+            residual=residual,
+            gamma=gamma,
+            keep=keep,
+            impl=impls["linear"],
+        )
+
+    def mix_prefix(self, x: Tensor, rows: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[B, rows, D']: the first `rows` queries against all keys, heads concatenated.
+
+        PyTorch's attention serves: it has B * H * rows queries, half a percent of a layer's.
+        """
+        heads, scale = self.geometry()
+        impl = self.fused_impls["linear"]  # type: ignore[attr-defined]
+        width = weight.shape[0] // 3
+        bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
+        q = linear(x[:, :rows], weight[:width], bias_q, impl=impl)
+        kv = linear(x, weight[width:], bias_kv, impl=impl)
+        q = q.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, H, rows, d]
+        k, v = kv.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, N, d]
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)

@@ -1,0 +1,250 @@
+"""Fused classes for Hugging Face's DeiT and ViT, as transformers 5 lays them out.
+
+Imported only where transformers' models are in use already. q, k and v are three Linears there. The
+fused path reads them as one packed weight, a copy that is kept between calls in inference: it is
+no parameter and no buffer, and is made anew when a weight has changed.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.activations import GELUActivation
+from transformers.models.deit import modeling_deit
+from transformers.models.vit import modeling_vit
+
+from deit.fused_vit import modules, plain
+from deit.fused_vit.attention_interface import any_set, as_key_bias
+
+try:
+    from transformers.utils import output_capturing
+except ImportError:  # before 5: refused below
+    output_capturing = None
+
+
+class Packed:
+    """q's, k's and v's weights as one, and what they were when it was made.
+
+    A change is seen by the tensors' identity, memory, dtype, device and version counter. Writes
+    through `.data` or by kernels that bypass PyTorch leave no trace there, so train(), eval() and
+    every differentiated call also drop the copy. Copies of the module start with none.
+    """
+
+    def __init__(self) -> None:
+        # Sources, their state, the copy: one attribute, so that threads see all three or none.
+        self.kept: tuple[Any, Any, Any] | None = None
+
+    def drop(self) -> None:
+        """Forget the copy."""
+        self.kept = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
+        return Packed()
+
+    def __reduce__(self) -> tuple[type[Packed], tuple[()]]:
+        return Packed, ()
+
+    def get(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+        """The packed weight and bias of `sources`: three weights, then three biases or none."""
+        if torch.compiler.is_compiling():
+            return _pack(sources)
+        if _must_not_keep(sources):
+            self.drop()
+            return _pack(sources)
+        state = tuple((t._version, t.data_ptr(), t.dtype, t.device) for t in sources)
+        if self.kept is not None:
+            old_sources, old_state, value = self.kept
+            if state == old_state and all(map(operator.is_, sources, old_sources)):
+                return value
+        # A normal tensor also under inference_mode: a later call may save it for backward.
+        with torch.inference_mode(False), torch.no_grad():
+            value = _pack(sources)
+        self.kept = sources, state, value
+        return value
+
+
+def _must_not_keep(sources: tuple[Tensor, ...]) -> bool:
+    """Whether the copy must be made in the call: for gradients, a transform, a CUDA graph."""
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    if torch.is_grad_enabled() and any(t.requires_grad for t in sources):
+        return True
+    if sources[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return True  # a replay must see what the weights are then
+    return any(t.is_inference() or t.is_meta for t in sources)  # without versions, without data
+
+
+def _pack(sources: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+    return torch.cat(sources[:3]), torch.cat(sources[3:]) if len(sources) > 3 else None
+
+
+class FusedAttention(modules.FusedAttention):
+    """Over DeiTAttention and ViTAttention."""
+
+    STATE = ("fused_impls", "fused_packed")
+    LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+    def adopt(self, impls: dict[str, str]) -> None:
+        super().adopt(impls)
+        self.fused_packed = Packed()
+
+    def projection(self) -> tuple[Tensor, Tensor | None]:
+        children = self._modules  # type: ignore[attr-defined]
+        linears = [children[name] for name in self.LINEARS[:3]]
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        return self.fused_packed.get((*(linear.weight for linear in linears), *biases))
+
+    def geometry(self) -> tuple[int, float]:
+        module: Any = self
+        return module.num_attention_heads, module.scaling
+
+    def unsupported(self) -> str | None:
+        module: Any = self
+        reason = super().unsupported()
+        if reason is not None:
+            return reason
+        if module.is_causal:
+            return "it is causal"
+        biases = [module._modules[name].bias is None for name in self.LINEARS[:3]]
+        if any(biases) and not all(biases):
+            return "some of q_proj, k_proj and v_proj have a bias and some have none"
+        return None
+
+    def interrupted(self) -> str | None:
+        module: Any = self
+        if module.training and module.attention_dropout > 0.0:
+            return f"attention drops {module.attention_dropout} in training"
+        return super().interrupted()
+
+    def train(self, mode: bool = True) -> Any:
+        self.fused_packed.drop()
+        return super().train(mode)  # type: ignore[misc]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.fused_packed.drop()  # .to(device) would leave the old device's copy alive
+        return super()._apply(*args, **kwargs)  # type: ignore[misc]
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        # Called by itself, the eager form owes its caller the attention weights.
+        weights = self.config._attn_implementation == "eager"  # type: ignore[attr-defined]
+        bias = _bias(hidden_states, attention_mask)
+        if (
+            weights
+            or bias is NotImplemented
+            or any_set(kwargs)
+            or not self.runs_fused(hidden_states)
+        ):
+            original = modules.original_class(self)
+            return original.forward(self, hidden_states, attention_mask, **kwargs)
+        return self.attend(hidden_states, key_bias=bias), None
+
+
+class FusedMlp(modules.FusedMlp):
+    """Over DeiTMLP and ViTMLP."""
+
+    ACTIVATION = "activation_fn"
+
+    @staticmethod
+    def exact_gelu(act: object) -> bool:
+        return modules.FusedMlp.exact_gelu(act) or type(act) is GELUActivation
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
+        return super().forward(hidden_states)
+
+
+class FusedLayer(modules.FusedBlock):
+    """Over DeiTLayer and ViTLayer. Gradient checkpointing wraps this forward as it does theirs."""
+
+    PARTS = (
+        ("layernorm_before", plain.FusedLayerNorm),
+        ("attention", FusedAttention),
+        ("layernorm_after", plain.FusedLayerNorm),
+        ("mlp", FusedMlp),
+    )
+    SCALES = ()
+    DROP_PATHS = ()
+    DROPOUTS = ("dropout",)
+
+    def watched(self, part: nn.Module) -> bool:
+        if not modules.hooked(part):
+            return False
+        # transformers leaves its recording hooks in place; they see nothing unless asked to.
+        own = part.__dict__
+        theirs = all(
+            getattr(hook, "__module__", "") == output_capturing.__name__
+            for hook in own["_forward_hooks"].values()
+        )
+        if not theirs or any(own[name] for name in _OTHER_HOOKS) or "forward" in own:
+            return True
+        recorded = output_capturing._active_collector.get()
+        return recorded is not None and "attentions" in recorded
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        bias = _bias(hidden_states, attention_mask)
+        if bias is NotImplemented or any_set(kwargs) or not self.runs_fused(hidden_states):
+            original = modules.original_class(self)
+            return original.forward(self, hidden_states, attention_mask, **kwargs)
+        return self.advance(hidden_states, key_bias=bias)
+
+
+_OTHER_HOOKS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _bias(x: Tensor, mask: Any) -> Any:
+    """The key bias that `mask` is, None for no mask, NotImplemented for any other mask."""
+    if mask is None:
+        return None
+    if not isinstance(x, Tensor) or x.dim() != 3:
+        return NotImplemented
+    bias = as_key_bias(mask, x.shape[0], x.shape[1])
+    if bias is None:
+        return NotImplemented
+    return bias.to(x.dtype) if bias.dtype not in (x.dtype, torch.float32) else bias
+
+
+_CURRENT = all(hasattr(modeling_deit, name) for name in ("DeiTAttention", "DeiTMLP", "DeiTLayer"))
+LEAVES: dict[type[nn.Module], type[modules.Fused]] = {}
+BLOCKS: dict[type[nn.Module], type[modules.Fused]] = {}
+REFUSED: dict[type[nn.Module], str] = {}
+
+if _CURRENT:
+
+    class FusedDeiTAttention(FusedAttention, modeling_deit.DeiTAttention):
+        """transformers' DeiTAttention on `deit.kernels.linear` and `attention`."""
+
+    class FusedDeiTMLP(FusedMlp, modeling_deit.DeiTMLP):
+        """transformers' DeiTMLP on `deit.kernels.gelu_mlp`."""
+
+    class FusedDeiTLayer(FusedLayer, modeling_deit.DeiTLayer):
+        """transformers' DeiTLayer with its residual additions in the products' epilogues."""
+
+    class FusedViTAttention(FusedAttention, modeling_vit.ViTAttention):
+        """transformers' ViTAttention on `deit.kernels.linear` and `attention`."""
+
+    class FusedViTMLP(FusedMlp, modeling_vit.ViTMLP):
+        """transformers' ViTMLP on `deit.kernels.gelu_mlp`."""
+
+    class FusedViTLayer(FusedLayer, modeling_vit.ViTLayer):
+        """transformers' ViTLayer with its residual additions in the products' epilogues."""
+
+    LEAVES |= {
+        modeling_deit.DeiTAttention: FusedDeiTAttention,
+        modeling_deit.DeiTMLP: FusedDeiTMLP,
+        modeling_vit.ViTAttention: FusedViTAttention,
+        modeling_vit.ViTMLP: FusedViTMLP,
+    }
+    BLOCKS |= {modeling_deit.DeiTLayer: FusedDeiTLayer, modeling_vit.ViTLayer: FusedViTLayer}
+else:
+    # Before 5 head_mask comes where the attention mask does and is multiplied after softmax.
+    _reason = (
+        f"transformers {transformers.__version__} lays it out otherwise (5 or later is served)"
+    )
+    REFUSED |= {modeling_deit.DeiTLayer: _reason, modeling_vit.ViTLayer: _reason}

@@ -1,0 +1,238 @@
+"""Shapes and dtypes of what the operators return, for tracing: one fake a schema of ops.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def _layer_norm_fake(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _add_layer_norm_fake(x: Tensor, residual: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), residual.new_empty(residual.shape)
+
+
+def _attention_fake(qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None) -> Tensor:
+    batch, tokens, channels = qkv.shape
+    return qkv.new_empty((batch, tokens, channels // 3))
+
+
+def _projected(x: Tensor, width: int, residual: Tensor | None) -> Tensor:
+    dtype = x.dtype if residual is None else residual.dtype
+    return x.new_empty((*x.shape[:-1], width), dtype=dtype)
+
+
+def _linear_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+) -> Tensor:
+    return _projected(x, weight.shape[0], residual)
+
+
+def _gelu_mlp_fake(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+) -> Tensor:
+    return _projected(x, w2.shape[0], residual)
+
+
+def _patch_embed_fake(
+    images: Tensor, weight: Tensor, bias: Tensor | None, prefix: Tensor, pos_embed: Tensor
+) -> Tensor:
+    return images.new_empty((images.shape[0], pos_embed.shape[1], weight.shape[0]))
+
+
+def _scalar_loss_fake(logits: Tensor, *_: object) -> Tensor:
+    return logits.new_empty((), dtype=torch.float32)
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and rstd of every row."""
+    rows = x.shape[:-1]
+    return x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
+
+
+def _absent(like: Tensor, *shape: int, present: bool) -> Tensor:
+    """A tensor of this shape, or the empty one that stands for none."""
+    return like.new_empty(shape if present else (0,))
+
+
+def _layer_norm_fwd_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, ...]:
+    return (x.new_empty(x.shape), *_statistics(x))
+
+
+def _layer_norm_bwd_fake(
+    dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, ...]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+def _add_layer_norm_fwd_fake(x: Tensor, residual: Tensor, *_: object) -> tuple[Tensor, ...]:
+    return (x.new_empty(x.shape), residual.new_empty(x.shape), *_statistics(x))
+
+
+def _add_layer_norm_bwd_fake(
+    dout: Tensor,
+    dtotal: Tensor,
+    x: Tensor,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+) -> tuple[Tensor, ...]:
+    dweight, dbias = weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+    dgamma = weight.new_empty(0) if gamma is None else gamma.new_empty(gamma.shape)
+    return x.new_empty(x.shape), total.new_empty(x.shape), dweight, dbias, dgamma
+
+
+def _attention_fwd_fake(
+    qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    batch, tokens, channels = qkv.shape
+    lse = qkv.new_empty((batch, num_heads, tokens), dtype=torch.float32)
+    return qkv.new_empty((batch, tokens, channels // 3)), lse
+
+
+def _attention_bwd_fake(dout: Tensor, qkv: Tensor, *_: object) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _linear_fwd_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    width = weight.shape[0]
+    saved = activation is not None or gamma is not None
+    affine = _absent(x, *x.shape[:-1], width, present=saved)
+    return _projected(x, width, residual), affine
+
+
+def _linear_bwd_fake(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    affine: Tensor,
+    activation: str | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+) -> tuple[Tensor, ...]:
+    dgamma = x.new_empty(0) if gamma is None else gamma.new_empty(gamma.shape)
+    dbias = x.new_empty(weight.shape[0])
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dgamma
+
+
+def _gelu_mlp_fwd_fake(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+) -> tuple[Tensor, ...]:
+    rows, width = x.shape[:-1], w2.shape[0]
+    affine = _absent(x, *rows, width, present=gamma is not None)
+    return _projected(x, width, residual), x.new_empty((*rows, w1.shape[0])), affine
+
+
+def _gelu_mlp_bwd_fake(
+    dout: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    hidden: Tensor,
+    affine: Tensor,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+) -> tuple[Tensor, ...]:
+    dgamma = x.new_empty(0) if gamma is None else gamma.new_empty(gamma.shape)
+    db1, db2 = x.new_empty(w1.shape[0]), x.new_empty(w2.shape[0])
+    dw1, dw2 = w1.new_empty(w1.shape), w2.new_empty(w2.shape)
+    return x.new_empty(x.shape), dw1, db1, dw2, db2, dgamma
+
+
+def _patch_embed_bwd_fake(
+    dout: Tensor, images: Tensor, weight: Tensor, prefix_tokens: int
+) -> tuple[Tensor, ...]:
+    _, tokens, dim = dout.shape
+    dprefix, dpos = weight.new_empty((1, prefix_tokens, dim)), weight.new_empty((1, tokens, dim))
+    return weight.new_empty(weight.shape), weight.new_empty(dim), dprefix, dpos
+
+
+def _cross_entropy_fwd_fake(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    statistics = logits.new_empty((3, logits.shape[0]), dtype=torch.float32)
+    return _scalar_loss_fake(logits), statistics
+
+
+def _cross_entropy_bwd_fake(dloss: Tensor, logits: Tensor, *_: object) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _distillation_loss_fwd_fake(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    statistics = logits.new_empty((7, logits.shape[0]), dtype=torch.float32)
+    return _scalar_loss_fake(logits), statistics
+
+
+def _distillation_loss_bwd_fake(
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    teacher_logits: Tensor,
+    distillation_logits: Tensor | None,
+    *_: object,
+) -> tuple[Tensor, Tensor]:
+    other = distillation_logits
+    empty = logits.new_empty(0)
+    return logits.new_empty(logits.shape), empty if other is None else other.new_empty(other.shape)
+
+
+FAKES: dict[str, Callable[..., object]] = {
+    "layer_norm": _layer_norm_fake,
+    "add_layer_norm": _add_layer_norm_fake,
+    "attention": _attention_fake,
+    "linear": _linear_fake,
+    "gelu_mlp": _gelu_mlp_fake,
+    "patch_embed": _patch_embed_fake,
+    "cross_entropy": _scalar_loss_fake,
+    "distillation_loss": _scalar_loss_fake,
+    "layer_norm_fwd": _layer_norm_fwd_fake,
+    "layer_norm_bwd": _layer_norm_bwd_fake,
+    "add_layer_norm_fwd": _add_layer_norm_fwd_fake,
+    "add_layer_norm_bwd": _add_layer_norm_bwd_fake,
+    "attention_fwd": _attention_fwd_fake,
+    "attention_bwd": _attention_bwd_fake,
+    "linear_fwd": _linear_fwd_fake,
+    "linear_bwd": _linear_bwd_fake,
+    "gelu_mlp_fwd": _gelu_mlp_fwd_fake,
+    "gelu_mlp_bwd": _gelu_mlp_bwd_fake,
+    "patch_embed_bwd": _patch_embed_bwd_fake,
+    "cross_entropy_fwd": _cross_entropy_fwd_fake,
+    "cross_entropy_bwd": _cross_entropy_bwd_fake,
+    "distillation_loss_fwd": _distillation_loss_fwd_fake,
+    "distillation_loss_bwd": _distillation_loss_bwd_fake,
+}

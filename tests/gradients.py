@@ -1,0 +1,69 @@
+"""Training a public operator: its outputs and gradients under the error rule of `oracle`.
+
+    gradients.check(call, arguments, wanted, douts)
+
+`call(*arguments, impl=...)` is the public function; what is compared is the tuple of its outputs
+and of the gradients that `.backward()` leaves in the `wanted` arguments, on `impl="triton"`
+against `impl="reference"` at the same dtype (PyTorch's own error) and in fp64 (the oracle).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import oracle
+import torch
+from torch import Tensor
+
+
+def outputs_and_gradients(
+    call: Callable[..., Any],
+    impl: str,
+    wanted: Sequence[int],
+    douts: Sequence[Tensor | None],
+) -> Callable[..., list[Tensor]]:
+    """A function of the arguments; `douts`, one an output, None for one that is not used."""
+
+    def run(*arguments: Any) -> list[Tensor]:
+        inputs = list(arguments)
+        for i in wanted:
+            inputs[i] = inputs[i].detach().requires_grad_()
+        with torch.enable_grad():
+            outputs = call(*inputs, impl=impl)
+            outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+            pairs = [(o, d) for o, d in zip(outputs, douts, strict=True) if d is not None]
+            torch.autograd.backward([o for o, _ in pairs], [d.to(o.dtype) for o, d in pairs])
+        grads = [inputs[i].grad for i in wanted]
+        # An input that an unused output alone depends on has none on the reference.
+        zeros = (torch.zeros_like(inputs[i]) for i in wanted)
+        grads = [z if g is None else g for g, z in zip(grads, zeros, strict=True)]
+        return [o.detach() for o in outputs] + grads
+
+    return run
+
+
+def check(
+    call: Callable[..., Any],
+    arguments: Sequence[Any],
+    wanted: Sequence[int],
+    douts: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """Assert the error rule on outputs and gradients; returns Triton's."""
+    found = outputs_and_gradients(call, "triton", wanted, douts)(*arguments)
+    oracle.check(found, outputs_and_gradients(call, "reference", wanted, douts), arguments)
+    return found
+
+
+def check_repeats(
+    call: Callable[..., Any],
+    arguments: Sequence[Any],
+    wanted: Sequence[int],
+    douts: Sequence[Tensor | None],
+) -> None:
+    """Five runs give the same bits."""
+    run = outputs_and_gradients(call, "triton", wanted, douts)
+    first = run(*arguments)
+    for _ in range(4):
+        for a, b in zip(first, run(*arguments), strict=True):
+            assert torch.equal(a, b)
