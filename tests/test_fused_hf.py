@@ -280,7 +280,7 @@ def test_the_packed_weight_is_kept_and_is_no_state(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_starts_with_no_packed_weight(copied):
-    """A copy's version counters start again, and could agree by chance with a stale cache."""
+    """It would double a checkpoint of the module, and a copy's version counters start again."""
     model = make()
     fuse(model)
     model(IMAGES)
@@ -288,6 +288,8 @@ def test_a_copy_starts_with_no_packed_weight(copied):
         parameter.mul_(1.5)
     duplicate = copied(model)
     assert isinstance(layers(duplicate)[0], Fused)
+    assert layers(model)[0].attention.fused_packed.kept is not None
+    assert layers(duplicate)[0].attention.fused_packed.kept is None
     close(duplicate(IMAGES), model(IMAGES))
     close(duplicate(IMAGES), unfuse(model)(IMAGES))
 

@@ -109,7 +109,8 @@ def plan_input_gradient(
     weight = common.last_contiguous(weight)
     if not all(common.describable(t) for t in (g, weight, out, hidden) if t is not None):
         config = config.without_tma()
-    epilogues = config.epilogues(128 if hidden is None and config.tma else 32)
+    whole = config.tma or g.dtype == torch.float32
+    epilogues = config.epilogues(128 if hidden is None and whole else 32)
     operands: dict[str, Any] = {
         "g": g,
         "weight": weight,
@@ -190,7 +191,7 @@ def plan_weight_gradient(
         "g_stride": g.stride(0),
         "x_outer": x_outer,
         "x_inner": x_inner,
-        **_constants(config, g.dtype, config.epilogues(32)),
+        **_constants(config, g.dtype, config.epilogues(64 if g.dtype == torch.float32 else 32)),
     }
     grid = (min(tiles * splits, programs),)
     return out, common.Launch(

@@ -1,0 +1,217 @@
+"""How accurate the kernels are beside PyTorch: error over error, for every operator.
+
+    python bench/numerics.py                            # on a GPU, or in Triton's interpreter
+    python bench/numerics.py --impl cpu --dtype fp32
+    python bench/numerics.py --json bench/results/numerics.json
+
+Each public operator runs forward and, where its kernels have a gradient, backward: by a kernel,
+by PyTorch at the same dtype, and by PyTorch in fp64. A figure is the kernel's error over
+PyTorch's, both against fp64: 1.0 is as accurate as PyTorch, less is more accurate. The rule
+(tests/oracle.py) allows 1.25 and an ulp-sized floor; figures above it are marked, and the
+exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import tyro
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the rule is stated there
+
+import devices
+import evidence
+import numerics_cases as cases
+import oracle
+
+import deit.kernels
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which kernels, on what."""
+
+    device: str = "auto"
+    """auto, cpu (Triton in its interpreter) or cuda"""
+    impl: tuple[str, ...] = ("triton", "cpu", "cuda")
+    dtype: tuple[str, ...] = tuple(DTYPES)
+    operator: tuple[str, ...] = ()
+    """only these operators"""
+    json: Path | None = None
+    """write every figure here"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One output ("out", "out 1") or gradient ("d x") of one call.
+
+    norm: ||result - exact|| / ||exact||; max: max|result - exact|. used: the larger share of what
+    the rule allows, 1 at its limit.
+    """
+
+    impl: str
+    operator: str
+    quantity: str
+    dtype: str
+    family: str
+    norm: float
+    torch_norm: float
+    max: float
+    torch_max: float
+    used: float
+
+
+def results(call: cases.Call, impl: str, dtype: torch.dtype | None, backward: bool) -> dict:
+    """Outputs and gradients by name; every tensor in `dtype`, or as it is for None.
+
+    The gradient is that of a fixed random cotangent of each output.
+    """
+    inputs = {
+        name: t.to(dtype) if dtype is not None and t.is_floating_point() else t
+        for name, t in call.inputs.items()
+    }
+    leaves = {n: inputs[n].clone().requires_grad_() for n in call.gradients if backward}
+    function = getattr(deit.kernels, call.operator)
+    found = function(**(inputs | leaves), **call.options, impl=impl)
+    outputs = [found] if isinstance(found, Tensor) else list(found)
+    named = {f"out {i}" if i else "out": t.detach() for i, t in enumerate(outputs)}
+    if backward:
+        cotangents = []
+        for index, (output, like) in enumerate(zip(outputs, outputs, strict=True)):
+            drawn = oracle.make("random", like.shape, seed=31 + index)
+            # Rounded to the call's dtype first, so that fp64 sees the cotangent the kernel sees.
+            original = call.inputs[call.gradients[0]].dtype
+            cotangents.append(drawn.to(original).to(output))
+        torch.autograd.backward(outputs, cotangents)
+        named |= {f"d {name}": leaf.grad for name, leaf in leaves.items()}
+    return named
+
+
+def compare(call: cases.Call, impl: str, dtype: str, family: str, backward: bool) -> list[Row]:
+    """A row for every output and gradient of one call."""
+    kernel = results(call, impl, None, backward)
+    plain = results(call, "reference", None, backward)
+    exact = results(call, "reference", torch.float64, backward)
+    rows = []
+    for quantity, got in kernel.items():
+        ours, theirs = (oracle.errors(t[quantity], exact[quantity]) for t in (kernel, plain))
+        spare = oracle.floor(got.dtype, exact[quantity].cpu())
+        used = max(
+            getattr(ours, kind)
+            / (oracle.FACTOR * getattr(theirs, kind) + getattr(spare, kind) or 1)
+            for kind in ("norm", "maximum")
+        )
+        rows.append(
+            Row(impl, call.operator, quantity, dtype, family, ours.norm, theirs.norm,
+                ours.maximum, theirs.maximum, used)
+        )  # fmt: skip
+    return rows
+
+
+def measure(settings: Settings, device: torch.device) -> tuple[list[Row], dict[str, list[str]]]:
+    """All rows, and for each implementation why operators were left out."""
+    rows: list[Row] = []
+    left_out: dict[str, list[str]] = {}
+    for dtype in settings.dtype:
+        for family in cases.FAMILIES:
+            for call in cases.calls(family, DTYPES[dtype]):
+                if settings.operator and call.operator not in settings.operator:
+                    continue
+                call = on_device(call, device)
+                for impl in settings.impl:
+                    why_not = deit.kernels.explain(call.operator, **call.inputs, **call.options)
+                    if why_not.reasons[impl]:
+                        text = f"{call.operator} {dtype}: " + "; ".join(why_not.reasons[impl])
+                        known = left_out.setdefault(impl, [])
+                        known += [text] if text not in known else []
+                        continue
+                    rows += compare(call, impl, dtype, family, differentiable(call, impl))
+    return rows, left_out
+
+
+def on_device(call: cases.Call, device: torch.device) -> cases.Call:
+    inputs = {name: t.to(device) for name, t in call.inputs.items()}
+    return cases.Call(call.operator, inputs, call.options, call.gradients)
+
+
+def differentiable(call: cases.Call, impl: str) -> bool:
+    """Whether this implementation has kernels for the call's gradients."""
+    inputs = call.inputs | {n: call.inputs[n].clone().requires_grad_() for n in call.gradients}
+    return not deit.kernels.explain(call.operator, **inputs, **call.options).reasons[impl]
+
+
+def table(rows: Sequence[Row], impl: str, dtype: str) -> Table:
+    """Error over PyTorch's error, "norm max" a family; in red what the rule does not allow."""
+    from rich import box
+    from rich.table import Table
+
+    shown = Table(title=f"{impl}, {dtype}", box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in ("operator", "", *cases.FAMILIES):
+        shown.add_column(head, justify="left" if head in ("operator", "") else "right")
+    grid: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        if (row.impl, row.dtype) == (impl, dtype):
+            grid.setdefault((row.operator, row.quantity), {})[row.family] = row
+    for (operator, quantity), cells in grid.items():
+        figures = [figure(cells[f]) if f in cells else "" for f in cases.FAMILIES]
+        shown.add_row(operator, quantity, *figures)
+    return shown
+
+
+def figure(row: Row) -> str:
+    """ "0.98 1.02": the ratios of the norms and of the maxima; "=" where PyTorch is exact too."""
+    pairs = ((row.norm, row.torch_norm), (row.max, row.torch_max))
+    text = " ".join(
+        f"{ours / theirs:.2f}" if theirs else ("=" if not ours else "floor")
+        for ours, theirs in pairs
+    )
+    return f"[red]{text}[/red]" if row.used > 1 else text
+
+
+def main(settings: Settings) -> int:
+    """Print the tables; 1 if a figure is above the rule."""
+    from rich.console import Console
+
+    device = devices.resolve(settings.device)
+    if device.type == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+    rows, left_out = measure(settings, device)
+    console = Console()
+    for impl in settings.impl:
+        for dtype in settings.dtype:
+            if any((row.impl, row.dtype) == (impl, dtype) for row in rows):
+                console.print(table(rows, impl, dtype))
+    for impl, reasons in left_out.items():
+        for reason in reasons:
+            console.print(f"[dim]left out: {impl} {reason}[/dim]", soft_wrap=True)
+    if settings.json is not None:
+        write(settings.json, rows, device)
+    above = [row for row in rows if row.used > 1]
+    console.print(f"{len(rows)} figures, {len(above)} above the rule")
+    return 1 if above else 0
+
+
+def write(path: Path, rows: Sequence[Row], device: torch.device) -> None:
+    """The rows with what a reader must know to repeat them."""
+    facts: dict[str, Any] = devices.describe(device)
+    facts["interpreted"] = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    facts["kernels_sha256"] = evidence.kernels_sha256()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Annotated[Settings, tyro.conf.arg(name="")], description=__doc__)))

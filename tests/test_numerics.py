@@ -1,0 +1,62 @@
+"""bench/numerics.py: it covers every operator, and finds an error that the rule does not allow."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+
+import numerics
+import numerics_cases as cases
+
+import deit.kernels
+from deit.kernels import ops
+
+
+def _calls(family="random", dtype=torch.float32):
+    return {call.operator: call for call in cases.calls(family, dtype)}
+
+
+def test_every_operator_is_there():
+    assert set(_calls()) == set(ops.SCHEMAS)
+    assert set(_calls("one_hot")) == {"attention", "cross_entropy", "distillation_loss"}
+
+
+@pytest.mark.parametrize("family", cases.FAMILIES)
+def test_pytorch_is_as_accurate_as_itself(family):
+    for call in cases.calls(family, torch.float32):
+        rows = numerics.compare(call, "reference", "fp32", family, backward=True)
+        gradients = [row.quantity for row in rows if row.quantity.startswith("d ")]
+        assert gradients == [f"d {name}" for name in call.gradients]
+        assert all(row.norm == row.torch_norm and row.used <= 0.8 for row in rows)
+
+
+@pytest.mark.parametrize("quantity", ["out", "d x"])
+def test_an_error_is_found(quantity, monkeypatch):
+    """One part in a thousand, in the output or in one gradient, is far above the rule in fp32."""
+    right = deit.kernels.layer_norm
+
+    def wrong(x, *args, impl, **kwargs):
+        if impl == "reference":
+            return right(x, *args, impl=impl, **kwargs)
+        if quantity == "out":
+            return right(x, *args, impl="reference", **kwargs) * 1.001
+        x = x + 0.001 * (x - x.detach())  # the same value, another gradient
+        return right(x, *args, impl="reference", **kwargs)
+
+    monkeypatch.setattr(deit.kernels, "layer_norm", wrong)
+    rows = numerics.compare(_calls()["layer_norm"], "triton", "fp32", "random", backward=True)
+    above = [row.quantity for row in rows if row.used > 1]
+    assert quantity in above
+    if quantity == "d x":
+        assert above == ["d x"]
+        assert "[red]" in numerics.figure(next(r for r in rows if r.quantity == "d x"))
+
+
+def test_the_table_has_a_line_for_every_quantity():
+    rows = numerics.compare(_calls()["add_layer_norm"], "reference", "fp32", "random", True)
+    shown = numerics.table(rows, "reference", "fp32")
+    assert shown.row_count == len(rows) == 2 + 5
+    assert list(shown.columns[2].cells) == ["1.00 1.00"] * 7
