@@ -84,7 +84,9 @@ def _driver() -> str:
         found = re.search(r"\b\d+\.\d+(\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text())
         if found:
             return found[0]
-    return f"CUDA {torch._C._cuda_getDriverVersion()}" if torch.cuda.is_available() else "none"
+    if not torch.cuda.is_available():
+        return "none"
+    return f"CUDA {torch._C._cuda_getDriverVersion()}"  # type: ignore[attr-defined]
 
 
 def _sources_hash() -> str:
@@ -236,7 +238,8 @@ class Tunable(Generic[P, R]):
 
     def _choose(self, args: Any, kwargs: Any) -> tuple[R, str]:
         arguments = self.arguments(*args, **dict(kwargs))
-        pinned, table = self.pinned(**arguments), tables().get(arguments.get("arch", 0), Table())
+        pinned = self.pinned(**arguments)  # type: ignore[call-arg]
+        table = tables().get(arguments.get("arch", 0), Table())
         entry = table.entries.get(entry_name(self.__name__, arguments))
         if entry is None:
             return pinned, PINNED + (f" ({table.ignored})" if table.ignored else "")

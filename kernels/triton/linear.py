@@ -96,8 +96,9 @@ def plan(
     x_view, residual_view = common.as_rows(x, residual)
     weight = common.last_contiguous(weight)
     outer, inner, _ = x_view.shape
-    written = [t if t is None else t.view(outer * inner, width) for t in (out, affine)]
-    if not _tma_can_take(x_view, weight, *written):
+    out_rows = out.view(outer * inner, width)
+    affine_rows = None if affine is None else affine.view(outer * inner, width)
+    if not _tma_can_take(x_view, weight, out_rows, affine_rows):
         config = config.without_tma()
     # With affine, 128 columns of an fp32 output would ask for 96 KB of staging, and pointers to
     # 64 spill 8 bytes on sm_100 and sm_120.
@@ -107,7 +108,7 @@ def plan(
     epilogues = config.epilogues(columns)
     x_outer, x_inner = common.row_strides(x_view)
     arguments = {
-        **_operands(x_view, weight, *written, config, config.block_n // epilogues),
+        **_operands(x_view, weight, out_rows, affine_rows, config, config.block_n // epilogues),
         **common.contiguous(bias=bias),
         **common.epilogue_arguments(x, residual_view, gamma, keep),
         "rows": outer * inner,

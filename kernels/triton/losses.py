@@ -235,7 +235,7 @@ def _rows_kernel(
     # maximum, sum of exponentials; dot = sum(t' * (x - maximum)), mass = sum(t').
     m, z, dot, mass = float("-inf"), 0.0, 0.0, 0.0
     s_m, s_z, t_m, t_z, gap = float("-inf"), 0.0, float("-inf"), 0.0, 0.0
-    best, label = float("-inf"), 0
+    best, label = float("-inf"), tl.full((), 0, tl.int32)
     for c0 in tl.range(0, classes, BLOCK):
         cols = c0 + tl.arange(0, BLOCK)
         mask = cols < classes
