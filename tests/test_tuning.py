@@ -63,8 +63,8 @@ def tuned(**changes):
 
 
 @pytest.mark.parametrize("factory", SIZES)
-@pytest.mark.parametrize("arch", (80, 90, 100, 120))
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_pinned_defaults_are_legal_and_candidates_distinct(factory, arch, dtype):
     arguments = tuning.TUNABLE[factory].arguments(arch, dtype, **SIZES[factory])
     found = candidates.candidates(factory, arguments)
@@ -120,7 +120,7 @@ def test_the_other_form_can_be_the_best(cache):
     assert configs.gelu_mlp(**arguments) is None
 
 
-@pytest.mark.parametrize("name", ("torch", "triton", "driver", "kernels"))
+@pytest.mark.parametrize("name", ["torch", "triton", "driver", "kernels"])
 def test_other_versions_are_ignored_with_the_reason(cache, monkeypatch, name):
     tuning.store("Test H100", {ENTRY: entry(tuned(block_n=128))})
     now = {**tuning.versions(), name: "another"}
@@ -160,7 +160,7 @@ def test_an_edited_entry_that_cannot_run_is_not_used(cache, config, why):
     assert why in evidence
 
 
-@pytest.mark.parametrize("text", ("", "{", '{"schema": 2}', '{"schema": 1, "sets": [1]}', "[]"))
+@pytest.mark.parametrize("text", ["", "{", '{"schema": 2}', '{"schema": 1, "sets": [1]}', "[]"])
 def test_a_broken_file_is_ignored_and_set_aside(cache, text):
     file = tuning.path("Test H100")
     file.parent.mkdir(parents=True)
