@@ -75,9 +75,48 @@ class Predict:
         return run(self)
 
 
+@dataclass(frozen=True)
+class Tune:
+    """Measure configurations of the Triton kernels on this GPU and keep the best for later runs.
+
+    They are kept in a file of the user's cache directory and used by every later process with
+    the same GPU model, driver, torch, Triton and kernels. Exits with 1 if a default
+    configuration is found wrong.
+    """
+
+    arch: tuple[str, ...] = ("deit_ti", "deit_s", "deit_b")
+    """The networks whose shapes are measured."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """What the networks compute in."""
+    batch_size: int = 256
+    """Images in a batch."""
+    img_size: OptionalInt = None
+    """Pixels along a side; the networks' own if left out."""
+    train: bool = True
+    """Also the kernels of the backward."""
+    only: tuple[str, ...] = ()
+    """Kernels to measure, such as linear; all if left out."""
+    candidates: int = 40
+    """Configurations to try for each kernel and shape."""
+    seconds: float = 300.0
+    """After this time no other kernel is begun."""
+    jobs: OptionalInt = None
+    """Processes that compile at once; half the cores, 8 at most, if left out."""
+    device: str = "auto"
+    """A torch device; auto is the first GPU."""
+    part: Annotated[str, tyro.conf.Suppress] = ""
+    """i/n: compile one part of n alone; how `jobs` starts its processes."""
+
+    def run(self) -> int:
+        from deit.tune import run
+
+        return run(self)
+
+
 Command = (
     Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
+    | Annotated[Tune, tyro.conf.subcommand("tune")]
 )
 
 

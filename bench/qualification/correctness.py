@@ -10,6 +10,7 @@ from qualification.context import Context
 
 IMPLEMENTATIONS = ("triton", "cuda", "cpu")
 DTYPES = ("bf16", "fp16", "fp32")
+DRY = ("layer_norm", "linear", "attention", "cross_entropy")
 # (batch, tokens, D): one token; DeiT's 197 and, distilled, 198; the first count past one block of
 # keys; 384 pixels; the largest that is promised. Then the widths of DeiT-S and -B.
 SHAPES = (

@@ -1,0 +1,139 @@
+"""`make gpu` without a GPU: its stages run, and what fails, hangs or is done is seen as such."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import qualify  # noqa: E402
+from qualification import context as contexts  # noqa: E402
+from qualification import summary  # noqa: E402
+from qualification.context import Context, Poisoned  # noqa: E402
+
+
+def command(out, *flags):
+    """The script as `make gpu` runs it, from elsewhere and with nothing on PYTHONPATH."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "qualify.py"), "--out", str(out), *flags],
+        capture_output=True,
+        text=True,
+        cwd=out.parent,
+        timeout=600,
+    )
+
+
+def read(out, stage):
+    return json.loads((out / f"{stage}.json").read_text())
+
+
+def test_dry_run(tmp_path):
+    """Every stage but the last on the CPU; a second run finds them finished."""
+    out = tmp_path / "found"
+    stages = [stage.name for stage in qualify.STAGES if stage.name != "throughput"]
+    run = command(out, "--dry-run", "--minutes", "20", "--only", ",".join(stages))
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.splitlines()[len(stages)] == "No failures"
+    for stage in stages:
+        found = read(out, stage)
+        assert (found["status"], found["failures"]) == ("finished", [])
+        assert all(row["stage"] == stage and row["kernels_sha256"] for row in found["rows"])
+    figures = read(out, "correctness")["rows"]
+    assert {row["operator"] for row in figures if row["impl"] == "triton"} == {
+        "layer_norm", "linear", "attention", "cross_entropy"
+    }  # fmt: skip
+    assert any(row["quantity"].startswith("d ") for row in figures)
+    assert {row["check"] for row in read(out, "robustness")["rows"]} == {"repeats", "layouts"}
+    timed = [row for row in read(out, "speed")["rows"] if "contender" in row]
+    assert all(row["low"] <= row["microseconds"] <= row["high"] for row in timed)
+    assert {row["direction"] for row in timed} == {"forward", "backward"}
+    assert read(out, "tune")["rows"][0]["pinned_microseconds"] > 0
+    again = command(out, "--dry-run", "--only", ",".join(stages))
+    assert again.stdout.count("finished before") == len(stages)
+
+
+def test_throughput_stage(tmp_path):
+    out = tmp_path / "found"
+    run = command(out, "--dry-run", "--minutes", "10", "--only", "throughput")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert {row["contender"] for row in read(out, "throughput")["rows"]} >= {"fused", "eager"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (["--only", "sped"], "--only: expected stages among environment, build"),
+        (["--minutes", "0"], "--minutes: expected a positive number; got 0"),
+    ],
+)
+def test_bad_input(tmp_path, flags, why):
+    run = command(tmp_path / "out", *flags)
+    assert run.returncode == 2
+    assert why in run.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def stage_of(tmp_path, code, limit, monkeypatch):
+    """What run_stage makes of a stage whose process is `code`."""
+    script = tmp_path / "qualify.py"
+    script.write_text(code)
+    monkeypatch.setattr(qualify, "HERE", tmp_path)
+    options = qualify.parse(["--out", str(tmp_path), "--dry-run"])
+    partial = Context("speed", tmp_path, "", True, 0.0).partial
+    partial.parent.mkdir(exist_ok=True)
+    start = time.monotonic()
+    qualify.run_stage(options, qualify.STAGES[6], limit, "command")
+    return read(tmp_path, "speed"), time.monotonic() - start
+
+
+FINDS = (
+    "import os, sys, time, json, subprocess\n"
+    "out = sys.argv[sys.argv.index('--out') + 1]\n"
+    "open(out + '/parts/speed.jsonl', 'w').write(json.dumps(['rows', {'a': 1}]) + '\\n[\"ro')\n"
+)
+
+
+def test_a_stage_that_crashes_keeps_what_it_found(tmp_path, monkeypatch):
+    found, _ = stage_of(tmp_path, FINDS + "print('why'); os.abort()", 60, monkeypatch)
+    assert found["rows"] == [{"a": 1}]
+    assert "crashed (killed by signal 6)" in found["failures"][0]
+    assert not qualify.finished(tmp_path, qualify.STAGES[6])
+
+
+def test_a_stage_that_hangs_is_killed_with_its_children(tmp_path, monkeypatch):
+    child = "subprocess.Popen(['sleep', '600']); time.sleep(600)"
+    found, seconds = stage_of(tmp_path, FINDS + child, 3, monkeypatch)
+    assert found["rows"] == [{"a": 1}]
+    assert "stopped at its limit after" in found["failures"][0]
+    assert seconds < 60
+
+
+def test_a_failed_stage_is_reported_first(tmp_path):
+    nothing = {"notes": ["a note"], "rows": []}
+    qualify.checkout.importable()
+    qualify.save(tmp_path, "build", "finished", {**nothing, "failures": []})
+    qualify.save(tmp_path, "speed", "finished", {**nothing, "failures": ["too slow"]})
+    text, count = summary.write(tmp_path, ["build", "speed", "tune"])
+    assert count == 1
+    assert text.splitlines()[:4] == ["1 failures", "", "FAILED speed: 1", "  too slow"]
+    assert "tune: not run" in text
+    assert (tmp_path / "summary.txt").read_text() == text + "\n"
+
+
+def test_a_lost_cuda_context_ends_the_process_and_other_errors_do_not(tmp_path):
+    context = Context("speed", tmp_path, "", True, 0.0)
+
+    def broken(text):
+        raise RuntimeError(text)
+
+    assert context.attempt("one", lambda: None)
+    assert not context.attempt("two", lambda: broken("out of memory"))
+    with pytest.raises(Poisoned):
+        context.attempt("three", lambda: broken("CUDA error: an illegal memory access"))
+    kept = contexts.read_partial(context.partial)["failures"]
+    assert [text.split(":")[0] for text in kept] == ["two", "three"]
