@@ -3,7 +3,7 @@
     python -m deit.kernels.triton.aot [--arch 90 100] [--dtype bf16] [--operator linear]
 
 Runs Triton's whole compiler, ptxas included, on a CPU, and reads registers and spills out of
-the machine code. The exit status is 1 if a kernel spills registers, asks for more shared memory
+the machine code. The exit status is 1 if a kernel spills registers (in fp32: many), asks for more shared memory
 than the architecture has, or lacks the matrix instructions (wgmma on Hopper, tcgen05 on
 Blackwell, mma elsewhere) or the tensor copies (TMA) meant for it. Nothing is proved about values.
 """
@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -31,6 +32,9 @@ from deit.kernels.triton import cases, configs
 
 _MATRIX = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 _TMA = "cp.async.bulk.tensor"
+# Bytes of spills that an fp32 kernel may have. Its IEEE products run on the plain cores, tens of
+# times slower than the copies of a few registers; half-precision kernels may spill nothing.
+FP32_SPILLS = 64
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -53,7 +57,7 @@ class Result:
             return [self.error]
         found = []
         case, limit = self.case, configs.SHARED_MEMORY[self.case.arch]
-        if self.spills:
+        if self.spills > (FP32_SPILLS if case.dtype == torch.float32 else 0):
             found.append(f"spills {self.spills} bytes")
         if self.shared > limit:
             found.append(f"{self.shared} bytes of shared memory, {limit} are there")
