@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import os
 import warnings
@@ -244,16 +245,23 @@ def expected(operator: str, impl: str, device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class Explanation:
-    """For one call: the implementation "auto" takes, and why each other one would not run."""
+    """For one call: the implementation "auto" takes, and why each other one would not run.
+
+    configurations: where Triton can run, what it would launch in inference, a line a kernel:
+        the tile sizes, and on what evidence they were chosen.
+    """
 
     operator: str
     chosen: str
     reasons: dict[str, list[str]]
+    configurations: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.operator}: auto runs {self.chosen}"]
         for name, why_not in self.reasons.items():
             lines.append(f"  {name:<10} " + ("; ".join(why_not) or "can run"))
+            if name == "triton":
+                lines += [f"    {line}" for line in self.configurations]
         return "\n".join(lines)
 
 
@@ -268,11 +276,12 @@ def explain(operator: str, *inputs: Any, **options: Any) -> Explanation:
     options.pop("impl", None)
     known = OPERATORS[operator]
     arguments = known.prepare(*inputs, **options)
-    return Explanation(
-        operator,
-        choose(known, arguments, "auto"),
-        {name: reasons(known, arguments, name) for name in IMPLEMENTATIONS},
-    )
+    why_not = {name: reasons(known, arguments, name) for name in IMPLEMENTATIONS}
+    configurations: tuple[str, ...] = ()
+    if not why_not["triton"]:
+        choices = importlib.import_module("deit.kernels.triton.choices")
+        configurations = choices.explain(operator, arguments)
+    return Explanation(operator, choose(known, arguments, "auto"), why_not, configurations)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -1,0 +1,58 @@
+"""Which configurations a call of each operator is launched with, in inference, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from deit.kernels.triton import common, configs
+
+
+def explain(operator: str, arguments: tuple[Any, ...]) -> tuple[str, ...]:
+    """ "LinearConfig(...): pinned default, ..." for each kernel of the call, in launch order."""
+    return tuple(
+        f"{'two products' if config is None else config}: {evidence}"
+        for config, evidence in _CHOICES[operator](*arguments)
+    )
+
+
+def _layer_norm(x: Tensor, *_: Any) -> list[tuple[Any, str]]:
+    return [configs.layer_norm.explain(common.architecture(x), x.dtype, x.shape[-1])]
+
+
+def _attention(qkv: Tensor, num_heads: int, *_: Any) -> list[tuple[Any, str]]:
+    tokens, head_dim = qkv.shape[1], qkv.shape[-1] // (3 * num_heads)
+    tma = common.describable(common.last_contiguous(qkv))
+    return [configs.attention.explain(common.architecture(qkv), qkv.dtype, head_dim, tokens, tma)]
+
+
+def _linear(x: Tensor, weight: Tensor, *_: Any) -> list[tuple[Any, str]]:
+    return [configs.linear.explain(common.architecture(x), x.dtype, *weight.shape)]
+
+
+def _gelu_mlp(x: Tensor, w1: Tensor, b1: Any, w2: Tensor, *_: Any) -> list[tuple[Any, str]]:
+    one = configs.gelu_mlp.explain(common.architecture(x), x.dtype, x.shape[-1])
+    return [one] if one[0] is not None else [one, *_linear(x, w1), *_linear(x, w2)]
+
+
+def _patch_embed(images: Tensor, weight: Tensor, *_: Any) -> list[tuple[Any, str]]:
+    arch = common.architecture(images)
+    return [configs.patch_embed.explain(arch, images.dtype, weight.shape[0])]
+
+
+def _loss(logits: Tensor, *_: Any) -> list[tuple[Any, str]]:
+    return [configs.loss.explain(logits.shape[-1])]
+
+
+_CHOICES: dict[str, Callable[..., list[tuple[Any, str]]]] = {
+    "layer_norm": _layer_norm,
+    "add_layer_norm": _layer_norm,
+    "attention": _attention,
+    "linear": _linear,
+    "gelu_mlp": _gelu_mlp,
+    "patch_embed": _patch_embed,
+    "cross_entropy": _loss,
+    "distillation_loss": _loss,
+}

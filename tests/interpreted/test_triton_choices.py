@@ -1,0 +1,37 @@
+"""`explain` names the configurations that a call is really launched with."""
+
+import pytest
+import torch
+
+import deit.kernels
+from deit.kernels import tuning
+
+D = 192
+CALLS = {
+    "layer_norm": ((2, 3, D), (D,), (D,)),
+    "add_layer_norm": ((2, 3, D), (2, 3, D), (D,), (D,)),
+    "attention": ((1, 5, 3 * D),),
+    "linear": ((1, 2, D), (64, D), (64,)),
+    "gelu_mlp": ((1, 2, 64), (128, 64), (128,), (64, 128), (64,)),
+    "patch_embed": ((1, 3, 16, 16), (64, 3, 16, 16), (64,), (1, 1, 64), (1, 2, 64)),
+}
+
+
+@pytest.mark.parametrize("operator", CALLS)
+def test_explain_names_what_is_launched(operator, monkeypatch):
+    launched = []
+    call = tuning.Tunable.__call__
+
+    def record(self, *args, **kwargs):
+        launched.append(call(self, *args, **kwargs))
+        return launched[-1]
+
+    monkeypatch.setattr(tuning.Tunable, "__call__", record)
+    inputs = [torch.randn(shape).half() for shape in CALLS[operator]]
+    options = {"num_heads": 3} if operator == "attention" else {}
+    explained = deit.kernels.explain(operator, *inputs, **options)
+    getattr(deit.kernels, operator)(*inputs, **options, impl="triton")
+    evidence = "pinned default, never timed on a GPU"
+    names = ["two products" if config is None else str(config) for config in launched]
+    assert list(explained.configurations) == [f"{name}: {evidence}" for name in names]
+    assert all(line in str(explained) for line in explained.configurations)
