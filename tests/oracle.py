@@ -114,6 +114,7 @@ def check(
     arguments: Sequence[Any],
     *,
     name: str = "",
+    floors: float = 1.0,
 ) -> list[tuple[Errors, Errors]]:
     """Assert that a kernel's outputs meet the error rule.
 
@@ -123,6 +124,8 @@ def check(
             `arguments` as they are, for PyTorch's own error, and in fp64, for the oracle.
         arguments: the schema's arguments, in order.
         name: put in front of the failure message.
+        floors: how many floors are granted: 2 for gradients that sum over rows, where another
+            order of summation alone was seen to cost 1.7e-7 in fp32.
 
     Returns:
         For every output, (errors of the kernel, errors of PyTorch).
@@ -147,6 +150,7 @@ def check(
         )
         for kind in ("norm", "maximum"):
             got, base, extra = (getattr(e, kind) for e in (ours, theirs, spare))
+            extra *= floors
             assert got <= FACTOR * base + extra, (
                 f"{label}: {kind} error {got:.3g} > {FACTOR} * {base:.3g} (PyTorch's) "
                 f"+ {extra:.3g} (floor)"

@@ -72,7 +72,7 @@ def test_many_tokens():
 
 
 CASES = [(family, dtype) for family in (*oracle.FAMILIES, "one_hot") for dtype in DTYPES]
-CASES.remove(("large_mean", torch.float32))
+CASES = [case for case in CASES if case[0] != "large_mean"]
 
 
 @pytest.mark.parametrize(("family", "dtype"), CASES)
@@ -86,13 +86,14 @@ def test_error_rule(family, dtype):
         _check(qkv, dout=dout, config=_split())
 
 
-def test_large_mean_in_fp32():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_mean(dtype):
     """dp and delta are 64 and more, their difference of order 1: what is left of fp32 is noise.
 
     Against PyTorch's the norm of that noise was 0.86 to 1.02 in five draws of 24 heads, so it is
     held to the rule; its maximum, of heavy tails, 0.69 to 1.44, so that is held to 2.
     """
-    qkv = make_qkv(24, 32, heads=1, dtype=torch.float32, family="large_mean")
+    qkv = make_qkv(24, 32, heads=1, dtype=dtype, family="large_mean")
     qkv[..., 128:] -= 992  # the mean of v, 8 too
     qkv = _exact_scores(qkv, 1 / 64)
     arguments = (_dout(qkv), qkv, 1, 0.125, None)
@@ -101,8 +102,9 @@ def test_large_mean_in_fp32():
     plain, exact = gradients(*arguments), gradients(*oracle.in_fp64(arguments))
     for ours, theirs, oracle_ in zip(found, plain, exact, strict=True):
         mine, pytorch = oracle.errors(ours, oracle_), oracle.errors(theirs, oracle_)
-        assert mine.norm <= oracle.FACTOR * pytorch.norm
-        assert mine.maximum <= 2 * pytorch.maximum
+        spare = oracle.floor(dtype, oracle_)
+        assert mine.norm <= oracle.FACTOR * pytorch.norm + spare.norm
+        assert mine.maximum <= 2 * pytorch.maximum + spare.maximum
 
 
 def test_logits_beyond_fp16():
