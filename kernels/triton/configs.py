@@ -257,10 +257,9 @@ def attention(
     if arch not in (90, 100) or not tma or head_dim not in TMA_HEAD_DIMS:
         # 128 channels: fewer keys at a time, or the operands spill 8 to 56 bytes.
         block_m, block_n, warps = (64, 64, 4) if head_dim <= 64 else (128, 32, 8)
-        stages = 2 if head_dim == 32 else 3  # three of 32 channels spill 8 bytes on sm_80
-        return AttentionConfig(
-            block_m, block_n, True, tma=False, num_warps=warps, num_stages=stages
-        )
+        if head_dim == 32:
+            block_n = 32  # 64 keys spill 8 bytes on sm_80, with two stages or with three
+        return AttentionConfig(block_m, block_n, True, tma=False, num_warps=warps, num_stages=3)
     if tokens <= ONE_BLOCK_KEYS and head_dim == 64:
         # 64 x 256 fp32 scores are 128 registers a thread in 4 warps: fits on Hopper (252 in
         # all, two blocks a multiprocessor), spills 200 bytes on Blackwell, which takes 8. Heads
