@@ -146,6 +146,7 @@ _RULES: dict[type, Callable[[Any, Arguments], list[str]]] = {
 
 def _linear(arguments: Arguments, pinned: configs.LinearConfig) -> Iterator[Any]:
     """Tiles about the pinned one first: where time is short, these are what is tried."""
+    tiles: tuple[tuple[int, int], ...]
     if arguments["dtype"] == torch.float32:
         tiles, ks = ((64, 64), (128, 64), (64, 128)), (16, 32)
     else:
