@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from deit.kernels import dispatch, native, ops
+from deit.kernels import dispatch, native, ops, tuning
 
 PACKAGES = ("fused-deit", "torch", "triton", "torchvision", "timm", "transformers", "numpy")
 # The extensions that kernels here or in PyTorch make use of, as Linux spells them.
@@ -30,6 +30,7 @@ def collect() -> dict[str, Any]:
     `native.status`. operators: operator -> device -> {"auto": implementation,
     "reasons": {implementation: [why not, ...]}}; no reasons means that it runs there, on
     whatever inputs its own limits allow (`deit.kernels.explain` tells for given ones).
+    tuned: a sentence for each GPU model on its configurations from `deit tune`.
     """
     gpus = _gpus()
     return {
@@ -41,7 +42,16 @@ def collect() -> dict[str, Any]:
             name: {device: _operator(name, device) for device in _devices(gpus)}
             for name in ops.SCHEMAS
         },
+        "tuned": _tuned(),
     }
+
+
+def _tuned() -> list[str]:
+    """Only where such a file exists does looking for it touch a device."""
+    return [
+        f"{table.device}: {table.ignored or f'{len(table.entries)} tuned configurations'}"
+        for table in tuning.tables().values()
+    ]
 
 
 def info() -> None:
@@ -138,6 +148,8 @@ def print_report(data: dict[str, Any], console: Console) -> None:
     _print_devices(data, console)
     for kind, library in data["libraries"].items():
         _print_library(kind, library, console)
+    for line in data["tuned"]:
+        console.print(f"[bold]tuning[/bold] {escape(line)}", highlight=False)
     for device in _devices(data["gpus"]):
         _print_operators(device, data["operators"], console)
 

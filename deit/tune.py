@@ -81,7 +81,7 @@ def problems_of(options: Tune, device: torch.device) -> list[Problem]:
 
     found: dict[str, Problem] = {}
     for name in options.arch:
-        network = deit.config(name, **({"img_size": options.img_size} if options.img_size else {}))
+        network = deit.config(name, img_size=options.img_size)
         size = Size(options.batch_size, network, DTYPES[options.dtype], device)
         for problem in problems(size, options.train):
             if not options.only or problem.factory in options.only:

@@ -24,6 +24,14 @@ from deit.kernels.triton import (
     products,
 )
 
+EPS = (1e-6,)
+NEITHER = (None, None)  # gamma and keep
+
+
+def joined(*parts: Sequence[Any]) -> list[Any]:
+    """The parts' elements, in order."""
+    return [element for part in parts for element in part]
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -112,8 +120,8 @@ def _linear(size: Size, width: int, depth: int, activation: str | None) -> Probl
         "linear",
         {"width": width, "depth": depth},
         shapes,
-        lambda config, t: [linear.linear(*t[:3], *rest(t), config=config)],
-        lambda t: [reference.linear(*t[:3], *rest(t))],
+        lambda config, t: [linear.linear(*joined(t[:3], rest(t)), config=config)],
+        lambda t: [reference.linear(*joined(t[:3], rest(t)))],
     )
 
 
@@ -124,7 +132,7 @@ def _gelu_mlp(size: Size) -> Problem:
     def run(config: Any, t: Sequence[Tensor]) -> list[Tensor]:
         x, w1, b1, w2, b2, residual = t
         if config is not None:
-            return [gelu_mlp.gelu_mlp(*t, None, None, config=config)]
+            return [gelu_mlp.gelu_mlp(*joined(t, NEITHER), config=config)]
         inner = linear.linear(x, w1, b1, "gelu", None, None, None)
         return [linear.linear(inner, w2, b2, None, residual, None, None)]
 
@@ -133,7 +141,7 @@ def _gelu_mlp(size: Size) -> Problem:
         {"dim": dim},
         [rows, (4 * dim, dim), (4 * dim,), (dim, 4 * dim), (dim,), rows],
         run,
-        lambda t: [reference.gelu_mlp(*t, None, None)],
+        lambda t: [reference.gelu_mlp(*joined(t, NEITHER))],
     )
 
 
@@ -158,7 +166,7 @@ def _attention_bwd(size: Size) -> Problem:
     def run(config: Any, t: Sequence[Tensor]) -> list[Tensor]:
         if not saved:  # the forward is not what is timed
             saved.append(attention.attention_fwd(t[0], *rest))
-        return [attention_bwd.attention_bwd(t[1], t[0], *saved[0], *rest, config=config)]
+        return [attention_bwd.attention_bwd(*joined((t[1], t[0]), saved[0], rest), config=config)]
 
     return size.problem(
         "attention_bwd",
@@ -175,8 +183,8 @@ def _layer_norm(size: Size) -> Problem:
         "layer_norm",
         {"dim": dim},
         [(size.batch, size.network.tokens, dim), (dim,), (dim,)],
-        lambda config, t: [layer_norm.layer_norm(*t, 1e-6, config=config)],
-        lambda t: [reference.layer_norm(*t, 1e-6)],
+        lambda config, t: [layer_norm.layer_norm(*joined(t, EPS), config=config)],
+        lambda t: [reference.layer_norm(*joined(t, EPS))],
     )
 
 
@@ -190,7 +198,7 @@ def _layer_norm_bwd(size: Size) -> Problem:
         if not saved:
             saved.append(layer_norm.layer_norm_fwd(x, weight, bias, 1e-6)[1:])
         (_, dx, dweight, dbias, _), launches = layer_norm_bwd.plan(
-            dout, None, None, x, weight, *saved[0], None, None, config=config
+            *joined((dout, None, None, x, weight), saved[0], NEITHER), config=config
         )
         for launch in launches:
             launch.run(x)
@@ -201,7 +209,7 @@ def _layer_norm_bwd(size: Size) -> Problem:
         {"dim": dim},
         [rows, (dim,), (dim,), rows],
         run,
-        lambda t: _gradients(lambda *x: reference.layer_norm(*x, 1e-6), t[:3], t[3]),
+        lambda t: _gradients(lambda *x: reference.layer_norm(*joined(x, EPS)), t[:3], t[3]),
     )
 
 

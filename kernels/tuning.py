@@ -9,6 +9,7 @@ the files once, when a kernel is first launched. FUSED_DEIT_TUNED=0 ignores them
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import fcntl
 import functools
@@ -84,9 +85,10 @@ def _driver() -> str:
         found = re.search(r"\b\d+\.\d+(\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text())
         if found:
             return found[0]
-    if not torch.cuda.is_available():
-        return "none"
-    return f"CUDA {torch._C._cuda_getDriverVersion()}"  # type: ignore[attr-defined]
+    version = ctypes.c_int()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return f"CUDA {version.value}" if version.value else "none"
 
 
 def _sources_hash() -> str:
@@ -238,8 +240,8 @@ class Tunable(Generic[P, R]):
 
     def _choose(self, args: Any, kwargs: Any) -> tuple[R, str]:
         arguments = self.arguments(*args, **dict(kwargs))
-        pinned = self.pinned(**arguments)  # type: ignore[call-arg]
-        table = tables().get(arguments.get("arch", 0), Table())
+        default: Callable[..., R] = self.pinned
+        pinned, table = default(**arguments), tables().get(arguments.get("arch", 0), Table())
         entry = table.entries.get(entry_name(self.__name__, arguments))
         if entry is None:
             return pinned, PINNED + (f" ({table.ignored})" if table.ignored else "")
