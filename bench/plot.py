@@ -71,7 +71,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         figure.set_facecolor(PAPER)
         bars(left, rows)
         scatter(right, rows)
-        left.set_title(_title(rows[0]), fontsize=9)
+        left.set_title(_title(rows), fontsize=9)
         right.set_title(f"accuracy quoted ({table5.SOURCE})\nagainst speed measured", fontsize=9)
         metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,11 +79,13 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         plt.close(figure)
 
 
-def _title(row: dict[str, Any]) -> str:
+def _title(rows: Sequence[dict[str, Any]]) -> str:
+    row = rows[0]
+    batches = " and ".join(str(batch) for batch in sorted({row["batch"] for row in rows}))
     threads = f", {row['threads']} threads" if row["driver"] is None else ""
     return (
         f"measured on {row['device']}{threads}, torch {row['torch'].partition('+')[0]}, "
-        f"{row['date'][:10]}\n{row['mode']}, {row['dtype']}, batch {row['batch']}"
+        f"{row['date'][:10]}\n{row['mode']}, {row['dtype']}, batch {batches}"
     )
 
 
@@ -161,8 +163,9 @@ def place_labels(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    # Alternate above and below along the x axis: neighbours in speed are what collide.
-    for i, row in enumerate(sorted(rows, key=lambda row: row["img_per_s"])):
+    # Alternate above and below: of two points at one height, as names are wide, names collide.
+    order = sorted(rows, key=lambda row: (row["quoted_top1"], row["img_per_s"]))
+    for i, row in enumerate(order):
         axes.annotate(
             row["network"] + (" fused" if row["contender"] == "fused" else ""),
             (row["img_per_s"], row["quoted_top1"]),
