@@ -124,17 +124,22 @@ def save(model: DeiT, path: str | os.PathLike[str]) -> None:
     Atomic: the file is complete on disk under its name, or not there (or as it was before).
     Raises ValueError for another suffix, TypeError for another kind of model.
     """
+    if not isinstance(model, DeiT):
+        raise TypeError(f"model: expected a deit.DeiT; got {type(model).__name__}")
+    save_state(model.state_dict(), model.config, path)
+
+
+def save_state(state: Mapping[str, Tensor], config: Config, path: str | os.PathLike[str]) -> None:
+    """`save` for the state dict of a DeiT of `config`, such as one gathered from many processes."""
     from safetensors.torch import save_file
 
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path: expected a name ending in .safetensors; got {path.name!r}")
-    if not isinstance(model, DeiT):
-        raise TypeError(f"model: expected a deit.DeiT; got {type(model).__name__}")
-    state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    state = {key: value.detach().contiguous() for key, value in state.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        metadata = {"format": "pt", METADATA_KEY: json.dumps(asdict(model.config))}
+        metadata = {"format": "pt", METADATA_KEY: json.dumps(asdict(config))}
         save_file(state, temporary, metadata=metadata)
         _sync(temporary)
         os.replace(temporary, path)

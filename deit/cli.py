@@ -15,12 +15,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-BAD_INPUT = 2
+from deit.commands import Eval, Finetune, Fixres, OptionalInt, OptionalName, OptionalPath, Train
 
-# Optional values, shown in the help by their kind alone.
-OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
-OptionalName = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
-OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+BAD_INPUT = 2
 
 
 @dataclass(frozen=True)
@@ -116,6 +113,10 @@ class Tune:
 Command = (
     Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
+    | Annotated[Fixres, tyro.conf.subcommand("fixres")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Tune, tyro.conf.subcommand("tune")]
 )
 

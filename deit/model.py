@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deit.configs import Config
 
 # How a distilled network's two classifiers become one prediction at test time.
-TEST_HEADS = ("class", "distillation", "softmax-sum", "logit-mean")
+TEST_HEADS = ("class", "distillation", "softmax-sum", "logit-mean", "both")
 
 
 class DropPath(nn.Module):
@@ -108,7 +108,8 @@ class DeiT(nn.Module):
     - "class", "distillation": that classifier's logits;
     - "softmax-sum" (the paper's, section 4): log of the mean of the two softmaxes. It ranks as
       their sum does, its softmax is their mean, and cross-entropy takes it as logits;
-    - "logit-mean" (timm's and the official code's): the mean of the logits.
+    - "logit-mean" (timm's and the official code's): the mean of the logits;
+    - "both": the tuple (class, distillation), as in training.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class DeiT(nn.Module):
         if not self.config.distilled:
             return logits
         distilled = self.head_dist(tokens[:, 1])
-        if self.training:
+        if self.training or self.test_head == "both":
             return logits, distilled
         return combine_heads(logits, distilled, self.test_head)
 
@@ -213,4 +214,4 @@ def combine_heads(logits: Tensor, distilled: Tensor, how: str) -> Tensor:
     if how == "softmax-sum":
         both = torch.stack([logits, distilled]).float().log_softmax(dim=-1)
         return (torch.logsumexp(both, dim=0) - torch.log(torch.tensor(2.0))).to(logits.dtype)
-    raise ValueError(f"how: expected one of {TEST_HEADS}; got {how!r}")
+    raise ValueError(f"how: expected one of {TEST_HEADS[:-1]}; got {how!r}")

@@ -1,0 +1,177 @@
+"""The commands that train and evaluate; no torch is imported before one runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import tyro
+
+from deit.options import Distillation, Options, Shape
+from deit.recipes import RECIPES, Recipe
+
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+OptionalName = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
+
+_UNSET: Any = "recipe's"
+
+
+def _changes() -> type:
+    """A dataclass with every field of Recipe, each left to the recipe unless given."""
+    hints = get_type_hints(Recipe)
+    entries: list[Any] = []
+    for setting in fields(Recipe):
+        kind = Literal["recipe's"] | hints[setting.name]
+        note = tyro.conf.arg(help=setting.metadata["help"])
+        entries.append((setting.name, Annotated[kind, note], field(default=_UNSET)))
+    return make_dataclass("Changes", entries, frozen=True)
+
+
+Changes = _changes()
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a network, with or without a teacher; run the same command again to go on after a stop.
+
+    Every line of the recipe is a flag: --lr 1e-3 --mixup 0.
+    """
+
+    data: str
+    """A folder holding train/ and val/ with one folder a class, or fashion-mnist[:FOLDER]."""
+    out: Path
+    """The run's folder: checkpoints, log and final weights; a run found there is continued."""
+    arch: str = "deit_s"
+    """deit_ti, deit_s, deit_b, vit_l or timm:NAME."""
+    recipe: Literal["deit", "deit3", "finetune", "fashion-mnist", "folder", "fixres"] = "deit"
+    """Where the settings that no flag changes come from."""
+    distill: Literal["none", "soft", "hard"] = "none"
+    """What is learned from the teacher: nothing, its probabilities, or its choice."""
+    teacher: OptionalName = None
+    """A run's folder, timm:NAME (its pretrained weights), or a DeiT's weights."""
+    distilled: bool = False
+    """With the distillation token, which learns from the teacher through a head of its own."""
+    alpha: OptionalFloat = None
+    """The teacher's share of the loss; 0.5 for hard, 0.1 for soft if left out."""
+    temperature: float = 3.0
+    """Of both softmaxes in soft distillation."""
+    kl_reduction: Literal["batchmean", "numel"] = "batchmean"
+    """numel divides the soft loss by the classes too, as the official code does."""
+    weights: OptionalName = None
+    """Start from these: a run's folder, or any file that `deit predict` takes."""
+    img_size: int = 224
+    """Pixels along a side; position embeddings of `weights` are resized to it."""
+    shape: Shape = field(default_factory=Shape)
+    train_only: Literal["all", "classifier"] = "all"
+    """classifier: only the classifiers and batch norms learn, as FixRes has it."""
+    seed: int = 0
+    """Of everything random."""
+    device: str = "auto"
+    """A torch device; auto is this process's GPU, or the CPU where there is none."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What products are computed in (autocast); weights stay fp32."""
+    workers: int = 4
+    """Processes that read and augment images."""
+    accumulate: int = 1
+    """Parts that each process takes its share of an update in, to save memory."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: whole copies of the network, or shards of it (FSDP2)."""
+    compile: bool = False
+    """torch.compile the network."""
+    checkpoint_activations: bool = False
+    """Recompute each block in the backward: less memory, a third more arithmetic."""
+    fuse: bool = True
+    """Run on the fused operators."""
+    limit_train: OptionalInt = None
+    """Take this many training images."""
+    limit_val: OptionalInt = None
+    """Evaluate on this many images."""
+    eval_every: int = 1
+    """Epochs between evaluations."""
+    save_every: int = 1
+    """Epochs between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What a loss that is NaN or infinite does, after its images were named in a file."""
+    max_unreadable: float = 0.01
+    """The run stops when a larger share of the training images cannot be read."""
+    changes: Changes = field(default_factory=Changes)  # type: ignore[valid-type]
+
+    def options(self) -> Options:
+        """What the flags say, as the trainer takes it."""
+        given = {
+            setting.name: getattr(self.changes, setting.name)
+            for setting in fields(Recipe)
+            if getattr(self.changes, setting.name) is not _UNSET
+        }
+        own = {f.name for f in fields(Options)} & {f.name for f in fields(self)} - {"recipe"}
+        return Options(
+            recipe=replace(RECIPES[self.recipe], **given),
+            distillation=Distillation(
+                self.distill, self.alpha, self.temperature, self.kl_reduction
+            ),
+            **{name: getattr(self, name) for name in own},
+        )
+
+    def run(self) -> int:
+        """Train; 0 at the end, and after a signal with a checkpoint written."""
+        from deit.train import train
+
+        train(self.options())
+        return 0
+
+
+@dataclass(frozen=True)
+class Finetune(Train):
+    """Train on from weights, as a rule at a higher resolution: both labels stay in the loss.
+
+    The teacher should be brought to the same resolution first: `deit fixres`.
+    """
+
+    recipe: Literal["deit", "deit3", "finetune", "fashion-mnist", "folder", "fixres"] = "finetune"
+    img_size: int = 384
+
+
+@dataclass(frozen=True)
+class Fixres(Train):
+    """Adapt a trained network's classifier and batch norms to another resolution (FixRes)."""
+
+    recipe: Literal["deit", "deit3", "finetune", "fashion-mnist", "folder", "fixres"] = "fixres"
+    img_size: int = 384
+    train_only: Literal["all", "classifier"] = "classifier"
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Top-1 of a network on labelled images, for each of its heads."""
+
+    weights: tyro.conf.Positional[Path]
+    """A run's folder, a weights' file in it (average.safetensors), or a DeiT's weights."""
+    data: str
+    """A folder holding val/ with one folder a class, or fashion-mnist[:FOLDER]."""
+    img_size: OptionalInt = None
+    """Pixels along a side; the network's own if left out."""
+    batch_size: int = 64
+    """Images at a time."""
+    limit: OptionalInt = None
+    """Evaluate on this many images."""
+    device: str = "auto"
+    """A torch device; auto is the first GPU, or the CPU where there is none."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What products are computed in (autocast)."""
+    workers: int = 4
+    """Processes that read images."""
+    fuse: bool = True
+    """Run on the fused operators."""
+    json: bool = False
+    """Print one JSON document instead of text."""
+
+    def run(self) -> int:
+        """Evaluate and print."""
+        from deit.evaluate import run
+
+        return run(self)

@@ -1,0 +1,136 @@
+"""Batches of augmented, labelled images, decoded ahead in worker processes."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from deit.data.augment import Transform, seeded
+from deit.data.sampling import Batches, Draw
+from deit.data.sources import Source
+from deit.images import UnreadableImage
+
+
+@dataclass
+class Batch:
+    """Samples that could be read, and the names and reasons of those that could not."""
+
+    images: Tensor  # [B, 3, H, W], fp32, normalised
+    labels: Tensor  # [B], int64
+    draws: list[Draw]
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    seconds: float = 0.0  # of one worker's time, to read and augment it
+
+    def to(self, device: torch.device) -> Batch:
+        """On `device`; copies from pinned memory overlap with what runs there."""
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+        )
+
+    def pin_memory(self) -> Batch:
+        """Called by DataLoader."""
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+
+
+class _Item(NamedTuple):
+    draw: Draw
+    image: Tensor | None
+    label: int
+    fault: tuple[str, str] | None  # name and reason
+    seconds: float
+
+
+class _Augmented(Dataset[_Item]):
+    """Reads and augments one sample, in a worker process."""
+
+    def __init__(self, source: Source, transform: Transform, seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __getitem__(self, draw: Draw) -> _Item:
+        start = time.perf_counter()
+        try:
+            image, label = self.source.read(draw.index)
+        except UnreadableImage as error:
+            fault = self.source.name(draw.index), error.reason
+            return _Item(draw, None, -1, fault, time.perf_counter() - start)
+        with seeded(self.seed, draw.epoch, draw.index, draw.view):
+            tensor = self.transform(image)
+        return _Item(draw, tensor, label, None, time.perf_counter() - start)
+
+
+def _collate(items: list[_Item]) -> Batch:
+    images = [item.image for item in items if item.image is not None]
+    good = [item for item in items if item.image is not None]
+    return Batch(
+        torch.stack(images) if images else torch.empty(0),
+        torch.tensor([item.label for item in good], dtype=torch.int64),
+        [item.draw for item in good],
+        [item.fault for item in items if item.fault is not None],
+        sum(item.seconds for item in items),
+    )
+
+
+def _begin_worker(_: int) -> None:
+    # A signal to the process group is the main process's to answer: it finishes its update, for
+    # which it may still need batches. Workers end with it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class Loader:
+    """Iterates over the batches of `batches`, once; `waited` is how long the caller stood still.
+
+    The same samples come out for any number of workers.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        batches: Batches | list[list[Draw]],
+        *,
+        seed: int,
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        if workers < 0:
+            raise ValueError(f"workers: expected at least 0; got {workers}")
+        self.device = device
+        self.waited = 0.0
+        self.data: DataLoader[_Item] = DataLoader(
+            _Augmented(source, transform, seed),
+            batch_sampler=batches,  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=device.type == "cuda",
+            prefetch_factor=4 if workers else None,
+            worker_init_fn=_begin_worker,
+        )
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.data)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch.to(self.device)
+
+
+def in_order(count: int, batch_size: int) -> list[list[Draw]]:
+    """Every image once, in order: for evaluation."""
+    draws = [Draw(0, position, 0, position, 0) for position in range(count)]
+    return [draws[start : start + batch_size] for start in range(0, count, batch_size)]

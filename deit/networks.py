@@ -1,0 +1,123 @@
+"""Networks by name: ours, timm's, or one that a run trained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from deit.checkpoint import load
+from deit.configs import Config, config
+from deit.model import DeiT
+from deit.options import Shape
+
+RUN_FILE = "run.json"
+WEIGHTS_FILE = "model.safetensors"
+TIMM = "timm:"
+
+
+def resolve(arch: str, *, img_size: int, num_classes: int, distilled: bool, shape: Shape) -> Config:
+    """The Config of one of our variants, with its shape changed as asked.
+
+    Raises ValueError for an unknown name or an impossible shape.
+    """
+    settings = config(arch, distilled=distilled or None, num_classes=num_classes)
+    changes = shape.changes()
+    if "embed_dim" in changes and "num_heads" not in changes:
+        # Head dimension 64, which is what the kernels are made for.
+        changes["num_heads"] = max(1, changes["embed_dim"] // 64)
+    return replace(settings, img_size=img_size, **changes)
+
+
+def create(
+    arch: str,
+    *,
+    img_size: int,
+    num_classes: int,
+    distilled: bool = False,
+    drop_path: float = 0.0,
+    layer_scale: float | None = None,
+    shape: Shape | None = None,
+) -> nn.Module:
+    """A network with fresh weights: `arch` is one of ours, or "timm:NAME".
+
+    Raises ValueError for an unknown name, an impossible shape, or an option it does not have.
+    """
+    if arch.startswith(TIMM):
+        if distilled or (shape and shape.changes()):
+            raise ValueError(f"arch: {arch} takes no distillation token and no other shape")
+        return _timm(arch[len(TIMM) :], img_size, num_classes, drop_path, layer_scale)
+    if layer_scale is not None:
+        raise ValueError(
+            f"layer_scale: {arch} has no LayerScale; expected a network that has it, such as "
+            "timm:deit3_small_patch16_224"
+        )
+    settings = resolve(
+        arch,
+        img_size=img_size,
+        num_classes=num_classes,
+        distilled=distilled,
+        shape=shape or Shape(),
+    )
+    return DeiT(settings, drop_path=drop_path)
+
+
+def _timm(
+    name: str, img_size: int, num_classes: int, drop_path: float, layer_scale: float | None
+) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name}*")[:5]) or "see timm.list_models()"
+        raise ValueError(f"arch: timm has no model {name!r} (near: {near})")
+    options: dict[str, Any] = {"num_classes": num_classes}
+    if drop_path:
+        options["drop_path_rate"] = drop_path
+    if layer_scale is not None:
+        options["init_values"] = layer_scale
+    try:  # networks with position embeddings are made for one size, convnets for any
+        return timm.create_model(name, img_size=img_size, **options)
+    except TypeError:
+        return timm.create_model(name, **options)
+
+
+def weights_of(run: Path) -> Path | None:
+    """The weights' file of a finished run, given its folder or the file; None for anything else."""
+    weights = run if run.is_file() else run / WEIGHTS_FILE
+    return weights if weights.is_file() and (weights.parent / RUN_FILE).is_file() else None
+
+
+def restore(run: Path, img_size: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The network that a run trained, in evaluation mode, and what `run.json` says of it.
+
+    Args:
+        run: the run's folder, or a weights' file in it (`average.safetensors`).
+        img_size: for another image size than the run's.
+
+    Raises:
+        ValueError: no finished run there, or weights that do not fit.
+    """
+    weights = weights_of(run)
+    if weights is None:
+        raise ValueError(f"{run}: expected the folder of a finished run, with {WEIGHTS_FILE}")
+    about = json.loads((weights.parent / RUN_FILE).read_text())
+    network = about["network"]
+    size = network["img_size"] if img_size is None else img_size
+    if not network["arch"].startswith(TIMM):
+        return load(weights, img_size=size), about
+    from safetensors.torch import load_file
+
+    model = create(network["arch"], img_size=size, num_classes=len(about["classes"]))
+    try:
+        model.load_state_dict(load_file(weights))
+    except RuntimeError as error:
+        raise ValueError(f"{weights}: {error}") from error
+    return model.eval(), about
+
+
+def parameters(model: nn.Module) -> int:
+    """How many numbers are learned."""
+    return sum(p.numel() for p in model.parameters())

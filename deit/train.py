@@ -1,0 +1,442 @@
+"""Training: `deit train`, or `torchrun ... -m deit.train` for many processes.
+
+`train` reads top to bottom as what happens: the data, the networks, then one update after
+another. Everything random follows from (seed, update) or a sample's own counters, so a run
+that stops and goes on is bit for bit the run that did not stop.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from deit import assemble, scale
+from deit.data.augment import evaluation_transform, mix, training_transform
+from deit.data.loader import Batch, Loader, in_order
+from deit.data.sampling import Batches, Plan, stream
+from deit.data.sources import Source, open_source
+from deit.distill import Objective
+from deit.evaluate import Scores, evaluate
+from deit.networks import parameters
+from deit.options import Options
+from deit.runs import RunFolder, State, load_state, write_atomically
+from deit.watch import Watch, human
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NotFinite(ValueError):
+    """The loss became NaN or infinite; the message says where its batch is named."""
+
+
+class TooManyUnreadable(ValueError):
+    """More images than the stated share could not be read."""
+
+
+@dataclass
+class Pace:
+    """Sums since the last line of the display."""
+
+    loss: float = 0.0
+    updates: int = 0
+    images: int = 0
+    read: int = 0
+    seconds: float = 0.0  # of workers, reading
+    waited: float = 0.0
+    since: float = field(default_factory=time.perf_counter)
+
+
+def train(options: Options) -> dict[str, Any]:
+    """Train a network as `options` say, from the newest checkpoint in `options.out` if any.
+
+    Returns:
+        The last evaluation: {"update", "model": scores, "average": scores or None, "finished"};
+        finished is False where SIGTERM or Ctrl-C ended the run after a checkpoint.
+
+    Raises:
+        ValueError: bad options or data; NotFinite; TooManyUnreadable. OSError: the folder
+        cannot be written.
+    """
+    with scale.join(options.device) as world:
+        watch = Watch(world.first)
+        try:
+            return Trainer(options, world, watch).run()
+        finally:
+            watch.close()
+
+
+class Trainer:
+    """One run under way. `run` is the loop; `step`, `score` and `save` are its verbs."""
+
+    def __init__(self, options: Options, world: scale.World, watch: Watch) -> None:
+        self.options, self.world, self.watch = options, world, watch
+        self.recipe = options.recipe
+        self.folder = RunFolder(options.out, options.keep)
+        self.source = open_source(options.data, "train", limit=options.limit_train)
+        self.held_out = open_source(
+            options.data, "val", self.source.classes, limit=options.limit_val
+        )
+        pieces = world.size * options.accumulate
+        self.plan = Plan(
+            len(self.source), self.recipe.batch_size, self.recipe.repeats, options.seed, pieces
+        )
+        torch.manual_seed(options.seed)
+        model = assemble.network(options, len(self.source.classes)).to(world.device)
+        if options.train_only == "classifier":
+            assemble.freeze(model)
+        self.average = assemble.average(model, self.recipe)
+        self.teacher = assemble.teacher(options, self.source, world.device)
+        self.objective = Objective(
+            options.distillation,
+            label_smoothing=self.recipe.label_smoothing,
+            loss=self.recipe.loss,
+        )
+        self.size = parameters(model)
+        self.network = self._prepare(model).train()
+        self.optimizer = assemble.optimizer(scale.plain(self.network), self.recipe, world.device)
+        self.schedule = assemble.schedule(self.optimizer, self.recipe, self.plan.updates)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=options.dtype == "fp16")
+        self.update = 0
+        self.scores: dict[str, Any] = {}
+        self.unreadable: dict[str, str] = {}
+        self.stopping = False
+
+    def _prepare(self, model: nn.Module) -> nn.Module:
+        """Fused, sharded and compiled as asked."""
+        options = self.options
+        if options.checkpoint_activations:
+            assemble.checkpoint_blocks(model)
+        if options.fuse:
+            from deit.fused_vit import fuse
+
+            self.watch.say(str(fuse(model)))
+            if self.average is not None:
+                fuse(self.average.module)
+        if options.parallel == "fsdp" and self.average is not None:
+            scale.shard(self.average.module, self.world, "fsdp")
+        if options.compile:
+            model.compile()
+        return scale.shard(model, self.world, options.parallel)
+
+    def run(self) -> dict[str, Any]:
+        """From the newest checkpoint to the last epoch, or to a signal."""
+        total = self.recipe.epochs * self.plan.updates
+        self._begin(total)
+        batches = self._batches()
+        loader, parts = iter(batches), self.options.accumulate
+        pace = Pace()
+        with self._signals():
+            while self.update < total and not self.stopping:
+                waited = batches.waited
+                loss, stop = self.step(list(islice(loader, parts)), pace)
+                pace.waited += batches.waited - waited
+                self.update += 1
+                self._show(pace, loss, total)
+                epoch, within = divmod(self.update, self.plan.updates)
+                ended = within == 0
+                self.stopping = self.stopping or stop
+                if ended and (epoch % self.options.eval_every == 0 or self.update == total):
+                    self.score()
+                if self.stopping or (ended and epoch % self.options.save_every == 0):
+                    self.save()
+        finished = self.update >= total and not self.stopping
+        if finished:
+            self._finish()
+        else:
+            self.watch.say(f"stopped by a signal after update {self.update}; run it again to go on")
+        return {"update": self.update, "finished": finished, **self.scores}
+
+    def step(self, parts: list[Batch], pace: Pace) -> tuple[float, bool]:
+        """One update; returns its loss over all processes, and whether any of them was stopped."""
+        seeds = stream(self.options.seed, self.update, 2, self.world.rank).generate_state(1)
+        torch.manual_seed(int(seeds[0]))  # stochastic depth
+        self.schedule.step_update(self.update)
+        facts = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        for number, batch in enumerate(parts):
+            self._count(batch, pace)
+            with scale.accumulating(self.network, last=number == len(parts) - 1):
+                loss = self._loss(batch) / len(parts)
+                self.scaler.scale(loss).backward()
+            facts[0] += loss.detach()
+        facts[1] = float(self.stopping)
+        facts = self.world.sum(facts)
+        value, stop = float(facts[0]) / self.world.size, bool(facts[1] > 0)
+        if math.isfinite(value):
+            self._apply()
+        else:
+            self._not_finite(value, parts)
+        self.optimizer.zero_grad(set_to_none=True)
+        return value, stop
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        images, target = mix(
+            batch.images,
+            batch.labels,
+            batch.draws,
+            len(self.source.classes),
+            self.recipe,
+            self.options.seed,
+        )
+        with self.precision():
+            teacher = None if self.teacher is None else self.teacher(images)
+            outputs = self.network(images)
+        return self.objective(outputs, target, teacher)
+
+    def _apply(self) -> None:
+        if self.recipe.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update(scale.plain(self.network), step=self.update + 1)
+
+    def _not_finite(self, value: float, parts: list[Batch]) -> None:
+        """Name the batch of a loss that is NaN or infinite; then stop, unless told to go on."""
+        names = [self.source.name(draw.index) for batch in parts for draw in batch.draws]
+        draws = [list(draw) for batch in parts for draw in batch.draws]
+        path = self.folder.root / f"not-finite-{self.update:08d}-rank{self.world.rank}.json"
+        facts = {"update": self.update, "loss": str(value), "images": names, "draws": draws}
+        write_atomically(path, json.dumps(facts, indent=1))
+        message = f"loss: {value} at update {self.update}; its images are named in {path}"
+        if self.options.on_nan == "stop":
+            raise NotFinite(message)
+        self.watch.say(f"{message}; the update is skipped")
+        self._log(update=self.update, skipped=str(value))
+
+    def score(self) -> None:
+        """Evaluate the network, and its average where there is one."""
+        row: dict[str, Any] = {"update": self.update}
+        line = f"epoch {self.update // self.plan.updates}"
+        models = {"model": scale.plain(self.network)}
+        if self.average is not None:
+            models["average"] = self.average.module
+        for name, model in models.items():
+            scores = self._evaluate(model)
+            if scores is None:
+                self.stopping = True
+                return
+            row[name] = scores.row()
+            line += f", {name}: {scores.text()}"
+        self.scores = {name: row[name] for name in models}
+        self._log(**row)
+        self.watch.say(f"{line} of {row['model']['images']:,} held-out images right")
+
+    def _evaluate(self, model: nn.Module) -> Scores | None:
+        return evaluate(
+            model,
+            self._held_out(),
+            precision=self.precision,
+            reduce=self.world.sum,
+            stop=lambda: self.stopping and self.world.size == 1,
+        )
+
+    def _held_out(self) -> Loader:
+        batches = in_order(len(self.held_out), max(1, self.plan.size))
+        mine = batches[self.world.rank :: self.world.size]
+        return self._loader(self.held_out, self._plain_transform(), mine)
+
+    def _plain_transform(self) -> Any:
+        size, ratio = self.options.img_size, self.recipe.eval_crop
+        return evaluation_transform(size, ratio, self.source.mean, self.source.std)
+
+    def _batches(self) -> Loader:
+        transform = training_transform(
+            self.recipe, self.options.img_size, self.source.mean, self.source.std
+        )
+        batches = Batches(
+            self.plan,
+            self.recipe.epochs,
+            start=self.update,
+            rank=self.world.rank,
+            processes=self.world.size,
+        )
+        return self._loader(self.source, transform, batches)
+
+    def _loader(self, source: Source, transform: Any, batches: Any) -> Loader:
+        return Loader(
+            source,
+            transform,
+            batches,
+            seed=self.options.seed,
+            workers=self.options.workers,
+            device=self.world.device,
+        )
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Autocast to the dtype asked for."""
+        dtype = DTYPES.get(self.options.dtype)
+        return torch.autocast(self.world.device.type, dtype, enabled=dtype is not None)
+
+    def save(self) -> None:
+        """Write a checkpoint; on a full disk say so and go on, unless this was the last chance."""
+        model, average = scale.model_state(self.network), None
+        if self.average is not None:
+            average = scale.model_state(self.average.module)
+        rest = {
+            "optimizer": scale.optimizer_state(self.network, self.optimizer),
+            "scaler": self.scaler.state_dict(),
+            "unreadable": self.unreadable,
+        }
+        if self.world.first:
+            try:
+                self.folder.save(State(self.update, model, average, rest))
+            except OSError as error:
+                if self.stopping:
+                    raise
+                self.watch.say(f"no checkpoint after update {self.update}: {error}")
+                self._log(update=self.update, checkpoint=str(error))
+        self.world.wait()
+
+    def _resume(self) -> None:
+        path = self.folder.newest(self.watch.say)
+        if path is None:
+            return
+        state = load_state(path)
+        scale.restore_model(self.network, state.model, self.world)
+        if self.average is not None:
+            if state.average is None:
+                raise ValueError(f"ema: {path} has no averaged weights; expected --ema none")
+            scale.restore_model(self.average.module, state.average, self.world)
+        scale.restore_optimizer(self.network, self.optimizer, state.rest["optimizer"], self.world)
+        self.scaler.load_state_dict(state.rest["scaler"])
+        self.update, self.unreadable = state.update, state.rest["unreadable"]
+        if self.world.first:
+            self.folder.rewind(self.update)
+        self.watch.say(f"going on after update {self.update} ({path})")
+
+    def _begin(self, total: int) -> None:
+        if self.world.first:
+            self.folder.begin(self._about())
+        self.world.wait()
+        self._resume()
+        self.watch.say(
+            f"{self.options.arch}, {self.size:,} parameters; {len(self.source):,} images of "
+            f"{len(self.source.classes)} classes; {self.plan.updates} updates an epoch, {total} in "
+            f"all, {self.plan.size * self.plan.pieces} images each; {self.world.size} x "
+            f"{self.world.device}, {self.options.dtype}"
+        )
+        if self.teacher is not None and self.update == 0:
+            scores = self._evaluate(self.teacher)
+            if scores is not None:
+                self.watch.say(f"teacher: {scores.text()} of the held-out images right")
+                self._log(update=0, teacher=scores.row())
+
+    def _about(self) -> dict[str, Any]:
+        options = asdict(self.options)
+        return {
+            "network": {"arch": self.options.arch, "img_size": self.options.img_size},
+            "classes": self.source.classes,
+            "mean": self.source.mean,
+            "std": self.source.std,
+            "options": options,
+            "parameters": self.size,
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        }
+
+    def _finish(self) -> None:
+        """The final weights under their own names."""
+        from safetensors.torch import save_file
+
+        from deit import checkpoint
+        from deit.model import DeiT
+
+        states = {"model": scale.model_state(self.network)}
+        models = {"model": scale.plain(self.network)}
+        if self.average is not None:
+            states["average"] = scale.model_state(self.average.module)
+            models["average"] = self.average.module
+        if self.world.first:
+            for name, state in states.items():
+                path = self.folder.root / f"{name}.safetensors"
+                model = models[name]
+                if isinstance(model, DeiT):
+                    checkpoint.save_state(state, model.config, path)
+                else:
+                    save_file({k: v.contiguous() for k, v in state.items()}, path)
+            self.watch.say(f"final weights in {self.folder.root / 'model.safetensors'}")
+        self.world.wait()
+
+    def _count(self, batch: Batch, pace: Pace) -> None:
+        """Add a batch to the display's sums, and its unreadable images to the log."""
+        pace.images += len(batch.labels)
+        pace.read += len(batch.labels) + len(batch.unreadable)
+        pace.seconds += batch.seconds
+        for name, reason in batch.unreadable:
+            if name not in self.unreadable:
+                self.unreadable[name] = reason
+                self._log(update=self.update, unreadable=name, reason=reason)
+        share = len(self.unreadable) / len(self.source)
+        if share > self.options.max_unreadable or not len(batch.labels):
+            name, reason = next(iter(self.unreadable.items()))
+            raise TooManyUnreadable(
+                f"data: {len(self.unreadable)} of {len(self.source)} images could not be read, "
+                f"more than max_unreadable={self.options.max_unreadable} allows; for instance "
+                f"{name} ({reason})"
+            )
+
+    def _show(self, pace: Pace, loss: float, total: int) -> None:
+        pace.loss, pace.updates = pace.loss + loss, pace.updates + 1
+        now = time.perf_counter()
+        if now - pace.since < 1.0 and self.update != total:
+            return
+        seconds = now - pace.since
+        rate = pace.images * self.world.size / seconds
+        workers = max(1, self.options.workers) * self.world.size
+        loader = pace.read * workers / max(pace.seconds, 1e-9)
+        share = 100 * pace.waited / seconds
+        left = (total - self.update) * seconds / pace.updates
+        mean, lr = pace.loss / pace.updates, self.optimizer.param_groups[0]["lr"]
+        self.watch.update(
+            f"epoch {self.update / self.plan.updates:.2f} of {self.recipe.epochs}, "
+            f"update {self.update}: loss {mean:.4f}, lr {lr:.2e}, {rate:.0f} images/s "
+            f"(loader {loader:.0f}, waited for {share:.0f} %), about {human(left)} left"
+        )
+        self._log(
+            update=self.update,
+            loss=mean,
+            lr=lr,
+            images_per_s=rate,
+            loader_images_per_s=loader,
+            waited_percent=share,
+        )
+        pace.__init__()  # type: ignore[misc]
+
+    def _log(self, **entry: Any) -> None:
+        if self.world.first:
+            self.folder.log(**entry)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C end the run at the next update, with a checkpoint."""
+
+        def stop(*_: object) -> None:
+            self.stopping = True
+
+        before: dict[int, Any] = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, stop)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from deit.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))
