@@ -26,9 +26,11 @@ def human(seconds: float) -> str:
 class Watch:
     """Prints on stderr; silent on every process but the first."""
 
-    def __init__(self, talks: bool, stream: TextIO = sys.stderr, every: float = 10.0) -> None:
-        """`every`: seconds between plain lines where there is no terminal."""
-        self.console = Console(file=stream, highlight=False, soft_wrap=True, quiet=not talks)
+    def __init__(self, talks: bool, stream: TextIO | None = None, every: float = 10.0) -> None:
+        """`stream`: stderr if None. `every`: seconds between plain lines without a terminal."""
+        self.console = Console(
+            file=stream or sys.stderr, highlight=False, soft_wrap=True, quiet=not talks
+        )
         self.every, self.printed, self.line = every, 0.0, ""
         self.live: Live | None = None
         if talks and self.console.is_terminal:

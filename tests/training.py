@@ -1,0 +1,96 @@
+"""A run small enough to be killed and repeated: 48 images of 16 pixels, two blocks of 64 channels.
+
+As a program (`python tests/training.py OUT [key=value ...]`) it is what the fault tests start in a
+process of its own, alone or under torchrun.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from deit.options import Distillation, Options, Shape
+from deit.recipes import recipe
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
+
+
+def images(root: Path, train: int = 16, val: int = 8) -> Path:
+    """Three classes of coloured noise below root/train and root/val."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for name, colour in COLOURS.items():
+            inside = root / split / name
+            inside.mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                noise = rng.normal(colour, 60, (20, 20, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(noise).save(inside / f"{i}.png")
+    return root
+
+
+def options(data: Path, out: Path, **changes: Any) -> Options:
+    """Options of the small run; `recipe_*` keys change its recipe."""
+    settings = {
+        "epochs": 3,
+        "batch_size": 16,
+        "warmup_epochs": 1.0,
+        "drop_path": 0.2,
+        "lr": 2e-3,
+        "lr_batch": 0,
+        "ema": 0.9,
+    }
+    for key in [k for k in changes if k.startswith("recipe_")]:
+        settings[key.removeprefix("recipe_")] = changes.pop(key)
+    kind = changes.pop("distill", "none")
+    given: dict[str, Any] = {
+        "arch": "deit_ti",
+        "img_size": 16,
+        "shape": Shape(embed_dim=64, depth=2, patch_size=8),
+        "workers": 0,
+        "device": "cpu",
+        "distillation": Distillation(kind),
+    } | changes
+    return Options(str(data), out, recipe=recipe("deit", **settings), **given)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    """A finished run's final weights and their average."""
+    from safetensors.torch import load_file
+
+    found = {f"model.{k}": v for k, v in load_file(out / "model.safetensors").items()}
+    if (out / "average.safetensors").exists():
+        average = load_file(out / "average.safetensors")
+        found |= {f"average.{k}": v for k, v in average.items()}
+    return found
+
+
+def main() -> None:
+    """Train; DELAY seconds are slept after each update, so that a signal arrives within the run."""
+    from deit import train
+
+    data, out, *pairs = sys.argv[1:]
+    changes: dict[str, Any] = {}
+    for key, value in (pair.split("=") for pair in pairs):
+        changes[key] = int(value) if value.isdigit() else value
+    delay, step = float(os.environ.get("DELAY", "0")), train.Trainer.step
+
+    def slow(self: train.Trainer, *arguments: Any) -> Any:
+        result = step(self, *arguments)
+        print(f"update {self.update} loss {result[0]!r}", flush=True)
+        time.sleep(delay)
+        return result
+
+    train.Trainer.step = slow  # type: ignore[method-assign]
+    torch.set_num_threads(1)
+    train.train(options(Path(data), Path(out), **changes))
+
+
+if __name__ == "__main__":
+    main()
