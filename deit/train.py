@@ -243,8 +243,9 @@ class Trainer:
         )
 
     def _held_out(self) -> Loader:
-        batches = in_order(len(self.held_out), max(1, self.plan.size))
-        mine = batches[self.world.rank :: self.world.size]
+        mine = in_order(
+            len(self.held_out), max(1, self.plan.size), self.world.rank, self.world.size
+        )
         return self._loader(self.held_out, self._plain_transform(), mine)
 
     def _plain_transform(self) -> Any:

@@ -83,7 +83,8 @@ def main() -> None:
 
     def slow(self: train.Trainer, *arguments: Any) -> Any:
         result = step(self, *arguments)
-        print(f"update {self.update} loss {result[0]!r}", flush=True)
+        # One write a line: several processes share the pipe.
+        os.write(1, f"update {self.update} loss {result[0]!r}\n".encode())
         time.sleep(delay)
         return result
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -130,7 +131,14 @@ class Loader:
             yield batch.to(self.device)
 
 
-def in_order(count: int, batch_size: int) -> list[list[Draw]]:
-    """Every image once, in order: for evaluation."""
-    draws = [Draw(0, position, 0, position, 0) for position in range(count)]
-    return [draws[start : start + batch_size] for start in range(0, count, batch_size)]
+def in_order(count: int, batch_size: int, rank: int = 0, processes: int = 1) -> list[list[Draw]]:
+    """Every image once, in order, for evaluation: the batches of one process.
+
+    Every process gets the same number of batches, and none is empty: where weights are sharded
+    (FSDP2), each forward is a collective. Raises ValueError for fewer images than processes.
+    """
+    if count < processes:
+        raise ValueError(f"data: expected an image for each of {processes} processes; got {count}")
+    number = -(-count // (batch_size * processes))
+    parts = np.array_split(np.arange(rank, count, processes), number)
+    return [[Draw(0, int(i), 0, int(i), 0) for i in part] for part in parts if len(part)]
