@@ -137,11 +137,12 @@ def checkpoint_blocks(model: nn.Module) -> None:
     from torch.utils.checkpoint import checkpoint as recompute
 
     blocks = getattr(model, "blocks", None)
-    if hasattr(model, "set_grad_checkpointing"):
-        model.set_grad_checkpointing()
+    timms: Any = getattr(model, "set_grad_checkpointing", None)
+    if timms is not None:
+        timms()
     elif isinstance(blocks, nn.Sequential):
         for block in blocks:
-            block.forward = _recomputing(block.forward, recompute)  # type: ignore[method-assign]
+            block.forward = _recomputing(block.forward, recompute)
     else:
         raise ValueError("checkpoint_activations: expected a network with `blocks`")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deit.configs import Config
 
 # How a distilled network's two classifiers become one prediction at test time.
-TEST_HEADS = ("class", "distillation", "softmax-sum", "logit-mean", "both")
+TEST_HEADS = ("class", "distillation", "softmax-sum", "logit-mean")
 
 
 class DropPath(nn.Module):
@@ -122,8 +122,10 @@ class DeiT(nn.Module):
         super().__init__()
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"drop_path: expected in [0, 1); got {drop_path}")
-        if test_head not in TEST_HEADS:
-            raise ValueError(f"test_head: expected one of {TEST_HEADS}; got {test_head!r}")
+        if test_head not in (*TEST_HEADS, "both"):
+            raise ValueError(
+                f"test_head: expected one of {TEST_HEADS} or 'both'; got {test_head!r}"
+            )
         self.config = config
         self.test_head = test_head
         dim = config.embed_dim
@@ -214,4 +216,4 @@ def combine_heads(logits: Tensor, distilled: Tensor, how: str) -> Tensor:
     if how == "softmax-sum":
         both = torch.stack([logits, distilled]).float().log_softmax(dim=-1)
         return (torch.logsumexp(both, dim=0) - torch.log(torch.tensor(2.0))).to(logits.dtype)
-    raise ValueError(f"how: expected one of {TEST_HEADS[:-1]}; got {how!r}")
+    raise ValueError(f"how: expected one of {TEST_HEADS}; got {how!r}")

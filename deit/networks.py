@@ -25,7 +25,7 @@ def resolve(arch: str, *, img_size: int, num_classes: int, distilled: bool, shap
     Raises ValueError for an unknown name or an impossible shape.
     """
     settings = config(arch, distilled=distilled or None, num_classes=num_classes)
-    changes = shape.changes()
+    changes: dict[str, Any] = {**shape.changes()}
     if "embed_dim" in changes and "num_heads" not in changes:
         # Head dimension 64, which is what the kernels are made for.
         changes["num_heads"] = max(1, changes["embed_dim"] // 64)

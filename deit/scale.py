@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import init_device_mesh
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 # Whole tensors on the CPU of the first process: a checkpoint that any number of processes, and
 # any way of sharding, can take up again.
@@ -83,9 +85,6 @@ def shard(model: nn.Module, world: World, how: str) -> nn.Module:
     if how == "ddp":
         ids = [world.device.index] if world.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=ids)
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     mesh = init_device_mesh(world.device.type, (world.size,))
     blocks = getattr(model, "blocks", None)
     for block in blocks if isinstance(blocks, nn.Sequential) else ():
@@ -101,7 +100,7 @@ def accumulating(model: nn.Module, last: bool) -> Iterator[None]:
         with model.no_sync():
             yield
         return
-    if hasattr(model, "set_requires_gradient_sync"):
+    if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
     yield
 
@@ -111,7 +110,7 @@ def plain(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
-def model_state(model: nn.Module) -> dict[str, Tensor]:
+def model_state(model: nn.Module) -> dict[str, Any]:
     """Whole weights by their plain names; on other processes than the first it may be empty."""
     return get_model_state_dict(plain(model), options=_FULL)
 
@@ -121,7 +120,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     return dict(get_optimizer_state_dict(plain(model), optimizer, options=_FULL))
 
 
-def restore_model(model: nn.Module, state: dict[str, Tensor], world: World) -> None:
+def restore_model(model: nn.Module, state: dict[str, Any], world: World) -> None:
     """Fill `model` with whole weights, which the first process has read."""
     options = _FROM_FIRST if world.size > 1 else StateDictOptions(full_state_dict=True)
     set_model_state_dict(plain(model), state, options=options)

@@ -204,7 +204,7 @@ class Trainer:
 
     def _not_finite(self, value: float, parts: list[Batch]) -> None:
         """Name the batch of a loss that is NaN or infinite; then stop, unless told to go on."""
-        names = [self.source.name(draw.index) for batch in parts for draw in batch.draws]
+        names = [self.source.name(draw.image) for batch in parts for draw in batch.draws]
         draws = [list(draw) for batch in parts for draw in batch.draws]
         path = self.folder.root / f"not-finite-{self.update:08d}-rank{self.world.rank}.json"
         facts = {"update": self.update, "loss": str(value), "images": names, "draws": draws}
@@ -425,9 +425,7 @@ class Trainer:
         def stop(*_: object) -> None:
             self.stopping = True
 
-        before: dict[int, Any] = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, stop)
+        before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:

@@ -1,4 +1,5 @@
 """Labelled images: sources, augmentation by counters, mixing."""
+# ruff: noqa: NPY002 (the augmentation libraries draw from the global generator)
 
 import gzip
 import random
@@ -53,7 +54,7 @@ def test_fashion_mnist_files(tmp_path, compress):
 
 
 def test_damaged_or_missing_idx_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match="no Fashion-MNIST in .* install the Debian package"):
+    with pytest.raises(ValueError, match=r"no Fashion-MNIST in .* install the Debian package"):
         open_source(f"fashion-mnist:{tmp_path}", "train")
     (tmp_path / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03\0\0\0\x05")
     with pytest.raises(ValueError, match="damaged"):
@@ -137,7 +138,7 @@ def test_unreadable_images_are_named_and_nothing_takes_their_place(folder):
     ((name, reason),) = batches[0].unreadable
     assert name.endswith("cat/2.png")
     assert "not an image" in reason
-    assert [d.index for d in batches[0].draws] == [0, 1, 3, 4, 5]
+    assert [d.image for d in batches[0].draws] == [0, 1, 3, 4, 5]
 
 
 def draws(count, update=0):

@@ -77,6 +77,6 @@ def test_values_out_of_range_are_named(field, value):
 
 
 def test_unknown_recipe_lists_the_known():
-    with pytest.raises(ValueError, match="deit3.*got 'diet'"):
+    with pytest.raises(ValueError, match=r"deit3.*got 'diet'"):
         recipe("diet")
     assert all(isinstance(r, Recipe) for r in RECIPES.values())

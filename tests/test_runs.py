@@ -114,6 +114,6 @@ def test_a_checkpoint_runs_no_code(folder, tmp_path):
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["sha256"]["training.pt"] = runs._sha256(path / "training.pt")
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(Exception, match="Unsupported|weights_only|WeightsUnpickler"):
+    with pytest.raises(Exception, match=r"Unsupported|weights_only|WeightsUnpickler"):
         load_state(folder.newest(print))
     assert not (tmp_path / "boom").exists()

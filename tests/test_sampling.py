@@ -14,9 +14,9 @@ def drawn(plan, epochs=2, **options):
 def test_an_epoch_takes_every_image_once_without_repeats():
     plan = Plan(images=100, batch=10)
     first = [draw for batch in drawn(plan, 1) for draw in batch]
-    assert sorted(draw.index for draw in first) == list(range(100))
+    assert sorted(draw.image for draw in first) == list(range(100))
     second = plan.epoch(1)
-    assert [d.index for b in second for d in b] != [d.index for d in first]
+    assert [d.image for b in second for d in b] != [d.image for d in first]
 
 
 def test_starting_late_gives_what_was_left():
@@ -46,14 +46,14 @@ def test_repeats_are_different_views_of_a_third_of_the_images():
     plan = Plan(images=300, batch=60, views=3)
     draws = [draw for batch in plan.epoch(0) for draw in batch]
     assert len(draws) == 300
-    assert len({draw.index for draw in draws}) == 100
-    assert len({(draw.index, draw.view) for draw in draws}) == 300
+    assert len({draw.image for draw in draws}) == 100
+    assert len({(draw.image, draw.view) for draw in draws}) == 300
 
 
 def test_neighbours_that_get_mixed_are_different_images():
     for batch in Plan(images=600, batch=64, views=3).epoch(0):
         for left, right in zip(batch[::2], batch[1::2], strict=True):
-            assert left.index != right.index
+            assert left.image != right.image
             assert right.position == left.position + 1 == left.position ^ 1
 
 

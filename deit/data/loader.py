@@ -59,11 +59,11 @@ class _Augmented(Dataset[_Item]):
     def __getitem__(self, draw: Draw) -> _Item:
         start = time.perf_counter()
         try:
-            image, label = self.source.read(draw.index)
+            image, label = self.source.read(draw.image)
         except UnreadableImage as error:
-            fault = self.source.name(draw.index), error.reason
+            fault = self.source.name(draw.image), error.reason
             return _Item(draw, None, -1, fault, time.perf_counter() - start)
-        with seeded(self.seed, draw.epoch, draw.index, draw.view):
+        with seeded(self.seed, draw.epoch, draw.image, draw.view):
             tensor = self.transform(image)
         return _Item(draw, tensor, label, None, time.perf_counter() - start)
 
@@ -109,7 +109,7 @@ class Loader:
         self.waited = 0.0
         self.data: DataLoader[_Item] = DataLoader(
             _Augmented(source, transform, seed),
-            batch_sampler=batches,  # type: ignore[arg-type]
+            batch_sampler=batches,
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=device.type == "cuda",

@@ -1,7 +1,7 @@
 """Which image comes when: the same for any number of workers and processes, and after a resume.
 
 Everything random about a sample follows from counters: the order of an epoch from (seed, epoch),
-an image's augmentation from (seed, epoch, index, view). Nothing depends on what was drawn
+an image's augmentation from (seed, epoch, image, view). Nothing depends on what was drawn
 before, so a run that starts at update u continues exactly as one that came there by itself.
 """
 
@@ -16,12 +16,12 @@ from torch.utils.data import Sampler
 
 
 class Draw(NamedTuple):
-    """One sample of one update: the `view`-th view of image `index` in `epoch`."""
+    """One sample of one update: the `view`-th view of image `image` in `epoch`."""
 
     update: int
     position: int  # in the update's batch over all processes; mixing pairs 2k with 2k + 1
     epoch: int
-    index: int
+    image: int
     view: int
 
 
