@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from PIL import Image, ImageOps
@@ -93,24 +94,25 @@ def _search(folder: Path) -> list[Path]:
     )
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(source: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
     """Decode one file to 8-bit RGB, upright by its EXIF orientation; the first frame of several.
 
-    Palettes, grey, CMYK and 16-bit grey are converted; an alpha channel is dropped, as
-    torchvision's and timm's loaders do.
+    `source` is a path, or an open file called `name` in messages. Palettes, grey, CMYK and
+    16-bit grey are converted; an alpha channel is dropped, as torchvision's and timm's loaders do.
 
     Raises UnreadableImage, a ValueError, with the reason: not an image, truncated, larger than
     Pillow's limit against decompression bombs, or of a mode without a defined range.
     """
+    path = source if isinstance(source, (str, Path)) else name or "image"
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(source, formats=FORMATS) as image:
             limit = Image.MAX_IMAGE_PIXELS
             # Pillow itself only warns up to twice its limit.
             if limit is not None and image.width * image.height > limit:
                 raise UnreadableImage(
                     path, f"{image.width} x {image.height} pixels exceed Pillow's limit of {limit}"
                 )
-            return _to_rgb(ImageOps.exif_transpose(image), path)
+            return to_rgb(ImageOps.exif_transpose(image), path)
     except UnreadableImage:
         raise
     except Image.UnidentifiedImageError:
@@ -122,7 +124,8 @@ def load_image(path: str | Path) -> Image.Image:
         raise UnreadableImage(path, f"{reason} ({type(error).__name__})") from error
 
 
-def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+def to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+    """8-bit RGB of an image of any mode; raises UnreadableImage for one without a known range."""
     if image.mode in _SIXTEEN_BIT:
         image = image.point(lambda value: value * (1 / 256), "L")
     elif image.mode in ("I", "F"):

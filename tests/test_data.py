@@ -1,9 +1,14 @@
 """Labelled images: sources, augmentation by counters, mixing."""
 # ruff: noqa: NPY002 (the augmentation libraries draw from the global generator)
 
+import functools
 import gzip
+import http.server
+import io
 import random
 import struct
+import tarfile
+import threading
 
 import numpy as np
 import pytest
@@ -186,3 +191,74 @@ def test_both_kinds_occur_about_equally_often():
     ]
     blended = sum(bool(((x > 0.01) & (x < 0.99)).any()) for x in mixed)
     assert 60 < blended < 140
+
+
+def shard(path, samples):
+    with tarfile.open(path, "w") as archive:
+        for key, image, label in samples:
+            file = io.BytesIO()
+            image.save(file, "PNG")
+            for suffix, data in (("png", file.getvalue()), ("cls", label)):
+                if data is not None:
+                    member = tarfile.TarInfo(f"{key}.{suffix}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+
+
+def colour(value):
+    return Image.new("RGB", (6, 6), (value, 0, 0))
+
+
+def test_shards_are_a_list(tmp_path):
+    shard(tmp_path / "train-00.tar", [("a/1", colour(10), b"2"), ("a/2", colour(20), b"0")])
+    shard(tmp_path / "train-01.tar", [("b/1", colour(30), b"1")])
+    source = open_source(f"wds:{tmp_path}/{{split}}-{{00..01}}.tar", "train")
+    assert len(source) == 3
+    assert source.classes == ("0", "1", "2")
+    assert [(im.getpixel((0, 0))[0], y) for im, y in map(source.read, range(3))] == [
+        (10, 2),
+        (20, 0),
+        (30, 1),
+    ]
+    assert source.name(2).endswith("train-01.tar:b/1")
+
+
+def test_remote_shards_are_fetched_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    served = tmp_path / "served"
+    served.mkdir()
+    shard(served / "val-0.tar", [("1", colour(10), b"0")])
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=served)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        name = f"wds:http://127.0.0.1:{server.server_port}/{{split}}-0.tar"
+        assert len(open_source(name, "val")) == 1
+        (served / "val-0.tar").unlink()
+        assert len(open_source(name, "val")) == 1
+        with pytest.raises(ValueError, match=r"train-0.tar: HTTP Error 404"):
+            open_source(name, "train")
+        server.shutdown()
+
+
+def test_bad_shards_are_named(tmp_path):
+    (tmp_path / "train.tar").write_text("no tar")
+    with pytest.raises(ValueError, match=r"train.tar"):
+        open_source(f"wds:{tmp_path}/{{split}}.tar", "train")
+    shard(tmp_path / "val.tar", [("x", colour(1), None)])
+    with pytest.raises(ValueError, match=r"val.tar: no label \(x.cls\) for 1 images"):
+        open_source(f"wds:{tmp_path}/{{split}}.tar", "val")
+    with pytest.raises(ValueError, match=r"expected \{split\}"):
+        open_source("wds:x.tar", "train")
+
+
+def test_hugging_face_datasets(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="needs the package datasets")
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    )
+    rows = {"image": [colour(5), colour(6)], "label": [1, 0]}
+    data = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "set")
+    source = open_source(f"hf:{tmp_path / 'set'}", "val")
+    assert source.classes == ("cat", "dog")
+    assert (source.read(0)[0].getpixel((0, 0))[0], source.read(0)[1]) == (5, 1)

@@ -1,4 +1,4 @@
-"""Where labelled images come from: folders and Fashion-MNIST.
+"""Where labelled images come from: folders, Fashion-MNIST, shards, Hugging Face datasets.
 
 A source is a list: its length is known and any image can be read by its index, which is what
 makes the order of training a function of the seed (see sampling.py).
@@ -15,6 +15,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from deit.data.hub import HubDataset
+from deit.data.shards import Shards
 from deit.images import IMAGENET_MEAN, IMAGENET_STD, find_images, load_image
 
 # The Debian package dataset-fashion-mnist puts its files here; torchvision below <root>.
@@ -147,10 +149,11 @@ def open_source(
     """The images that `name` means.
 
     Args:
-        name: a folder holding `train` and `val` (each with one folder a class), or
-            "fashion-mnist[:FOLDER]".
+        name: a folder holding `train` and `val` (each with one folder a class);
+            "fashion-mnist[:FOLDER]"; "wds:PATTERN", WebDataset shards with {split} in their
+            path or URL and ranges as {000..146}; "hf:NAME", a Hugging Face dataset.
         split: "train" or "val".
-        classes: those of the training split, for folders.
+        classes: those of the training split, for folders and shards.
         limit: take this many images, evenly spread over the source; None for all.
 
     Raises:
@@ -161,6 +164,12 @@ def open_source(
     kind, _, rest = name.partition(":")
     if kind == "fashion-mnist":
         source: Source = FashionMnist.open(_fashion_root(rest or None), split)
+    elif kind == "wds":
+        if "{split}" not in rest:
+            raise ValueError(f"data: expected {{split}} (train or val) in {rest!r}")
+        source = Shards(rest.replace("{split}", split), classes)
+    elif kind == "hf":
+        source = HubDataset(rest, split)
     else:
         source = Folder.open(Path(name) / split, classes)
     if limit is not None and limit < 1:
