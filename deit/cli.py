@@ -15,7 +15,18 @@ from typing import Annotated, Literal
 
 import tyro
 
-from deit.commands import Eval, Finetune, Fixres, OptionalInt, OptionalName, OptionalPath, Train
+from deit.commands import (
+    Eval,
+    ExplainImage,
+    Export,
+    Finetune,
+    Fixres,
+    OptionalInt,
+    OptionalName,
+    OptionalPath,
+    Report,
+    Train,
+)
 
 BAD_INPUT = 2
 
@@ -117,6 +128,9 @@ Command = (
     | Annotated[Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[Fixres, tyro.conf.subcommand("fixres")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[ExplainImage, tyro.conf.subcommand("explain-image")]
     | Annotated[Tune, tyro.conf.subcommand("tune")]
 )
 

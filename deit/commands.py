@@ -175,3 +175,59 @@ class Eval:
         from deit.evaluate import run
 
         return run(self)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Compare runs: a table of their last scores, and curves."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Runs' folders."""
+    out: OptionalPath = None
+    """Draw loss, top-1 by head and pace into this file (.svg, .png or .pdf)."""
+
+    def run(self) -> int:
+        """Print and draw."""
+        from deit.report import run
+
+        return run(self)
+
+
+@dataclass(frozen=True)
+class ExplainImage:
+    """Draw where a network's class and distillation tokens look in a photograph."""
+
+    image: tyro.conf.Positional[Path]
+    """The photograph."""
+    weights: Path
+    """A run's folder, or a DeiT's weights."""
+    out: Path = Path("attention.png")
+    """The picture."""
+    layer: int = -1
+    """Which block's attention, negative from the end."""
+    heads: bool = False
+    """Each head beside their mean."""
+
+    def run(self) -> int:
+        """Draw."""
+        from deit.attention_maps import run
+
+        return run(self)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a trained network for other programs, and compare the file with the network."""
+
+    weights: tyro.conf.Positional[Path]
+    """A run's folder, or a DeiT's weights."""
+    out: Path
+    """The file: .safetensors, .pt2 or .onnx."""
+    format: Literal["safetensors", "torch", "onnx", "aoti"] = "safetensors"
+    """safetensors with a model card, torch.export, ONNX, or AOTInductor with fused operators."""
+
+    def run(self) -> int:
+        """Write and compare."""
+        from deit.export import run
+
+        return run(self)

@@ -1,0 +1,120 @@
+"""`deit report RUN...`: curves of runs side by side, and their last scores as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deit.commands import Report
+from deit.runs import RunFolder
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run's log holds, by update."""
+
+    name: str
+    losses: list[tuple[int, float]]
+    rates: list[tuple[int, float, float]]  # images/s, percent waited for the loader
+    scores: dict[str, list[tuple[int, float]]]  # "model, class" -> top-1
+    teacher: float | None
+    unreadable: int
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The last top-1 of each head."""
+        return {name: curve[-1][1] for name, curve in self.scores.items() if curve}
+
+
+def history(run: Path) -> History:
+    """Read a run's log. Raises ValueError for a folder without one."""
+    entries = RunFolder(run).entries()
+    if not entries:
+        raise ValueError(f"runs: no log.jsonl with entries in {run}")
+    scores: dict[str, list[tuple[int, float]]] = {}
+    for entry in entries:
+        for which in ("model", "average"):
+            for head, top1 in entry.get(which, {}).get("top1", {}).items():
+                scores.setdefault(f"{which}, {head}", []).append((entry["update"], top1))
+    steps = [entry for entry in entries if "loss" in entry]
+    teachers = [entry["teacher"]["top1"]["class"] for entry in entries if "teacher" in entry]
+    return History(
+        run.name,
+        [(e["update"], e["loss"]) for e in steps],
+        [(e["update"], e["images_per_s"], e["waited_percent"]) for e in steps],
+        scores,
+        teachers[-1] if teachers else None,
+        sum("unreadable" in entry for entry in entries),
+    )
+
+
+def table(histories: list[History]) -> Any:
+    """A rich table: runs by heads, last top-1 in percent."""
+    from rich.table import Table
+
+    heads = list(dict.fromkeys(head for h in histories for head in h.last))
+    shown = Table(
+        "run", *heads, "teacher", "unreadable", title="held-out top-1, %, last evaluation"
+    )
+    for h in histories:
+        cells = [f"{h.last[head]:.2f}" if head in h.last else "" for head in heads]
+        teacher = "" if h.teacher is None else f"{h.teacher:.2f}"
+        shown.add_row(h.name, *cells, teacher, str(h.unreadable))
+    return shown
+
+
+def draw(histories: list[History], out: Path) -> None:
+    """Loss, top-1 by head and pace over the updates, one colour a run, to `out` (.svg, .png, .pdf).
+
+    Raises ValueError where matplotlib is missing or cannot write such a file.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("out: pictures need matplotlib (pip install matplotlib)") from None
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    loss, score, pace, wait = figure.subplots(2, 2).flat
+    styles = ["-", "--", ":", "-.", (0, (3, 1, 1, 1)), (0, (1, 3))]
+    for i, h in enumerate(histories):
+        colour = f"C{i}"
+        loss.plot(*zip(*h.losses, strict=True), color=colour, label=h.name, linewidth=1)
+        for (head, curve), style in zip(sorted(h.scores.items()), styles, strict=False):
+            name = f"{h.name}: {head}"
+            marker = "o" if len(curve) == 1 else None
+            x, y = zip(*curve, strict=True)
+            score.plot(x, y, color=colour, linestyle=style, marker=marker, label=name)
+        if h.teacher is not None:
+            score.axhline(h.teacher, color=colour, linewidth=0.5)
+        updates, rates, waits = zip(*h.rates, strict=True)
+        pace.plot(updates, rates, color=colour, linewidth=1)
+        wait.plot(updates, waits, color=colour, linewidth=1)
+    titles = {
+        loss: "training loss",
+        score: "held-out top-1, % (thin line: the teacher)",
+        pace: "images/s",
+        wait: "time waited for the loader, %",
+    }
+    for axes, title in titles.items():
+        axes.set_title(title)
+        axes.set_xlabel("update")
+        axes.grid(alpha=0.3)
+    pace.set_ylim(bottom=0)
+    loss.legend(fontsize="small")
+    score.legend(fontsize="x-small")
+    try:
+        figure.savefig(out)
+    except ValueError as error:
+        raise ValueError(f"out: {error}") from error
+
+
+def run(command: Report) -> int:
+    """Print the table and draw the picture; returns 0."""
+    from rich.console import Console
+
+    histories = [history(path) for path in command.runs]
+    Console().print(table(histories))
+    if command.out is not None:
+        draw(histories, command.out)
+        print(f"picture in {command.out}")
+    return 0
