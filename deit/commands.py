@@ -95,6 +95,8 @@ class Train:
     """Epochs between checkpoints."""
     keep: int = 2
     """Checkpoints kept."""
+    track: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Where the log's numbers go besides log.jsonl."""
     on_nan: Literal["stop", "skip"] = "stop"
     """What a loss that is NaN or infinite does, after its images were named in a file."""
     max_unreadable: float = 0.01

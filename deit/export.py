@@ -80,7 +80,7 @@ def to_onnx(model: nn.Module, images: Tensor, out: Path) -> Callable[[Tensor], T
         raise ValueError(
             "format: onnx needs the package onnxscript (pip install onnxscript)"
         ) from None
-    names = {"input_names": ["images"], "output_names": ["logits"]}
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
     batch = {"images": {0: torch.export.Dim("batch")}}
     torch.onnx.export(model, (images,), out, dynamo=True, dynamic_shapes=batch, **names)
     try:

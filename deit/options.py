@@ -69,6 +69,7 @@ class Options:
     eval_every: int = 1  # epochs
     save_every: int = 1  # epochs
     keep: int = 2
+    track: tuple[str, ...] = ()
     on_nan: Literal["stop", "skip"] = "stop"
     max_unreadable: float = 0.01
 

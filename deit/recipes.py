@@ -149,6 +149,7 @@ FASHION_MNIST = replace(
     random_erasing=0.1,
     mixup=0.2,
     cutmix=0.0,
+    eval_crop=1.0,
 )
 
 # A folder of photographs, ours: from some hundreds of images on, as a rule from trained weights.

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 
-from deit import assemble, scale
+from deit import assemble, keeping, scale
 from deit.data.augment import evaluation_transform, mix, training_transform
 from deit.data.loader import Batch, Loader, in_order
 from deit.data.sampling import Batches, Plan, stream
@@ -30,7 +27,9 @@ from deit.distill import Objective
 from deit.evaluate import Scores, evaluate
 from deit.networks import parameters
 from deit.options import Options
-from deit.runs import RunFolder, State, load_state, write_atomically
+from deit.pace import Pace
+from deit.runs import RunFolder, write_atomically
+from deit.trackers import Trackers
 from deit.watch import Watch, human
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,19 +41,6 @@ class NotFinite(ValueError):
 
 class TooManyUnreadable(ValueError):
     """More images than the stated share could not be read."""
-
-
-@dataclass
-class Pace:
-    """Sums since the last line of the display."""
-
-    loss: float = 0.0
-    updates: int = 0
-    images: int = 0
-    read: int = 0
-    seconds: float = 0.0  # of workers, reading
-    waited: float = 0.0
-    since: float = field(default_factory=time.perf_counter)
 
 
 def train(options: Options) -> dict[str, Any]:
@@ -77,7 +63,7 @@ def train(options: Options) -> dict[str, Any]:
 
 
 class Trainer:
-    """One run under way. `run` is the loop; `step`, `score` and `save` are its verbs."""
+    """One run under way. `run` is the loop, `step` one update, `score` an evaluation."""
 
     def __init__(self, options: Options, world: scale.World, watch: Watch) -> None:
         self.options, self.world, self.watch = options, world, watch
@@ -107,6 +93,7 @@ class Trainer:
         self.optimizer = assemble.optimizer(scale.plain(self.network), self.recipe, world.device)
         self.schedule = assemble.schedule(self.optimizer, self.recipe, self.plan.updates)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=options.dtype == "fp16")
+        self.trackers = Trackers(options.track if world.first else (), options.out)
         self.update = 0
         self.scores: dict[str, Any] = {}
         self.unreadable: dict[str, str] = {}
@@ -135,24 +122,24 @@ class Trainer:
         self._begin(total)
         batches = self._batches()
         loader, parts = iter(batches), self.options.accumulate
-        pace = Pace()
+        pace = Pace(self.world.size, self.options.workers)
         with self._signals():
             while self.update < total and not self.stopping:
                 waited = batches.waited
                 loss, stop = self.step(list(islice(loader, parts)), pace)
-                pace.waited += batches.waited - waited
                 self.update += 1
-                self._show(pace, loss, total)
+                if pace.end(loss, batches.waited - waited) > 1.0 or self.update == total:
+                    pace = self._show(pace, total)
                 epoch, within = divmod(self.update, self.plan.updates)
                 ended = within == 0
                 self.stopping = self.stopping or stop
                 if ended and (epoch % self.options.eval_every == 0 or self.update == total):
                     self.score()
                 if self.stopping or (ended and epoch % self.options.save_every == 0):
-                    self.save()
+                    keeping.save(self)
         finished = self.update >= total and not self.stopping
         if finished:
-            self._finish()
+            keeping.finish(self)
         else:
             self.watch.say(f"stopped by a signal after update {self.update}; run it again to go on")
         return {"update": self.update, "finished": finished, **self.scores}
@@ -213,7 +200,7 @@ class Trainer:
         if self.options.on_nan == "stop":
             raise NotFinite(message)
         self.watch.say(f"{message}; the update is skipped")
-        self._log(update=self.update, skipped=str(value))
+        self.log(update=self.update, skipped=str(value))
 
     def score(self) -> None:
         """Evaluate the network, and its average where there is one."""
@@ -230,7 +217,7 @@ class Trainer:
             row[name] = scores.row()
             line += f", {name}: {scores.text()}"
         self.scores = {name: row[name] for name in models}
-        self._log(**row)
+        self.log(**row)
         self.watch.say(f"{line} of {row['model']['images']:,} held-out images right")
 
     def _evaluate(self, model: nn.Module) -> Scores | None:
@@ -280,48 +267,11 @@ class Trainer:
         dtype = DTYPES.get(self.options.dtype)
         return torch.autocast(self.world.device.type, dtype, enabled=dtype is not None)
 
-    def save(self) -> None:
-        """Write a checkpoint; on a full disk say so and go on, unless this was the last chance."""
-        model, average = scale.model_state(self.network), None
-        if self.average is not None:
-            average = scale.model_state(self.average.module)
-        rest = {
-            "optimizer": scale.optimizer_state(self.network, self.optimizer),
-            "scaler": self.scaler.state_dict(),
-            "unreadable": self.unreadable,
-        }
-        if self.world.first:
-            try:
-                self.folder.save(State(self.update, model, average, rest))
-            except OSError as error:
-                if self.stopping:
-                    raise
-                self.watch.say(f"no checkpoint after update {self.update}: {error}")
-                self._log(update=self.update, checkpoint=str(error))
-        self.world.wait()
-
-    def _resume(self) -> None:
-        path = self.folder.newest(self.watch.say)
-        if path is None:
-            return
-        state = load_state(path)
-        scale.restore_model(self.network, state.model, self.world)
-        if self.average is not None:
-            if state.average is None:
-                raise ValueError(f"ema: {path} has no averaged weights; expected --ema none")
-            scale.restore_model(self.average.module, state.average, self.world)
-        scale.restore_optimizer(self.network, self.optimizer, state.rest["optimizer"], self.world)
-        self.scaler.load_state_dict(state.rest["scaler"])
-        self.update, self.unreadable = state.update, state.rest["unreadable"]
-        if self.world.first:
-            self.folder.rewind(self.update)
-        self.watch.say(f"going on after update {self.update} ({path})")
-
     def _begin(self, total: int) -> None:
         if self.world.first:
-            self.folder.begin(self._about())
+            keeping.describe(self)
         self.world.wait()
-        self._resume()
+        keeping.resume(self)
         self.watch.say(
             f"{self.options.arch}, {self.size:,} parameters; {len(self.source):,} images of "
             f"{len(self.source.classes)} classes; {self.plan.updates} updates an epoch, {total} in "
@@ -332,52 +282,15 @@ class Trainer:
             scores = self._evaluate(self.teacher)
             if scores is not None:
                 self.watch.say(f"teacher: {scores.text()} of the held-out images right")
-                self._log(update=0, teacher=scores.row())
-
-    def _about(self) -> dict[str, Any]:
-        options = asdict(self.options)
-        return {
-            "network": {"arch": self.options.arch, "img_size": self.options.img_size},
-            "classes": self.source.classes,
-            "mean": self.source.mean,
-            "std": self.source.std,
-            "options": options,
-            "parameters": self.size,
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        }
-
-    def _finish(self) -> None:
-        """The final weights under their own names."""
-        from safetensors.torch import save_file
-
-        from deit import checkpoint
-        from deit.model import DeiT
-
-        states = {"model": scale.model_state(self.network)}
-        models = {"model": scale.plain(self.network)}
-        if self.average is not None:
-            states["average"] = scale.model_state(self.average.module)
-            models["average"] = self.average.module
-        if self.world.first:
-            for name, state in states.items():
-                path = self.folder.root / f"{name}.safetensors"
-                model = models[name]
-                if isinstance(model, DeiT):
-                    checkpoint.save_state(state, model.config, path)
-                else:
-                    save_file({k: v.contiguous() for k, v in state.items()}, path)
-            self.watch.say(f"final weights in {self.folder.root / 'model.safetensors'}")
-        self.world.wait()
+                self.log(update=0, teacher=scores.row())
 
     def _count(self, batch: Batch, pace: Pace) -> None:
         """Add a batch to the display's sums, and its unreadable images to the log."""
-        pace.images += len(batch.labels)
-        pace.read += len(batch.labels) + len(batch.unreadable)
-        pace.seconds += batch.seconds
+        pace.add(batch)
         for name, reason in batch.unreadable:
             if name not in self.unreadable:
                 self.unreadable[name] = reason
-                self._log(update=self.update, unreadable=name, reason=reason)
+                self.log(update=self.update, unreadable=name, reason=reason)
         share = len(self.unreadable) / len(self.source)
         if share > self.options.max_unreadable or not len(batch.labels):
             name, reason = next(iter(self.unreadable.items()))
@@ -387,36 +300,23 @@ class Trainer:
                 f"{name} ({reason})"
             )
 
-    def _show(self, pace: Pace, loss: float, total: int) -> None:
-        pace.loss, pace.updates = pace.loss + loss, pace.updates + 1
-        now = time.perf_counter()
-        if now - pace.since < 1.0 and self.update != total:
-            return
-        seconds = now - pace.since
-        rate = pace.images * self.world.size / seconds
-        workers = max(1, self.options.workers) * self.world.size
-        loader = pace.read * workers / max(pace.seconds, 1e-9)
-        share = 100 * pace.waited / seconds
-        left = (total - self.update) * seconds / pace.updates
-        mean, lr = pace.loss / pace.updates, self.optimizer.param_groups[0]["lr"]
+    def _show(self, pace: Pace, total: int) -> Pace:
+        row, lr = pace.row(), self.optimizer.param_groups[0]["lr"]
+        left = (total - self.update) * row.pop("seconds_an_update")
         self.watch.update(
-            f"epoch {self.update / self.plan.updates:.2f} of {self.recipe.epochs}, "
-            f"update {self.update}: loss {mean:.4f}, lr {lr:.2e}, {rate:.0f} images/s "
-            f"(loader {loader:.0f}, waited for {share:.0f} %), about {human(left)} left"
+            f"epoch {self.update / self.plan.updates:.2f} of {self.recipe.epochs}, update "
+            f"{self.update}: loss {row['loss']:.4f}, lr {lr:.2e}, {row['images_per_s']:.0f} images/s "
+            f"(loader {row['loader_images_per_s']:.0f}, waited for {row['waited_percent']:.0f} %), "
+            f"about {human(left)} left"
         )
-        self._log(
-            update=self.update,
-            loss=mean,
-            lr=lr,
-            images_per_s=rate,
-            loader_images_per_s=loader,
-            waited_percent=share,
-        )
-        pace.__init__()  # type: ignore[misc]
+        self.log(update=self.update, lr=lr, **row)
+        return pace.again()
 
-    def _log(self, **entry: Any) -> None:
+    def log(self, **entry: Any) -> None:
+        """One line of the run's log, and its numbers to the trackers asked for."""
         if self.world.first:
             self.folder.log(**entry)
+            self.trackers.add(entry)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -14,6 +14,8 @@ import training
 
 from deit import train as train_module
 from deit.cli import main
+from deit.data.loader import WorkerDied
+from deit.data.sources import Folder
 from deit.train import NotFinite, TooManyUnreadable, Trainer, train
 
 PROGRAM = [sys.executable, str(Path(training.__file__))]
@@ -210,6 +212,41 @@ def test_one_process_takes_up_the_checkpoint_of_two(data, tmp_path):
     )
     result = train(training.options(data, tmp_path, recipe_epochs=2))
     assert result["update"] == 6
+
+
+def test_a_killed_process_is_restarted_by_torchrun(whole, data, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    changes = ["recipe_epochs=2", "recipe_drop_path=0"]
+    for name, victim in (("calm", "-1,-1"), ("killed", "1,4")):
+        done = subprocess.run(
+            [*torchrun, "--max-restarts=1", PROGRAM[1], str(data), str(tmp_path / name), *changes],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "KILL": victim},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on after update 3" in done.stderr
+    calm, killed = (training.weights(tmp_path / name) for name in ("calm", "killed"))
+    assert same(calm, killed) == []
+
+
+def test_a_killed_worker_ends_the_run_with_a_message(data, tmp_path, monkeypatch):
+    read = Folder.read
+
+    def killed(self, index):
+        if torch.utils.data.get_worker_info() is not None and index == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, index)
+
+    monkeypatch.setattr(Folder, "read", killed)
+    with pytest.raises(WorkerDied, match=r"workers: DataLoader worker .* killed"):
+        train(training.options(data, tmp_path, workers=1, recipe_repeats=1))
+
+
+def test_another_network_does_not_take_up_a_run(whole, data):
+    with pytest.raises(ValueError, match="holds a run with img_size 16; got 32"):
+        train(training.options(data, whole[0], img_size=32))
 
 
 def test_distillation_with_a_token_reports_three_heads(whole, data, tmp_path, capfd):

@@ -7,6 +7,7 @@ process of its own, alone or under torchrun.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -81,7 +82,13 @@ def main() -> None:
         changes[key] = int(value) if value.isdigit() else value
     delay, step = float(os.environ.get("DELAY", "0")), train.Trainer.step
 
+    # "rank,update": that process of torchrun kills itself there, the first time it gets there.
+    victim = tuple(map(int, os.environ.get("KILL", "-1,-1").split(",")))
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+
     def slow(self: train.Trainer, *arguments: Any) -> Any:
+        if first and victim == (self.world.rank, self.update):
+            os.kill(os.getpid(), signal.SIGKILL)
         result = step(self, *arguments)
         # One write a line: several processes share the pipe.
         os.write(1, f"update {self.update} loss {result[0]!r}\n".encode())

@@ -19,6 +19,10 @@ from deit.data.sources import Source
 from deit.images import UnreadableImage
 
 
+class WorkerDied(OSError):
+    """A process that reads images was killed, by the system for its memory as a rule."""
+
+
 @dataclass
 class Batch:
     """Samples that could be read, and the names and reasons of those that could not."""
@@ -124,7 +128,12 @@ class Loader:
         batches = iter(self.data)
         while True:
             start = time.perf_counter()
-            batch = next(batches, None)
+            try:
+                batch = next(batches, None)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise WorkerDied(f"workers: {error}") from error
             self.waited += time.perf_counter() - start
             if batch is None:
                 return

@@ -1,0 +1,117 @@
+"""What a run keeps: its description, its checkpoints, its final weights."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from deit import checkpoint, scale
+from deit.model import DeiT
+from deit.runs import State, load_state
+
+if TYPE_CHECKING:
+    from deit.train import Trainer
+
+# What a run may not change when it is continued.
+FIXED = ("data", "arch", "shape", "distilled", "img_size", "seed", "limit_train")
+
+
+def describe(trainer: Trainer) -> None:
+    """Write `run.json`; refuse to go on with another network or other data.
+
+    Raises ValueError naming what differs. Another recipe, such as more epochs, is said and taken.
+    """
+    about = json.loads(json.dumps(_about(trainer), default=str))
+    path = trainer.folder.root / "run.json"
+    if path.exists():
+        before = json.loads(path.read_text())["options"]
+        now = about["options"]
+        for name in FIXED:
+            if before[name] != now[name]:
+                raise ValueError(
+                    f"out: {trainer.folder.root} holds a run with {name} {before[name]}; "
+                    f"got {now[name]}"
+                )
+        for name, value in now["recipe"].items():
+            if before["recipe"].get(name) != value:
+                trainer.watch.say(
+                    f"going on with {name} {value}; it was {before['recipe'].get(name)}"
+                )
+    trainer.folder.begin(about)
+
+
+def _about(trainer: Trainer) -> dict[str, Any]:
+    return {
+        "network": {"arch": trainer.options.arch, "img_size": trainer.options.img_size},
+        "classes": trainer.source.classes,
+        "mean": trainer.source.mean,
+        "std": trainer.source.std,
+        "options": asdict(trainer.options),
+        "parameters": trainer.size,
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def save(trainer: Trainer) -> None:
+    """Write a checkpoint; on a full disk say so and go on, unless this was the last chance."""
+    model, average = scale.model_state(trainer.network), None
+    if trainer.average is not None:
+        average = scale.model_state(trainer.average.module)
+    rest = {
+        "optimizer": scale.optimizer_state(trainer.network, trainer.optimizer),
+        "scaler": trainer.scaler.state_dict(),
+        "unreadable": trainer.unreadable,
+    }
+    if trainer.world.first:
+        try:
+            trainer.folder.save(State(trainer.update, model, average, rest))
+        except OSError as error:
+            if trainer.stopping:
+                raise
+            trainer.watch.say(f"no checkpoint after update {trainer.update}: {error}")
+            trainer.log(update=trainer.update, checkpoint=str(error))
+    trainer.world.wait()
+
+
+def resume(trainer: Trainer) -> None:
+    """Take up the newest whole checkpoint, if there is any."""
+    path = trainer.folder.newest(trainer.watch.say)
+    if path is None:
+        return
+    state = load_state(path)
+    scale.restore_model(trainer.network, state.model, trainer.world)
+    if trainer.average is not None:
+        if state.average is None:
+            raise ValueError(f"ema: {path} has no averaged weights; expected --ema None")
+        scale.restore_model(trainer.average.module, state.average, trainer.world)
+    moments = state.rest["optimizer"]
+    scale.restore_optimizer(trainer.network, trainer.optimizer, moments, trainer.world)
+    trainer.scaler.load_state_dict(state.rest["scaler"])
+    trainer.update, trainer.unreadable = state.update, state.rest["unreadable"]
+    if trainer.world.first:
+        trainer.folder.rewind(trainer.update)
+    trainer.watch.say(f"going on after update {trainer.update} ({path})")
+
+
+def finish(trainer: Trainer) -> None:
+    """The final weights under their own names, model and average."""
+    from safetensors.torch import save_file
+
+    models = {"model": (trainer.network, scale.plain(trainer.network))}
+    if trainer.average is not None:
+        models["average"] = (trainer.average.module, trainer.average.module)
+    for name, (network, model) in models.items():
+        state = scale.model_state(network)  # a collective: every process takes part
+        if not trainer.world.first:
+            continue
+        path = trainer.folder.root / f"{name}.safetensors"
+        if isinstance(model, DeiT):
+            checkpoint.save_state(state, model.config, path)
+        else:
+            save_file({key: value.contiguous() for key, value in state.items()}, path)
+    trainer.watch.say(f"final weights in {trainer.folder.root / 'model.safetensors'}")
+    trainer.world.wait()

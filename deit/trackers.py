@@ -1,0 +1,68 @@
+"""Where else a run's numbers go: TensorBoard, Weights & Biases, MLflow, each only when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class Trackers:
+    """Passes the numbers of a log entry on, by their update."""
+
+    def __init__(self, names: Sequence[str], out: Path) -> None:
+        """`names`: of "tensorboard", "wandb", "mlflow".
+
+        Raises ValueError for another name, or a package that is not installed.
+        """
+        known = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
+        self.sinks: list[Callable[[dict[str, float], int], None]] = []
+        for name in names:
+            if name not in known:
+                raise ValueError(f"track: expected one of {', '.join(known)}; got {name!r}")
+            try:
+                self.sinks.append(known[name](out))
+            except ImportError as error:
+                raise ValueError(f"track: {name} needs its package: {error}") from None
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Nested names are joined: model/top1/class."""
+        numbers = dict(_numbers(entry, ""))
+        update = int(numbers.pop("update", 0))
+        for sink in self.sinks:
+            sink(numbers, update)
+
+
+def _numbers(entry: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+    for name, value in entry.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            yield prefix + name, float(value)
+
+
+def _tensorboard(out: Path) -> Callable[[dict[str, float], int], None]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(out / "tensorboard"))
+
+    def add(numbers: dict[str, float], update: int) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, update)
+        writer.flush()
+
+    return add
+
+
+def _wandb(out: Path) -> Callable[[dict[str, float], int], None]:
+    import wandb
+
+    run = wandb.init(project="fused-deit", name=out.name, dir=str(out))
+    return lambda numbers, update: run.log(numbers, step=update)
+
+
+def _mlflow(out: Path) -> Callable[[dict[str, float], int], None]:
+    import mlflow
+
+    mlflow.start_run(run_name=out.name)
+    return lambda numbers, update: mlflow.log_metrics(numbers, step=update)
