@@ -1,4 +1,4 @@
-"""Where else a run's numbers go: TensorBoard, Weights & Biases, MLflow, each only when asked for."""
+"""Where else a run's numbers go, when asked: TensorBoard, Weights & Biases, MLflow."""
 
 from __future__ import annotations
 

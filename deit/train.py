@@ -305,8 +305,8 @@ class Trainer:
         left = (total - self.update) * row.pop("seconds_an_update")
         self.watch.update(
             f"epoch {self.update / self.plan.updates:.2f} of {self.recipe.epochs}, update "
-            f"{self.update}: loss {row['loss']:.4f}, lr {lr:.2e}, {row['images_per_s']:.0f} images/s "
-            f"(loader {row['loader_images_per_s']:.0f}, waited for {row['waited_percent']:.0f} %), "
+            f"{self.update}: loss {row['loss']:.4f}, lr {lr:.2e}, {row['images_per_s']:.0f} "
+            f"images/s (loader {row['loader_images_per_s']:.0f}, waited for {row['waited_percent']:.0f} %), "
             f"about {human(left)} left"
         )
         self.log(update=self.update, lr=lr, **row)

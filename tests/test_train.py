@@ -240,7 +240,7 @@ def test_a_killed_worker_ends_the_run_with_a_message(data, tmp_path, monkeypatch
         return read(self, index)
 
     monkeypatch.setattr(Folder, "read", killed)
-    with pytest.raises(WorkerDied, match=r"workers: DataLoader worker .* killed"):
+    with pytest.raises(WorkerDied, match=r"workers: DataLoader worker .*(killed|exited)"):
         train(training.options(data, tmp_path, workers=1, recipe_repeats=1))
 
 
