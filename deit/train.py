@@ -306,8 +306,8 @@ class Trainer:
         self.watch.update(
             f"epoch {self.update / self.plan.updates:.2f} of {self.recipe.epochs}, update "
             f"{self.update}: loss {row['loss']:.4f}, lr {lr:.2e}, {row['images_per_s']:.0f} "
-            f"images/s (loader {row['loader_images_per_s']:.0f}, waited for {row['waited_percent']:.0f} %), "
-            f"about {human(left)} left"
+            f"images/s (loader {row['loader_images_per_s']:.0f}, waited for "
+            f"{row['waited_percent']:.0f} %), about {human(left)} left"
         )
         self.log(update=self.update, lr=lr, **row)
         return pace.again()
