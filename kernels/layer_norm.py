@@ -94,7 +94,7 @@ def _prepare_add(
 ) -> dispatch.Arguments:
     _, weight, bias, eps = _prepare(x, weight, bias, eps)
     validate.tensor("residual", residual)
-    validate.epilogue(x, tuple(x.shape), residual, gamma, keep)
+    validate.epilogue(x, x.shape[-1], residual, gamma, keep)
     return x, residual, weight, bias, eps, gamma, keep
 
 

@@ -36,7 +36,7 @@ def parameter(
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor; got {type(value).__name__}")
-    if tuple(value.shape) != tuple(shape):
+    if value.shape != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}; got {tuple(value.shape)}")
     if value.dtype != like.dtype and not (fp32_allowed and value.dtype == torch.float32):
         allowed = f"{like.dtype} or torch.float32" if fp32_allowed else f"{like.dtype}"
@@ -47,12 +47,16 @@ def parameter(
 
 def epilogue(
     x: Tensor,
-    shape: tuple[int, ...],
+    width: int,
     residual: Tensor | None,
     gamma: Tensor | None,
     keep: Tensor | None,
 ) -> None:
-    """residual of the output's shape, gamma [D] (LayerScale), keep [B] (stochastic depth)."""
+    """For an output [..., width] of x's leading axes: a residual of that shape, gamma [width]
+    (LayerScale), keep [B] (stochastic depth)."""
+    if residual is None and gamma is None and keep is None:
+        return
+    shape = (*x.shape[:-1], width)
     if residual is not None:
         parameter("residual", residual, shape, x, fp32_allowed=True)
     if gamma is not None:
