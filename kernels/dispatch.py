@@ -156,9 +156,10 @@ def reasons(operator: Operator, arguments: Arguments, implementation: str) -> li
     if torch._C._are_functorch_transforms_active():
         found.append("a torch.func transform is active and the kernel has no rule for it")
     for argument in arguments:
-        if isinstance(argument, Tensor) and (dtype := argument.dtype) not in KERNEL_DTYPES:
-            if dtype.is_floating_point:
-                found.append(f"dtype {dtype} (fp32, fp16 and bf16 are served)")
+        if not isinstance(argument, Tensor) or (dtype := argument.dtype) in KERNEL_DTYPES:
+            continue
+        if dtype.is_floating_point:
+            found.append(f"dtype {dtype} (fp32, fp16 and bf16 are served)")
     if needs_gradient(arguments):
         found += _training_reasons(operator, arguments, implementation)
     return found + operator.limits(implementation, *arguments)
