@@ -77,7 +77,8 @@ def _prepare(
     validate.parameter("weight", weight, shape, x, fp32_allowed=True)
     if bias is not None:
         validate.parameter("bias", bias, shape, weight)
-    if not eps >= 0:
+    eps = validate.number("eps", eps)
+    if eps < 0:
         raise ValueError(f"eps: expected a number >= 0; got {eps}")
     return x, weight, bias, eps
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +46,15 @@ def parameter(
         raise TypeError(f"{name}: expected {allowed}, as the input's; got {value.dtype}")
     if value.device != like.device:
         raise ValueError(f"{name}: expected on {like.device}, as the input; got {value.device}")
+
+
+def number(name: str, value: Any) -> float:
+    """`value` as a finite float."""
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number; got {type(value).__name__}")
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number; got {value}")
+    return float(value)
 
 
 def epilogue(
