@@ -61,6 +61,11 @@ def tensors(name: str) -> list[str]:
     return [key for key, value in given(name).items() if isinstance(value, Tensor)]
 
 
+def held(name: str) -> set[str]:
+    """The arguments for which kernels have no gradient."""
+    return set(deit.kernels.dispatch.OPERATORS[name].constants.values())
+
+
 def given(name: str) -> dict[str, Any]:
     """The call of test_dispatch.CALLS with every argument by name."""
     inputs, options = CALLS[name]
