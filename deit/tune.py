@@ -134,7 +134,10 @@ def compile_part(arguments: Sequence[str]) -> None:
     from deit.cli import Tune
 
     text, part, parts = arguments
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in json.loads(text).items()
+    }
     options = Tune(**fields)
     problems = problems_of(options, _device(options.device))
     warm(problems[int(part) :: int(parts)], options.candidates)

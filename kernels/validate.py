@@ -52,9 +52,10 @@ def number(name: str, value: Any) -> float:
     """`value` as a finite float."""
     if isinstance(value, (bool, Tensor)) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number; got {type(value).__name__}")
-    if not -math.inf < value < math.inf:
+    found = float(value)
+    if not -math.inf < found < math.inf:
         raise ValueError(f"{name}: expected a finite number; got {value}")
-    return float(value)
+    return found
 
 
 def epilogue(

@@ -26,6 +26,21 @@ def test_fullgraph_compile_with_gradients(name):
     composition.compiled_is_eager(name, "auto")
 
 
+def test_numbers_may_change_between_compiled_calls():
+    """A schedule of the temperature: torch.compile makes the second value symbolic."""
+    logits, teacher, target = torch.randn(4, 10), torch.randn(4, 10), torch.tensor([1, 2, 3, 4])
+
+    def call(temperature):
+        loss = deit.kernels.distillation_loss
+        return loss(logits, target, teacher, kind="soft", temperature=temperature, alpha=0.3)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for temperature in (1.0, 2.5, 3.25):
+        torch.testing.assert_close(compiled(temperature), call(temperature))
+    with pytest.raises(ValueError, match="temperature: expected > 0"):
+        call(0.0)
+
+
 @pytest.mark.parametrize(("name", "impl"), RUNS, ids=map(ids, RUNS))
 def test_export_round_trip(name, impl, tmp_path):
     found = composition.exported_is_eager(name, impl, tmp_path / "program.pt2")
