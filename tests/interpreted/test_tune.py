@@ -86,6 +86,23 @@ def test_the_fastest_is_kept_only_if_clearly_faster():
         assert tuning.revive(type(found.config), found.entry.config) == found.config
 
 
+def test_nothing_is_begun_when_time_is_up():
+    """A problem not yet begun is left with its default; one begun tries its first candidate."""
+    problem = next(p for p in PROBLEMS.values() if p.factory == "layer_norm")
+    said: list[str] = []
+    found = tune.measure([problem] * 2, 3, 0.0, torch.device("cpu"), said.append)
+    assert found == ([], [])
+    assert said == ["no time left for 2 of 2 kernels"]
+    configs = tune.candidates_of(problem, 3)
+    sound, dropped = tune.check(problem, problem.make(), configs, 0.0)
+    assert sound == configs[:1]
+    assert dropped == dict.fromkeys(map(str, configs[1:]), "no time left")
+    ran: list[object] = []
+    recorded = dataclasses.replace(problem, run=lambda config, _: ran.append(config))
+    tune.warm([recorded], 3, end=0.0)
+    assert ran == []
+
+
 OPTIONS = Tune(
     arch=("deit_ti",), dtype="fp16", batch_size=1, img_size=32,
     only=("layer_norm", "layer_norm_bwd"), candidates=2, seconds=240, jobs=2, device="cpu",
