@@ -112,8 +112,6 @@ class Tune:
     """Processes that compile at once; half the cores, 8 at most, if left out."""
     device: str = "auto"
     """A torch device; auto is the first GPU."""
-    part: Annotated[str, tyro.conf.Suppress] = ""
-    """i/n: compile one part of n alone; how `jobs` starts its processes."""
 
     def run(self) -> int:
         from deit.tune import run

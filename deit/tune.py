@@ -8,6 +8,8 @@ unless another is faster by MARGIN and their quartiles do not overlap.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import statistics
 import subprocess
@@ -45,18 +47,21 @@ class Outcome:
 
 
 def run(options: Tune) -> int:
-    """The command; 1 where a pinned default is wrong or does not run."""
+    """The command; 1 where a pinned default is wrong or does not run.
+
+    Raises ValueError for an option that makes no sense, before anything is compiled.
+    """
+    for name in ("batch_size", "candidates", "seconds", "jobs"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}: expected a positive number; got {value}")
     device = _device(options.device)
-    if options.part:
-        number, parts = map(int, options.part.split("/"))
-        warm(problems_of(options, device)[number::parts], options.candidates)
-        return 0
+    problems = problems_of(options, device)
     end = time.monotonic() + options.seconds
     if options.jobs != 1:
-        _warm_in_parallel(options, 0.6 * options.seconds)
-    outcomes, wrong = measure(
-        problems_of(options, device), options.candidates, end, device, report=print
-    )
+        for complaint in precompile(options, 0.6 * options.seconds):
+            print(complaint)
+    outcomes, wrong = measure(problems, options.candidates, end, device, report=print)
     if outcomes:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
         print(f"kept in {tuning.store(name, {o.name: o.entry for o in outcomes})}")
@@ -64,10 +69,13 @@ def run(options: Tune) -> int:
 
 
 def _device(name: str) -> torch.device:
-    """Raises ValueError where Triton cannot run."""
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    )
+    """Raises ValueError for what is no device, and where Triton cannot run."""
+    try:
+        device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+        )
+    except RuntimeError:
+        raise ValueError(f"device: expected auto or a torch device; got {name!r}") from None
     why_not = dispatch.environment("triton", device.type, device.index)
     if why_not:
         raise ValueError(
@@ -77,6 +85,10 @@ def _device(name: str) -> torch.device:
 
 
 def problems_of(options: Tune, device: torch.device) -> list[Problem]:
+    """What `options` ask for, each entry of the table once.
+
+    Raises ValueError for an unknown network, or a name in `only` that no problem has.
+    """
     from deit.tune_problems import Size, problems
 
     found: dict[str, Problem] = {}
@@ -84,28 +96,51 @@ def problems_of(options: Tune, device: torch.device) -> list[Problem]:
         network = deit.config(name, img_size=options.img_size)
         size = Size(options.batch_size, network, DTYPES[options.dtype], device)
         for problem in problems(size, options.train):
-            if not options.only or problem.factory in options.only:
-                found.setdefault(problem.name, problem)
-    return list(found.values())
+            found.setdefault(problem.name, problem)
+    known = sorted({problem.factory for problem in found.values()})
+    if unknown := sorted(set(options.only) - set(known)):
+        raise ValueError(f"only: expected kernels among {', '.join(known)}; got {unknown[0]!r}")
+    return [p for p in found.values() if not options.only or p.factory in options.only]
 
 
-def _warm_in_parallel(options: Tune, seconds: float) -> None:
-    """Compile in several processes: Triton's cache on disk hands the kernels over."""
-    jobs = options.jobs or max(1, min(8, (os.cpu_count() or 2) // 2))
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in asdict(options).items()
-             if k in ("dtype", "batch_size", "device", "candidates")]  # fmt: skip
-    flags += ["--train" if options.train else "--no-train", "--arch", *options.arch]
-    flags += ["--only", *options.only] if options.only else []
-    flags += [f"--img-size={options.img_size}"] if options.img_size else []
-    command = [sys.executable, "-m", "deit.cli", "tune", *flags]
-    running = [subprocess.Popen([*command, f"--part={i}/{jobs}"]) for i in range(jobs)]
+def precompile(options: Tune, seconds: float) -> list[str]:
+    """Compile in several processes: Triton's cache on disk hands the kernels over.
+
+    Returns a sentence for each process that did not come to its end within `seconds`. What it
+    left is compiled when it is measured, one kernel after another.
+    """
+    parts = options.jobs or max(1, min(8, (os.cpu_count() or 2) // 2))
+    command = [sys.executable, "-m", "deit.tune", json.dumps(asdict(options))]
+    running = [subprocess.Popen([*command, str(part), str(parts)]) for part in range(parts)]
     end = time.monotonic() + seconds
-    for process in running:
-        try:
-            process.wait(max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
+    complaints = []
+    try:
+        for part, process in enumerate(running):
+            why = f"stopped after {seconds:.0f} s"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(max(0.0, end - time.monotonic()))
+                why = f"ended with exit status {status}" if status else ""
+            if why:
+                complaints.append(f"compiling part {part + 1} of {parts} {why}")
+    finally:
+        for process in running:
+            process.kill()  # nothing where it has ended
             process.wait()
+    return complaints
+
+
+def compile_part(arguments: Sequence[str]) -> None:
+    """One process of `precompile`: the options as JSON, the part's number, the number of parts."""
+    from deit.cli import Tune
+
+    text, part, parts = arguments
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in json.loads(text).items()
+    }
+    options = Tune(**fields)
+    problems = problems_of(options, _device(options.device))
+    warm(problems[int(part) :: int(parts)], options.candidates)
 
 
 def candidates_of(problem: Problem, count: int) -> list[Any]:
@@ -264,3 +299,7 @@ def _clearly_faster(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     """By MARGIN in the median, with quartile ranges apart."""
     (_, middle, high), (low, other, _) = (statistics.quantiles(s, n=4) for s in (ours, theirs))
     return middle < (1 - MARGIN) * other and high < low
+
+
+if __name__ == "__main__":
+    compile_part(sys.argv[1:])

@@ -54,7 +54,7 @@ def _prepare(
 ) -> dispatch.Arguments:
     validate.tensor("qkv", qkv, rank=3)
     batch, tokens, channels = qkv.shape
-    if not isinstance(num_heads, int) or num_heads < 1:
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
         raise ValueError(f"num_heads: expected a positive integer; got {num_heads!r}")
     if channels % (3 * num_heads):
         raise ValueError(
@@ -63,12 +63,12 @@ def _prepare(
         )
     if key_bias is not None:
         validate.parameter("key_bias", key_bias, (batch, tokens), qkv, fp32_allowed=True)
-    if scale is None:
-        scale = (channels // (3 * num_heads)) ** -0.5
+    head_dim = channels // (3 * num_heads)
+    scale = float(head_dim**-0.5) if scale is None else validate.number("scale", scale)
     dtype = dispatch.autocast_dtype(qkv.device.type)
     if dtype is not None and qkv.dtype in dispatch.KERNEL_DTYPES:
         qkv = qkv.to(dtype)
-    return qkv, num_heads, float(scale), key_bias
+    return qkv, num_heads, scale, key_bias
 
 
 def _limits(

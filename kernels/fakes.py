@@ -27,26 +27,13 @@ def _projected(x: Tensor, width: int, residual: Tensor | None) -> Tensor:
 
 
 def _linear_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-    keep: Tensor | None,
+    x: Tensor, weight: Tensor, bias: object, activation: object, residual: Tensor | None, *_: object
 ) -> Tensor:
     return _projected(x, weight.shape[0], residual)
 
 
 def _gelu_mlp_fake(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-    keep: Tensor | None,
+    x: Tensor, w1: Tensor, b1: object, w2: Tensor, b2: object, residual: Tensor | None, *_: object
 ) -> Tensor:
     return _projected(x, w2.shape[0], residual)
 
@@ -67,9 +54,9 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
 
 
-def _absent(like: Tensor, *shape: int, present: bool) -> Tensor:
-    """A tensor of this shape, or the empty one that stands for none."""
-    return like.new_empty(shape if present else (0,))
+def _like(given: Tensor | None, other: Tensor) -> Tensor:
+    """The gradient of `given`, or the empty tensor that stands for none, made from `other`."""
+    return other.new_empty(0) if given is None else given.new_empty(given.shape)
 
 
 def _layer_norm_fwd_fake(
@@ -100,7 +87,7 @@ def _add_layer_norm_bwd_fake(
     keep: Tensor | None,
 ) -> tuple[Tensor, ...]:
     dweight, dbias = weight.new_empty(weight.shape), weight.new_empty(weight.shape)
-    dgamma = weight.new_empty(0) if gamma is None else gamma.new_empty(gamma.shape)
+    dgamma = _like(gamma, weight)
     return x.new_empty(x.shape), total.new_empty(x.shape), dweight, dbias, dgamma
 
 
@@ -119,16 +106,15 @@ def _attention_bwd_fake(dout: Tensor, qkv: Tensor, *_: object) -> Tensor:
 def _linear_fwd_fake(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
+    bias: object,
     activation: str | None,
     residual: Tensor | None,
     gamma: Tensor | None,
-    keep: Tensor | None,
+    keep: object,
 ) -> tuple[Tensor, Tensor]:
-    width = weight.shape[0]
+    rows, width = x.shape[:-1], weight.shape[0]
     saved = activation is not None or gamma is not None
-    affine = _absent(x, *x.shape[:-1], width, present=saved)
-    return _projected(x, width, residual), affine
+    return _projected(x, width, residual), x.new_empty((*rows, width) if saved else 0)
 
 
 def _linear_bwd_fake(
@@ -140,23 +126,22 @@ def _linear_bwd_fake(
     gamma: Tensor | None,
     keep: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    dgamma = x.new_empty(0) if gamma is None else gamma.new_empty(gamma.shape)
     dbias = x.new_empty(weight.shape[0])
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dgamma
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, _like(gamma, x)
 
 
 def _gelu_mlp_fwd_fake(
     x: Tensor,
     w1: Tensor,
-    b1: Tensor | None,
+    b1: object,
     w2: Tensor,
-    b2: Tensor | None,
+    b2: object,
     residual: Tensor | None,
     gamma: Tensor | None,
-    keep: Tensor | None,
+    keep: object,
 ) -> tuple[Tensor, ...]:
     rows, width = x.shape[:-1], w2.shape[0]
-    affine = _absent(x, *rows, width, present=gamma is not None)
+    affine = x.new_empty(0 if gamma is None else (*rows, width))
     return _projected(x, width, residual), x.new_empty((*rows, w1.shape[0])), affine
 
 
@@ -170,10 +155,9 @@ def _gelu_mlp_bwd_fake(
     gamma: Tensor | None,
     keep: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    dgamma = x.new_empty(0) if gamma is None else gamma.new_empty(gamma.shape)
     db1, db2 = x.new_empty(w1.shape[0]), x.new_empty(w2.shape[0])
     dw1, dw2 = w1.new_empty(w1.shape), w2.new_empty(w2.shape)
-    return x.new_empty(x.shape), dw1, db1, dw2, db2, dgamma
+    return x.new_empty(x.shape), dw1, db1, dw2, db2, _like(gamma, x)
 
 
 def _patch_embed_bwd_fake(
@@ -206,9 +190,7 @@ def _distillation_loss_bwd_fake(
     distillation_logits: Tensor | None,
     *_: object,
 ) -> tuple[Tensor, Tensor]:
-    other = distillation_logits
-    empty = logits.new_empty(0)
-    return logits.new_empty(logits.shape), empty if other is None else other.new_empty(other.shape)
+    return logits.new_empty(logits.shape), _like(distillation_logits, logits)
 
 
 FAKES: dict[str, Callable[..., object]] = {

@@ -86,7 +86,7 @@ def _prepare(
     validate.parameter("b1", b1, (hidden,), x)
     validate.parameter("w2", w2, (width, hidden), x)
     validate.parameter("b2", b2, (width,), x)
-    validate.epilogue(x, (*x.shape[:-1], width), residual, gamma, keep)
+    validate.epilogue(x, width, residual, gamma, keep)
     return x, w1, b1, w2, b2, residual, gamma, keep
 
 

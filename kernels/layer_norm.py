@@ -77,7 +77,8 @@ def _prepare(
     validate.parameter("weight", weight, shape, x, fp32_allowed=True)
     if bias is not None:
         validate.parameter("bias", bias, shape, weight)
-    if not eps >= 0:
+    eps = validate.number("eps", eps)
+    if eps < 0:
         raise ValueError(f"eps: expected a number >= 0; got {eps}")
     return x, weight, bias, eps
 
@@ -94,7 +95,7 @@ def _prepare_add(
 ) -> dispatch.Arguments:
     _, weight, bias, eps = _prepare(x, weight, bias, eps)
     validate.tensor("residual", residual)
-    validate.epilogue(x, tuple(x.shape), residual, gamma, keep)
+    validate.epilogue(x, x.shape[-1], residual, gamma, keep)
     return x, residual, weight, bias, eps, gamma, keep
 
 

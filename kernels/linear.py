@@ -68,7 +68,7 @@ def _prepare(
     validate.parameter("bias", bias, (width,), x)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected None, 'gelu' or 'gelu_tanh'; got {activation!r}")
-    validate.epilogue(x, (*x.shape[:-1], width), residual, gamma, keep)
+    validate.epilogue(x, width, residual, gamma, keep)
     return x, weight, bias, activation, residual, gamma, keep
 
 

@@ -111,9 +111,10 @@ def _prepare_ce(
         raise ValueError(f"target: expected indices of shape {(batch,)}; got {tuple(target.shape)}")
     if target.device != logits.device:
         raise ValueError(f"target: expected on {logits.device}; got {target.device}")
+    label_smoothing = validate.number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing: expected in [0, 1); got {label_smoothing}")
-    return logits, target, float(label_smoothing)
+    return logits, target, label_smoothing
 
 
 def _prepare_distillation(
@@ -128,7 +129,7 @@ def _prepare_distillation(
     label_smoothing: float = 0.1,
     kl_reduction: str = "batchmean",
 ) -> dispatch.Arguments:
-    _prepare_ce(logits, target, label_smoothing=label_smoothing)
+    *_, label_smoothing = _prepare_ce(logits, target, label_smoothing=label_smoothing)
     for name, other in (
         ("teacher_logits", teacher_logits),
         ("distillation_logits", distillation_logits),
@@ -140,12 +141,13 @@ def _prepare_distillation(
                     f"{name}: expected {tuple(logits.shape)} on {logits.device}, as logits; "
                     f"got {tuple(other.shape)} on {other.device}"
                 )
-    if kind not in DEFAULT_ALPHA:
+    if not isinstance(kind, str) or kind not in DEFAULT_ALPHA:
         raise ValueError(f"kind: expected 'hard' or 'soft'; got {kind!r}")
-    alpha = DEFAULT_ALPHA[kind] if alpha is None else alpha
+    alpha = DEFAULT_ALPHA[kind] if alpha is None else validate.number("alpha", alpha)
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha: expected in [0, 1]; got {alpha}")
-    if not temperature > 0.0:
+    temperature = validate.number("temperature", temperature)
+    if temperature <= 0.0:
         raise ValueError(f"temperature: expected > 0; got {temperature}")
     if kl_reduction not in KL_REDUCTIONS:
         raise ValueError(f"kl_reduction: expected one of {KL_REDUCTIONS}; got {kl_reduction!r}")
@@ -155,9 +157,9 @@ def _prepare_distillation(
         teacher_logits,
         distillation_logits,
         kind,
-        float(alpha),
-        float(temperature),
-        float(label_smoothing),
+        alpha,
+        temperature,
+        label_smoothing,
         kl_reduction,
     )
 

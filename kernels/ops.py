@@ -12,6 +12,7 @@ Shapes: B images, N tokens, D = H * d channels, T = B * N rows.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 
@@ -174,10 +175,11 @@ def _triton_module(name: str) -> str:
 def _launcher(module: str, name: str) -> Callable[..., object]:
     """A stand-in that imports the operator's module on its first call, not before."""
 
-    def launch(*args: object) -> object:
-        return getattr(importlib.import_module(f"deit.kernels.{module}"), name)(*args)
+    @functools.cache
+    def kernel() -> Callable[..., object]:
+        return getattr(importlib.import_module(f"deit.kernels.{module}"), name)
 
-    return launch
+    return lambda *args: kernel()(*args)
 
 
 def _register() -> dict[str, dict[str, torch._ops.OpOverload]]:

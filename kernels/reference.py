@@ -51,8 +51,12 @@ def attention(qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None
     """softmax(q kT * scale + key_bias) v (arXiv 1706.03762, eq. 1) on the packed projection."""
     batch, tokens, channels = qkv.shape
     head_dim = channels // (3 * num_heads)
+    if qkv.stride(2) != 1 or qkv.stride(1) < channels:
+        # PyTorch's attention on a CPU reads channels that are not side by side (before 2.15), and
+        # tokens that overlap, from the wrong places.
+        qkv = qkv.contiguous()
     q, k, v = qkv.view(batch, tokens, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-    mask = None if key_bias is None else key_bias[:, None, None, :].to(qkv.dtype)
+    mask = None if key_bias is None else key_bias.to(qkv.dtype).contiguous()[:, None, None, :]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).reshape(batch, tokens, channels // 3)
 

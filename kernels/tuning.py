@@ -20,6 +20,7 @@ import json
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -46,6 +47,12 @@ class Entry:
     pinned_microseconds: float | None
     candidates: int
     date: str
+
+    def __post_init__(self) -> None:
+        """Raises TypeError for what an edited file may hold."""
+        numbers = isinstance(self.microseconds, (int, float)) and isinstance(self.candidates, int)
+        if not numbers or not isinstance(self.date, str):
+            raise TypeError(f"expected microseconds, candidates and a date; got {self}")
 
 
 @dataclass(frozen=True)
@@ -159,19 +166,21 @@ def _read(file: Path) -> list[dict[str, Any]]:
 
 
 def load(device: str) -> Table:
-    """The entries for a GPU model that belong to the versions that run now."""
+    """The entries for a GPU model that belong to the versions that run now.
+
+    Warns of a file that is there and cannot be read: its user believes that it is used.
+    """
     try:
         sets = _read(path(device))
+        for one in sets:
+            if one["versions"] == versions():
+                return Table(device, {name: Entry(**e) for name, e in one["entries"].items()})
     except FileNotFoundError:
         return Table(device)
-    except (OSError, ValueError) as error:
-        return Table(device, ignored=f"{path(device)} cannot be read: {error}")
-    for one in sets:
-        if one["versions"] == versions():
-            try:
-                return Table(device, {name: Entry(**e) for name, e in one["entries"].items()})
-            except TypeError as error:
-                return Table(device, ignored=f"{path(device)}: {error}")
+    except (OSError, ValueError, TypeError) as error:
+        ignored = f"{path(device)} cannot be read: {error}"
+        warnings.warn(f"deit.kernels: {ignored}; the pinned defaults run", stacklevel=2)
+        return Table(device, ignored=ignored)
     if not sets:
         return Table(device)
     other = [
@@ -273,7 +282,9 @@ def revive(kind: type, fields: Mapping[str, Any] | None) -> Any:
     """The configuration that was stored; None for none, and for fields that are not `kind`'s."""
     if fields is None or set(fields) != {f.name for f in dataclasses.fields(kind)}:
         return None
-    return kind(**fields) if all(isinstance(v, int) for v in fields.values()) else None
+    # The dataclasses hold ints and bools, and JSON keeps the two apart.
+    sound = all(type(fields[f.name]).__name__ == f.type for f in dataclasses.fields(kind))
+    return kind(**fields) if sound else None
 
 
 def now() -> str:

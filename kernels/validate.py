@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +39,7 @@ def parameter(
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor; got {type(value).__name__}")
-    if tuple(value.shape) != tuple(shape):
+    if value.shape != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}; got {tuple(value.shape)}")
     if value.dtype != like.dtype and not (fp32_allowed and value.dtype == torch.float32):
         allowed = f"{like.dtype} or torch.float32" if fp32_allowed else f"{like.dtype}"
@@ -45,14 +48,28 @@ def parameter(
         raise ValueError(f"{name}: expected on {like.device}, as the input; got {value.device}")
 
 
+def number(name: str, value: Any) -> float:
+    """`value` as a finite float."""
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number; got {type(value).__name__}")
+    found = float(value)
+    if not -math.inf < found < math.inf:
+        raise ValueError(f"{name}: expected a finite number; got {value}")
+    return found
+
+
 def epilogue(
     x: Tensor,
-    shape: tuple[int, ...],
+    width: int,
     residual: Tensor | None,
     gamma: Tensor | None,
     keep: Tensor | None,
 ) -> None:
-    """residual of the output's shape, gamma [D] (LayerScale), keep [B] (stochastic depth)."""
+    """For an output [..., width] of x's leading axes: a residual of that shape, gamma [width]
+    (LayerScale), keep [B] (stochastic depth)."""
+    if residual is None and gamma is None and keep is None:
+        return
+    shape = (*x.shape[:-1], width)
     if residual is not None:
         parameter("residual", residual, shape, x, fp32_allowed=True)
     if gamma is not None:

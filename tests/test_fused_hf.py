@@ -479,3 +479,74 @@ def test_a_forward_replaced_on_an_instance_is_called():
     layer = layers(unfuse(model))[1]
     layer.forward = layer.forward
     assert "forward was replaced" in fuse(model).left["deit.layers.1"]
+
+
+def test_saving_and_loading_as_deit_fused(tmp_path):
+    """The name is chosen anew at every loading, as transformers does it: no file holds it."""
+    register_hf()
+    model = make(attn="deit_fused")
+    model.save_pretrained(tmp_path)
+    assert "deit_fused" not in (tmp_path / "config.json").read_text()
+    load = transformers.DeiTForImageClassification.from_pretrained
+    plain, loaded = load(tmp_path), load(tmp_path, attn_implementation="deit_fused")
+    assert loaded.config._attn_implementation == "deit_fused"
+    with torch.no_grad():
+        close(loaded.eval()(IMAGES), plain.eval()(IMAGES))
+        close(loaded(IMAGES, output_hidden_states=True), plain(IMAGES, output_hidden_states=True))
+    with pytest.raises(ValueError, match="`output_attentions` attribute is not supported"):
+        loaded.config.output_attentions = True
+
+
+TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+# Their masks: padding, causal, causal over keys that heads share, a bias of positions.
+OTHERS = {
+    "bert": lambda: transformers.BertConfig(**TEXT, intermediate_size=64),
+    "clip text": lambda: transformers.CLIPTextConfig(
+        **TEXT, intermediate_size=64, bos_token_id=0, eos_token_id=1
+    ),
+    "llama": lambda: transformers.LlamaConfig(
+        **TEXT, intermediate_size=64, num_key_value_heads=2
+    ),
+    "t5": lambda: transformers.T5Config(d_model=32, d_kv=16, num_layers=2, num_heads=2, d_ff=64,
+                                        vocab_size=50),
+}  # fmt: skip
+CLASSES = {
+    "bert": transformers.BertModel,
+    "clip text": transformers.CLIPTextModel,
+    "llama": transformers.LlamaForCausalLM,
+    "t5": transformers.T5EncoderModel,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_models_that_take_attention_from_the_interface(kind, padded):
+    """Masks that the kernel cannot take go to SDPA; none is dropped."""
+    register_hf()
+    ids = torch.randint(2, 50, (2, 7), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, :2] = 0 if padded else 1
+    found = []
+    for attn in ("eager", "deit_fused"):
+        torch.manual_seed(0)
+        model = CLASSES[kind]._from_config(OTHERS[kind](), attn_implementation=attn).eval()
+        found.append(model(ids, attention_mask=mask)[0][mask.bool()])
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_attention_across_two_sequences():
+    """Queries of one length, keys of another: not packed, and so not the kernel's."""
+    register_hf()
+    config = transformers.BartConfig(
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=50,
+    )  # fmt: skip
+    ids = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(3))
+    found = []
+    for attn in ("eager", "deit_fused"):
+        torch.manual_seed(0)
+        model = transformers.BartModel._from_config(config, attn_implementation=attn).eval()
+        found.append(model(ids, decoder_input_ids=ids[:, :5])[0])
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)

@@ -105,12 +105,71 @@ def test_a_stage_that_crashes_keeps_what_it_found(tmp_path, monkeypatch):
     assert not qualify.finished(tmp_path, qualify.STAGES[6])
 
 
+def running(pid):
+    """Whether a process lives; one that has ended and waits to be collected does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
 def test_a_stage_that_hangs_is_killed_with_its_children(tmp_path, monkeypatch):
-    child = "subprocess.Popen(['sleep', '600']); time.sleep(600)"
+    child = (
+        "child = subprocess.Popen(['sleep', '600'])\n"
+        "open(out + '/pid', 'w').write(str(child.pid)); time.sleep(600)"
+    )
     found, seconds = stage_of(tmp_path, FINDS + child, 3, monkeypatch)
+    pid = int((tmp_path / "pid").read_text())
+    for _ in range(100):  # it has been told to end, and does so in its own time
+        if not running(pid):
+            break
+        time.sleep(0.05)
+    assert not running(pid)
     assert found["rows"] == [{"a": 1}]
     assert "stopped at its limit after" in found["failures"][0]
     assert seconds < 60
+
+
+def test_a_stage_is_finished_until_the_sources_change(tmp_path, monkeypatch):
+    stage = qualify.STAGES[0]
+    nothing = {"failures": [], "notes": [], "rows": []}
+    qualify.checkout.importable()
+    import evidence
+
+    assert not qualify.finished(tmp_path, stage)
+    qualify.save(tmp_path, stage.name, "crashed", nothing)
+    assert not qualify.finished(tmp_path, stage)
+    qualify.save(tmp_path, stage.name, "finished", nothing)
+    assert qualify.finished(tmp_path, stage)
+    monkeypatch.setattr(evidence, "kernels_sha256", lambda: "another")
+    assert not qualify.finished(tmp_path, stage)
+    monkeypatch.undo()
+    (tmp_path / f"{stage.name}.json").write_text('{"status": "fin')
+    assert not qualify.finished(tmp_path, stage)
+
+
+@pytest.mark.parametrize(("failures", "status"), [([], 0), (["wrong values"], 1)])
+def test_exit_status_limits_and_again(failures, status, tmp_path, monkeypatch, capsys):
+    """Time is shared out in proportion to what is left; what is finished gets none of it."""
+    limits = {}
+
+    def stage(options, stage, limit, command):
+        limits[stage.name] = limit
+        found = {"failures": failures, "notes": [], "rows": []}
+        qualify.save(options.out, stage.name, "finished", found)
+
+    monkeypatch.setattr(qualify, "run_stage", stage)
+    qualify.checkout.importable()
+    arguments = ["--out", str(tmp_path), "--dry-run", "--minutes", "10", "--only", "tune,speed"]
+    assert qualify.main(arguments) == status
+    assert limits["tune"] == pytest.approx(600 * 60 / 150, rel=0.01)
+    assert limits["speed"] == pytest.approx(600, rel=0.01)  # nothing was used up before it
+    limits.clear()
+    assert qualify.main(arguments) == status
+    assert limits == {}
+    assert qualify.main([*arguments, "--again"]) == status
+    assert set(limits) == {"tune", "speed"}
 
 
 def test_a_failed_stage_is_reported_first(tmp_path):

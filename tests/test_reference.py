@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from deit.kernels import cross_entropy, distillation_loss, reference
+from deit.kernels import cross_entropy, distillation_loss, ops, reference
 
 torch.manual_seed(0)
 
@@ -60,19 +60,44 @@ def test_patch_embed_by_its_formula():
     )
 
 
-@pytest.mark.parametrize("name", ["layer_norm", "attention", "gelu_mlp", "linear"])
-def test_gradcheck(name):
-    leaf = lambda *shape: fp64(*shape).requires_grad_()
-    calls = {
-        "layer_norm": (leaf(2, 3, 6), leaf(6), leaf(6), 1e-5),
-        "attention": (leaf(2, 3, 12), 2, 0.5, leaf(2, 3)),
-        "linear": (leaf(2, 3, 4), leaf(5, 4), leaf(5), "gelu", leaf(2, 3, 5), leaf(5), leaf(2)),
-        "gelu_mlp": (
-            leaf(2, 3, 4), leaf(6, 4), leaf(6), leaf(4, 6), leaf(4),
-            leaf(2, 3, 4), leaf(4), leaf(2),
-        ),
-    }  # fmt: skip
-    assert torch.autograd.gradcheck(getattr(reference, name), calls[name])
+def leaf(*shape):
+    return fp64(*shape).requires_grad_()
+
+
+# Every operator with every optional; keep and a probability target, too, by the reference alone.
+DIFFERENTIATED = {
+    "layer_norm": (leaf(2, 3, 6), leaf(6), leaf(6), 1e-5),
+    "add_layer_norm": (leaf(2, 3, 6), leaf(2, 3, 6), leaf(6), leaf(6), 1e-5, leaf(6), leaf(2)),
+    "attention": (leaf(2, 3, 12), 2, 0.5, leaf(2, 3)),
+    "linear": (leaf(2, 3, 4), leaf(5, 4), leaf(5), "gelu", leaf(2, 3, 5), leaf(5), leaf(2)),
+    "linear by tanh": (leaf(2, 3, 4), leaf(5, 4), leaf(5), "gelu_tanh", None, None, None),
+    "gelu_mlp": (
+        leaf(2, 3, 4), leaf(6, 4), leaf(6), leaf(4, 6), leaf(4), leaf(2, 3, 4), leaf(4), leaf(2),
+    ),
+    "patch_embed": (leaf(2, 3, 4, 4), leaf(5, 3, 2, 2), leaf(5), leaf(1, 2, 5), leaf(1, 6, 5)),
+    "cross_entropy": (leaf(3, 5), leaf(3, 5), 0.1),
+    "distillation_loss": (
+        leaf(3, 5), torch.tensor([0, 4, 2]), leaf(3, 5), leaf(3, 5), "soft", 0.3, 2.0, 0.1,
+        "batchmean",
+    ),
+    "distillation_loss by hard labels": (
+        leaf(3, 5), leaf(3, 5), fp64(3, 5), leaf(3, 5), "hard", 0.3, 2.0, 0.1, "numel",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DIFFERENTIATED)
+def test_gradcheck(case):
+    function = getattr(reference, case.partition(" ")[0])
+    assert torch.autograd.gradcheck(function, DIFFERENTIATED[case])
+
+
+def test_every_reference_is_differentiated_with_every_optional():
+    assert {case.partition(" ")[0] for case in DIFFERENTIATED} == set(ops.SCHEMAS)
+    for name in ops.SCHEMAS:
+        formals = ops.COMPILED["cpu"][name]._schema.arguments
+        for value, formal in zip(DIFFERENTIATED[name], formals, strict=True):
+            assert value is not None, f"{name}: {formal.name}"
 
 
 def one_hot(index, classes):

@@ -1,6 +1,7 @@
 """The operators as PyTorch sees them: schemas, fakes, tracing, autograd, odd memory, devices."""
 
 import pytest
+import schema_calls
 import torch
 from test_dispatch import CALLS
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,15 +33,14 @@ def each(value):
     return value if isinstance(value, tuple) else (value,)
 
 
-def halved(tensor):
-    return tensor.bfloat16() if tensor.is_floating_point() else tensor
-
-
 @needs_cpu
-@pytest.mark.parametrize("change", [lambda t: t, halved], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", CPU)
-def test_opcheck(name, change):
-    checks = torch.library.opcheck(ops.COMPILED["cpu"][name], prepared(name, change))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("full", [True, False], ids=["full", "plain"])
+@pytest.mark.parametrize("name", sorted(ops.KERNELS["cpu"]) if CPU else [])
+def test_opcheck(name, full, dtype):
+    """With every optional of the schema set, and with none; the forward and training alike."""
+    arguments = schema_calls.arguments(name, "cpu", full=full, dtype=dtype)
+    checks = torch.library.opcheck(ops.COMPILED["cpu"][name], arguments)
     assert set(checks.values()) == {"SUCCESS"}
 
 

@@ -89,6 +89,22 @@ def test_illegal(changes, why):
     assert why in "; ".join(candidates.illegal("linear", tuned(**changes), LINEAR))
 
 
+@pytest.mark.parametrize("factory", ["layer_norm_bwd", "patch_embed_bwd"])
+@pytest.mark.parametrize("programs", [0, -1, 33])
+def test_no_programs_would_sum_nothing(factory, programs):
+    arguments = tuning.TUNABLE[factory].arguments(90, torch.bfloat16, **SIZES[factory])
+    config = dataclasses.replace(tuning.TUNABLE[factory].pinned(**arguments), programs=programs)
+    found = candidates.illegal(factory, config, arguments)
+    assert found == [f"programs is {programs}, expected 1 to 32"]
+
+
+def test_configurations_hold_ints_and_bools_alone():
+    """What `revive` checks an edited file for."""
+    for factory in tuning.TUNABLE.values():
+        assert {field.type for field in dataclasses.fields(factory.kind)} <= {"int", "bool"}
+        assert factory.kind.__dataclass_params__.frozen
+
+
 def test_tensor_copies_need_an_architecture_that_has_them():
     assert "tma" in candidates.illegal("linear", tuned(), {**LINEAR, "arch": 80})[0]
 
@@ -148,6 +164,9 @@ def test_sets_of_other_versions_are_kept(cache, monkeypatch):
     [
         ({"num_warps": 6}, "num_warps is 6"),
         ({"num_stages": "3"}, "illegal"),
+        ({"block_m": 0}, "block_m is 0, expected a power of two"),
+        ({"tma": 1}, "illegal"),
+        ({"num_warps": True}, "illegal"),
         ({"surprise": 1}, "illegal"),
     ],
 )
@@ -165,13 +184,47 @@ def test_a_broken_file_is_ignored_and_set_aside(cache, text):
     file = tuning.path("Test H100")
     file.parent.mkdir(parents=True)
     file.write_text(text)
-    assert configs.linear(**LINEAR) == configs.linear.pinned(**LINEAR)
+    with pytest.warns(UserWarning, match=r"Test_H100.json cannot be read: .*; the pinned defaults"):
+        assert configs.linear(**LINEAR) == configs.linear.pinned(**LINEAR)
     assert "cannot be read" in configs.linear.explain(**LINEAR)[1]
     assert len(list(tuning.reasons())) == 1
     tuning.store("Test H100", {ENTRY: entry(tuned(block_n=128))})
     assert file.with_suffix(".unreadable").read_text() == text
     forget()
     assert configs.linear(**LINEAR) == tuned(block_n=128)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"microseconds": "fast"}, "expected microseconds, candidates and a date"),
+        ({"date": None}, "expected microseconds, candidates and a date"),
+        ({"surprise": 1}, "unexpected keyword argument 'surprise'"),
+    ],
+)
+def test_an_entry_that_is_none_is_reported_and_not_used(cache, change, why):
+    file = tuning.store("Test H100", {ENTRY: entry(tuned(block_n=128))})
+    document = json.loads(file.read_text())
+    document["sets"][0]["entries"][ENTRY] |= change
+    file.write_text(json.dumps(document))
+    forget()
+    with pytest.warns(UserWarning, match="cannot be read"):
+        found, evidence = configs.linear.explain(**LINEAR)
+    assert found == configs.linear.pinned(**LINEAR)
+    assert why in evidence
+
+
+def test_a_file_that_may_not_be_read_is_reported(cache, monkeypatch):
+    file = tuning.store("Test H100", {ENTRY: entry(tuned(block_n=128))})
+    forget()
+
+    def refuse(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.warns(UserWarning, match="Permission denied"):
+        assert "Permission denied" in configs.linear.explain(**LINEAR)[1]
+    assert file.exists()
 
 
 def test_switched_off(cache, monkeypatch):

@@ -190,19 +190,18 @@ def _stream(context: Context, operator: str, impl: str) -> None:
 
 
 def _graph(context: Context, operator: str, impl: str) -> None:
-    """Captured after a warm-up call, replayed on other inputs: the bits of a plain call."""
+    """Captured after `warmup`, replayed on other inputs: the bits of a plain call."""
     import torch
 
+    import deit.kernels
     from qualification import calls
 
     call, other = _call(context, operator), _call(context, operator, seed=5)
     run = calls.function(call, impl)
-    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad(), torch.cuda.stream(side):
-        run(call.inputs)
-        side.synchronize()
-        with torch.cuda.graph(graph, stream=side):
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        deit.kernels.warmup(run, call.inputs)
+        with torch.cuda.graph(graph):
             captured = run(call.inputs)
     for name, tensor in call.inputs.items():
         tensor.copy_(other.inputs[name])

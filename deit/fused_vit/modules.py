@@ -54,8 +54,9 @@ class Fused:
             child = children.get(name)
             if type(child) is not nn.Linear:
                 return f"{name} is a {type(child).__name__}, not a Linear"
-            if type(child.weight) not in PLAIN_TENSORS:
-                return f"{name}.weight is a {type(child.weight).__name__}, not a plain tensor"
+            weight = weight_of(child)
+            if type(weight) not in PLAIN_TENSORS:
+                return f"{name}.weight is a {type(weight).__name__}, not a plain tensor"
         for name in self.IDENTITIES:
             child = children.get(name)
             if child is not None and type(child) is not nn.Identity:
@@ -111,6 +112,12 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
+def weight_of(module: nn.Module) -> Any:
+    """`module.weight`, read past nn.Module's slow look-up where it is a parameter."""
+    found = module._parameters.get("weight")
+    return module.weight if found is None else found
+
+
 class FusedLayerNorm(Fused):
     """Over nn.LayerNorm."""
 
@@ -120,11 +127,12 @@ class FusedLayerNorm(Fused):
         norm: Any = self
         if len(norm.normalized_shape) != 1:
             return f"it normalises over {len(norm.normalized_shape)} axes, not the last one"
-        if norm.weight is None:
+        weight = weight_of(norm)
+        if weight is None:
             return "it has no weight"
-        if type(norm.weight) not in PLAIN_TENSORS:
-            return f"weight is a {type(norm.weight).__name__}, not a plain tensor"
-        if getattr(norm, "_fast_norm", False):
+        if type(weight) not in PLAIN_TENSORS:
+            return f"weight is a {type(weight).__name__}, not a plain tensor"
+        if norm.__dict__.get("_fast_norm", False):
             return "timm's fast_norm is set, which normalises in the autocast dtype"
         return None
 

@@ -44,6 +44,8 @@ def illegal(factory: str, config: Any, arguments: Arguments) -> list[str]:
         found.append(f"num_warps is {config.num_warps}, expected 1 to 32")
     if not 1 <= getattr(config, "num_stages", 1) <= 8:
         found.append(f"num_stages is {config.num_stages}, expected 1 to 8")
+    if not 1 <= getattr(config, "programs", 1) <= 32:  # as many as a multiprocessor may hold
+        found.append(f"programs is {config.programs}, expected 1 to 32")
     if found:
         return found
     arch, dtype = arguments.get("arch", 90), arguments.get("dtype", torch.bfloat16)

@@ -1,11 +1,13 @@
 """`deit tune`: every kernel is checked against PyTorch, and only what is clearly faster is kept."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
 from deit import tune
+from deit.cli import Tune
 from deit.configs import Config
 from deit.kernels import tuning
 from deit.tune_problems import Size, problems
@@ -82,3 +84,102 @@ def test_the_fastest_is_kept_only_if_clearly_faster():
         assert found.entry.pinned_microseconds == pytest.approx(10.0, rel=0.01)
         assert found.entry.candidates == 3
         assert tuning.revive(type(found.config), found.entry.config) == found.config
+
+
+def test_nothing_is_begun_when_time_is_up():
+    """A problem not yet begun is left with its default; one begun tries its first candidate."""
+    problem = next(p for p in PROBLEMS.values() if p.factory == "layer_norm")
+    said: list[str] = []
+    found = tune.measure([problem] * 2, 3, 0.0, torch.device("cpu"), said.append)
+    assert found == ([], [])
+    assert said == ["no time left for 2 of 2 kernels"]
+    configs = tune.candidates_of(problem, 3)
+    sound, dropped = tune.check(problem, problem.make(), configs, 0.0)
+    assert sound == configs[:1]
+    assert dropped == dict.fromkeys(map(str, configs[1:]), "no time left")
+    ran: list[object] = []
+    recorded = dataclasses.replace(problem, run=lambda config, _: ran.append(config))
+    tune.warm([recorded], 3, end=0.0)
+    assert ran == []
+
+
+OPTIONS = Tune(
+    arch=("deit_ti",), dtype="fp16", batch_size=1, img_size=32,
+    only=("layer_norm", "layer_norm_bwd"), candidates=2, seconds=240, jobs=2, device="cpu",
+)  # fmt: skip
+
+
+def test_the_parts_cover_every_problem_once(monkeypatch):
+    """What the processes of `precompile` are told is what the one that measures will run."""
+    seen = []
+    monkeypatch.setattr(tune, "warm", lambda problems, count: seen.append((problems, count)))
+    options = dataclasses.replace(OPTIONS, only=())
+    text = json.dumps(dataclasses.asdict(options))
+    for part in range(3):
+        tune.compile_part([text, str(part), "3"])
+    assert {count for _, count in seen} == {options.candidates}
+    names = [problem.name for problems, _ in seen for problem in problems]
+    wanted = [p.name for p in tune.problems_of(options, torch.device("cpu"))]
+    assert sorted(names) == sorted(wanted)
+    assert len(names) == len(set(names)) > 10
+
+
+def test_warming_runs_every_candidate_and_survives_one_that_cannot():
+    problem = next(p for p in PROBLEMS.values() if p.factory == "layer_norm")
+    ran = []
+
+    def run(config, tensors):
+        ran.append(config)
+        if len(ran) == 1:
+            raise RuntimeError("out of registers")
+        return problem.run(config, tensors)
+
+    tune.warm([dataclasses.replace(problem, run=run)], 3)
+    assert ran == tune.candidates_of(problem, 3)
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    """Two processes compile, this one measures, and what it found is kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert OPTIONS.run() == 0
+    out = capsys.readouterr().out
+    assert "compiling part" not in out, out
+    (file,) = (tmp_path / "fused-deit").glob("*.json")
+    assert f"kept in {file}" in out
+    (only,) = json.loads(file.read_text())["sets"]
+    assert sorted(only["entries"]) == [
+        "layer_norm(arch=90, dtype=float16, dim=192)",
+        "layer_norm_bwd(arch=90, dtype=float16, dim=192)",
+    ]
+
+
+def test_compiling_that_fails_or_takes_too_long_is_said(monkeypatch):
+    broken = dataclasses.replace(OPTIONS, only=("nothing",))
+    assert tune.precompile(broken, 60.0) == [
+        "compiling part 1 of 2 ended with exit status 1",
+        "compiling part 2 of 2 ended with exit status 1",
+    ]
+    assert tune.precompile(OPTIONS, 0.0) == [
+        "compiling part 1 of 2 stopped after 0 s",
+        "compiling part 2 of 2 stopped after 0 s",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"only": ("convolution",)}, "only: expected kernels among attention, .* 'convolution'"),
+        ({"only": ("attention_bwd",), "train": False}, "only: expected kernels among"),
+        ({"device": "abacus"}, "device: expected auto or a torch device; got 'abacus'"),
+        ({"device": "meta"}, "device: expected one that Triton runs on; meta"),
+        ({"batch_size": 0}, "batch_size: expected a positive number; got 0"),
+        ({"candidates": -1}, "candidates: expected a positive number; got -1"),
+        ({"seconds": 0.0}, "seconds: expected a positive number"),
+        ({"jobs": 0}, "jobs: expected a positive number; got 0"),
+        ({"arch": ("vgg",)}, "arch: unknown name 'vgg'"),
+    ],
+)
+def test_bad_options_are_named_before_anything_runs(change, why, monkeypatch):
+    monkeypatch.setattr(tune, "precompile", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(ValueError, match=why):
+        dataclasses.replace(OPTIONS, **change).run()

@@ -1,0 +1,237 @@
+"""Host time of a call: what each public operator costs beyond the launch of its kernel.
+
+    python bench/host_cost.py
+    python bench/host_cost.py --json bench/results/host-cpu-amd-epyc.json
+
+Every operator runs on CPU tensors of one row, so that the host's work is what there is to see, in
+three forms, in turns: the public function; the launch alone, which is the implementation that
+the public function picks on arguments it would hand over (a registered overload, or the
+reference's own calls of PyTorch); and the operator in torch.nn.functional (kernels/reference.py).
+"training" is the forward with every gradient wanted. The last rows are what `fuse` asks a block
+and a model before each forward. Time is the calling thread's own (CPU time), which a busy
+machine lengthens little; a figure is the median of the rounds, and "over" that of the
+differences within a round.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any
+
+import devices
+import evidence
+import torch
+import tyro
+from timing import interleave, spread
+from torch import Tensor
+
+import deit
+import deit.kernels
+from deit.fused_vit import fuse
+from deit.kernels import dispatch, ops
+
+LIMIT = 10.0  # microseconds over the launch, in inference
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to measure, and where to keep the figures."""
+
+    rounds: int = 60
+    calls: int = 100
+    """calls a round and form"""
+    operator: tuple[str, ...] = ()
+    """only these operators"""
+    json: Path | None = None
+    """write every figure here"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a public operator; options: what is set beside the plain call, in words."""
+
+    operator: str
+    options: str
+    inputs: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Medians in microseconds; over: quartiles of call - launch, round by round.
+
+    launch and torch are None for a question that has neither.
+    """
+
+    operator: str
+    options: str
+    mode: str
+    implementation: str
+    call: float
+    launch: float | None
+    torch: float | None
+    over_low: float
+    over: float
+    over_high: float
+    n: int
+    calls: int
+
+
+def cases() -> list[Case]:
+    """Every public operator on one row of 64 channels (one patch of a pixel), plain and with
+    its options."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator)
+    x, weight, vector, keep = draw(1, 1, 64), draw(64, 64), draw(64), torch.ones(1)
+    epilogue = {"residual": x, "gamma": vector, "keep": keep}
+    logits, target = draw(1, 10), torch.tensor([3])
+    mlp = (x, weight, vector, weight, vector)
+    patches = (draw(1, 1, 1, 1), draw(64, 1, 1, 1), vector, draw(1, 1, 64), draw(1, 2, 64))
+    return [
+        Case("layer_norm", "", (x, vector, vector), {}),
+        Case("add_layer_norm", "", (x, x, vector, vector), {}),
+        Case("add_layer_norm", "all", (x, x, vector, vector), {"gamma": vector, "keep": keep}),
+        Case("attention", "", (draw(1, 1, 192), 1), {}),
+        Case("attention", "key_bias", (draw(1, 1, 192), 1), {"key_bias": draw(1, 1)}),
+        Case("linear", "", (x, weight, vector), {}),
+        Case("linear", "all", (x, weight, vector), {"activation": "gelu", **epilogue}),
+        Case("gelu_mlp", "residual", mlp, {"residual": x}),
+        Case("gelu_mlp", "all", mlp, epilogue),
+        Case("patch_embed", "", patches, {}),
+        Case("cross_entropy", "", (logits, target), {}),
+        Case("distillation_loss", "", (logits, target, draw(1, 10)), {}),
+        Case("distillation_loss", "token", (logits, target, draw(1, 10)),
+             {"distillation_logits": draw(1, 10)}),
+    ]  # fmt: skip
+
+
+def trained(case: Case) -> Case:
+    """The same call with every gradient wanted that kernels have."""
+    operator = dispatch.OPERATORS[case.operator]
+    held = set(operator.constants.values())
+
+    def leaf(value: Any, name: str = "") -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or name in held:
+            return value
+        return value.clone().requires_grad_()
+
+    # Inputs come in the schema's order, in which constants are counted.
+    inputs = tuple(leaf(v, operator.constants.get(i, "")) for i, v in enumerate(case.inputs))
+    keywords = {name: leaf(value, name) for name, value in case.keywords.items()}
+    return Case(case.operator, case.options, inputs, keywords)
+
+
+def thread_microseconds(call: Callable[[], object], calls: int) -> float:
+    """CPU time of this thread, a call."""
+    start = time.thread_time_ns()
+    for _ in range(calls):
+        call()
+    return (time.thread_time_ns() - start) / calls / 1e3
+
+
+def measure(case: Case, mode: str, settings: Settings) -> Row:
+    """The public call, the launch alone and torch.nn.functional in turns."""
+    function, operator = getattr(deit.kernels, case.operator), dispatch.OPERATORS[case.operator]
+    case = trained(case) if mode == "training" else case
+    with torch.set_grad_enabled(mode == "training"):
+        arguments = operator.prepare(*case.inputs, **case.keywords)
+        name = dispatch.choose(operator, arguments, "auto")
+        launch: Callable[..., Any] = operator.plain
+        if name != "reference":
+            launch = ops.COMPILED[name][operator.name]
+            if mode == "training":
+                train = operator.train
+                assert train is not None  # or it would not have been chosen
+                launch = lambda *given: train(name, *given)
+        call = lambda: function(*case.inputs, **case.keywords)
+        forms = [call, lambda: launch(*arguments), lambda: operator.plain(*arguments)]
+        found = timed(forms, settings)
+    over = spread([ours - bare for ours, bare in zip(found[0], found[1], strict=True)])
+    medians = [statistics.median(samples) for samples in found]
+    return Row(case.operator, case.options, mode, name, *medians,
+               over.low, over.median, over.high, over.n, settings.calls)  # fmt: skip
+
+
+def timed(forms: Sequence[Callable[[], object]], settings: Settings) -> list[list[float]]:
+    """Samples of each form, taken in turns after one round that is thrown away."""
+    steps = [lambda _, form=form: thread_microseconds(form, settings.calls) for form in forms]
+    for step in steps:
+        step(0)
+    return interleave(steps, settings.rounds)
+
+
+def questions(settings: Settings) -> list[Row]:
+    """What a fused block, and a fused model, asks before it takes the fused path."""
+    model = deit.create("deit_ti", img_size=32, num_classes=10).eval()
+    fuse(model)
+    x = torch.randn(1, 5, 192)
+    block: Any = model.blocks[0]
+    whole: Any = model
+    found = timed([lambda: block.runs_fused(x), lambda: whole.runs_fused(x)], settings)
+    rows = []
+    for name, samples in zip(("fused block", "fused model"), found, strict=True):
+        took = spread(samples)
+        rows.append(Row(name, "asks", "inference", "", took.median, None, None,
+                        took.low, took.median, took.high, took.n, settings.calls))  # fmt: skip
+    return rows
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table of docs/performance.md."""
+    figure = lambda value: "" if value is None else f"{value:.1f}"
+    lines = [
+        "| µs | | `torch.nn.functional` | launch alone | call | over the launch |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        name = f"`{row.operator}`" if row.operator in ops.SCHEMAS else f"a {row.operator} asks"
+        options = f", {row.options}" if row.options and row.implementation else ""
+        by = f"{row.mode}, {row.implementation}" if row.implementation else ""
+        lines.append(
+            f"| {name}{options} | {by} | {figure(row.torch)} | {figure(row.launch)} "
+            f"| {row.call:.1f} | {row.over:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """The rows with what a reader must know to repeat them."""
+    facts = devices.describe(torch.device("cpu"))
+    facts["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    facts["command"] = "python bench/host_cost.py"
+    facts["kernels_sha256"] = evidence.kernels_sha256()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+def main(settings: Settings) -> int:
+    """Print the table; 1 where an operator costs more than LIMIT over its launch in inference."""
+    if unknown := sorted(set(settings.operator) - set(ops.SCHEMAS)):
+        known = ", ".join(ops.SCHEMAS)
+        print(f"--operator: expected among {known}; got {unknown[0]!r}", file=sys.stderr)
+        return 2
+    if min(settings.rounds, settings.calls) < 1:
+        print("--rounds, --calls: expected at least 1", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)
+    wanted = [c for c in cases() if not settings.operator or c.operator in settings.operator]
+    rows = [measure(case, mode, settings) for mode in ("inference", "training") for case in wanted]
+    rows += questions(settings)
+    print(markdown(rows))
+    if settings.json is not None:
+        write(settings.json, rows)
+    above = [row for row in rows if row.mode == "inference" and row.launch and row.over > LIMIT]
+    for row in above:
+        print(f"above {LIMIT:.0f} us: {row.operator} {row.options}: {row.over:.1f}")
+    return 1 if above else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Annotated[Settings, tyro.conf.arg(name="")], description=__doc__)))

@@ -1,0 +1,61 @@
+"""Arguments for every schema of ops.py, of the forward and of training alike.
+
+    schema_calls.arguments("linear_bwd", "triton")
+
+Those of a forward are a public call's with every optional set (test_dispatch.CALLS), or with none
+(`full=False`). Those of a `_bwd` are found by name: the forward's own, what its `_fwd` returned,
+and a random `d<output>` for each output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from test_dispatch import CALLS
+
+from deit.kernels import dispatch, ops
+
+
+def forward(
+    operator: str, *, full: bool = True, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> list[Any]:
+    """The arguments of a public operator's schema, floating-point tensors in `dtype`."""
+    inputs, options = CALLS[operator]
+    prepared = dispatch.OPERATORS[operator].prepare(*inputs, **options)
+    arguments = []
+    for value, formal in zip(prepared, schema(operator).arguments, strict=True):
+        if not full and isinstance(formal.type, torch.OptionalType):
+            value = None
+        if isinstance(value, torch.Tensor):
+            value = value.to(device, dtype if value.is_floating_point() else None, copy=True)
+        arguments.append(value)
+    return arguments
+
+
+def schema(name: str) -> Any:
+    """The schema as torch has parsed it."""
+    return ops.COMPILED["triton"][name]._schema
+
+
+def arguments(name: str, impl: str, **options: Any) -> list[Any]:
+    """The arguments of any schema; `impl` runs the forward whose results a `_bwd` reads."""
+    operator = name.removesuffix("_fwd").removesuffix("_bwd")
+    inputs = forward(operator, **options)
+    if not name.endswith("_bwd"):
+        return inputs
+    saving = f"{operator}_fwd" if f"{operator}_fwd" in ops.TRAINING_SCHEMAS else operator
+    known = dict(zip((a.name for a in schema(operator).arguments), inputs, strict=True))
+    outputs = each(ops.COMPILED[impl][saving](*inputs))
+    for formal, value in zip(schema(saving).returns, outputs, strict=True):
+        known[formal.name or "out"] = value
+        known[f"d{formal.name or 'out'}"] = torch.randn_like(value)
+    if "prefix" in known:
+        known["prefix_tokens"] = known["prefix"].shape[1]
+    return [known[formal.name] for formal in schema(name).arguments]
+
+
+def each(value: Any) -> Sequence[torch.Tensor]:
+    """One output or several."""
+    return value if isinstance(value, (tuple, list)) else (value,)

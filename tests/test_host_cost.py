@@ -1,0 +1,80 @@
+"""bench/host_cost.py: it covers every operator, and the differences are those of one round."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+
+import host_cost
+
+from deit.kernels import dispatch, ops
+
+QUICK = host_cost.Settings(rounds=2, calls=2)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_operator_is_measured_in_inference_and_in_training(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    host_cost.main(host_cost.Settings(rounds=2, calls=2, json=path))
+    document = json.loads(path.read_text())
+    assert document["kernels_sha256"]
+    assert document["threads"] == 1
+    for mode in ("inference", "training"):
+        found = {row["operator"] for row in document["rows"] if row["mode"] == mode}
+        assert set(ops.SCHEMAS) <= found
+    table = capsys.readouterr().out
+    for row in document["rows"]:
+        assert row["over_low"] <= row["over"] <= row["over_high"]
+        assert row["operator"] in table
+
+
+def test_training_wants_every_gradient_that_kernels_have():
+    for case in map(host_cost.trained, host_cost.cases()):
+        held = set(dispatch.OPERATORS[case.operator].constants.values())
+        wanting = [v for v in (*case.inputs, *case.keywords.values()) if torch.is_tensor(v)]
+        assert any(v.requires_grad for v in wanting)
+        for name in held & set(case.keywords):
+            assert not case.keywords[name].requires_grad
+
+
+def test_what_is_over_the_launch_is_paired(monkeypatch):
+    """A machine that slows down in the second round adds nothing to the difference."""
+    monkeypatch.setattr(host_cost, "timed", lambda *_: [[7.0, 70.0], [4.0, 67.0], [1.0, 1.0]])
+    row = host_cost.measure(host_cost.cases()[0], "inference", QUICK)
+    assert (row.over_low, row.over, row.over_high) == (3.0, 3.0, 3.0)
+    assert (row.call, row.launch, row.torch, row.n) == (38.5, 35.5, 1.0, 2)
+
+
+@pytest.mark.parametrize(("over", "status"), [(11.0, 1), (9.0, 0)])
+def test_more_than_the_limit_is_a_failure(over, status, monkeypatch, capsys):
+    row = host_cost.Row("linear", "all", "inference", "cpu", 20.0, 9.0, 2.0, 8.0, over, 12.0, 2, 2)
+    monkeypatch.setattr(host_cost, "measure", lambda *_: row)
+    monkeypatch.setattr(host_cost, "questions", lambda _: [])
+    assert host_cost.main(QUICK) == status
+    assert ("above 10 us: linear all: 11.0" in capsys.readouterr().out) == bool(status)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (
+            host_cost.Settings(operator=("conv",)),
+            "--operator: expected among layer_norm, .* 'conv'",
+        ),
+        (host_cost.Settings(rounds=0), "--rounds, --calls: expected at least 1"),
+    ],
+)
+def test_bad_options(settings, why, capsys):
+    assert host_cost.main(settings) == 2
+    assert re.search(why, capsys.readouterr().err)
