@@ -18,11 +18,12 @@ the floor, find the step that rounds too early.
 Use:
 
     oracle.check(kernel_output, reference.layer_norm, (x, weight, bias, 1e-6))
+    oracle.check_draws(kernel, reference.attention, [(make_qkv(seed), 3, 0.125, None) ...])
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,32 @@ def make(
     elif family != "random":
         raise ValueError(f"family: expected one of {', '.join(FAMILIES)}; got {family!r}")
     return x.to(dtype)
+
+
+def packed(
+    family: str,
+    batch: int,
+    tokens: int,
+    heads: int = 3,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float16,
+    *,
+    seed: int = 1,
+) -> Tensor:
+    """qkv [B, N, 3 * H * d] of one input family, from `seed` and the two after it.
+
+    A mean of 1000 is for v alone: in q and k it would make every softmax an argmax; there the mean
+    is 4. "outlier": in k there are none, since outlier channels times each other would be scores
+    of 10^4. "one_hot": scores of standard deviation 25, one key taking nearly everything.
+    """
+    shape = (batch, tokens, heads * head_dim)
+    seeds = (seed, seed + 1, seed + 2)
+    if family == "one_hot":
+        return torch.cat([make("random", shape, dtype, seed=s, scale=5.0) for s in seeds], -1)
+    q, k = (make(family, shape, dtype, seed=s, scale=0.5, mean=8.0) for s in seeds[:2])
+    if family == "outlier":
+        k = make("random", shape, dtype, seed=seeds[1], scale=0.05)
+    return torch.cat([q, k, make(family, shape, dtype, seed=seeds[2])], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -108,15 +135,70 @@ def in_fp64(arguments: Sequence[Any]) -> tuple[Any, ...]:
     )
 
 
+@dataclass(frozen=True)
+class Measured:
+    """One output's errors, PyTorch's at the same dtype, and the floor granted on top."""
+
+    ours: Errors
+    theirs: Errors
+    floor: Errors
+
+    @property
+    def used(self) -> float:
+        """The larger share, of norm and maximum, of what the rule allows: 1 at its limit."""
+        allowed = (
+            (self.ours.norm, FACTOR * self.theirs.norm + self.floor.norm),
+            (self.ours.maximum, FACTOR * self.theirs.maximum + self.floor.maximum),
+        )
+        return max(got / limit if limit else float(got > 0) * 2 for got, limit in allowed)
+
+
+def measure(
+    kernel_out: Tensor | Sequence[Tensor],
+    reference: Callable[..., Any],
+    arguments: Sequence[Any],
+    name: str = "",
+) -> list[Measured]:
+    """Every output's errors on one draw; AssertionError for a wrong count, shape or dtype."""
+    with torch.no_grad():
+        plain, exact = reference(*arguments), reference(*in_fp64(arguments))
+    outputs, plains, exacts = (
+        [t] if isinstance(t, Tensor) else list(t) for t in (kernel_out, plain, exact)
+    )
+    assert len(outputs) == len(plains), f"{name}: {len(outputs)} outputs, expected {len(plains)}"
+    found = []
+    for index, (out, torch_out, oracle) in enumerate(zip(outputs, plains, exacts, strict=True)):
+        assert out.dtype == torch_out.dtype, (
+            f"{name}[{index}]: {out.dtype}, expected {torch_out.dtype}"
+        )
+        found.append(
+            Measured(errors(out, oracle), errors(torch_out, oracle), floor(out.dtype, oracle))
+        )
+    return found
+
+
+def pooled(draws: Sequence[Measured]) -> Measured:
+    """One output's errors over several draws: norms by root mean square, maxima by mean.
+
+    The norms are so what those of all draws laid end to end would be.
+    """
+
+    def over(pick: Callable[[Measured], Errors]) -> Errors:
+        found = [pick(m) for m in draws]
+        square = sum(e.norm**2 for e in found) / len(found)
+        return Errors(square**0.5, sum(e.maximum for e in found) / len(found))
+
+    return Measured(over(lambda m: m.ours), over(lambda m: m.theirs), over(lambda m: m.floor))
+
+
 def check(
     kernel_out: Tensor | Sequence[Tensor],
     reference: Callable[..., Any],
     arguments: Sequence[Any],
     *,
     name: str = "",
-    floors: float = 1.0,
 ) -> list[tuple[Errors, Errors]]:
-    """Assert that a kernel's outputs meet the error rule.
+    """Assert that a kernel's outputs meet the error rule on one draw.
 
     Args:
         kernel_out: what the kernel returned for `arguments`, one tensor or several.
@@ -124,8 +206,6 @@ def check(
             `arguments` as they are, for PyTorch's own error, and in fp64, for the oracle.
         arguments: the schema's arguments, in order.
         name: put in front of the failure message.
-        floors: how many floors are granted: 2 for gradients that sum over rows, where another
-            order of summation alone was seen to cost 1.7e-7 in fp32.
 
     Returns:
         For every output, (errors of the kernel, errors of PyTorch).
@@ -133,27 +213,37 @@ def check(
     Raises:
         AssertionError: a wrong shape, dtype or non-finite value, or an error above the rule.
     """
-    with torch.no_grad():
-        plain, exact = reference(*arguments), reference(*in_fp64(arguments))
-    outputs, plains, exacts = (
-        [t] if isinstance(t, Tensor) else list(t) for t in (kernel_out, plain, exact)
-    )
-    assert len(outputs) == len(plains), f"{name}: {len(outputs)} outputs, expected {len(plains)}"
-    report = []
-    for index, (out, torch_out, oracle) in enumerate(zip(outputs, plains, exacts, strict=True)):
-        label = f"{name or getattr(reference, '__name__', 'kernel')}[{index}]"
-        assert out.dtype == torch_out.dtype, f"{label}: {out.dtype}, expected {torch_out.dtype}"
-        ours, theirs, spare = (
-            errors(out, oracle),
-            errors(torch_out, oracle),
-            floor(out.dtype, oracle),
-        )
+    name = name or getattr(reference, "__name__", "kernel")
+    return _checked(measure(kernel_out, reference, arguments, name), name)
+
+
+def check_draws(
+    kernel: Callable[..., Any],
+    reference: Callable[..., Any],
+    draws: Iterable[Sequence[Any]],
+    *,
+    name: str = "",
+) -> list[tuple[Errors, Errors]]:
+    """Assert the error rule over several draws of the arguments, errors `pooled`; else as `check`.
+
+    For results of few elements, or in which few elements hold all of the error (a softmax of large
+    scores, a difference of nearly equal sums). One draw then compares two roundings, and luck
+    decides: PyTorch's attention on one head of 12 to 20 tokens, beside itself with the channels of
+    q and k in another order, misses the rule on 7 % of random draws, by up to 3 times, and at
+    scores of standard deviation 75 on a third of them. Pooled over 60 draws its ratio to itself is
+    0.9 to 1.0, so a kernel that is worse shows. The factor and the floor are those of `check`.
+    """
+    name = name or getattr(reference, "__name__", "kernel")
+    found = [measure(kernel(*arguments), reference, arguments, name) for arguments in draws]
+    return _checked([pooled(output) for output in zip(*found, strict=True)], name)
+
+
+def _checked(found: Sequence[Measured], name: str) -> list[tuple[Errors, Errors]]:
+    for index, m in enumerate(found):
         for kind in ("norm", "maximum"):
-            got, base, extra = (getattr(e, kind) for e in (ours, theirs, spare))
-            extra *= floors
+            got, base, extra = (getattr(e, kind) for e in (m.ours, m.theirs, m.floor))
             assert got <= FACTOR * base + extra, (
-                f"{label}: {kind} error {got:.3g} > {FACTOR} * {base:.3g} (PyTorch's) "
+                f"{name}[{index}]: {kind} error {got:.3g} > {FACTOR} * {base:.3g} (PyTorch's) "
                 f"+ {extra:.3g} (floor)"
             )
-        report.append((ours, theirs))
-    return report
+    return [(m.ours, m.theirs) for m in found]

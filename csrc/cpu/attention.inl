@@ -13,10 +13,16 @@ constexpr int kRows = 6, kCols = 4;  // 24 accumulators, 4 of B and 1 of A: 29 o
 constexpr int kRows = 6, kCols = 2;  // 12 accumulators, 2 of B and 1 of A: 15 of 16 registers
 #endif
 constexpr int64_t kPanel = kCols * kWidth;  // keys of one panel
-// Terms added up in one chain; longer sums are added block by block. Against fp64, in units of
+// Terms added up in one chain; longer sums are added chain by chain. Against fp64, in units of
 // PyTorch's own error at N = 197, chains of 256 gave 1.1 (norm) and up to 1.55 (maximum), chains
 // of 64 give 0.93 and 1.1. Without fused multiply-add they are 16.
-constexpr int64_t kDepthBlock = kWidth == 4 ? 16 : 64;
+constexpr int64_t kChain = kWidth == 4 ? 16 : 64;
+// Below 12 keys BLAS adds a score up in many short chains: there ours of 64 were off by 1.36 times
+// PyTorch's error (200 draws of each N, one head), and chains of 16 are by 0.97. From 12 keys on
+// BLAS has chains of 64 itself, and ours share its rounding errors, which in a nearly one-hot
+// softmax are all there is.
+constexpr int64_t kFewKeys = 12;
+constexpr int64_t kShortChain = 16;
 
 // c[MR, NV * kWidth] (= or +=) a[MR, depth] * b[depth, NV * kWidth]
 template <int MR, int NV>
@@ -76,12 +82,12 @@ void product_chain(const float* a, int64_t lda, const float* b, int64_t ldb, int
   }
 }
 
-// The same for any depth, `c` overwritten.
+// The same for any depth, in chains of at most `chain` terms; `c` is overwritten.
 void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows,
-             int64_t depth, int vectors, float* c, int64_t ldc) {
-  for (int64_t k = 0; k < depth; k += kDepthBlock) {
-    const int64_t chain = depth - k < kDepthBlock ? depth - k : kDepthBlock;
-    product_chain(a + k, lda, b + k * ldb, ldb, rows, chain, vectors, k > 0, c, ldc);
+             int64_t depth, int64_t chain, int vectors, float* c, int64_t ldc) {
+  for (int64_t k = 0; k < depth; k += chain) {
+    const int64_t terms = depth - k < chain ? depth - k : chain;
+    product_chain(a + k, lda, b + k * ldb, ldb, rows, terms, vectors, k > 0, c, ldc);
   }
 }
 
@@ -204,11 +210,12 @@ void attend(const AttentionArgs& args, const Workspace& w, const T* queries, int
             const float* key_bias, T* out) {
   const int64_t tokens = args.tokens, dim = args.head_dim;
   pack(queries, args.stride_token, count, dim, args.scale, w.queries, dim);
+  const int64_t chain = tokens < kFewKeys ? kShortChain : kChain;
   for (int64_t key = 0; key < tokens; key += kPanel) {
     const int64_t left = w.keys_padded - key;
     const int vectors = static_cast<int>((left < kPanel ? left : kPanel) / kWidth);
-    product(w.queries, dim, w.keys + key * dim, kPanel, count, dim, vectors, w.scores + key,
-            w.keys_padded);
+    product(w.queries, dim, w.keys + key * dim, kPanel, count, dim, chain, vectors,
+            w.scores + key, w.keys_padded);
   }
   float inverse[64];
   for (int64_t i = 0; i < count; ++i) {
@@ -217,8 +224,8 @@ void attend(const AttentionArgs& args, const Workspace& w, const T* queries, int
   for (int64_t k = 0; k < w.dim_padded; k += kPanel) {
     const int64_t left = w.dim_padded - k;
     const int vectors = static_cast<int>((left < kPanel ? left : kPanel) / kWidth);
-    product(w.scores, w.keys_padded, w.values + k, w.dim_padded, count, tokens, vectors, w.out + k,
-            w.dim_padded);
+    product(w.scores, w.keys_padded, w.values + k, w.dim_padded, count, tokens, kChain, vectors,
+            w.out + k, w.dim_padded);
   }
   const int64_t channels = args.heads * dim;
   for (int64_t i = 0; i < count; ++i) {

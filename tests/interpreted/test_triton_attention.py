@@ -14,18 +14,7 @@ DTYPES = (torch.float32, torch.float16)  # the interpreter's bf16 products are w
 
 
 def make_qkv(batch, tokens, heads=3, head_dim=64, dtype=torch.float16, family="random"):
-    """qkv of one input family. A mean of 1000 is for v alone: in q and k it would make every
-    softmax an argmax; there the mean is 4. "one_hot": scores of standard deviation 25."""
-    shape = (batch, tokens, heads * head_dim)
-    if family == "one_hot":
-        return torch.cat(
-            [oracle.make("random", shape, dtype, seed=s, scale=5.0) for s in (1, 2, 3)], -1
-        )
-    q, k = (oracle.make(family, shape, dtype, seed=s, scale=0.5, mean=8.0) for s in (1, 2))
-    if family == "outlier":
-        # Scores of outlier channels times each other are 10^4: keep softmax soft.
-        k = oracle.make("random", shape, dtype, seed=2, scale=0.05)
-    return torch.cat([q, k, oracle.make(family, shape, dtype, seed=3)], dim=-1)
+    return oracle.packed(family, batch, tokens, heads, head_dim, dtype)
 
 
 def _check(qkv, heads=3, key_bias=None, scale=0.125, config=None):
