@@ -105,12 +105,12 @@ void pack_operand(const PackArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// The epilogue on `sums`, [rows, columns] at row stride kPanel, of the product's rows from `row`
-// and columns from `column`.
-DEIT_INLINE void finish(const ProductArgs& p, const float* sums, int64_t row, int64_t rows,
-                        int64_t column, int64_t columns) {
-  for (int64_t end = row + rows; row < end; ++row, sums += kPanel) {
-    const Vec kept = broadcast(p.keep ? p.keep[row / p.rows_per_sample] : 1.0f);
+// The epilogue on `sums`, [rows, columns] at row stride kPanel, of the product's columns from
+// `column`.
+DEIT_INLINE void finish(const ProductArgs& p, const float* sums, int64_t column, int64_t columns) {
+  for (int64_t row = 0; row < p.rows; ++row, sums += kPanel) {
+    const int64_t sample = p.keep ? (p.first_row + row) / p.rows_per_sample : 0;
+    const Vec kept = broadcast(p.keep ? p.keep[sample] : 1.0f);
     const int64_t at = row * p.width + column;
     each_vector(columns, [&](int64_t j, int lanes) __attribute__((always_inline)) {
       Vec y = load(sums + j);
@@ -130,21 +130,50 @@ DEIT_INLINE void finish(const ProductArgs& p, const float* sums, int64_t row, in
   }
 }
 
-size_t product_workspace(const ProductArgs&) { return kRowTile * kPanel; }
-
-void product_tiles(const ProductArgs& p, float* sums, int64_t begin, int64_t end) {
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const int64_t row = tile * kRowTile;
-    const int64_t rows = p.rows - row < kRowTile ? p.rows - row : kRowTile;
-    for (int64_t column = 0; column < p.width; column += kPanel) {
-      const int64_t left = p.width - column, columns = left < kPanel ? left : kPanel;
-      const float* panel = p.panels + column * p.depth;
-      for (int64_t k = 0; k < p.depth; k += kChain) {
-        const int64_t chain = p.depth - k < kChain ? p.depth - k : kChain;
-        multiply<false>(p.a + row * p.lda + k, p.lda, panel + k * kPanel, kPanel, rows, chain,
-                        vectors_of(columns), k > 0, sums, kPanel);
-      }
-      finish(p, sums, row, rows, column, columns);
+// The whole of `p`, which has kRowTile rows at most.
+void product_tile(const ProductArgs& p, float* sums) {
+  for (int64_t column = 0; column < p.width; column += kPanel) {
+    const int64_t left = p.width - column, columns = left < kPanel ? left : kPanel;
+    const float* panel = p.panels + column * p.depth;
+    for (int64_t k = 0; k < p.depth; k += kChain) {
+      const int64_t chain = p.depth - k < kChain ? p.depth - k : kChain;
+      multiply<false>(p.a + k, p.lda, panel + k * kPanel, kPanel, p.rows, chain,
+                      vectors_of(columns), k > 0, sums, kPanel);
     }
+    finish(p, sums, column, columns);
+  }
+}
+
+// `p` on its tile of rows.
+DEIT_INLINE ProductArgs on_tile(ProductArgs p, int64_t tile) {
+  const int64_t row = tile * kRowTile;
+  p.rows = p.rows - row < kRowTile ? p.rows - row : kRowTile;
+  p.first_row += row;
+  if (p.a) p.a += row * p.lda;
+  float** const written[] = {&p.out, &p.affine, &p.activated};
+  for (float** to : written) {
+    if (*to) *to += row * p.width;
+  }
+  const float** const read[] = {&p.residual, &p.hidden};
+  for (const float** from : read) {
+    if (*from) *from += row * p.width;
+  }
+  return p;
+}
+
+size_t product_workspace(const ProductArgs& p) {
+  return static_cast<size_t>(kRowTile * kPanel + (p.before ? kRowTile * p.before->width : 0));
+}
+
+void product_tiles(const ProductArgs& args, float* sums, int64_t begin, int64_t end) {
+  for (int64_t tile = begin; tile < end; ++tile) {
+    ProductArgs p = on_tile(args, tile);
+    if (args.before) {
+      ProductArgs first = on_tile(*args.before, tile);
+      first.out = sums + kRowTile * kPanel;
+      product_tile(first, sums);
+      p.a = first.out;
+    }
+    product_tile(p, sums);
   }
 }

@@ -72,21 +72,43 @@ Tensor sum_of_chunks(const float* parts, int64_t chunks, int64_t stride, int64_t
 
 // --- products ---------------------------------------------------------------------------------
 
-// Runs `args` with `b` as its right operand: [width, depth] where transposed, or [depth, width].
-void run_product(ProductArgs& args, const Tensor& b, bool transposed) {
-  if (args.rows == 0 || args.width == 0) return;
+// Packs `b` as the right operand of `args`: [width, depth] where transposed, else [depth, width].
+Buffer pack_operand(ProductArgs& args, const Tensor& b, bool transposed) {
   const TrainingKernels& set = kernels().training;
   const int64_t panels = blocks(args.width, set.panel);
-  const Buffer packed = allocate(static_cast<size_t>(panels * set.panel * args.depth));
+  Buffer packed = allocate(static_cast<size_t>(panels * set.panel * args.depth));
   const PackArgs pack{floats(b), b.size(1), transposed, args.depth, args.width, packed.get()};
   parallel_for(0, panels, std::max<int64_t>(1, kGrain / (set.panel * args.depth + 1)),
                [&](int64_t begin, int64_t end) { set.pack(pack, begin, end); });
   args.panels = packed.get();
+  return packed;
+}
+
+void run_product(const ProductArgs& args) {
+  if (args.rows == 0 || args.width == 0) return;
+  const TrainingKernels& set = kernels().training;
   const int64_t work = set.row_tile * args.depth * args.width;
   parallel_for(0, blocks(args.rows, set.row_tile), grain_of(work), [&](int64_t begin, int64_t end) {
     const Buffer workspace = allocate(set.product_workspace(args));
     set.product(args, workspace.get(), begin, end);
   });
+}
+
+int64_t tasks_of(const WeightGradientArgs& args) {
+  return blocks(args.outputs, args.output_block) * blocks(args.inputs, args.input_block);
+}
+
+// Large blocks pack less for each multiply-add; as large as leaves every thread its share. No sum's
+// order depends on it.
+void share_out(WeightGradientArgs& args) {
+  constexpr int64_t sizes[][2] = {{192, 192}, {96, 192}, {96, 96}, {48, 64}};
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  for (const auto& [outputs, inputs] : sizes) {
+    args.output_block = outputs;
+    args.input_block = inputs;
+    const int64_t tasks = tasks_of(args);
+    if (tasks >= 4 * threads || tasks % threads == 0) return;
+  }
 }
 
 // dweight [M, K] and dbias [M] of a layer whose output's gradient is g [T, M] and input x [T, K].
@@ -104,16 +126,10 @@ std::tuple<Tensor, Tensor> run_weight_gradient(const Tensor& g, const Tensor& x)
   args.x = floats(x);
   args.dweight = mutable_floats(dweight);
   args.dbias = mutable_floats(dbias);
-  // Large blocks pack less for each multiply-add, small ones share out better.
-  args.output_block = args.input_block = 192;
-  const auto tasks = [&] {
-    return blocks(args.outputs, args.output_block) * blocks(args.inputs, args.input_block);
-  };
-  if (tasks() < 16) args.input_block = 64;
-  if (tasks() < 16) args.output_block = 96;
+  share_out(args);
   const TrainingKernels& set = kernels().training;
   const int64_t work = args.rows * args.output_block * args.input_block;
-  parallel_for(0, tasks(), grain_of(work), [&](int64_t begin, int64_t end) {
+  parallel_for(0, tasks_of(args), grain_of(work), [&](int64_t begin, int64_t end) {
     const Buffer workspace = allocate(set.weight_gradient_workspace(args));
     set.weight_gradient(args, workspace.get(), begin, end);
   });
@@ -172,7 +188,8 @@ std::tuple<Tensor, Tensor> linear_fwd(Tensor x, Tensor weight, Optional bias,
   epilogue.describe(x, width, bias, residual, gamma, keep, args);
   args.activation = kind;
   args.affine = saves ? mutable_floats(affine) : nullptr;
-  run_product(args, weight, true);
+  const Buffer packed = pack_operand(args, weight, true);
+  run_product(args);
   return {out, affine};
 }
 
@@ -213,7 +230,8 @@ std::tuple<Tensor, Tensor> output_gradient(const Tensor& dout, const Tensor& aff
 Tensor input_gradient(const Tensor& g, const Tensor& weight) {
   Tensor dx = torch::stable::new_empty(g, with_last(g, weight.size(1)));
   ProductArgs args = product_of(g, weight.size(1), dx);
-  run_product(args, weight, false);
+  const Buffer packed = pack_operand(args, weight, false);
+  run_product(args);
   return dx;
 }
 
@@ -229,20 +247,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_bwd(Tensor dout, Tensor x, Ten
   return {input_gradient(g, fp32("weight", weight)), dweight, dbias, dgamma};
 }
 
+// Both products on a tile of rows at a time: the activated hidden layer never leaves the cache.
 std::tuple<Tensor, Tensor, Tensor> gelu_mlp_fwd(Tensor x, Tensor w1, Optional b1, Tensor w2,
                                                 Optional b2, Optional residual, Optional gamma,
                                                 Optional keep) {
   check_linear(x, w1, "w1");
+  STD_TORCH_CHECK(w2.dim() == 2 && w2.size(1) == w1.size(0) && w2.size(1) > 0,
+                  "w2: expected [D', M] with M > 0 the rows of w1");
   x = fp32("x", x);
-  Tensor hidden = torch::stable::new_empty(x, with_last(x, w1.size(0)));
-  Tensor activated = torch::stable::new_empty(x, with_last(x, w1.size(0)));
-  ProductArgs args = product_of(x, w1.size(0), activated);
-  Epilogue epilogue;
-  epilogue.describe(x, w1.size(0), b1, std::nullopt, std::nullopt, std::nullopt, args);
-  args.activation = Activation::gelu;
-  args.affine = mutable_floats(hidden);
-  run_product(args, fp32("w1", w1), true);
-  const auto [out, affine] = linear_fwd(activated, w2, b2, std::nullopt, residual, gamma, keep);
+  const int64_t hidden_width = w1.size(0), width = w2.size(0);
+  Tensor hidden = torch::stable::new_empty(x, with_last(x, hidden_width));
+  Tensor out = torch::stable::new_empty(x, with_last(x, width));
+  Tensor affine = gamma.has_value() ? torch::stable::new_empty(x, with_last(x, width)) : none(x);
+  Epilogue epilogues[2];
+  ProductArgs first = product_of(x, hidden_width, hidden);
+  epilogues[0].describe(x, hidden_width, b1, std::nullopt, std::nullopt, std::nullopt, first);
+  first.activation = Activation::gelu;
+  first.affine = first.out;
+  first.out = nullptr;
+  ProductArgs second = product_of(hidden, width, out);
+  epilogues[1].describe(x, width, b2, residual, gamma, keep, second);
+  second.affine = gamma.has_value() ? mutable_floats(affine) : nullptr;
+  second.a = nullptr;
+  second.before = &first;
+  const Buffer packed[2] = {pack_operand(first, fp32("w1", w1), true),
+                            pack_operand(second, fp32("w2", w2), true)};
+  run_product(second);
   return {out, hidden, affine};
 }
 
@@ -260,7 +290,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gelu_mlp_bwd(
   args.hidden = floats(hidden);
   args.activated = mutable_floats(activated);
   args.activation = Activation::gelu;
-  run_product(args, fp32("w2", w2), false);
+  const Buffer packed = pack_operand(args, fp32("w2", w2), false);
+  run_product(args);
   const auto [dw2, db2] = run_weight_gradient(g, activated);
   const auto [dw1, db1] = run_weight_gradient(dhidden, fp32("x", x));
   return {input_gradient(dhidden, fp32("w1", w1)), dw1, db1, dw2, db2, dgamma};

@@ -27,11 +27,12 @@ struct PackArgs {
 // and with `hidden`, of the hidden layer's gradient
 //     out = a b * gelu'(hidden)      activated = gelu(hidden)
 struct ProductArgs {
-  const float* a;  // [rows, depth], row stride lda
+  const ProductArgs* before;  // the product whose out, kept in cache by tiles, is a; or null
+  const float* a;             // [rows, depth], row stride lda; null where there is one before
   int64_t lda;
   const float* panels;
   int64_t rows, depth, width;
-  float* out;             // [rows, width]
+  float* out;             // [rows, width]; null in a product before another
   float* affine;          // [rows, width] or null
   const float* bias;      // [width] or null
   const float* gamma;     // [width] or null
@@ -39,7 +40,7 @@ struct ProductArgs {
   const float* residual;  // [rows, width] or null
   const float* hidden;    // [rows, width] or null
   float* activated;       // [rows, width]; null where hidden is
-  int64_t rows_per_sample;
+  int64_t rows_per_sample, first_row;
   Activation activation;
 };
 
