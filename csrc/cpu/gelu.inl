@@ -51,8 +51,8 @@ void output_gradient(const OutputGradientArgs& args, int64_t begin, int64_t end)
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t first_row = chunk * kRowChunk, channels = args.channels;
     const int64_t left = args.rows - first_row;
-    float* sums = args.dgamma ? args.dgamma + chunk * channels : nullptr;
-    for (int64_t i = 0; sums && i < channels; ++i) sums[i] = 0.0f;
+    float* sums = args.dgamma ? args.dgamma + chunk * 2 * channels : nullptr;
+    for (int64_t i = 0; sums && i < 2 * channels; ++i) sums[i] = 0.0f;
     for (int64_t row = first_row; row < first_row + (left < kRowChunk ? left : kRowChunk); ++row) {
       const Vec kept = broadcast(args.keep ? args.keep[row / args.rows_per_sample] : 1.0f);
       const float* dout = args.dout + row * args.ldd;
@@ -66,7 +66,7 @@ void output_gradient(const OutputGradientArgs& args, int64_t begin, int64_t end)
           y = gelu.value;
           g = g * gelu.slope;
         }
-        if (sums) store_lanes(sums + j, fma(dy, y, load_lanes(sums + j, lanes)), lanes);
+        if (sums) add_exactly(sums + j, sums + channels + j, dy * y, lanes);
         store_lanes(args.g + at + j, g, lanes);
       });
     }

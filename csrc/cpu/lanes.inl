@@ -20,3 +20,16 @@ DEIT_INLINE void store_lanes(T* p, Vec a, int lanes) {
     store_first(p, a, lanes);
   }
 }
+
+// high + low += a, with what rounding takes from `high` kept in `low` (Knuth's two-sum). A
+// parameter's gradient is one sum over all rows, and where an outlier channel carries most of the
+// gradient's norm, its rounding is that sum's alone: plain chains of 32 were off by 3.2 times
+// PyTorch's error.
+DEIT_INLINE void add_exactly(float* high, float* low, Vec a, int lanes) {
+  const Vec before = load_lanes(high, lanes);
+  const Vec total = before + a;
+  const Vec taken = total - before;
+  const Vec lost = (before - (total - taken)) + (a - taken);
+  store_lanes(high, total, lanes);
+  store_lanes(low, load_lanes(low, lanes) + lost, lanes);
+}

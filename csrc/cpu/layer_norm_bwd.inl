@@ -8,7 +8,8 @@
 // off, as in the forward: at mean 1000 and deviation 1 it would put 3e-5 on every xhat.
 
 struct RowSums {
-  float *weight, *bias, *gamma;  // [D]
+  float *weight, *bias, *gamma;  // [D], and what rounding took from each at `low` past it
+  int64_t low;
 };
 
 template <class X, class R>
@@ -22,16 +23,16 @@ DEIT_INLINE void gradient_of_row(const LayerNormGradientArgs& args, int64_t row,
     deviation = deviation + (lanes == kWidth ? d : first(d, lanes));
   });
   const float count = static_cast<float>(channels);
-  const Vec shift = broadcast(sum(deviation) / count);
+  const Vec rest = broadcast(sum(deviation) / count) * rstd;
   Vec plain[2] = {}, along[2] = {};
   each_vector(channels, [&](int64_t j, int lanes) __attribute__((always_inline)) {
     const int chain = static_cast<int>(j / kWidth % 2);
-    const Vec xhat = ((load_lanes(total + j, lanes) - mean) - shift) * rstd;
+    const Vec xhat = fma(load_lanes(total + j, lanes) - mean, rstd, broadcast(0.0f) - rest);
     const Vec dy = load_lanes(dout + j, lanes), wdy = dy * load_lanes(args.weight + j, lanes);
     plain[chain] = plain[chain] + wdy;
     along[chain] = fma(wdy, xhat, along[chain]);
-    store_lanes(sums.weight + j, fma(dy, xhat, load_lanes(sums.weight + j, lanes)), lanes);
-    store_lanes(sums.bias + j, load_lanes(sums.bias + j, lanes) + dy, lanes);
+    add_exactly(sums.weight + j, sums.weight + sums.low + j, dy * xhat, lanes);
+    add_exactly(sums.bias + j, sums.bias + sums.low + j, dy, lanes);
   });
   const Vec mean_plain = broadcast(sum(plain[0] + plain[1]) / count);
   const Vec mean_along = broadcast(sum(along[0] + along[1]) / count);
@@ -42,7 +43,7 @@ DEIT_INLINE void gradient_of_row(const LayerNormGradientArgs& args, int64_t row,
   X* dx = args.dx ? static_cast<X*>(args.dx) + row * channels : nullptr;
   const Vec kept = broadcast(args.keep ? args.keep[row / args.rows_per_sample] : 1.0f);
   each_vector(channels, [&](int64_t j, int lanes) __attribute__((always_inline)) {
-    const Vec xhat = ((load_lanes(total + j, lanes) - mean) - shift) * rstd;
+    const Vec xhat = fma(load_lanes(total + j, lanes) - mean, rstd, broadcast(0.0f) - rest);
     const Vec wdy = load_lanes(dout + j, lanes) * load_lanes(args.weight + j, lanes);
     Vec g = rstd * ((wdy - mean_plain) - xhat * mean_along);
     if (dtotal) g = load_lanes(dtotal + j, lanes) + g;
@@ -50,8 +51,7 @@ DEIT_INLINE void gradient_of_row(const LayerNormGradientArgs& args, int64_t row,
     if (!dx) return;
     g = g * kept;
     if (args.gamma) {
-      const Vec before = load_lanes(sums.gamma + j, lanes);
-      store_lanes(sums.gamma + j, fma(g, load_lanes(x + j, lanes), before), lanes);
+      add_exactly(sums.gamma + j, sums.gamma + sums.low + j, g * load_lanes(x + j, lanes), lanes);
       g = g * load_lanes(args.gamma + j, lanes);
     }
     store_lanes(dx + j, g, lanes);
@@ -63,9 +63,10 @@ void layer_norm_gradient_typed(const LayerNormGradientArgs& args, int64_t begin,
   const X* dout = static_cast<const X*>(args.dout.data);
   const R* total = static_cast<const R*>(args.total.data);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    float* start = args.sums + chunk * 3 * args.channels;
-    for (int64_t i = 0; i < 3 * args.channels; ++i) start[i] = 0.0f;
-    const RowSums sums{start, start + args.channels, start + 2 * args.channels};
+    float* start = args.sums + chunk * 6 * args.channels;
+    for (int64_t i = 0; i < 6 * args.channels; ++i) start[i] = 0.0f;
+    const RowSums sums{start, start + args.channels, start + 2 * args.channels,
+                       3 * args.channels};
     const int64_t first_row = chunk * kRowChunk, left = args.rows - first_row;
     for (int64_t row = first_row; row < first_row + (left < kRowChunk ? left : kRowChunk); ++row) {
       gradient_of_row(args, row, dout + row_offset(args.dout, row),

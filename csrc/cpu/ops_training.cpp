@@ -50,8 +50,9 @@ std::vector<int64_t> with_last(const Tensor& tensor, int64_t size) {
   return sizes;
 }
 
-// total[i] = the sum of parts[chunk, i] over chunks in order, in fp64, in `like`'s dtype.
-Tensor sum_of_chunks(const float* parts, int64_t chunks, int64_t stride, int64_t channels,
+// total[i] = the sum of parts[chunk, i] + parts[chunk, low + i] over chunks in order, in fp64, in
+// `like`'s dtype; a chunk has 2 * low floats.
+Tensor sum_of_chunks(const float* parts, int64_t chunks, int64_t low, int64_t channels,
                      const Tensor& like) {
   Tensor total = torch::stable::new_empty(like, {channels}, ScalarType::Float);
   float* out = mutable_floats(total);
@@ -59,8 +60,10 @@ Tensor sum_of_chunks(const float* parts, int64_t chunks, int64_t stride, int64_t
                [&](int64_t begin, int64_t end) {
                  std::vector<double> sums(static_cast<size_t>(end - begin));
                  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-                   const float* part = parts + chunk * stride + begin;
-                   for (size_t i = 0; i < sums.size(); ++i) sums[i] += part[i];
+                   const float* high = parts + chunk * 2 * low + begin;
+                   for (size_t i = 0; i < sums.size(); ++i) {
+                     sums[i] += static_cast<double>(high[i]) + static_cast<double>(high[low + i]);
+                   }
                  }
                  for (size_t i = 0; i < sums.size(); ++i) {
                    out[begin + static_cast<int64_t>(i)] = static_cast<float>(sums[i]);
@@ -217,7 +220,8 @@ std::tuple<Tensor, Tensor> output_gradient(const Tensor& dout, const Tensor& aff
   Tensor g = torch::stable::new_empty(rows, rows.sizes());
   args.g = mutable_floats(g);
   const int64_t chunks = blocks(args.rows, kRowChunk);
-  const Buffer sums = allocate(gamma.has_value() ? static_cast<size_t>(chunks * args.channels) : 0);
+  const int64_t sums_size = gamma.has_value() ? chunks * 2 * args.channels : 0;
+  const Buffer sums = allocate(static_cast<size_t>(sums_size));
   args.dgamma = gamma.has_value() ? sums.get() : nullptr;
   const TrainingKernels& set = kernels().training;
   parallel_for(0, chunks, std::max<int64_t>(1, kGrain / (kRowChunk * args.channels + 1)),
@@ -328,14 +332,14 @@ std::tuple<Tensor, Tensor, Tensor> run_layer_norm_gradient(LayerNormGradientArgs
   args.mean = parameter("mean", mean, args.rows, total, held[1]);
   args.rstd = parameter("rstd", rstd, args.rows, total, held[2]);
   args.gamma = parameter("gamma", gamma, args.channels, total, held[3]);
-  const int64_t chunks = blocks(args.rows, kRowChunk), stride = 3 * args.channels;
-  const Buffer sums = allocate(static_cast<size_t>(chunks * stride));
+  const int64_t chunks = blocks(args.rows, kRowChunk), low = 3 * args.channels;
+  const Buffer sums = allocate(static_cast<size_t>(chunks * 2 * low));
   args.sums = sums.get();
   const TrainingKernels& set = kernels().training;
   parallel_for(0, chunks, std::max<int64_t>(1, kGrain / (kRowChunk * args.channels + 1)),
                [&](int64_t begin, int64_t end) { set.layer_norm_gradient(args, begin, end); });
   const auto total_of = [&](int64_t slot, const Tensor& like) {
-    return sum_of_chunks(args.sums + slot * args.channels, chunks, stride, args.channels, like);
+    return sum_of_chunks(args.sums + slot * args.channels, chunks, low, args.channels, like);
   };
   return {total_of(0, weight), total_of(1, weight),
           gamma.has_value() ? total_of(2, *gamma) : none(weight)};

@@ -55,8 +55,9 @@ struct WeightGradientArgs {
   int64_t output_block, input_block;
 };
 
-// Rows are taken in chunks of this many for sums over rows, each chunk's sum written apart.
-constexpr int64_t kRowChunk = 32;
+// Rows are taken in chunks of this many for sums over rows. A chunk writes its sums apart, and with
+// each what rounding took from it.
+constexpr int64_t kRowChunk = 64;
 
 // g = keep * gamma * dout * activation'(affine), and partial sums over a chunk's rows of
 // keep * dout * activation(affine), dgamma's.
@@ -66,13 +67,13 @@ struct OutputGradientArgs {
   const float* gamma;   // [channels] or null
   const float* keep;    // [rows / rows_per_sample] or null
   float* g;             // [rows, channels]
-  float* dgamma;        // [chunks, channels]; null where gamma is
+  float* dgamma;        // [chunks, 2, channels]; null where gamma is
   int64_t ldd, rows, channels, rows_per_sample;
   Activation activation;
 };
 
 // The gradients of LN(total), with dtotal and the branch (x, gamma, keep) where there are any.
-// Partial sums over chunks of rows: [chunks, 3, D] for dweight, dbias and dgamma.
+// Partial sums over chunks of rows: [chunks, 2, 3, D] for dweight, dbias and dgamma.
 struct LayerNormGradientArgs {
   Rows dout, x, total, dtotal;  // x.data and dtotal.data null for a LayerNorm alone
   Scalar x_type;                // of dout, x and dx
@@ -84,7 +85,7 @@ struct LayerNormGradientArgs {
   const float* keep;            // [rows / rows_per_sample] or null
   void* dx;                     // [rows, D]; null for a LayerNorm alone
   void* dresidual;              // [rows, D]: the gradient of total
-  float* sums;                  // [chunks, 3, D]
+  float* sums;                  // [chunks, 2, 3, D]
   int64_t rows, channels, rows_per_sample;
 };
 
