@@ -40,6 +40,12 @@ MEASURED: dict[str, dict[str, tuple[str, ...]]] = {
         "attention": ("cpu",),
         "linear": ("cpu",),
         "gelu_mlp": ("cpu",),
+        # Forward and backward against autograd of the same: docs/performance.md, CPU training.
+        "add_layer_norm_bwd": ("cpu",),
+        "attention_bwd": ("cpu",),
+        "gelu_mlp_bwd": ("cpu",),
+        "layer_norm_bwd": ("cpu",),
+        "linear_bwd": ("cpu",),
     },
 }
 

@@ -125,7 +125,25 @@ NAMESPACES: dict[str, str] = {"cpu": "deit_cpu", "triton": "deit_triton", "cuda"
 # Which operators each implementation has kernels for. The two native lists are what csrc/ holds;
 # a built library that lacks one of them is reported by native.py, not discovered by a call.
 KERNELS: dict[str, frozenset[str]] = {
-    "cpu": frozenset({"layer_norm", "add_layer_norm", "attention", "linear", "gelu_mlp"}),
+    "cpu": frozenset(
+        {
+            "add_layer_norm",
+            "add_layer_norm_bwd",
+            "add_layer_norm_fwd",
+            "attention",
+            "attention_bwd",
+            "attention_fwd",
+            "gelu_mlp",
+            "gelu_mlp_bwd",
+            "gelu_mlp_fwd",
+            "layer_norm",
+            "layer_norm_bwd",
+            "layer_norm_fwd",
+            "linear",
+            "linear_bwd",
+            "linear_fwd",
+        }
+    ),
     "triton": frozenset(
         {
             "add_layer_norm",

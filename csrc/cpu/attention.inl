@@ -160,9 +160,10 @@ DEIT_INLINE void pack_keys(const T* keys, int64_t stride, int64_t tokens, int64_
 }
 
 // Scores -> exp(score - largest), in place; returns 1 / their sum. A row whose every score is
-// -inf becomes zeros, as in PyTorch's scaled_dot_product_attention.
+// -inf becomes zeros, as in PyTorch's scaled_dot_product_attention. `lse`, where it is asked for,
+// is log(sum(exp(scores))).
 DEIT_INLINE float softmax_row(float* scores, const float* key_bias, int64_t tokens,
-                              int64_t padded) {
+                              int64_t padded, float* lse = nullptr) {
   const float infinity = __builtin_inff();
   for (int64_t j = tokens; j < padded; ++j) scores[j] = -infinity;
   Vec top = broadcast(-infinity);
@@ -178,6 +179,7 @@ DEIT_INLINE float softmax_row(float* scores, const float* key_bias, int64_t toke
   }
   for (; j < padded; j += kWidth) top = max(load(scores + j), top);
   const float largest_score = largest(top);
+  if (lse) *lse = largest_score;
   if (largest_score == -infinity) {
     float total = 0.0f;  // -inf unless a score is NaN, which `max` passes over
     for (j = 0; j < tokens; ++j) total += scores[j];
@@ -193,7 +195,9 @@ DEIT_INLINE float softmax_row(float* scores, const float* key_bias, int64_t toke
     store(scores + j, p);
     total = total + p;
   }
-  return 1.0f / sum(total);
+  const float all = sum(total);
+  if (lse) *lse += __builtin_logf(all);
+  return 1.0f / all;
 }
 
 template <class T>
@@ -207,7 +211,7 @@ DEIT_INLINE void write_out(const float* from, int64_t dim, float factor, T* to) 
 // One tile of queries against the packed keys and values.
 template <class T>
 void attend(const AttentionArgs& args, const Workspace& w, const T* queries, int64_t count,
-            const float* key_bias, T* out) {
+            const float* key_bias, T* out, float* lse) {
   const int64_t tokens = args.tokens, dim = args.head_dim;
   pack(queries, args.stride_token, count, dim, args.scale, w.queries, dim);
   const int64_t chain = tokens < kFewKeys ? kShortChain : kChain;
@@ -219,7 +223,8 @@ void attend(const AttentionArgs& args, const Workspace& w, const T* queries, int
   }
   float inverse[64];
   for (int64_t i = 0; i < count; ++i) {
-    inverse[i] = softmax_row(w.scores + i * w.keys_padded, key_bias, tokens, w.keys_padded);
+    inverse[i] = softmax_row(w.scores + i * w.keys_padded, key_bias, tokens, w.keys_padded,
+                             lse ? lse + i : nullptr);
   }
   for (int64_t k = 0; k < w.dim_padded; k += kPanel) {
     const int64_t left = w.dim_padded - k;
@@ -252,7 +257,8 @@ void attention_typed(const AttentionArgs& args, float* workspace, int64_t begin,
     const int64_t left = args.tokens - start;
     T* out = static_cast<T*>(args.out) + (b * args.tokens + start) * channels + h * args.head_dim;
     attend(args, w, q + start * args.stride_token, left < args.query_tile ? left : args.query_tile,
-           args.key_bias ? args.key_bias + b * args.tokens : nullptr, out);
+           args.key_bias ? args.key_bias + b * args.tokens : nullptr, out,
+           args.lse ? args.lse + head_of_image * args.tokens + start : nullptr);
   }
 }
 

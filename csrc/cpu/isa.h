@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../common/rows.h"
+#include "training.h"
 
 namespace deit {
 
@@ -23,6 +24,8 @@ struct LayerNormArgs {
   const float* keep;     // [rows / rows_per_sample] or null
   void* out;             // [rows, D], contiguous
   void* sum;             // [rows, D], contiguous; null where residual.data is
+  float* mean;           // [rows] for training, or null
+  float* rstd;           // [rows]; null where mean is
   int64_t channels;
   int64_t rows_per_sample;
   float eps;
@@ -32,6 +35,7 @@ struct AttentionArgs {
   const void* qkv;  // [B, N, 3 * H * d], last axis contiguous
   void* out;        // [B, N, H * d], contiguous
   const float* key_bias;  // [B, N], contiguous, or null
+  float* lse;             // [B, H, N] for training, or null
   Scalar type;            // of qkv and out
   int64_t batch, tokens, heads, head_dim;
   int64_t stride_batch, stride_token;  // of qkv, in elements
@@ -50,6 +54,7 @@ struct Kernels {
   void (*plan_attention)(AttentionArgs&);  // sets query_tile and tiles
   size_t (*attention_workspace)(const AttentionArgs&);
   void (*attention)(const AttentionArgs&, float* workspace, int64_t begin, int64_t end);
+  TrainingKernels training;
 };
 
 extern const Kernels portable_kernels;

@@ -14,6 +14,14 @@ namespace {
 #include "attention.inl"
 #include "layer_norm.inl"
 
+// Training, over what those define. clang-format off
+#include "lanes.inl"
+#include "gelu.inl"
+#include "gemm.inl"
+#include "weight_gradient.inl"
+#include "attention_bwd.inl"
+#include "layer_norm_bwd.inl"
+
 }  // namespace
 }  // namespace DEIT_ISA
 
@@ -24,6 +32,20 @@ const Kernels DEIT_TABLE(DEIT_ISA) = {
     DEIT_ISA::plan_attention,
     DEIT_ISA::attention_workspace,
     DEIT_ISA::attention,
+    {
+        DEIT_ISA::kPanel,
+        DEIT_ISA::kRowTile,
+        DEIT_ISA::pack_operand,
+        DEIT_ISA::product_workspace,
+        DEIT_ISA::product_tiles,
+        DEIT_ISA::weight_gradient_workspace,
+        DEIT_ISA::weight_gradient,
+        DEIT_ISA::output_gradient,
+        DEIT_ISA::layer_norm_gradient,
+        DEIT_ISA::plan_attention_gradient,
+        DEIT_ISA::attention_gradient_workspace,
+        DEIT_ISA::attention_gradient,
+    },
 };
 
 }  // namespace deit

@@ -65,7 +65,7 @@ DEIT_INLINE Moments moments(const float* row, int64_t channels, float eps) {
 }
 
 template <class Out>
-DEIT_INLINE void normalise(const float* row, const LayerNormArgs& args, Out* out) {
+DEIT_INLINE Moments normalise(const float* row, const LayerNormArgs& args, Out* out) {
   const int64_t channels = args.channels;
   const Moments m = moments(row, channels, args.eps);
   const Vec mean = broadcast(m.mean), shift = broadcast(m.shift), rstd = broadcast(m.rstd);
@@ -84,6 +84,14 @@ DEIT_INLINE void normalise(const float* row, const LayerNormArgs& args, Out* out
     if (bias) y = y + load_first(bias + i, rest);
     store_first(out + i, y, rest);
   }
+  return m;
+}
+
+// For the backward, which measures `shift` again.
+DEIT_INLINE void save(const Moments& m, const LayerNormArgs& args, int64_t row) {
+  if (args.mean == nullptr) return;
+  args.mean[row] = m.mean;
+  args.rstd[row] = m.rstd;
 }
 
 DEIT_INLINE int64_t row_offset(const Rows& rows, int64_t row) {
@@ -137,7 +145,7 @@ void layer_norm_rows(const LayerNormArgs& args, float* scratch, int64_t begin, i
   X* out = static_cast<X*>(args.out);
   for (int64_t row = begin; row < end; ++row) {
     const float* wide = widen_row(x + row_offset(args.x, row), args.channels, scratch);
-    normalise(wide, args, out + row * args.channels);
+    save(normalise(wide, args, out + row * args.channels), args, row);
   }
 }
 
@@ -151,7 +159,8 @@ void add_layer_norm_rows(const LayerNormArgs& args, float* scratch, int64_t begi
     const float keep = args.keep ? args.keep[row / args.rows_per_sample] : 1.0f;
     add_row(x + row_offset(args.x, row), residual + row_offset(args.residual, row), args.gamma,
             keep, args.channels, scratch, total + row * args.channels);
-    normalise(static_cast<const float*>(scratch), args, out + row * args.channels);
+    const float* wide = scratch;
+    save(normalise(wide, args, out + row * args.channels), args, row);
   }
 }
 

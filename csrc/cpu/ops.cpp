@@ -1,43 +1,12 @@
 // The operators of kernels/ops.py on the CPU: checks, outputs, and the split over threads.
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <optional>
 #include <tuple>
 
-#include "../common/tensors.h"
-#include "isa.h"
+#include "launch.h"
 
 namespace deit {
 namespace {
-
-// Elements below which another thread costs more than it saves; PyTorch's own figure.
-constexpr int64_t kGrain = 32768;
-
-struct FreeAligned {
-  void operator()(float* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-using Buffer = std::unique_ptr<float[], FreeAligned>;
-
-Buffer allocate(size_t floats) {
-  void* memory = ::operator new[](floats * sizeof(float), std::align_val_t{64});
-  return Buffer(static_cast<float*>(memory));
-}
-
-// A parameter as contiguous fp32, which `holder` keeps alive: D or B * N elements at most, so
-// one conversion a call replaces a kernel for every mixture of dtypes.
-const float* parameter(const char* name, const std::optional<Tensor>& value, int64_t numel,
-                       const Tensor& like, Tensor& holder) {
-  if (!value.has_value()) return nullptr;
-  check_parameter(name, *value, numel, like);
-  scalar_of(name, *value);
-  holder = *value;
-  if (holder.scalar_type() != ScalarType::Float) {
-    holder = torch::stable::to(holder, ScalarType::Float);
-  }
-  if (!holder.is_contiguous()) holder = torch::stable::contiguous(holder);
-  return static_cast<const float*>(holder.const_data_ptr());
-}
 
 void run_layer_norm(const LayerNormArgs& args, int64_t rows) {
   const Kernels& set = kernels();
@@ -48,7 +17,19 @@ void run_layer_norm(const LayerNormArgs& args, int64_t rows) {
   });
 }
 
-Tensor layer_norm(Tensor x, Tensor weight, std::optional<Tensor> bias, double eps) {
+void save_statistics(const Tensor& x, Statistics* saved, LayerNormArgs& args) {
+  if (saved == nullptr) return;
+  const auto rows = x.sizes().slice(0, x.dim() - 1);
+  saved->mean = torch::stable::new_empty(x, rows, ScalarType::Float);
+  saved->rstd = torch::stable::new_empty(x, rows, ScalarType::Float);
+  args.mean = static_cast<float*>(saved->mean.mutable_data_ptr());
+  args.rstd = static_cast<float*>(saved->rstd.mutable_data_ptr());
+}
+
+}  // namespace
+
+Tensor layer_norm_of(Tensor x, Tensor weight, std::optional<Tensor> bias, double eps,
+                     Statistics* saved) {
   STD_TORCH_CHECK(x.dim() >= 1, "x: expected rank >= 1");
   LayerNormArgs args{};
   args.x_type = args.residual_type = scalar_of("x", x);
@@ -58,6 +39,7 @@ Tensor layer_norm(Tensor x, Tensor weight, std::optional<Tensor> bias, double ep
   args.weight = parameter("weight", weight, args.channels, x, weight_held);
   args.bias = parameter("bias", bias, args.channels, x, bias_held);
   Tensor out = torch::stable::new_empty(x, x.sizes());
+  save_statistics(x, saved, args);
   if (out.numel() == 0) return out;
   args.x = rows_of(x);
   args.out = out.mutable_data_ptr();
@@ -65,10 +47,10 @@ Tensor layer_norm(Tensor x, Tensor weight, std::optional<Tensor> bias, double ep
   return out;
 }
 
-std::tuple<Tensor, Tensor> add_layer_norm(Tensor x, Tensor residual, Tensor weight,
-                                          std::optional<Tensor> bias, double eps,
-                                          std::optional<Tensor> gamma,
-                                          std::optional<Tensor> keep) {
+std::tuple<Tensor, Tensor> add_layer_norm_of(Tensor x, Tensor residual, Tensor weight,
+                                             std::optional<Tensor> bias, double eps,
+                                             std::optional<Tensor> gamma,
+                                             std::optional<Tensor> keep, Statistics* saved) {
   STD_TORCH_CHECK(x.dim() >= 1, "x: expected rank >= 1");
   check_residual(x, residual);
   LayerNormArgs args{};
@@ -83,6 +65,7 @@ std::tuple<Tensor, Tensor> add_layer_norm(Tensor x, Tensor residual, Tensor weig
   args.keep = parameter("keep", keep, x.size(0), x, held[3]);
   Tensor out = torch::stable::new_empty(x, x.sizes());
   Tensor sum = torch::stable::new_empty(residual, residual.sizes());
+  save_statistics(x, saved, args);
   if (out.numel() > 0) {
     const int64_t rows = out.numel() / args.channels;
     args.rows_per_sample = rows / x.size(0);
@@ -95,7 +78,8 @@ std::tuple<Tensor, Tensor> add_layer_norm(Tensor x, Tensor residual, Tensor weig
   return {out, sum};
 }
 
-Tensor attention(Tensor qkv, int64_t num_heads, double scale, std::optional<Tensor> key_bias) {
+Tensor attention_of(Tensor qkv, int64_t num_heads, double scale, std::optional<Tensor> key_bias,
+                    Tensor* lse) {
   STD_TORCH_CHECK(qkv.dim() == 3 && num_heads > 0 && qkv.size(2) % (3 * num_heads) == 0,
                   "qkv: expected [B, N, 3 * D] with D a multiple of num_heads=", num_heads);
   AttentionArgs args{};
@@ -109,6 +93,10 @@ Tensor attention(Tensor qkv, int64_t num_heads, double scale, std::optional<Tens
   args.key_bias = parameter("key_bias", key_bias, args.batch * args.tokens, qkv,
                             bias_held);
   Tensor out = torch::stable::new_empty(qkv, {args.batch, args.tokens, num_heads * args.head_dim});
+  if (lse) {
+    *lse = torch::stable::new_empty(qkv, {args.batch, num_heads, args.tokens}, ScalarType::Float);
+    args.lse = static_cast<float*>(lse->mutable_data_ptr());
+  }
   if (out.numel() == 0) return out;
   qkv = with_contiguous_last_axis(qkv);
   args.qkv = qkv.const_data_ptr();
@@ -127,6 +115,23 @@ Tensor attention(Tensor qkv, int64_t num_heads, double scale, std::optional<Tens
     set.attention(args, workspace.get(), begin, end);
   });
   return out;
+}
+
+namespace {
+
+Tensor layer_norm(Tensor x, Tensor weight, std::optional<Tensor> bias, double eps) {
+  return layer_norm_of(x, weight, bias, eps, nullptr);
+}
+
+std::tuple<Tensor, Tensor> add_layer_norm(Tensor x, Tensor residual, Tensor weight,
+                                          std::optional<Tensor> bias, double eps,
+                                          std::optional<Tensor> gamma,
+                                          std::optional<Tensor> keep) {
+  return add_layer_norm_of(x, residual, weight, bias, eps, gamma, keep, nullptr);
+}
+
+Tensor attention(Tensor qkv, int64_t num_heads, double scale, std::optional<Tensor> key_bias) {
+  return attention_of(qkv, num_heads, scale, key_bias, nullptr);
 }
 
 }  // namespace

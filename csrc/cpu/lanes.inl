@@ -1,0 +1,35 @@
+// Rows of any length by vectors. Included by kernels.cpp.
+
+// f(i, lanes) over [0, n): whole vectors, then the rest. `lanes` is a constant in all but the last.
+template <class F>
+DEIT_INLINE void each_vector(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) f(i, kWidth);
+  if (i < n) f(i, static_cast<int>(n - i));
+}
+
+template <class T>
+DEIT_INLINE Vec load_lanes(const T* p, int lanes) {
+  return lanes == kWidth ? load(p) : load_first(p, lanes);
+}
+template <class T>
+DEIT_INLINE void store_lanes(T* p, Vec a, int lanes) {
+  if (lanes == kWidth) {
+    store(p, a);
+  } else {
+    store_first(p, a, lanes);
+  }
+}
+
+// high + low += a, with what rounding takes from `high` kept in `low` (Knuth's two-sum). A
+// parameter's gradient is one sum over all rows, and where an outlier channel carries most of the
+// gradient's norm, its rounding is that sum's alone: plain chains of 32 were off by 3.2 times
+// PyTorch's error.
+DEIT_INLINE void add_exactly(float* high, float* low, Vec a, int lanes) {
+  const Vec before = load_lanes(high, lanes);
+  const Vec total = before + a;
+  const Vec taken = total - before;
+  const Vec lost = (before - (total - taken)) + (a - taken);
+  store_lanes(high, total, lanes);
+  store_lanes(low, load_lanes(low, lanes) + lost, lanes);
+}
