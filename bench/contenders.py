@@ -11,6 +11,7 @@ from typing import Any
 import table5
 import torch
 import torch.nn.functional as F
+from peers import Peer, Problem, calibration
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -97,8 +98,9 @@ def neighbours(network: Network) -> list[str]:
 class Contender:
     """One network run one way, and what was learnt about it.
 
-    how: "fused", "eager" or "compiled"; layout: "contiguous" or "channels_last".
-    call: what a step calls, the module itself or its compiled form.
+    how: "fused", "eager", or a peer's; layout: "contiguous" or "channels_last".
+    call: what a step calls, the module itself or what a peer made of it.
+    about: a peer's versions and settings; precision: see `Peer.precision`.
     """
 
     network: Network
@@ -107,6 +109,9 @@ class Contender:
     module: nn.Module
     call: Callable[..., Any]
     batch: int = 0
+    about: str | None = None
+    precision: str = "dtype"
+    counted: bool = True
     operators: dict[str, str] | None = None
     logits_error: float | None = None
     image_seconds: float = 0.0
@@ -128,6 +133,11 @@ class Contender:
     @property
     def label(self) -> str:
         return f"{self.network.label} {self.variant}"
+
+    @property
+    def is_ours(self) -> bool:
+        """Does it run this package's kernels?"""
+        return self.how.startswith("fused")
 
     def resident_bytes(self, train: bool) -> int:
         """Weights and buffers; in training also the gradients and AdamW's two moments."""
@@ -191,11 +201,21 @@ def in_channels_last(base: Contender) -> Contender:
     return Contender(base.network, base.how, "channels_last", module, module)
 
 
-def compiled(base: Contender, mode: str, train: bool) -> Contender:
-    """The eager contender under torch.compile; compiling happens on the first call."""
+def by_peer(peer: Peer, base: Contender, images: Tensor, train: bool) -> Contender:
+    """What a peer makes of the eager contender's network, for a batch like `images`."""
     module = copy.deepcopy(base.module) if train else base.module
-    call = torch.compile(module, mode=mode, dynamic=False)
-    return Contender(base.network, "compiled", base.layout, module, call)
+    problem = Problem(module, base.network.config, images, torch.get_num_threads())
+    built = peer.build(problem)
+    return Contender(
+        base.network,
+        peer.how,
+        base.layout,
+        module,
+        built.call,
+        about=built.about,
+        precision=peer.precision,
+        counted=peer.counted,
+    )
 
 
 def make_step(contender: Contender, dtype: torch.dtype, train: bool) -> Step:
@@ -203,8 +223,6 @@ def make_step(contender: Contender, dtype: torch.dtype, train: bool) -> Step:
     if not train:
 
         def infer(images: Tensor) -> Tensor:
-            if contender.how == "compiled":  # this call may reuse the last one's output memory
-                torch.compiler.cudagraph_mark_step_begin()
             with torch.inference_mode():
                 return contender.call(images)
 
@@ -214,8 +232,6 @@ def make_step(contender: Contender, dtype: torch.dtype, train: bool) -> Step:
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def train_step(images: Tensor) -> Tensor:
-        if contender.how == "compiled":
-            torch.compiler.cudagraph_mark_step_begin()
         optimizer.zero_grad(set_to_none=True)
         loss = training_loss(contender, images, dtype)
         scaler.scale(loss).backward()
@@ -289,6 +305,41 @@ class Oracle:
                 f"{contender.label} is refused: its logits are off by {error:.1e} (relative), "
                 f"the eager model's by {self.eager_error:.1e}, allowed {allowed:.1e}"
             )
+        return error
+
+
+class Agreement:
+    """What an int8 network's logits ought to be: the eager model's, on photographs it has not seen.
+
+    Rounding to 8 bits is no rounding of the logits, so the rule is about what tells images apart:
+    logits less their mean over the images, relative L2 distance. OpenVINO's DeiT-Ti is at 0.03,
+    a network with one block's weights exchanged at 1.
+    """
+
+    ALLOWED = 0.2
+    IMAGES = 16
+
+    def __init__(self, base: Contender, batch: int) -> None:
+        count = -(-self.IMAGES // batch) * batch
+        photographs, _ = calibration.photographs(base.network.img_size, count, seed=1)
+        self.batches = photographs.split(batch)
+        with torch.inference_mode():
+            self.truth = torch.cat([base.module(images) for images in self.batches])
+
+    def verify(self, contender: Contender, call: Step) -> float:
+        """The distance; WrongOutputs where it is over `ALLOWED`."""
+        found = torch.cat([call(images).clone() for images in self.batches])
+        if found.shape != self.truth.shape:
+            raise WrongOutputs(f"{contender.label}: logits have shape {tuple(found.shape)}")
+        error = distance(found - found.mean(0), self.truth - self.truth.mean(0))
+        same = int((found.argmax(-1) == self.truth.argmax(-1)).sum())
+        agree = f"top-1 equal on {same} of {len(found)} photographs"
+        if not error <= self.ALLOWED:
+            raise WrongOutputs(
+                f"{contender.label} is refused: what tells images apart in its logits is off by "
+                f"{error:.1e} (relative), allowed {self.ALLOWED:.1e}; {agree}"
+            )
+        contender.about = f"{contender.about}; {agree}"
         return error
 
 

@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 # One thread: beside other work on the machine, two wait for each other at every operator's end.
 QUICK = [
     *("--arch", "deit_ti", "--bs", "2", "--against", "none"),
-    *("--seconds", "0.5", "--no-compile", "--threads", "1"),
+    *("--seconds", "0.5", "--peers", "none", "--threads", "1"),
 ]
 
 
@@ -329,7 +329,7 @@ def settings(**changes: object) -> race.Settings:
 
 def test_the_batch_is_shortened_with_a_reason() -> None:
     shown = progress.Progress(time.perf_counter())
-    run = race.Race(settings(compile=False), shown)
+    run = race.Race(settings(), shown)
     base = tiny()
     base.image_seconds = 0.25
     run.entries = [race.Entry(base.network, base, None, [base])]

@@ -1,0 +1,33 @@
+"""timm's own VisionTransformer, eager, on the same weights: its names are this package's."""
+
+from __future__ import annotations
+
+from peers.peer import Built, Peer, Problem
+
+
+def _build(problem: Problem) -> Built:
+    import timm
+
+    config = problem.config
+    if config is None:
+        raise ValueError("network: convnets are timm's already")
+    network = (
+        timm.models.VisionTransformerDistilled
+        if config.distilled
+        else timm.models.VisionTransformer
+    )
+    theirs = network(
+        img_size=config.img_size,
+        patch_size=config.patch_size,
+        embed_dim=config.embed_dim,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        mlp_ratio=config.mlp_ratio,
+        num_classes=config.num_classes,
+    )
+    theirs.load_state_dict(problem.module.state_dict(), assign=True)
+    theirs.eval()
+    return Built(theirs, f"timm {timm.__version__}, eager")
+
+
+PEERS = (Peer("timm", "timm eager", _build, ("timm",), "pip install timm"),)
