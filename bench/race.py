@@ -17,7 +17,8 @@ import devices
 import evidence
 import planning
 import torch
-from contenders import Contender, Network, Oracle, WrongOutputs
+from checks import Agreement, Oracle, WrongOutputs, verify_gradients
+from contenders import Contender, Network
 from inputs import Inputs
 from peers import Peer
 from progress import Progress, human
@@ -155,12 +156,11 @@ class Race:
         """
         images = contender.to_layout(images)
         if self.settings.train:
-            field_of.verify_gradients(contender, entry.base, images, self.settings.dtype)
+            verify_gradients(contender, entry.base, images, self.settings.dtype)
             return
         if contender.precision == "int8":
-            agreement = field_of.Agreement(entry.base, len(images))
-            step = lambda batch: self.call(contender, batch)
-            contender.logits_error = agreement.verify(contender, step)
+            agreement = Agreement(entry.base, len(images))
+            contender.logits_error = agreement.verify(contender, contender._step)
             return
         # A peer sees another batch than the probe's, with an oracle of its own.
         oracle = entry.oracle

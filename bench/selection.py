@@ -9,7 +9,8 @@ from dataclasses import replace
 import compiling
 import contenders as field_of
 import planning
-from contenders import Contender, WrongOutputs
+from checks import WrongOutputs
+from contenders import Contender
 from peers import Peer
 from race import LEAST_COMPILE, TRIAL_CALLS, Entry, Race
 from timing import spread

@@ -18,6 +18,7 @@ from deit.kernels import dispatch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
+import checks
 import compiling
 import contenders
 import devices
@@ -218,16 +219,16 @@ def tiny(dtype: torch.dtype = torch.float32) -> contenders.Contender:
 def test_wrong_logits_are_refused(dtype: torch.dtype, wrong: float) -> None:
     base = tiny(dtype)
     images = torch.randn(5, 3, 32, 32).to(dtype)
-    oracle = contenders.Oracle(base, images)
+    oracle = checks.Oracle(base, images)
     with torch.inference_mode():
         assert oracle.verify(base, base.module(images)) < 0.05
-        with pytest.raises(contenders.WrongOutputs, match=r"deit_ti↑32 eager is refused: its log"):
+        with pytest.raises(checks.WrongOutputs, match=r"deit_ti↑32 eager is refused: its log"):
             oracle.verify(base, Scaled(base.module, wrong)(images))
         logits = base.module(images).clone()
         logits[-1] = logits[0]  # one wrong sample at the end of a batch
-        with pytest.raises(contenders.WrongOutputs):
+        with pytest.raises(checks.WrongOutputs):
             oracle.verify(base, logits)
-    with pytest.raises(contenders.WrongOutputs, match="shape"):
+    with pytest.raises(checks.WrongOutputs, match="shape"):
         oracle.verify(base, torch.zeros(5, 10))
 
 
@@ -256,10 +257,10 @@ def test_wrong_gradients_are_refused() -> None:
     images = torch.randn(2, 3, 32, 32)
     good = contenders.fused(base, "auto", train=True)
     base.module.pos_embed.grad = torch.ones_like(base.module.pos_embed)  # left by an earlier step
-    assert contenders.verify_gradients(good, base, images, torch.float32) < 1e-3
+    assert checks.verify_gradients(good, base, images, torch.float32) < 1e-3
     good.call = Scaled(good.module, 1.05)
-    with pytest.raises(contenders.WrongOutputs, match="gradients are off"):
-        contenders.verify_gradients(good, base, images, torch.float32)
+    with pytest.raises(checks.WrongOutputs, match="gradients are off"):
+        checks.verify_gradients(good, base, images, torch.float32)
 
 
 def test_fused_shares_weights_in_inference_and_owns_them_in_training() -> None:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import tempfile
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from peers.peer import Built, Peer, Problem
+from peers.peer import Built, Peer, Problem, quietly
 
 
 def _export(problem: Problem, path: Path) -> None:
     """The network as ONNX for exactly this batch: constant shapes let more be folded."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
+    with quietly():
         program = torch.onnx.export(problem.module, (problem.images,), dynamo=True, verbose=False)
     assert program is not None
     program.save(path)

@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 
 from peers import calibration
-from peers.peer import Built, Peer, Problem
+from peers.peer import Built, Peer, Problem, quietly
 
-CALIBRATION_IMAGES = 128
-CALIBRATION_BATCH = 4  # of the calibration's passes; int8 ranges do not depend on it
+CALIBRATION_IMAGES = 128  # or the next multiple of the batch, which the graph has in it
 
 
-def _convert(problem: Problem, batch: int) -> Any:
+def _convert(problem: Problem) -> Any:
     import openvino
 
-    images = problem.images[:1].expand(batch, -1, -1, -1).contiguous()
-    return openvino.convert_model(problem.module, example_input=images, input=[list(images.shape)])
+    images = problem.images
+    with quietly():
+        return openvino.convert_model(
+            problem.module, example_input=images, input=[list(images.shape)]
+        )
 
 
 def _compile(model: Any, problem: Problem, about: str) -> Built:
@@ -45,7 +47,7 @@ def _compile(model: Any, problem: Problem, about: str) -> Built:
 
 
 def _fp32(problem: Problem) -> Built:
-    return _compile(_convert(problem, len(problem.images)), problem, "")
+    return _compile(_convert(problem), problem, "")
 
 
 def _int8(problem: Problem) -> Built:
@@ -53,15 +55,18 @@ def _int8(problem: Problem) -> Built:
     import nncf
 
     nncf.set_log_level(logging.ERROR)
-    photographs, what = calibration.photographs(problem.images.shape[-1], CALIBRATION_IMAGES)
-    batches = [batch.numpy() for batch in photographs.split(CALIBRATION_BATCH)]
-    model = nncf.quantize(
-        _convert(problem, CALIBRATION_BATCH),
-        nncf.Dataset(batches),
-        model_type=nncf.ModelType.TRANSFORMER,
-        subset_size=len(batches),
-    )
-    model.reshape(list(problem.images.shape))
+    batch, _, size, _ = problem.images.shape
+    count = -(-CALIBRATION_IMAGES // batch) * batch
+    photographs, what = calibration.photographs(size, count)
+    batches = [images.numpy() for images in photographs.split(batch)]
+    model = _convert(problem)
+    with quietly():
+        model = nncf.quantize(
+            model,
+            nncf.Dataset(batches),
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(batches),
+        )
     about = f", int8 by nncf {nncf.__version__}, transformer preset, calibrated on {what}"
     return _compile(model, problem, about)
 

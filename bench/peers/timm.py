@@ -9,14 +9,9 @@ def _build(problem: Problem) -> Built:
     import timm
 
     config = problem.config
-    if config is None:
-        raise ValueError("network: convnets are timm's already")
-    network = (
-        timm.models.VisionTransformerDistilled
-        if config.distilled
-        else timm.models.VisionTransformer
-    )
-    theirs = network(
+    if config is None or config.distilled:
+        raise ValueError("network: expected a DeiT with one head: theirs joins two otherwise")
+    theirs = timm.models.VisionTransformer(
         img_size=config.img_size,
         patch_size=config.patch_size,
         embed_dim=config.embed_dim,
