@@ -23,6 +23,7 @@ import compiling
 import contenders
 import devices
 import evidence
+import peers
 import plot
 import progress
 import race
@@ -323,6 +324,9 @@ def test_speed_is_of_the_median_and_the_mean_of_seconds() -> None:
 # Budget, memory, compiling ----------------------------------------------------------------------
 
 
+COMPILED = [peers.PEERS["compile"]]
+
+
 def settings(**changes: object) -> race.Settings:
     base = {"networks": [], "batch": 256, "dtype": torch.float32, "device": CPU, "budget": 540.0}
     return race.Settings(**(base | changes))
@@ -373,7 +377,8 @@ def test_out_of_memory_while_warming_up_halves_the_batch(monkeypatch: pytest.Mon
 
 
 def test_compiling_without_time_is_not_tried() -> None:
-    run = race.Race(settings(batch=2, budget=1.0), progress.Progress(time.perf_counter() - 60))
+    shown = progress.Progress(time.perf_counter() - 60)
+    run = race.Race(settings(batch=2, budget=1.0, peers=COMPILED), shown)
     base = tiny()
     base.batch = 2
     run.entries = [race.Entry(base.network, base, None, [base])]
@@ -406,7 +411,8 @@ def test_an_abandoned_compilation_leaves_finished_ones_alone() -> None:
 
 def test_compiled_contender_is_checked_and_times_its_compilation(tmp_path: Path) -> None:
     run = race.Race(settings(batch=2, budget=None), progress.Progress(time.perf_counter()))
-    run.settings = settings(batch=2, budget=None, networks=[contenders.deit_network("deit_ti", 32)])
+    networks = [contenders.deit_network("deit_ti", 32)]
+    run.settings = settings(batch=2, budget=None, networks=networks, peers=COMPILED)
     run.prepare()
     run.warm_up()
     selection.Selection(run).run()
