@@ -20,8 +20,8 @@ import torch
 from checks import Agreement, Oracle, WrongOutputs, verify_gradients
 from contenders import Contender, Network
 from inputs import Inputs
-from peers import Peer
 from progress import Progress, human
+from settings import Settings
 from timing import Clock, interleave, spread
 from torch import Tensor
 
@@ -33,29 +33,6 @@ FIRST_RESULT = 60.0  # seconds that the preliminary figure may take once its mod
 LATENCY_SECONDS = 20.0  # of timed calls for each contender: 100 of DeiT-B's on two cores
 PAUSE = 5e-3  # seconds, untimed: another runtime's threads may spin on for a millisecond or two
 TRIAL_CALLS = 3  # to choose among a convnet's variants: one to warm up, two timed
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to compare and under what terms; `budget` and `seconds` None for no limit."""
-
-    networks: Sequence[Network]
-    batch: int
-    dtype: torch.dtype
-    device: torch.device
-    impl: str = "auto"
-    train: bool = False
-    protocol: str = "modern"
-    peers: Sequence[Peer] = ()
-    left_out: Sequence[str] = ()  # peers that cannot run here, and why
-    latency: bool = False
-    seconds: float | None = None
-    budget: float | None = None
-    keep: float = 0.0  # seconds of the budget that what follows the rounds will take
-
-    @property
-    def rounds(self) -> int:
-        return 30 if self.protocol == "deit2021" else planning.ROUNDS
 
 
 @dataclass

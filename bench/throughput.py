@@ -29,8 +29,9 @@ import torch
 import tyro
 from contenders import Network
 from progress import Progress, process_start
-from race import Race, Settings
+from race import Race
 from selection import Selection
+from settings import Settings
 
 CPU_BUDGET = 540.0
 TABLE5_DEITS = ("deit_ti", "deit_s", "deit_b", "deit_b_384")

@@ -26,6 +26,7 @@ import planning
 import progress
 import race
 import selection
+import settings as terms
 import throughput
 import timing
 from peers import PEERS, calibration
@@ -104,7 +105,7 @@ def test_a_peer_says_on_which_terms_it_cannot_run(
 
 
 def run_with(peer: peers.Peer) -> race.Race:
-    settings = race.Settings([network()], 2, torch.float32, CPU, peers=[peer])
+    settings = terms.Settings([network()], 2, torch.float32, CPU, peers=[peer])
     run = race.Race(settings, progress.Progress(time.perf_counter()))
     run.prepare()
     run.warm_up()

@@ -29,6 +29,7 @@ import progress
 import race
 import report
 import selection
+import settings as terms
 import table5
 import throughput
 
@@ -327,9 +328,9 @@ def test_speed_is_of_the_median_and_the_mean_of_seconds() -> None:
 COMPILED = [peers.PEERS["compile"]]
 
 
-def settings(**changes: object) -> race.Settings:
+def settings(**changes: object) -> terms.Settings:
     base = {"networks": [], "batch": 256, "dtype": torch.float32, "device": CPU, "budget": 540.0}
-    return race.Settings(**(base | changes))
+    return terms.Settings(**(base | changes))
 
 
 def test_the_batch_is_shortened_with_a_reason() -> None:
