@@ -1,5 +1,5 @@
 // What the fuzzed cases are made of: a repeatable source of shapes, memory with fences around it,
-// elements of any type, and the split of a kernel's tasks over threads.
+// elements of any type at any strides, and the split of a kernel's tasks over threads.
 #pragma once
 
 #include <sys/mman.h>
@@ -17,6 +17,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/common/rows.h"
@@ -168,6 +169,53 @@ struct Parameter {
 
   Elements elements;
   float* data;
+};
+
+// [rows..., width] at random strides, in no more memory than they reach. Some axes overlap
+// (stride 0, as after `expand`), some leave gaps of NaN.
+struct Strided {
+  Strided(const std::vector<int64_t>& sizes, int64_t width, deit::Scalar type, Random& random)
+      : rows(lay_out(sizes, width, random)), width(width), elements(span, type, random) {
+    rows.data = elements.memory.data();
+    for (int64_t row = 0; row < count; ++row) {
+      for (int64_t i = 0; i < width; ++i) elements.randomise(offset(row) + i, random);
+    }
+  }
+
+  deit::Rows lay_out(const std::vector<int64_t>& sizes, int64_t width, Random& random) {
+    deit::Rows rows{};
+    rows.dims = static_cast<int>(sizes.size());
+    std::vector<int> order(sizes.size());
+    for (size_t d = 0; d < sizes.size(); ++d) order[d] = static_cast<int>(d);
+    for (size_t d = 1; d < order.size(); ++d) {
+      std::swap(order[d], order[static_cast<size_t>(random.between(0, static_cast<int64_t>(d)))]);
+    }
+    int64_t reach = width;
+    for (const int d : order) {
+      const int64_t size = sizes[static_cast<size_t>(d)];
+      rows.sizes[d] = size;
+      rows.strides[d] = random.chance(0.1) ? 0 : reach + (random.chance(0.5) ? random.size(9) : 0);
+      reach += (size - 1) * rows.strides[d];
+      count *= size;
+    }
+    span = reach;
+    return rows;
+  }
+
+  int64_t offset(int64_t row) const {
+    int64_t total = 0;
+    for (int d = rows.dims - 1; d >= 0; --d) {
+      total += row % rows.sizes[d] * rows.strides[d];
+      row /= rows.sizes[d];
+    }
+    return total;
+  }
+  double at(int64_t row, int64_t i) { return elements.at(offset(row) + i); }
+
+  int64_t count = 1, span = 0;
+  deit::Rows rows;
+  int64_t width;
+  Elements elements;
 };
 
 // Whether `found` is `exact` but for rounding. Coarse on purpose: the tests in Python hold the

@@ -1,8 +1,9 @@
 """Runs the C++ kernels of csrc/cpu under sanitizers, on fuzzed shapes: `make sanitize`.
 
-Builds fuzz.cpp with the kernels twice, under AddressSanitizer with UndefinedBehaviorSanitizer and
-under ThreadSanitizer, with setup.py's own sources, instruction sets and flags. Before the kernels
-run, each sanitizer is set off on purpose: one that stays silent fails the check.
+Builds the driver fuzz.cpp with the kernels twice, under AddressSanitizer with
+UndefinedBehaviorSanitizer and under ThreadSanitizer, with setup.py's own sources, instruction sets
+and flags. Before the kernels run, each sanitizer is set off on purpose: one that stays silent fails
+the check.
 """
 
 from __future__ import annotations
@@ -58,10 +59,10 @@ def load_setup() -> ModuleType:
 def compile_driver(setup: ModuleType, build: Build, folder: Path) -> Path:
     """The driver built with one set of sanitizers; setup.NotBuilt where that fails."""
     compiler = setup.find_compiler(os.environ)
-    edges = [*setup.cpu_objects(), ("fuzz.o", HERE / "fuzz.cpp", "")]
+    driver = [(f"{source.stem}.o", source, "") for source in sorted(HERE.glob("*.cpp"))]
     text = setup.ninja_file(
         {"cxx": setup.compile_rule(compiler, f"{setup.CXXFLAGS} {build.flags}")},
-        [(out, "cxx", source, flags) for out, source, flags in edges],
+        [(out, "cxx", source, flags) for out, source, flags in [*setup.cpu_objects(), *driver]],
         f"{compiler} {build.flags} -o $out $in -pthread",
         folder / "fuzz",
     )
