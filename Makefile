@@ -2,7 +2,7 @@
 PYTHON ?= python
 MYPY_TREE := build/mypy
 
-.PHONY: test lint types aot gpu bench picture
+.PHONY: test lint types sanitize aot gpu bench picture
 
 test:
 	$(PYTHON) -m pytest
@@ -18,6 +18,10 @@ types:
 	for entry in deit/*; do ln -s "$(CURDIR)/$$entry" $(MYPY_TREE)/deit/; done
 	ln -s "$(CURDIR)/kernels" $(MYPY_TREE)/deit/kernels
 	MYPYPATH=$(MYPY_TREE) $(PYTHON) -m mypy -p deit
+
+# The C++ kernels on fuzzed shapes under AddressSanitizer, UBSan and ThreadSanitizer.
+sanitize:
+	$(PYTHON) tests/native/sanitize.py
 
 # Every pinned Triton configuration, compiled for each GPU architecture, no GPU needed.
 aot:

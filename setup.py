@@ -161,16 +161,23 @@ def version_line(command: str) -> str:
     return next((line for line in lines if "release" in line), lines[0])
 
 
-def cpu_ninja(compiler: str, torch: Torch, target: Path) -> str:
-    """The build file of the C++ library."""
+def cpu_objects() -> list[tuple[str, Path, str]]:
+    """(object, source, flags) of all that knows no torch: what the sanitizers run, too."""
     source = CSRC / "cpu"
-    interface = f"-isystem {torch.include} -DTORCH_TARGET_VERSION={TORCH_TARGET}"
-    edges = [
+    kernels = [
         (f"kernels_{isa}.o", source / "kernels.cpp", f"-DDEIT_ISA={isa} {flags}")
         for isa, flags in CPU_SETS.items()
     ]
-    edges += [("dispatch.o", source / "dispatch.cpp", ""), ("ops.o", source / "ops.cpp", interface)]
-    edges.append(("ops_training.o", source / "ops_training.cpp", interface))
+    return [*kernels, ("dispatch.o", source / "dispatch.cpp", "")]
+
+
+def cpu_ninja(compiler: str, torch: Torch, target: Path) -> str:
+    """The build file of the C++ library."""
+    interface = f"-isystem {torch.include} -DTORCH_TARGET_VERSION={TORCH_TARGET}"
+    edges = cpu_objects()
+    edges += [
+        (f"{name}.o", CSRC / "cpu" / f"{name}.cpp", interface) for name in ("ops", "ops_training")
+    ]
     return ninja_file(
         {"cxx": compile_rule(compiler, CXXFLAGS)},
         [(out, "cxx", path, flags) for out, path, flags in edges],

@@ -1,4 +1,4 @@
-"""The networks compared, the ways to run each, and the check that they compute the same thing."""
+"""The networks compared and the ways to run each."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import table5
 import torch
 import torch.nn.functional as F
+from peers import Peer, Problem
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,12 +20,6 @@ from deit.kernels import dispatch
 
 Step = Callable[[Tensor], Any]
 
-# A contender's error may be twice the eager model's own plus this floor, relative L2 distance
-# against a wider dtype. The floors are one rounding of the logits in half precision; in fp32 they
-# leave room for convolutions by Winograd's algorithm, whose error is ten times a direct one's.
-FLOORS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-# Gradients of two runs at the same dtype, relative L2 distance over all parameters.
-GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 CLASSES = 1000
 
 
@@ -97,8 +92,9 @@ def neighbours(network: Network) -> list[str]:
 class Contender:
     """One network run one way, and what was learnt about it.
 
-    how: "fused", "eager" or "compiled"; layout: "contiguous" or "channels_last".
-    call: what a step calls, the module itself or its compiled form.
+    how: "fused", "eager", or a peer's; layout: "contiguous" or "channels_last".
+    call: what a step calls, the module itself or what a peer made of it.
+    about: a peer's versions and settings; precision: see `Peer.precision`.
     """
 
     network: Network
@@ -107,6 +103,9 @@ class Contender:
     module: nn.Module
     call: Callable[..., Any]
     batch: int = 0
+    about: str | None = None
+    precision: str = "dtype"
+    counted: bool = True
     operators: dict[str, str] | None = None
     logits_error: float | None = None
     image_seconds: float = 0.0
@@ -128,6 +127,11 @@ class Contender:
     @property
     def label(self) -> str:
         return f"{self.network.label} {self.variant}"
+
+    @property
+    def is_ours(self) -> bool:
+        """Does it run this package's kernels?"""
+        return self.how.startswith("fused")
 
     def resident_bytes(self, train: bool) -> int:
         """Weights and buffers; in training also the gradients and AdamW's two moments."""
@@ -191,11 +195,21 @@ def in_channels_last(base: Contender) -> Contender:
     return Contender(base.network, base.how, "channels_last", module, module)
 
 
-def compiled(base: Contender, mode: str, train: bool) -> Contender:
-    """The eager contender under torch.compile; compiling happens on the first call."""
+def by_peer(peer: Peer, base: Contender, images: Tensor, train: bool) -> Contender:
+    """What a peer makes of the eager contender's network, for a batch like `images`."""
     module = copy.deepcopy(base.module) if train else base.module
-    call = torch.compile(module, mode=mode, dynamic=False)
-    return Contender(base.network, "compiled", base.layout, module, call)
+    problem = Problem(module, base.network.config, images, torch.get_num_threads())
+    built = peer.build(problem)
+    return Contender(
+        base.network,
+        peer.how,
+        base.layout,
+        module,
+        built.call,
+        about=built.about,
+        precision=peer.precision,
+        counted=peer.counted,
+    )
 
 
 def make_step(contender: Contender, dtype: torch.dtype, train: bool) -> Step:
@@ -203,8 +217,6 @@ def make_step(contender: Contender, dtype: torch.dtype, train: bool) -> Step:
     if not train:
 
         def infer(images: Tensor) -> Tensor:
-            if contender.how == "compiled":  # this call may reuse the last one's output memory
-                torch.compiler.cudagraph_mark_step_begin()
             with torch.inference_mode():
                 return contender.call(images)
 
@@ -214,8 +226,6 @@ def make_step(contender: Contender, dtype: torch.dtype, train: bool) -> Step:
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def train_step(images: Tensor) -> Tensor:
-        if contender.how == "compiled":
-            torch.compiler.cudagraph_mark_step_begin()
         optimizer.zero_grad(set_to_none=True)
         loss = training_loss(contender, images, dtype)
         scaler.scale(loss).backward()
@@ -233,78 +243,3 @@ def training_loss(contender: Contender, images: Tensor, dtype: torch.dtype) -> T
         outputs = contender.call(images)
         heads = outputs if isinstance(outputs, tuple) else (outputs,)
         return torch.stack([F.cross_entropy(each, target) for each in heads]).mean()
-
-
-def gradients(contender: Contender, images: Tensor, dtype: torch.dtype) -> Tensor:
-    """All parameters' gradients as one vector, on the CPU; the module is left without them."""
-    contender.module.zero_grad(set_to_none=True)
-    state = copy.deepcopy(contender.module.state_dict())  # batch norm's running statistics move
-    training_loss(contender, images, dtype).backward()
-    found = [p.grad.flatten().float() for p in contender.module.parameters() if p.grad is not None]
-    contender.module.zero_grad(set_to_none=True)
-    contender.module.load_state_dict(state)
-    return torch.cat(found).cpu()
-
-
-def distance(value: Tensor, truth: Tensor) -> float:
-    """Relative L2 distance, computed in fp64; infinite where `value` is not finite."""
-    value, truth = value.double(), truth.double()
-    if not bool(value.isfinite().all()):
-        return float("inf")
-    return float((value - truth).norm() / truth.norm().clamp_min(1e-300))
-
-
-class WrongOutputs(Exception):
-    """A contender that computes something else than the eager model; it is not timed."""
-
-
-class Oracle:
-    """What one network's logits ought to be: the eager model's in a wider dtype.
-
-    fp64 for fp32, fp32 for half precision; on the first and the last image of a batch.
-    """
-
-    def __init__(self, base: Contender, images: Tensor) -> None:
-        self.dtype = images.dtype
-        self.rows = rows = sorted({0, len(images) - 1})
-        wide = torch.float64 if self.dtype == torch.float32 else torch.float32
-        module = copy.deepcopy(base.module).to(wide).eval()
-        with torch.inference_mode():
-            self.truth = module(images[rows].to(wide))
-            self.eager_error = distance(base.module(images[rows]), self.truth)
-        if not self.eager_error < 0.5:
-            kind = str(self.dtype).removeprefix("torch.")
-            raise WrongOutputs(
-                f"{base.label}: the eager model itself is off by {self.eager_error:.1e} in {kind}"
-            )
-
-    def verify(self, contender: Contender, logits: Tensor) -> float:
-        """The error of a batch's logits; WrongOutputs where it exceeds what rounding explains."""
-        if logits.shape[-1] != self.truth.shape[-1] or len(logits) <= self.rows[-1]:
-            raise WrongOutputs(f"{contender.label}: logits have shape {tuple(logits.shape)}")
-        error = distance(logits[self.rows], self.truth)
-        allowed = 2 * self.eager_error + FLOORS[self.dtype]
-        if not error <= allowed:
-            raise WrongOutputs(
-                f"{contender.label} is refused: its logits are off by {error:.1e} (relative), "
-                f"the eager model's by {self.eager_error:.1e}, allowed {allowed:.1e}"
-            )
-        return error
-
-
-def verify_gradients(
-    contender: Contender, base: Contender, images: Tensor, dtype: torch.dtype
-) -> float:
-    """The distance of two contenders' gradients; WrongOutputs beyond the dtype's tolerance."""
-    expected = gradients(base, images, dtype)
-    found = gradients(contender, images, dtype)
-    if found.shape != expected.shape:
-        raise WrongOutputs(f"{contender.label} is refused: some parameters got no gradient")
-    error = distance(found, expected)
-    allowed = GRADIENT_TOLERANCE[dtype]
-    if not error <= allowed:
-        raise WrongOutputs(
-            f"{contender.label} is refused: its gradients are off by {error:.1e} (relative) "
-            f"from the eager model's, allowed {allowed:.1e}"
-        )
-    return error

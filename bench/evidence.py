@@ -23,9 +23,9 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "date": _TEXT,  # UTC, ISO 8601
     "command": _TEXT,
     "protocol": _TEXT,  # "modern" or "deit2021"
-    "mode": _TEXT,  # "inference" or "training"
+    "mode": _TEXT,  # "inference", "latency" (batch 1, one call a sample) or "training"
     "network": _TEXT,
-    "contender": _TEXT,  # "fused", "eager", "compiled", ... with the memory format
+    "contender": _TEXT,  # "fused", "eager", a peer's name; of convnets with the memory format
     "img_size": (int,),
     "batch": (int,),
     "batch_asked": (int,),
@@ -66,7 +66,9 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "quoted_v100_img_per_s": (int, float, type(None)),
     "quoted_source": (str, type(None)),
     "photographs": (dict, type(None)),
+    "peer": (str, type(None)),  # another runtime's version and settings
 }
+LATER = {"peer"}  # fields that the oldest rows lack; None there
 
 
 def sources(root: Path = ROOT) -> list[Path]:
@@ -103,7 +105,7 @@ def is_stale(row: dict[str, Any], root: Path = ROOT) -> bool:
 
 def check(row: dict[str, Any]) -> None:
     """Raises ValueError naming every field that is missing, unknown or of the wrong type."""
-    wrong = [f"{name} is missing" for name in FIELDS if name not in row]
+    wrong = [f"{name} is missing" for name in FIELDS if name not in row and name not in LATER]
     wrong += [f"{name} is unknown" for name in row if name not in FIELDS]
     for name, types in FIELDS.items():
         value = row.get(name)

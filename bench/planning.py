@@ -14,6 +14,7 @@ T = TypeVar("T")
 ROUNDS = 20  # of the modern protocol: quartiles of 20 samples are steady to a few per cent
 LEAST_ROUNDS = 7  # below it quartiles say little; batches are shortened until these fit
 PRELIMINARY_ROUNDS = 3
+MOST_LATENCIES = 1000  # samples of a contender: their p99 is the tenth largest
 
 
 def floor_power_of_two(value: float) -> int:
@@ -68,6 +69,17 @@ def plan_rounds(
     affordable = wanted if math.isinf(left) else int(left / max(cost, 1e-9))
     count = max(1, min(wanted, affordable))
     return Rounds(count, calls, count * cost)
+
+
+def plan_latency(call_seconds: Sequence[float], seconds: float, left: float = math.inf) -> Rounds:
+    """Rounds of one timed call each, as single requests come, and one untimed before it.
+
+    As many as give the slowest contender `seconds` of timed calls, MOST_LATENCIES at most.
+    """
+    cost = 2 * sum(call_seconds)
+    wanted = min(MOST_LATENCIES, int(seconds / max(*call_seconds, 1e-9)))
+    count = max(1, wanted if math.isinf(left) else min(wanted, int(left / max(cost, 1e-9))))
+    return Rounds(count, (1,) * len(call_seconds), count * cost)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

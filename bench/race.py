@@ -17,9 +17,11 @@ import devices
 import evidence
 import planning
 import torch
-from contenders import Contender, Network, Oracle, WrongOutputs
+from checks import Agreement, Oracle, WrongOutputs, verify_gradients
+from contenders import Contender, Network
 from inputs import Inputs
 from progress import Progress, human
+from settings import Settings
 from timing import Clock, interleave, spread
 from torch import Tensor
 
@@ -28,29 +30,9 @@ COMPILE_SHARE = 0.45  # of a budget: seven compilations took 140 s of 540 s on t
 LEAST_COMPILE = 8.0  # seconds; DeiT-B alone takes 8 s on two idle cores
 PROBE = 2  # images, to learn speed and memory by; a first guess of what a batch will take
 FIRST_RESULT = 60.0  # seconds that the preliminary figure may take once its models are built
+LATENCY_SECONDS = 20.0  # of timed calls for each contender: 100 of DeiT-B's on two cores
+PAUSE = 5e-3  # seconds, untimed: another runtime's threads may spin on for a millisecond or two
 TRIAL_CALLS = 3  # to choose among a convnet's variants: one to warm up, two timed
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to compare and under what terms; `budget` and `seconds` None for no limit."""
-
-    networks: Sequence[Network]
-    batch: int
-    dtype: torch.dtype
-    device: torch.device
-    impl: str = "auto"
-    train: bool = False
-    protocol: str = "modern"
-    compile: bool = True
-    compile_mode: str = "default"
-    seconds: float | None = None
-    budget: float | None = None
-    keep: float = 0.0  # seconds of the budget that what follows the rounds will take
-
-    @property
-    def rounds(self) -> int:
-        return 30 if self.protocol == "deit2021" else planning.ROUNDS
 
 
 @dataclass
@@ -151,11 +133,15 @@ class Race:
         """
         images = contender.to_layout(images)
         if self.settings.train:
-            field_of.verify_gradients(contender, entry.base, images, self.settings.dtype)
+            verify_gradients(contender, entry.base, images, self.settings.dtype)
             return
-        # A compiled model sees another batch than the probe's, with an oracle of its own.
+        if contender.precision == "int8":
+            agreement = Agreement(entry.base, len(images))
+            contender.logits_error = agreement.verify(contender, contender._step)
+            return
+        # A peer sees another batch than the probe's, with an oracle of its own.
         oracle = entry.oracle
-        if oracle is None or contender.how == "compiled":
+        if oracle is None or contender.about is not None:
             oracle = Oracle(entry.base, images)
         contender.logits_error = oracle.verify(contender, self.call(contender, images))
 
@@ -207,15 +193,15 @@ class Race:
         rounds = s.rounds if s.protocol == "deit2021" else planning.LEAST_ROUNDS
         deits = [v for e in self.entries if e.network.config for v in e.variants]
         work = [v.image_seconds * (rounds + 2) for v in deits]
-        compiles = s.compile and s.protocol == "modern"
-        if compiles:
+        compiles = any(peer.compile_mode for peer in s.peers)
+        for _ in s.peers:
             work += [e.base.image_seconds * (rounds + 2) for e in self.entries if e.network.config]
         for entry in self.entries:
             if not entry.network.config:
                 eager = [v.image_seconds for v in entry.variants]
                 trials = TRIAL_CALLS * (sum(eager) + (4 * min(eager) if compiles else 0.0))
                 work.append(min(eager) * (rounds + 2) + trials)
-        share = self.left() * (1 - COMPILE_SHARE if compiles else 0.9)
+        share = self.left() * (1 - COMPILE_SHARE if s.peers else 0.9)
         fits = planning.batch_for_time(self.batch, work, 1, share)
         if fits < self.batch:
             asked = human(sum(work) * self.batch)
@@ -252,10 +238,11 @@ class Race:
         images = self.inputs.get(contender, batch)
         pools = devices.graph_pool_bytes(device)
         operators = field_of.operators_in(lambda: self.call(contender, images))
-        contender.operators = operators if contender.how == "fused" else None
+        contender.operators = operators if contender.is_ours else None
         above = devices.step_bytes(lambda: self.call(contender, images), device)
         above += max(0, devices.graph_pool_bytes(device) - pools)
-        contender.memory_bytes = contender.resident_bytes(self.settings.train) + above
+        if contender.counted:
+            contender.memory_bytes = contender.resident_bytes(self.settings.train) + above
         if device.type == "cuda":
             while time.perf_counter() - start < 0.5:  # clocks rise, algorithms are chosen
                 self._measure(contender, images)
@@ -305,6 +292,8 @@ class Race:
             cost = sum(times)
             affordable = int(self.left() / cost) if math.isfinite(self.left()) else s.rounds
             plan = planning.Rounds(max(1, min(s.rounds, affordable)), (1,) * len(times), cost)
+        elif s.latency:
+            plan = planning.plan_latency(times, s.seconds or LATENCY_SECONDS, self.left())
         else:
             seconds = s.seconds or (5.0 if s.device.type == "cuda" else 40.0)
             plan = planning.plan_rounds(times, seconds, self.left())
@@ -327,10 +316,13 @@ class Race:
         `calls[i]` consecutive calls make a sample of contender i; `what` names the step.
         """
         began = time.perf_counter()
+        pause = not all(contender.counted for contender in contenders)
 
         def sample(contender: Contender, count: int, turn: int) -> float:
             images = self.inputs.get(contender, contender.batch, turn)
-            if self.settings.device.type == "cuda":
+            if pause:
+                time.sleep(PAUSE)
+            if self.settings.device.type == "cuda" or self.settings.latency:
                 self.call(contender, images)  # clocks and caches as this contender leaves them
             return self._measure(contender, images, count)
 

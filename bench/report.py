@@ -18,7 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from timing import Spread, paired_ratio, spread
+from timing import Spread, paired_ratio, percentile, spread
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TRAINING_FLOPS = 3  # a training step counts as three forwards: backward is two
@@ -90,8 +90,28 @@ def table(race: Race) -> Table:
     return shown
 
 
+def latencies(race: Race) -> Table:
+    """One row a contender: the middle and the tail of single calls, in milliseconds."""
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    shown.add_column("measured", overflow="fold", max_width=40)
+    for head in ("p50, ms", "p99, ms", "quartiles, ms", "calls", "peak MB"):
+        shown.add_column(head, justify="right")
+    for contender in race.finalists:
+        times = [1e3 * seconds for seconds in contender.samples]
+        middle, memory = spread(times), contender.memory_bytes
+        shown.add_row(
+            Text(contender.label, style=_style(contender)),
+            number(middle.median),
+            number(percentile(times, 99)),
+            f"{number(middle.low)} to {number(middle.high)}",
+            f"{middle.n}",
+            "-" if memory is None else f"{memory / 1e6:.0f}",
+        )
+    return shown
+
+
 def _style(contender: Contender) -> str:
-    return "bold" if contender.how == "fused" else ""
+    return "bold" if contender.is_ours else ""
 
 
 def _batches_differ(race: Race) -> bool:
@@ -102,7 +122,7 @@ def terms(race: Race, facts: Mapping[str, Any]) -> str:
     """One line: what was measured, where and how."""
     s = race.settings
     kind = str(s.dtype).removeprefix("torch.")
-    mode = "training steps" if s.train else "inference"
+    mode = "training steps" if s.train else "single calls" if s.latency else "inference"
     where = facts["device"]
     if s.device.type == "cpu":
         where += f", {facts['threads']} threads, {facts['cpu_capability']}"
@@ -122,9 +142,9 @@ def show(race: Race, facts: Mapping[str, Any], photographs: Mapping[str, Photogr
     console.width = min(120, max(80, console.width)) if console.is_terminal else 100
     out = console.print
     out(terms(race, facts), markup=False)
-    out(table(race))
+    out(latencies(race) if race.settings.latency else table(race))
     for contender in race.finalists:
-        if contender.how == "fused":
+        if contender.is_ours:
             for line in _about_fused(race, contender):
                 out(line, markup=False)
     for label, photos in photographs.items():
@@ -133,12 +153,15 @@ def show(race: Race, facts: Mapping[str, Any], photographs: Mapping[str, Photogr
     compiled = [c for c in race.finalists if c.compile_seconds is not None]
     if compiled:
         times = (
-            f"{c.network.label} {c.compile_seconds:.0f} s{' (cached)' if c.compile_cached else ''}"
+            f"{c.label} {c.compile_seconds:.0f} s{' (cached)' if c.compile_cached else ''}"
             for c in compiled
         )
-        out("apart from timing: compiling " + ", ".join(times), markup=False)
+        out("apart from timing: building " + ", ".join(times), markup=False)
     warm = sum(c.warmup_seconds for c in race.finalists)
     out(f"apart from timing: warming up {warm:.0f} s in all", markup=False)
+    for contender in race.finalists:
+        if contender.about:
+            out(f"{contender.label}: {contender.about}", style="dim", markup=False)
     out(_footnotes(race), style="dim", markup=False)
     for message in race.notes:
         out(f"note: {message}", markup=False)
@@ -200,7 +223,7 @@ def rows(
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": evidence.command_line(arguments),
         "protocol": s.protocol,
-        "mode": "training" if s.train else "inference",
+        "mode": "training" if s.train else "latency" if s.latency else "inference",
         "batch_asked": s.batch,
         "dtype": next(name for name, dtype in DTYPES.items() if dtype == s.dtype),
         "tf32": False,
@@ -239,9 +262,10 @@ def _row(
         "logits_error": contender.logits_error,
         "tried": contender.tried,
         "operators": contender.operators,
-        "kernels_sha256": race.kernels_sha256 if contender.how == "fused" else None,
+        "kernels_sha256": race.kernels_sha256 if contender.is_ours else None,
         "quoted_top1": quoted.top1 if quoted else None,
         "quoted_v100_img_per_s": quoted.v100_img_s if quoted else None,
         "quoted_source": table5.SOURCE if quoted else None,
         "photographs": photos.row(contender.variant) if photos else None,
+        "peer": contender.about,
     }

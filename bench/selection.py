@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import compiling
 import contenders as field_of
 import planning
-from contenders import Contender, WrongOutputs
+from checks import WrongOutputs
+from contenders import Contender
+from peers import Peer
 from race import LEAST_COMPILE, TRIAL_CALLS, Entry, Race
 from timing import spread
 
@@ -29,21 +32,23 @@ class Selection:
         entries = self.race.entries
         deits = [e for e in entries if e.network.config]
         convnets = [e for e in entries if not e.network.config]
-        compiles = self.settings.compile and self.settings.protocol == "modern"
-        self.waiting = len(deits) + 2 * len(convnets) if compiles else 0
+        peers = self.settings.peers
+        compiler = next((peer for peer in peers if peer.compile_mode), None)
+        self.waiting = len(deits) * len(peers) + (2 * len(convnets) if compiler else 0)
         for entry in deits:
-            if compiles:
-                made = self._compiled(entry, entry.base)
+            for peer in peers:
+                made = self._made(entry, entry.base, peer)
                 entry.variants += [made] if made else []
         # First every convnet in its better memory format, then, as time allows, in the other.
         ranked = [self._ranked(entry) for entry in convnets]
-        for place in range(2) if compiles else ():
+        for place in range(2) if compiler else ():
             for entry, eager in zip(convnets, ranked, strict=True):
-                if made := self._compiled(entry, eager[place]):
+                if made := self._made(entry, eager[place], compiler):
                     self._trial(entry, [entry.variants[0], made])
-        places = ("fused", "eager", "compiled").index
-        for entry in deits:
-            self.race.finalists += sorted(entry.variants, key=lambda v: places(v.how))
+        for entry in deits:  # fused, eager, and the peers in their order
+            self.race.finalists += sorted(
+                entry.variants, key=lambda v: (v.how != "fused", v.how != "eager")
+            )
         self.race.finalists += [e.variants[0] for e in convnets]
 
     def _ranked(self, entry: Entry) -> list[Contender]:
@@ -68,23 +73,24 @@ class Selection:
         best.tried = tried
         entry.variants = [best]
 
-    def _compiled(self, entry: Entry, base: Contender) -> Contender | None:
-        """A compiled, checked and warm variant of `base`, or None with the reason noted."""
-        s, race = self.settings, self.race
-        made = field_of.compiled(base, s.compile_mode, s.train)
-        spare = race.left() - self._rounds_cost(made, entry)
+    def _made(self, entry: Entry, base: Contender, peer: Peer) -> Contender | None:
+        """A peer's built, checked and warm variant of `base`, or None with the reason noted."""
+        race = self.race
+        spare = race.left() - self._rounds_cost(entry)
         self.waiting -= 1
         self._estimate()
+        variant = replace(base, how=peer.how).variant
+        label = f"{base.network.label} {variant}"
         if spare < LEAST_COMPILE:
-            entry.base.tried[made.variant] = "not tried: budget"
-            race.note(f"{made.label}: not tried: budget")
+            entry.base.tried[variant] = "not tried: budget"
+            race.note(f"{label}: not tried: budget")
             return None
-        race.progress.doing(f"compiling {made.label}")
+        race.progress.doing(f"{'compiling' if peer.compile_mode else 'building'} {label}")
         began = time.perf_counter()
         compiling.forget_counters()
         try:
             with compiling.limit(None if math.isinf(spare) else spare):
-                self._first_calls(entry, made, base.batch)
+                made = self._first_calls(entry, base, peer)
         except compiling.OutOfTime:
             compiling.abandon()
             outcome = f"not finished in {spare:.0f} s: budget"
@@ -98,28 +104,30 @@ class Selection:
         else:
             self.compile_times.append(time.perf_counter() - began)
             return made
-        entry.base.tried[made.variant] = outcome
-        race.note(f"{made.label}: {outcome}")
+        entry.base.tried[variant] = outcome
+        race.note(f"{label}: {outcome}")
         return None
 
-    def _first_calls(self, entry: Entry, made: Contender, batch: int) -> None:
-        race = self.race
-        made._step = field_of.make_step(made, self.settings.dtype, self.settings.train)
-        made.image_seconds = entry.base.image_seconds
-        images = race.inputs.get(made, batch)
+    def _first_calls(self, entry: Entry, base: Contender, peer: Peer) -> Contender:
+        race, train, batch = self.race, self.settings.train, base.batch
+        images = race.inputs.get(base, batch)
         began = time.perf_counter()
-        if not self.settings.train:
+        made = field_of.by_peer(peer, base, images, train)
+        made._step = field_of.make_step(made, self.settings.dtype, train)
+        made.image_seconds = entry.base.image_seconds
+        if not train:
             race.call(made, images)
             race.clock.synchronize()
             made.compile_seconds = time.perf_counter() - began
         race.check(entry, made, images)
-        if self.settings.train:  # the check compiled it: a step would have changed the weights
+        if train:  # the check compiled it: a step would have changed the weights
             made.compile_seconds = time.perf_counter() - began
         made.compile_cached = compiling.from_cache()
         race.warm(made, batch)
+        return made
 
-    def _rounds_cost(self, made: Contender, entry: Entry) -> float:
-        """Seconds that the least number of rounds of everything so far, and `made`, will take."""
+    def _rounds_cost(self, entry: Entry) -> float:
+        """Seconds that the least rounds of everything so far, and one more of `entry`, take."""
         contenders = [v for e in self.race.entries for v in e.variants]
         each = sum(c.image_seconds * c.batch for c in contenders)
         own = entry.base.image_seconds * self.race.batch

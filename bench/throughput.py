@@ -1,6 +1,8 @@
-"""Images/s of fused DeiTs beside the same models eager and compiled, and beside convnets.
+"""Images/s of fused DeiTs beside the same models run by others, and beside convnets.
 
     python bench/throughput.py --arch deit_b --bs 256
+    python bench/throughput.py --arch deit_s --bs 16 --against none --peers all --budget 0
+    python bench/throughput.py --arch deit_s --latency --against none --peers all --budget 0
 
 What is compared runs in one process, interleaved in rounds, after its logits were checked. On a
 CPU the run is fitted into a time budget and says what it shortened.
@@ -19,6 +21,7 @@ import compiling
 import contenders as field_of
 import devices
 import evidence
+import peers
 import photos
 import report
 import table5
@@ -26,8 +29,9 @@ import torch
 import tyro
 from contenders import Network
 from progress import Progress, process_start
-from race import Race, Settings
+from race import Race
 from selection import Selection
+from settings import Settings
 
 CPU_BUDGET = 540.0
 TABLE5_DEITS = ("deit_ti", "deit_s", "deit_b", "deit_b_384")
@@ -35,7 +39,7 @@ TABLE5_DEITS = ("deit_ti", "deit_s", "deit_b", "deit_b_384")
 
 @dataclass(frozen=True)
 class Options:
-    """Measure images/s: a DeiT fused, eager and compiled, and the convnets it competes with."""
+    """Measure a DeiT fused, eager and by its peers, and the convnets it competes with."""
 
     arch: str = "deit_b"
     """A DeiT by any of its names, or `all` for those of the paper's Table 5."""
@@ -62,10 +66,12 @@ class Options:
     """Time training steps (forward, loss, backward, AdamW) instead of inference."""
     protocol: Literal["modern", "deit2021"] = "modern"
     """deit2021: fp32 with TF32 off, eager, the largest batch that fits, the mean of 30 runs."""
-    compile: bool = True
-    """Also run what torch.compile makes of each network."""
-    compile_mode: Literal["auto", "default", "reduce-overhead", "max-autotune"] = "auto"
-    """auto: max-autotune on a GPU, default on a CPU."""
+    peers: tuple[str, ...] = ("default",)
+    """What else runs the DeiTs, eager apart: `default` (torch.compile; convnets are then compiled,
+    too), `all`, `none`, or names: compile, compile-max, timm, transformers, onnxruntime, openvino,
+    openvino-int8, fused-int8. What is not installed is left out, with the command to install it."""
+    latency: bool = False
+    """Single calls at batch 1 instead of images/s: p50 and p99 in ms."""
     images: Path | None = None
     """A folder of photographs: report the loader, the model, and both end to end on them."""
     json: Path | None = None
@@ -113,22 +119,26 @@ def settle(options: Options) -> Settings:
     dtype = options.dtype
     if dtype == "auto":
         dtype = "bf16" if device.type == "cuda" and not paper else "fp32"
-    mode = options.compile_mode
-    if mode == "auto":
-        mode = "max-autotune" if device.type == "cuda" else "default"
+    if options.latency and (options.train or options.images or paper):
+        raise ValueError("latency: for inference by the modern protocol, without --images")
+    asked = [] if paper else peers.chosen(options.peers, device.type)
+    reasons = {
+        peer: peer.why_not(device.type, report.DTYPES[dtype], options.train) for peer in asked
+    }
     budget = options.budget
     if budget is None:
         budget = CPU_BUDGET if device.type == "cpu" else 0.0
     return Settings(
         networks=networks(options),
-        batch=options.bs,
+        batch=1 if options.latency else options.bs,
         dtype=report.DTYPES[dtype],
         device=device,
         impl=options.impl,
         train=options.train,
         protocol=options.protocol,
-        compile=options.compile,
-        compile_mode=mode,
+        peers=[peer for peer, reason in reasons.items() if not reason],
+        left_out=[f"{peer.name}: left out: {reason}" for peer, reason in reasons.items() if reason],
+        latency=options.latency,
         seconds=options.seconds,
         budget=budget or None,
         keep=0.2 * budget if options.images else 0.0,
@@ -141,6 +151,8 @@ def measure(
     """Everything up to the report: the race, and each DeiT's photographs by its label."""
     progress.left(settings.budget, at_most=True)
     race = Race(settings, progress)
+    for message in settings.left_out:
+        race.note(message)
     race.prepare()
     if race.entries:
         race.choose_batch()
@@ -150,16 +162,14 @@ def measure(
     found = {
         network.label: photos.measure(race, pair, paths)
         for network in settings.networks
-        if paths and (pair := pair_of(race, network))
+        if paths and network.config and (pair := pair_of(race, network))
     }
     return race, found
 
 
 def pair_of(race: Race, network: Network) -> list[field_of.Contender]:
     """The fused and the eager finalist of a DeiT; nothing for a convnet."""
-    return [
-        c for c in race.finalists if c.network is network and network.config and c.how != "compiled"
-    ]
+    return [c for c in race.finalists if c.network is network and c.how in ("fused", "eager")]
 
 
 def main(arguments: Sequence[str] | None = None, start: float | None = None) -> int:

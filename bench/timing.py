@@ -39,6 +39,20 @@ def spread(samples: Sequence[float]) -> Spread:
     return Spread(low, median, high, statistics.fmean(samples), len(samples))
 
 
+def percentile(samples: Sequence[float], percent: float) -> float:
+    """By linear interpolation between order statistics, as `spread`'s quartiles.
+
+    Raises ValueError for no samples, or a percentage outside 0 to 100.
+    """
+    if not samples or not 0 <= percent <= 100:
+        raise ValueError(f"samples, percent: expected samples and 0 to 100; got {percent}")
+    ordered = sorted(samples)
+    place = (len(ordered) - 1) * percent / 100
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
 def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
     """Spread of numerator[r] / denominator[r] over rounds r; drift common to a round cancels.
 

@@ -18,15 +18,18 @@ from deit.kernels import dispatch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
+import checks
 import compiling
 import contenders
 import devices
 import evidence
+import peers
 import plot
 import progress
 import race
 import report
 import selection
+import settings as terms
 import table5
 import throughput
 
@@ -35,7 +38,7 @@ CPU = torch.device("cpu")
 # One thread: beside other work on the machine, two wait for each other at every operator's end.
 QUICK = [
     *("--arch", "deit_ti", "--bs", "2", "--against", "none"),
-    *("--seconds", "0.5", "--no-compile", "--threads", "1"),
+    *("--seconds", "0.5", "--peers", "none", "--threads", "1"),
 ]
 
 
@@ -218,16 +221,16 @@ def tiny(dtype: torch.dtype = torch.float32) -> contenders.Contender:
 def test_wrong_logits_are_refused(dtype: torch.dtype, wrong: float) -> None:
     base = tiny(dtype)
     images = torch.randn(5, 3, 32, 32).to(dtype)
-    oracle = contenders.Oracle(base, images)
+    oracle = checks.Oracle(base, images)
     with torch.inference_mode():
         assert oracle.verify(base, base.module(images)) < 0.05
-        with pytest.raises(contenders.WrongOutputs, match=r"deit_ti↑32 eager is refused: its log"):
+        with pytest.raises(checks.WrongOutputs, match=r"deit_ti↑32 eager is refused: its log"):
             oracle.verify(base, Scaled(base.module, wrong)(images))
         logits = base.module(images).clone()
         logits[-1] = logits[0]  # one wrong sample at the end of a batch
-        with pytest.raises(contenders.WrongOutputs):
+        with pytest.raises(checks.WrongOutputs):
             oracle.verify(base, logits)
-    with pytest.raises(contenders.WrongOutputs, match="shape"):
+    with pytest.raises(checks.WrongOutputs, match="shape"):
         oracle.verify(base, torch.zeros(5, 10))
 
 
@@ -256,10 +259,10 @@ def test_wrong_gradients_are_refused() -> None:
     images = torch.randn(2, 3, 32, 32)
     good = contenders.fused(base, "auto", train=True)
     base.module.pos_embed.grad = torch.ones_like(base.module.pos_embed)  # left by an earlier step
-    assert contenders.verify_gradients(good, base, images, torch.float32) < 1e-3
+    assert checks.verify_gradients(good, base, images, torch.float32) < 1e-3
     good.call = Scaled(good.module, 1.05)
-    with pytest.raises(contenders.WrongOutputs, match="gradients are off"):
-        contenders.verify_gradients(good, base, images, torch.float32)
+    with pytest.raises(checks.WrongOutputs, match="gradients are off"):
+        checks.verify_gradients(good, base, images, torch.float32)
 
 
 def test_fused_shares_weights_in_inference_and_owns_them_in_training() -> None:
@@ -322,14 +325,17 @@ def test_speed_is_of_the_median_and_the_mean_of_seconds() -> None:
 # Budget, memory, compiling ----------------------------------------------------------------------
 
 
-def settings(**changes: object) -> race.Settings:
+COMPILED = [peers.PEERS["compile"]]
+
+
+def settings(**changes: object) -> terms.Settings:
     base = {"networks": [], "batch": 256, "dtype": torch.float32, "device": CPU, "budget": 540.0}
-    return race.Settings(**(base | changes))
+    return terms.Settings(**(base | changes))
 
 
 def test_the_batch_is_shortened_with_a_reason() -> None:
     shown = progress.Progress(time.perf_counter())
-    run = race.Race(settings(compile=False), shown)
+    run = race.Race(settings(), shown)
     base = tiny()
     base.image_seconds = 0.25
     run.entries = [race.Entry(base.network, base, None, [base])]
@@ -372,7 +378,8 @@ def test_out_of_memory_while_warming_up_halves_the_batch(monkeypatch: pytest.Mon
 
 
 def test_compiling_without_time_is_not_tried() -> None:
-    run = race.Race(settings(batch=2, budget=1.0), progress.Progress(time.perf_counter() - 60))
+    shown = progress.Progress(time.perf_counter() - 60)
+    run = race.Race(settings(batch=2, budget=1.0, peers=COMPILED), shown)
     base = tiny()
     base.batch = 2
     run.entries = [race.Entry(base.network, base, None, [base])]
@@ -405,7 +412,8 @@ def test_an_abandoned_compilation_leaves_finished_ones_alone() -> None:
 
 def test_compiled_contender_is_checked_and_times_its_compilation(tmp_path: Path) -> None:
     run = race.Race(settings(batch=2, budget=None), progress.Progress(time.perf_counter()))
-    run.settings = settings(batch=2, budget=None, networks=[contenders.deit_network("deit_ti", 32)])
+    networks = [contenders.deit_network("deit_ti", 32)]
+    run.settings = settings(batch=2, budget=None, networks=networks, peers=COMPILED)
     run.prepare()
     run.warm_up()
     selection.Selection(run).run()

@@ -39,7 +39,7 @@ def measure(context: Context, arch: str, impl: str) -> None:
         device=str(context.device),
         seconds=0.05 if context.dry else 2.0,
         budget=4.0 if context.dry else 0.0,
-        compile=False,
+        peers=("none",),
     )
     with Progress(time.perf_counter()) as progress:
         settings = throughput.settle(options)
@@ -49,6 +49,6 @@ def measure(context: Context, arch: str, impl: str) -> None:
     if not race.finalists:
         context.fail(f"{arch} {impl}: nothing was timed")
         return
-    arguments = ["--arch", arch, "--impl", impl, "--against", "none", "--no-compile"]
+    arguments = ["--arch", arch, "--impl", impl, "--against", "none", "--peers", "none"]
     for row in report.rows(race, devices.describe(settings.device), arguments, {}):
         context.row(**{**row, "impl": impl})

@@ -1,0 +1,89 @@
+"""What a peer is: another way to run the very same weights, and what it needs to run here."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import deit
+
+Call = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a peer is asked to run: a network in evaluation mode and the batch it will be given.
+
+    module: the eager model, which the others share and nobody may change; images: [B, 3, S, S].
+    """
+
+    module: nn.Module
+    config: deit.Config | None  # None for convnets
+    images: Tensor
+    threads: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """A peer ready to run: images -> logits, and the versions and settings it runs with."""
+
+    call: Call
+    about: str
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without the progress bars and warnings of exporters; what they raise still comes through."""
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One peer's adapter.
+
+    name: on the command line; how: in tables and evidence.
+    build: makes it for a problem, apart from timing; what it raises is reported.
+    packages: what must be installed; install: the command that does so.
+    precision: "dtype" where logits may differ by that dtype's rounding, "int8" where by more.
+    devices, dtypes: where it runs, and at what dtype of the whole comparison.
+    compile_mode: of torch.compile, for those peers that are it.
+    """
+
+    name: str
+    how: str
+    build: Callable[[Problem], Built]
+    packages: tuple[str, ...] = ()
+    install: str = ""
+    precision: str = "dtype"
+    devices: tuple[str, ...] = ("cpu",)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    trains: bool = False
+    compile_mode: str | None = None
+    counted: bool = True  # is its memory torch's, so that it can be told from the others'?
+    also: Callable[[], str] = lambda: ""  # a further reason, "" for none
+
+    def why_not(self, device: str, dtype: torch.dtype, train: bool) -> str:
+        """Why it cannot run here on these terms, with what would help; "" where it can."""
+        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        if missing:
+            return f"{', '.join(missing)} not installed: {self.install}"
+        if train and not self.trains:
+            return "it is for inference"
+        if device not in self.devices:
+            return f"it runs on {' and '.join(self.devices)} here, not on {device}"
+        if dtype not in self.dtypes:
+            return f"its adapter has no {str(dtype).removeprefix('torch.')}"
+        return self.also()

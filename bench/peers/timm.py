@@ -1,0 +1,28 @@
+"""timm's own VisionTransformer, eager, on the same weights: its names are this package's."""
+
+from __future__ import annotations
+
+from peers.peer import Built, Peer, Problem
+
+
+def _build(problem: Problem) -> Built:
+    import timm
+
+    config = problem.config
+    if config is None or config.distilled:
+        raise ValueError("network: expected a DeiT with one head: theirs joins two otherwise")
+    theirs = timm.models.VisionTransformer(
+        img_size=config.img_size,
+        patch_size=config.patch_size,
+        embed_dim=config.embed_dim,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        mlp_ratio=config.mlp_ratio,
+        num_classes=config.num_classes,
+    )
+    theirs.load_state_dict(problem.module.state_dict(), assign=True)
+    theirs.eval()
+    return Built(theirs, f"timm {timm.__version__}, eager")
+
+
+PEERS = (Peer("timm", "timm eager", _build, ("timm",), "pip install timm"),)

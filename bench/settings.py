@@ -1,0 +1,34 @@
+"""The terms of a comparison, settled before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import planning
+import torch
+from contenders import Network
+from peers import Peer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compare and under what terms; `budget` and `seconds` None for no limit."""
+
+    networks: Sequence[Network]
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+    impl: str = "auto"
+    train: bool = False
+    protocol: str = "modern"
+    peers: Sequence[Peer] = ()
+    left_out: Sequence[str] = ()  # peers that cannot run here, and why
+    latency: bool = False
+    seconds: float | None = None
+    budget: float | None = None
+    keep: float = 0.0  # seconds of the budget that what follows the rounds will take
+
+    @property
+    def rounds(self) -> int:
+        return 30 if self.protocol == "deit2021" else planning.ROUNDS

@@ -1,0 +1,13 @@
+// The cases: each draws one problem of a kernel, runs it by `run`, and checks what it wrote.
+#pragma once
+
+#include "../../csrc/cpu/isa.h"
+
+namespace fuzz {
+
+class Random;
+
+void fuzz_layer_norm(Random& random, const deit::Kernels& set);
+void fuzz_attention(Random& random, const deit::Kernels& set);
+
+}  // namespace fuzz

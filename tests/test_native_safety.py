@@ -1,0 +1,134 @@
+"""The CPU operators beside threads, forks and themselves: bits, hangs, hidden state.
+
+Addresses and races inside the C++ kernels are `make sanitize`'s business (tests/native).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import oracle
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import deit
+from deit.fused_vit import fuse
+from deit.kernels import native, ops
+
+pytestmark = pytest.mark.skipif(
+    bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))
+)
+OPS = ops.COMPILED["cpu"]
+Call = Callable[[], object]
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def make(*shape: int, seed: int = 0) -> torch.Tensor:
+    return oracle.make("random", shape, seed=seed)
+
+
+X, W = make(8, 197, 192), make(192, seed=1)
+FC1, FC2 = make(768, 192, seed=2) / 14, make(192, 768, seed=3) / 28
+# Operator -> a call large enough to be split among eight threads. A new CPU operator wants its
+# line here.
+CALLS: dict[str, Call] = {
+    "layer_norm": lambda: OPS["layer_norm"](X, W, W, 1e-6),
+    "add_layer_norm": lambda: OPS["add_layer_norm"](X, X, W, W, 1e-6, W, None),
+    "attention": lambda: OPS["attention"](make(3, 197, 576), 3, 0.125, None),
+    "linear": lambda: OPS["linear"](X, FC1, None, "gelu", None, None, None),
+    "gelu_mlp": lambda: OPS["gelu_mlp"](X, FC1, None, FC2, W, X, None, None),
+}
+
+
+def test_every_cpu_operator_has_a_call() -> None:
+    assert set(CALLS) == ops.KERNELS["cpu"]
+
+
+def bits(result: object) -> list[torch.Tensor]:
+    return [t.clone() for t in (result if isinstance(result, tuple) else (result,))]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_threads_change_no_bit(name: str, threads: Callable[[int], None]) -> None:
+    threads(1)
+    alone = bits(CALLS[name]())
+    for count in (2, 8, 8):
+        threads(count)
+        assert all(map(torch.equal, alone, bits(CALLS[name]())))
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    made = deit.create("deit_ti", img_size=64).eval()
+    # The shortened last block asks PyTorch's attention for one query a head, whose sums PyTorch
+    # splits by the number of threads: its logits move by 3e-7.
+    fuse(made, last_block="full")
+    return made
+
+
+def test_threads_change_no_bit_of_a_fused_models_logits(
+    model: torch.nn.Module, threads: Callable[[int], None]
+) -> None:
+    images = make(4, 3, 64, 64)
+    threads(1)
+    with torch.inference_mode():
+        alone = model(images)
+        for count in (2, 8):
+            threads(count)
+            assert torch.equal(model(images), alone)
+
+
+class Embedded(Dataset[torch.Tensor]):
+    """Images run through a fused model by whoever loads them, as an embedding pipeline does."""
+
+    def __init__(self, model: torch.nn.Module, images: torch.Tensor) -> None:
+        self.model, self.images = model, images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        with torch.inference_mode():
+            return self.model(self.images[i : i + 1])[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.skipif(sys.platform != "linux", reason="fork is the start method on Linux alone")
+def test_forked_dataloader_workers_run_a_fused_model(
+    model: torch.nn.Module, threads: Callable[[int], None]
+) -> None:
+    threads(2)  # the parent's thread pool is up before the fork, and does not survive it
+    images = make(6, 3, 64, 64, seed=4)
+    data = Embedded(model, images)
+    expected = torch.stack([data[i] for i in range(len(data))])
+    fork = multiprocessing.get_context("fork")
+    loader = DataLoader(data, 3, num_workers=2, multiprocessing_context=fork, timeout=60)
+    assert torch.equal(torch.cat(list(loader)), expected)
+    assert torch.equal(data[0], expected[0])  # and the parent's goes on
+
+
+def test_the_library_keeps_no_state_but_the_chosen_instruction_set() -> None:
+    path = str(native.status("cpu")["path"])
+    command = ["objdump", "-t", "-C", path]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no symbols to read: {error}")
+    writable = {".bss", ".data", ".tbss", ".tdata"}  # .data.rel.ro is sealed once loaded
+    lines = [line.split(maxsplit=5) for line in listed.splitlines() if "deit::" in line]
+    assert lines, "objdump listed none of the library's own symbols"
+    # Address, flags, section, size, name: an object's line has its section after `O`.
+    state = {" ".join(line[line.index("O") + 3 :]) for line in lines
+             if "O" in line and writable & set(line)}  # fmt: skip
+    assert state == {"deit::(anonymous namespace)::selected"}
