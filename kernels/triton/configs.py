@@ -316,6 +316,12 @@ def linear(arch: int, dtype: torch.dtype, width: int, depth: int) -> LinearConfi
     return LinearConfig(128, block_n, 32, group=8, tma=False, num_warps=8, num_stages=4)
 
 
+@tunable(LinearConfig)
+def norm_linear(arch: int, dtype: torch.dtype, width: int, depth: int) -> LinearConfig:
+    """`linear` with a LayerNorm as its prologue."""
+    return linear.pinned(arch, dtype, width, depth)
+
+
 @tunable(OutputGradientConfig)
 def output_gradient(width: int) -> OutputGradientConfig:
     """2048 elements a program at a time; 2364 programs for DeiT-B's 50432 x 768."""

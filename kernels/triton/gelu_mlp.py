@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deit.kernels.fakes import STATS_COLUMNS
 from deit.kernels.triton import common, configs
 from deit.kernels.triton import linear as linear_module
+from deit.kernels.triton import row_stats as statistics
 
 
 def gelu_mlp(
@@ -75,15 +77,22 @@ def plan(
     gamma: Tensor | None,
     keep: Tensor | None,
     *,
+    norm: statistics.Norm | None = None,
+    row_stats: Tensor | None = None,
     config: configs.MlpConfig,
 ) -> tuple[Tensor, common.Launch] | None:
     """The output, unwritten, and the launch of the one-kernel form; None where it cannot run.
 
     It cannot where D or D' is not 3 * config.chunk, a tensor is empty, x is not one evenly
-    spaced list of rows, or an address or stride is not a multiple of 16 bytes.
+    spaced list of rows, or an address or stride is not a multiple of 16 bytes; nor write
+    row statistics of chunks that are no whole number of their parts.
+
+    norm, row_stats: as for `linear.plan`.
     """
     hidden, dim = w1.shape
     if (dim, w2.shape[0]) != (3 * config.chunk, 3 * config.chunk) or x.numel() == 0:
+        return None
+    if row_stats is not None and config.chunk % STATS_COLUMNS:
         return None
     x_view, residual_view = common.as_rows(x, residual)
     w1, w2 = common.last_contiguous(w1), common.last_contiguous(w2)
@@ -92,7 +101,7 @@ def plan(
     rows = x_view.view(-1, dim)
     if not all(common.describable(t) for t in (rows, w1, w2)):
         return None
-    dtype = x.dtype if residual is None else residual.dtype
+    dtype = w2.dtype if residual is None else residual.dtype
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     arguments = {
         "x": common.descriptor(rows, config.block_m, config.chunk),
@@ -100,7 +109,9 @@ def plan(
         "w2": common.descriptor(w2, config.chunk, config.block_h),
         **common.contiguous(b1=b1, b2=b2),
         **common.epilogue_arguments(x, residual_view, gamma, keep),
+        **statistics.prologue(norm, dim),
         "out": common.descriptor(out.view(-1, dim), config.block_m, config.chunk),
+        "row_stats_out": row_stats,
         "rows": rows.shape[0],
         "hidden": hidden,
         "inner": x_view.shape[1],
@@ -123,6 +134,7 @@ def _finish(
     gamma,
     keep,
     out,
+    row_stats_out,
     m0,
     rows,
     inner,
@@ -145,7 +157,10 @@ def _finish(
     acc = common.add_residual(
         acc, added, gamma, keep, row, col, row_mask, col >= 0, rows_per_sample
     )
-    out.store([m0, chunk * CHUNK], acc.to(out.dtype))
+    stored = acc.to(out.dtype)
+    out.store([m0, chunk * CHUNK], stored)
+    if row_stats_out is not None:
+        statistics.store(row_stats_out, stored.to(tl.float32), m0, chunk * CHUNK, rows, 3 * CHUNK)
 
 
 @triton.jit
@@ -158,13 +173,19 @@ def _gelu_mlp_kernel(
     residual,
     gamma,
     keep,
+    row_stats,
+    norm_weight,
+    norm_bias,
+    eps,
     out,
+    row_stats_out,
     rows,
     hidden,
     inner,
     residual_outer,
     residual_inner,
     rows_per_sample,
+    PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -173,6 +194,17 @@ def _gelu_mlp_kernel(
     x0 = x.load([m0, 0])
     x1 = x.load([m0, CHUNK])
     x2 = x.load([m0, 2 * CHUNK])
+    if row_stats is not None:
+        pivot, offset, rstd = statistics.merge(row_stats, m0, rows, 3 * CHUNK, eps, BLOCK_M, PARTS)
+        x0 = statistics.normalise(
+            x0, pivot, offset, rstd, norm_weight, norm_bias, 0, 3 * CHUNK
+        ).to(w1.dtype)
+        x1 = statistics.normalise(
+            x1, pivot, offset, rstd, norm_weight, norm_bias, CHUNK, 3 * CHUNK
+        ).to(w1.dtype)
+        x2 = statistics.normalise(
+            x2, pivot, offset, rstd, norm_weight, norm_bias, 2 * CHUNK, 3 * CHUNK
+        ).to(w1.dtype)
     acc0 = tl.zeros((BLOCK_M, CHUNK), tl.float32)
     acc1 = tl.zeros((BLOCK_M, CHUNK), tl.float32)
     acc2 = tl.zeros((BLOCK_M, CHUNK), tl.float32)
@@ -196,6 +228,7 @@ def _gelu_mlp_kernel(
         gamma,
         keep,
         out,
+        row_stats_out,
         m0,
         rows,
         inner,
@@ -213,6 +246,7 @@ def _gelu_mlp_kernel(
         gamma,
         keep,
         out,
+        row_stats_out,
         m0,
         rows,
         inner,
@@ -230,6 +264,7 @@ def _gelu_mlp_kernel(
         gamma,
         keep,
         out,
+        row_stats_out,
         m0,
         rows,
         inner,
