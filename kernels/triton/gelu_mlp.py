@@ -119,10 +119,42 @@ def plan(
         "BLOCK_M": config.block_m,
         "BLOCK_H": config.block_h,
     }
-    grid = (triton.cdiv(rows.shape[0], config.block_m),)
+    grid = (min(triton.cdiv(rows.shape[0], config.block_m), common.multiprocessors(x)),)
     return out, common.Launch(
         _gelu_mlp_kernel, grid, arguments, config.num_warps, config.num_stages
     )
+
+
+@triton.jit
+def _inputs(
+    x,
+    m0,
+    row_stats,
+    norm_weight,
+    norm_bias,
+    rows,
+    eps,
+    dtype,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """The three chunks of x, normalised where row statistics came with it."""
+    x0 = x.load([m0, 0])
+    x1 = x.load([m0, CHUNK])
+    x2 = x.load([m0, 2 * CHUNK])
+    if row_stats is not None:
+        pivot, offset, rstd = statistics.merge(row_stats, m0, rows, 3 * CHUNK, eps, BLOCK_M, PARTS)
+        x0 = statistics.normalise(
+            x0, pivot, offset, rstd, norm_weight, norm_bias, 0, 3 * CHUNK
+        ).to(dtype)
+        x1 = statistics.normalise(
+            x1, pivot, offset, rstd, norm_weight, norm_bias, CHUNK, 3 * CHUNK
+        ).to(dtype)
+        x2 = statistics.normalise(
+            x2, pivot, offset, rstd, norm_weight, norm_bias, 2 * CHUNK, 3 * CHUNK
+        ).to(dtype)
+    return x0, x1, x2
 
 
 @triton.jit
@@ -190,87 +222,49 @@ def _gelu_mlp_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    m0 = tl.program_id(0) * BLOCK_M
-    x0 = x.load([m0, 0])
-    x1 = x.load([m0, CHUNK])
-    x2 = x.load([m0, 2 * CHUNK])
-    if row_stats is not None:
-        pivot, offset, rstd = statistics.merge(row_stats, m0, rows, 3 * CHUNK, eps, BLOCK_M, PARTS)
-        x0 = statistics.normalise(
-            x0, pivot, offset, rstd, norm_weight, norm_bias, 0, 3 * CHUNK
-        ).to(w1.dtype)
-        x1 = statistics.normalise(
-            x1, pivot, offset, rstd, norm_weight, norm_bias, CHUNK, 3 * CHUNK
-        ).to(w1.dtype)
-        x2 = statistics.normalise(
-            x2, pivot, offset, rstd, norm_weight, norm_bias, 2 * CHUNK, 3 * CHUNK
-        ).to(w1.dtype)
-    acc0 = tl.zeros((BLOCK_M, CHUNK), tl.float32)
-    acc1 = tl.zeros((BLOCK_M, CHUNK), tl.float32)
-    acc2 = tl.zeros((BLOCK_M, CHUNK), tl.float32)
-    for h0 in tl.range(0, hidden, BLOCK_H):
-        h = tl.dot(x0, w1.load([h0, 0]).T)
-        h = tl.dot(x1, w1.load([h0, CHUNK]).T, h)
-        h = tl.dot(x2, w1.load([h0, 2 * CHUNK]).T, h)
-        if b1 is not None:
-            at = h0 + tl.arange(0, BLOCK_H)
-            h += tl.load(b1 + at, mask=at < hidden, other=0.0).to(tl.float32)[None, :]
-        # Channels past the last are gelu(0) = 0, and meet zeros of w2.
-        p = common.gelu(h).to(w2.dtype)
-        acc0 = tl.dot(p, w2.load([0, h0]).T, acc0)
-        acc1 = tl.dot(p, w2.load([CHUNK, h0]).T, acc1)
-        acc2 = tl.dot(p, w2.load([2 * CHUNK, h0]).T, acc2)
-    _finish(
-        acc0,
-        0,
-        b2,
-        residual,
-        gamma,
-        keep,
-        out,
-        row_stats_out,
-        m0,
-        rows,
-        inner,
-        residual_outer,
-        residual_inner,
-        rows_per_sample,
-        CHUNK,
-        BLOCK_M,
-    )
-    _finish(
-        acc1,
-        1,
-        b2,
-        residual,
-        gamma,
-        keep,
-        out,
-        row_stats_out,
-        m0,
-        rows,
-        inner,
-        residual_outer,
-        residual_inner,
-        rows_per_sample,
-        CHUNK,
-        BLOCK_M,
-    )
-    _finish(
-        acc2,
-        2,
-        b2,
-        residual,
-        gamma,
-        keep,
-        out,
-        row_stats_out,
-        m0,
-        rows,
-        inner,
-        residual_outer,
-        residual_inner,
-        rows_per_sample,
-        CHUNK,
-        BLOCK_M,
-    )
+    # The rows of the next tile are loaded (and normalised) before this loop comes round.
+    x0, x1, x2 = _inputs(
+        x, tl.program_id(0) * BLOCK_M, row_stats, norm_weight, norm_bias, rows, eps, w1.dtype,
+        CHUNK, BLOCK_M, PARTS,
+    )  # fmt: skip
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
+        m0 = tile * BLOCK_M
+        acc0 = tl.zeros((BLOCK_M, CHUNK), tl.float32)
+        acc1 = tl.zeros((BLOCK_M, CHUNK), tl.float32)
+        acc2 = tl.zeros((BLOCK_M, CHUNK), tl.float32)
+        for h0 in tl.range(0, hidden, BLOCK_H):
+            h = tl.dot(x0, w1.load([h0, 0]).T)
+            h = tl.dot(x1, w1.load([h0, CHUNK]).T, h)
+            h = tl.dot(x2, w1.load([h0, 2 * CHUNK]).T, h)
+            if b1 is not None:
+                at = h0 + tl.arange(0, BLOCK_H)
+                h += tl.load(b1 + at, mask=at < hidden, other=0.0).to(tl.float32)[None, :]
+            # Channels past the last are gelu(0) = 0, and meet zeros of w2.
+            p = common.gelu(h).to(w2.dtype)
+            acc0 = tl.dot(p, w2.load([0, h0]).T, acc0)
+            acc1 = tl.dot(p, w2.load([CHUNK, h0]).T, acc1)
+            acc2 = tl.dot(p, w2.load([2 * CHUNK, h0]).T, acc2)
+        accs = (acc0, acc1, acc2)
+        for chunk in tl.static_range(3):
+            _finish(
+                accs[chunk],
+                chunk,
+                b2,
+                residual,
+                gamma,
+                keep,
+                out,
+                row_stats_out,
+                m0,
+                rows,
+                inner,
+                residual_outer,
+                residual_inner,
+                rows_per_sample,
+                CHUNK,
+                BLOCK_M,
+            )
+        x0, x1, x2 = _inputs(
+            x, m0 + tl.num_programs(0) * BLOCK_M, row_stats, norm_weight, norm_bias, rows, eps,
+            w1.dtype, CHUNK, BLOCK_M, PARTS,
+        )  # fmt: skip
