@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-
 # How many columns of a stream one pair of row statistics covers (kernels/triton/row_stats.py).
 STATS_COLUMNS = 64
 

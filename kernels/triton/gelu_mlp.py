@@ -126,38 +126,6 @@ def plan(
 
 
 @triton.jit
-def _inputs(
-    x,
-    m0,
-    row_stats,
-    norm_weight,
-    norm_bias,
-    rows,
-    eps,
-    dtype,
-    CHUNK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """The three chunks of x, normalised where row statistics came with it."""
-    x0 = x.load([m0, 0])
-    x1 = x.load([m0, CHUNK])
-    x2 = x.load([m0, 2 * CHUNK])
-    if row_stats is not None:
-        pivot, offset, rstd = statistics.merge(row_stats, m0, rows, 3 * CHUNK, eps, BLOCK_M, PARTS)
-        x0 = statistics.normalise(
-            x0, pivot, offset, rstd, norm_weight, norm_bias, 0, 3 * CHUNK
-        ).to(dtype)
-        x1 = statistics.normalise(
-            x1, pivot, offset, rstd, norm_weight, norm_bias, CHUNK, 3 * CHUNK
-        ).to(dtype)
-        x2 = statistics.normalise(
-            x2, pivot, offset, rstd, norm_weight, norm_bias, 2 * CHUNK, 3 * CHUNK
-        ).to(dtype)
-    return x0, x1, x2
-
-
-@triton.jit
 def _finish(
     acc,
     chunk,
@@ -222,11 +190,21 @@ def _gelu_mlp_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    # The rows of the next tile are loaded (and normalised) before this loop comes round.
-    x0, x1, x2 = _inputs(
-        x, tl.program_id(0) * BLOCK_M, row_stats, norm_weight, norm_bias, rows, eps, w1.dtype,
-        CHUNK, BLOCK_M, PARTS,
-    )  # fmt: skip
+    # Chunks that a loop carries are kept in shared memory, normalised, as the products' operand.
+    # Otherwise they stay in registers, are converted for every product, and spill 216 bytes.
+    x0, x1, x2 = statistics.chunks(
+        x,
+        tl.program_id(0) * BLOCK_M,
+        row_stats,
+        norm_weight,
+        norm_bias,
+        rows,
+        eps,
+        w1.dtype,
+        CHUNK,
+        BLOCK_M,
+        PARTS,
+    )
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
         m0 = tile * BLOCK_M
         acc0 = tl.zeros((BLOCK_M, CHUNK), tl.float32)
@@ -264,7 +242,16 @@ def _gelu_mlp_kernel(
                 CHUNK,
                 BLOCK_M,
             )
-        x0, x1, x2 = _inputs(
-            x, m0 + tl.num_programs(0) * BLOCK_M, row_stats, norm_weight, norm_bias, rows, eps,
-            w1.dtype, CHUNK, BLOCK_M, PARTS,
-        )  # fmt: skip
+        x0, x1, x2 = statistics.chunks(
+            x,
+            m0 + tl.num_programs(0) * BLOCK_M,
+            row_stats,
+            norm_weight,
+            norm_bias,
+            rows,
+            eps,
+            w1.dtype,
+            CHUNK,
+            BLOCK_M,
+            PARTS,
+        )

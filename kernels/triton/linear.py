@@ -261,9 +261,7 @@ def _linear_kernel(
         m0, n0 = common.tile_origin(tile, rows, width, BLOCK_M, BLOCK_N, GROUP)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if row_stats is not None:
-            pivot, offset, rstd = statistics.merge(
-                row_stats, m0, rows, depth, eps, BLOCK_M, PARTS
-            )
+            pivot, offset, rstd = statistics.merge(row_stats, m0, rows, depth, eps, BLOCK_M, PARTS)
         if TMA:
             for k0 in tl.range(0, depth, BLOCK_K):
                 a = x.load([m0, k0])

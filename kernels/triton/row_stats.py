@@ -13,9 +13,9 @@ sum, its first part's mean and an offset: at a mean of 1000 one fp32 number is o
 standard deviation of 1.
 
 The product's algebraic form, rstd * (x @ W' - mean * colsum(W')), is not used: both terms grow
-with the mean and their difference does not, and x rounded to half precision without being
-centred has lost what LN would have kept (at a mean of 1000, an ulp of fp16 is half a standard
-deviation of 1).
+with the mean and their difference does not. At a mean of 1000 and a standard deviation of 1 its
+error was 8 times PyTorch's in fp32, and 490 times with an fp32 stream and fp16 products (the rule
+allows 1.25): x rounded before it is centred has lost what LayerNorm would have kept.
 """
 
 from __future__ import annotations
@@ -144,6 +144,34 @@ def normalise(tile, pivot, offset, rstd, norm_weight, norm_bias, k0, dim):
     if norm_bias is not None:
         y += tl.load(norm_bias + k, mask=k < dim, other=0.0).to(tl.float32)[None, :]
     return y
+
+
+@triton.jit
+def chunks(
+    x,
+    m0,
+    row_stats,
+    norm_weight,
+    norm_bias,
+    rows,
+    eps,
+    dtype,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """BLOCK_M rows of 3 * CHUNK channels as three tiles, normalised where row_stats is given."""
+    x0 = x.load([m0, 0])
+    x1 = x.load([m0, CHUNK])
+    x2 = x.load([m0, 2 * CHUNK])
+    if row_stats is not None:
+        dim = 3 * CHUNK
+        pivot, offset, rstd = merge(row_stats, m0, rows, dim, eps, BLOCK_M, PARTS)
+        y0 = normalise(x0, pivot, offset, rstd, norm_weight, norm_bias, 0, dim)
+        y1 = normalise(x1, pivot, offset, rstd, norm_weight, norm_bias, CHUNK, dim)
+        y2 = normalise(x2, pivot, offset, rstd, norm_weight, norm_bias, 2 * CHUNK, dim)
+        x0, x1, x2 = y0.to(dtype), y1.to(dtype), y2.to(dtype)
+    return x0, x1, x2
 
 
 @triton.jit

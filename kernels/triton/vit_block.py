@@ -10,12 +10,12 @@ Neither LayerNorm is a pass over memory: each would read and write the stream, 2
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from deit.kernels.triton import attention as attention_module
 from deit.kernels.triton import common, configs, gelu_mlp, linear
 from deit.kernels.triton import row_stats as statistics
+from deit.kernels.triton.norm_linear import norm_linear
 
 
 def vit_block(
@@ -49,26 +49,6 @@ def vit_block(
     s, row_stats = linear_stats(mixed, proj_weight, proj_bias, x, gamma1)
     norm2 = statistics.Norm(row_stats, norm2_weight, norm2_bias, eps)
     return norm_mlp(s, norm2, w1, b1, w2, b2, gamma2)
-
-
-def norm_linear(
-    x: Tensor,
-    norm: statistics.Norm,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None = None,
-    *,
-    config: configs.LinearConfig | None = None,
-) -> Tensor:
-    """act(LN(x) @ weight.T + bias), in weight's dtype; x in that or fp32.
-
-    LN(x) is rounded to weight's dtype before the product, as a LayerNorm's output in memory is.
-    """
-    rest = (None, None, None)
-    out, launch = linear.plan(x, weight, bias, activation, *rest, norm=norm, config=config)
-    if launch is not None:
-        launch.run(x)
-    return out
 
 
 def linear_stats(

@@ -20,7 +20,7 @@ def ours(**options):
 
 def timms(**options):
     return timm.create_model(
-        "deit3_small_patch16_224", img_size=32, num_classes=10, depth=3, init_values=0.3, **options
+        "vit_tiny_patch16_224", img_size=32, num_classes=10, depth=3, init_values=0.3, **options
     )
 
 

@@ -1,4 +1,4 @@
-"""vit_block on Triton against the fp64 oracle, in the interpreter: alone, in parts and in chains."""
+"""vit_block on Triton against the fp64 oracle, in the interpreter: whole, in parts, in chains."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from deit.kernels import explain, ops, reference, vit_block
 from deit.kernels.triton import configs
+from deit.kernels.triton import norm_linear as folded_implementation
 from deit.kernels.triton import row_stats as statistics
 from deit.kernels.triton import vit_block as implementation
 
@@ -71,9 +72,7 @@ def test_error_rule(family, dtype, stream):
 @pytest.mark.parametrize("tokens", [1, 17, 197, 198])
 @pytest.mark.parametrize("batch", [0, 1, 3])
 def test_rows(batch, tokens):
-    out, row_stats = check(
-        Draw(torch.float16, dim=64, heads=1).arguments("random", batch, tokens)
-    )
+    out, row_stats = check(Draw(torch.float16, dim=64, heads=1).arguments("random", batch, tokens))
     assert out.shape == (batch, tokens, 64)
     assert row_stats.shape == (batch, tokens, 2, 1)
 
@@ -190,6 +189,23 @@ def test_both_forms_of_the_mlp(dtype, single):
     oracle.check(got, want, (x, *norm, *mlp), name="norm_mlp")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_a_panel_is_as_accurate_as_tiles(activation, batch, dtype):
+    """More panels than programs, and so few that their columns are split among programs."""
+    draw = Draw(dtype, dim=48)
+    x, norm, linear = draw.x("large_mean", batch, 37), draw.norm(), draw.linear(200, 48)
+    given = statistics.Norm(statistics.row_stats(x), *norm, 1e-6)
+    config = configs.PanelConfig(32, 32, 16, num_warps=4, num_stages=2)
+    assert folded_implementation.splits(-(-batch * 37 // 32), 7, 3) == (2 if batch == 1 else 1)
+    got = folded_implementation.norm_linear(x, given, *linear, activation, config=config)
+    want = lambda x, weight, bias, *linear: reference.linear(
+        reference.layer_norm(x, weight, bias, 1e-6), *linear, activation, None, None, None
+    )
+    oracle.check(got, want, (x, *norm, *linear), name="norm_panel")
+
+
 @pytest.mark.parametrize("arch", configs.SHARED_MEMORY)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_architectures_configuration(arch, dtype):
@@ -207,9 +223,9 @@ def test_every_architectures_configuration(arch, dtype):
 
 def public(dtype=torch.float16, dim=64, heads=2):
     """(args, kwargs) of the public function."""
-    x, stats, *tensors, heads, scale, eps = Draw(
-        dtype, dim=dim, heads=heads, gamma=True
-    ).arguments("random", 2, 5)
+    x, stats, *tensors, heads, scale, eps = Draw(dtype, dim=dim, heads=heads, gamma=True).arguments(
+        "random", 2, 5
+    )
     gamma1, gamma2, key_bias = tensors[6], tensors[13], tensors[14]
     args = (x, *tensors[:6], *tensors[7:13], heads)
     return args, {"scale": scale, "eps": eps, "gamma1": gamma1, "gamma2": gamma2,
