@@ -32,8 +32,8 @@ def config(operator: str, arch: int, dtype: torch.dtype, size: int) -> object:
         return configs.layer_norm(arch, dtype, size)
     if operator == "norm_mlp":
         return configs.gelu_mlp(arch, dtype, size)
-    factory = {"norm_panel": configs.norm_panel, "norm_linear": configs.norm_linear}
-    return factory.get(operator, configs.linear)(arch, dtype, size, size)
+    name = "linear" if operator == "linear_stats" else operator
+    return getattr(configs, name)(arch, dtype, size, size)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -77,8 +77,9 @@ def _norm_linear(case: Case) -> common.Launch:
         assert panel is not None  # all_cases leaves these out
         return _launch(norm_linear.plan(x, _norm(x), *parameters, activation, config=panel))
     tile = configs.norm_linear(case.arch, case.torch_dtype, dim, dim)
-    rest = (activation, None, None, None)
-    return _launch(linear.plan(x, *parameters, *rest, norm=_norm(x), config=tile))
+    return _launch(
+        linear.plan(x, *parameters, activation, None, None, None, norm=_norm(x), config=tile)
+    )
 
 
 def _linear_stats(case: Case) -> common.Launch:
