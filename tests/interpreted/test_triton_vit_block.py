@@ -108,6 +108,20 @@ def test_folded_norm_is_as_accurate_as_pytorchs(stream, family, dtype):
     oracle.check(got, folded, (x, weight, bias, *linear), name="norm_linear")
 
 
+@pytest.mark.parametrize("dim", [32, 96, 160, 384])
+def test_folded_norm_of_parts_that_are_not_full(dim):
+    """Their counts and eps decide here; beside a residual neither would show."""
+    draw = Draw(torch.float32, dim=dim)
+    x, norm, linear = draw.x("random", 1, 9), draw.norm(), draw.linear(16, dim)
+    x[..., 64:] += 3.0
+    given = statistics.Norm(statistics.row_stats(x), *norm, 0.5)
+    got = implementation.norm_linear(x, given, *linear)
+    folded = lambda x, weight, bias, *linear: F.linear(
+        reference.layer_norm(x, weight, bias, 0.5), *linear
+    )
+    oracle.check(got, folded, (x, *norm, *linear), name="norm_linear")
+
+
 def test_folded_norm_rounds_as_a_norm_in_memory():
     """What the product sees is LayerNorm's output to the bit, but for the order of sums."""
     draw = Draw(torch.float16, dim=64)
