@@ -150,7 +150,10 @@ def on_device(call: cases.Call, device: torch.device) -> cases.Call:
 def differentiable(call: cases.Call, impl: str) -> bool:
     """Whether this implementation has kernels for the call's gradients."""
     inputs = call.inputs | {n: call.inputs[n].clone().requires_grad_() for n in call.gradients}
-    return not deit.kernels.explain(call.operator, **inputs, **call.options).reasons[impl]
+    return (
+        bool(call.gradients)
+        and not deit.kernels.explain(call.operator, **inputs, **call.options).reasons[impl]
+    )
 
 
 def table(rows: Sequence[Row], impl: str, dtype: str) -> Table:

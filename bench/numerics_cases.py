@@ -104,6 +104,22 @@ def _gelu_mlp(family: str, dtype: torch.dtype) -> Call:
     return Call("gelu_mlp", inputs, {}, ("x", "w1", "b1", "w2", "b2", "residual", "gamma"))
 
 
+def _vit_block(family: str, dtype: torch.dtype) -> Call:
+    """Inference only, so it has no gradients."""
+    inputs = {"x": _activation(family, dtype)}
+    for norm in ("norm1", "norm2"):
+        inputs[f"{norm}_weight"] = 1 + _random(dtype, _DIM, seed=len(inputs), scale=0.1)
+        inputs[f"{norm}_bias"] = _random(dtype, _DIM, seed=len(inputs))
+    shapes = {"qkv_": (3 * _DIM, _DIM), "proj_": (_DIM, _DIM), "1": (4 * _DIM, _DIM),
+              "2": (_DIM, 4 * _DIM)}  # fmt: skip
+    for name, shape in shapes.items():
+        weight, bias = (name + "weight", name + "bias") if "_" in name else ("w" + name, "b" + name)
+        inputs[weight] = _weight(dtype, *shape, seed=len(inputs))
+        inputs[bias] = _random(dtype, shape[0], seed=len(inputs))
+    inputs |= {"gamma1": _random(dtype, _DIM, seed=31), "gamma2": _random(dtype, _DIM, seed=32)}
+    return Call("vit_block", inputs, {"num_heads": _HEADS}, ())
+
+
 def _patch_embed(family: str, dtype: torch.dtype) -> Call:
     inputs = {
         "images": oracle.make(family, (_BATCH, 3, 64, 64), dtype, mean=100.0),
@@ -160,7 +176,7 @@ def _distillation(family: str, dtype: torch.dtype) -> Call:
 
 
 _OTHERS: tuple[Callable[[str, torch.dtype], Call], ...] = (
-    _layer_norm, _add_layer_norm, _linear, _gelu_mlp, _patch_embed
+    _layer_norm, _add_layer_norm, _linear, _gelu_mlp, _vit_block, _patch_embed
 )  # fmt: skip
 _SOFTMAX: tuple[Callable[[str, torch.dtype], Call], ...] = (
     _attention, _cross_entropy, _distillation

@@ -12,6 +12,7 @@ else:
     from deit.kernels.linear import linear
     from deit.kernels.losses import cross_entropy, distillation_loss
     from deit.kernels.patch_embed import patch_embed
+    from deit.kernels.vit_block import vit_block
     from deit.kernels.warmup import warmup
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "layer_norm",
     "linear",
     "patch_embed",
+    "vit_block",
     "warmup",
 ]

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+# How many columns of a stream one pair of row statistics covers (kernels/triton/row_stats.py).
+STATS_COLUMNS = 64
+
+
+def row_stats_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """[..., 2, parts] for a stream [..., D]: means, then sums of squares about them."""
+    return (*shape[:-1], 2, -(-shape[-1] // STATS_COLUMNS))
 
 
 def _layer_norm_fake(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -36,6 +44,10 @@ def _gelu_mlp_fake(
     x: Tensor, w1: Tensor, b1: object, w2: Tensor, b2: object, residual: Tensor | None, *_: object
 ) -> Tensor:
     return _projected(x, w2.shape[0], residual)
+
+
+def _vit_block_fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(row_stats_shape(x.shape), dtype=torch.float32)
 
 
 def _patch_embed_fake(
@@ -199,6 +211,7 @@ FAKES: dict[str, Callable[..., object]] = {
     "attention": _attention_fake,
     "linear": _linear_fake,
     "gelu_mlp": _gelu_mlp_fake,
+    "vit_block": _vit_block_fake,
     "patch_embed": _patch_embed_fake,
     "cross_entropy": _scalar_loss_fake,
     "distillation_loss": _scalar_loss_fake,

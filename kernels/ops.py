@@ -39,6 +39,13 @@ SCHEMAS: dict[str, str] = {
         "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual, "
         "Tensor? gamma, Tensor? keep) -> Tensor"
     ),
+    "vit_block": (
+        "(Tensor x, Tensor? row_stats, Tensor norm1_weight, Tensor? norm1_bias, "
+        "Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, "
+        "Tensor? gamma1, Tensor norm2_weight, Tensor? norm2_bias, Tensor w1, Tensor? b1, "
+        "Tensor w2, Tensor? b2, Tensor? gamma2, Tensor? key_bias, int num_heads, float scale, "
+        "float eps) -> (Tensor, Tensor)"
+    ),
     "patch_embed": (
         "(Tensor images, Tensor weight, Tensor? bias, Tensor prefix, Tensor pos_embed) -> Tensor"
     ),
@@ -169,6 +176,7 @@ KERNELS: dict[str, frozenset[str]] = {
             "linear_fwd",
             "patch_embed",
             "patch_embed_bwd",
+            "vit_block",
         }
     ),
     "cuda": frozenset({"layer_norm", "add_layer_norm"}),

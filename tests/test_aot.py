@@ -26,7 +26,7 @@ SUBSET = [
         operator,
         variant,
         dtype,
-        384 if (operator, size, arch) == ("linear", 768, 80) else size,
+        384 if arch == 80 and size == 768 and "linear" in operator else size,
         arch,
     )
     for arch in (80, 90, 100)
@@ -46,9 +46,14 @@ SUBSET = [
         ("distillation_loss", "soft smoothed student kl", "bf16", 21841),
         ("distillation_loss_bwd", "index hard", "bf16", 1000),
         ("patch_embed", "channels last", "bf16", 768),
+        ("norm_linear", "fp32 gelu", "bf16", 768),
+        ("linear_stats", "fp32 gamma", "bf16", 768),
+        ("linear_stats", "plain", "fp32", 192),
+        ("norm_panel", "fp32 gelu", "bf16", 192),
+        ("norm_mlp", "fp32 gamma", "bf16", 192),
         ("patch_embed_bwd", "channels first", "bf16", 768),
     )
-    if (operator, arch) != ("gelu_mlp", 80)
+    if arch != 80 or operator not in ("gelu_mlp", "norm_panel", "norm_mlp")
 ]
 
 

@@ -26,6 +26,21 @@ CALLS = {
         (X, torch.randn(96, 64), torch.randn(96), torch.randn(64, 96), torch.randn(64)),
         {"residual": X, "gamma": WEIGHT, "keep": torch.ones(2)},
     ),
+    "vit_block": (
+        (
+            *(X, WEIGHT, WEIGHT, torch.randn(192, 64), torch.randn(192)),
+            *(torch.randn(64, 64), WEIGHT, WEIGHT, WEIGHT),
+            *(torch.randn(96, 64), torch.randn(96), torch.randn(64, 96), WEIGHT, 2),
+        ),
+        {
+            "scale": 0.1,
+            "eps": 1e-5,
+            "gamma1": WEIGHT,
+            "gamma2": torch.randn(64),
+            "key_bias": torch.zeros(2, 5),
+            "row_stats": reference.row_stats(X),
+        },
+    ),
     "patch_embed": (
         (
             torch.randn(2, 3, 32, 32),

@@ -358,3 +358,19 @@ def test_ddp_trains_a_fused_model(tmp_path):
             torch.testing.assert_close(parameter.grad, want[name], atol=1e-4, rtol=1e-4)
     finally:
         dist.destroy_process_group()
+
+
+def test_a_whole_block_without_a_kernel_runs_by_its_parts_and_says_so(model):
+    """On a CPU there is no vit_block kernel: asking for it changes the report, and nothing else."""
+    fuse(model)
+    with torch.no_grad():
+        want = model(IMAGES)
+        report = fuse(model, block="whole")
+        assert torch.equal(model(IMAGES), want)
+    assert "by its parts: no vit_block kernel is measured on this device" in str(report)
+    assert "vit_block" not in report.operators
+
+
+def test_an_unknown_form_of_block(model):
+    with pytest.raises(ValueError, match=r"block: expected one of .* got 'half'"):
+        fuse(model, block="half")

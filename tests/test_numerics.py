@@ -27,7 +27,8 @@ def test_every_operator_is_there():
 @pytest.mark.parametrize("family", cases.FAMILIES)
 def test_pytorch_is_as_accurate_as_itself(family):
     for call in cases.calls(family, torch.float32):
-        rows = numerics.compare(call, "reference", "fp32", family, backward=True)
+        backward = bool(call.gradients)
+        rows = numerics.compare(call, "reference", "fp32", family, backward)
         gradients = [row.quantity for row in rows if row.quantity.startswith("d ")]
         assert gradients == [f"d {name}" for name in call.gradients]
         assert all(row.norm == row.torch_norm and row.used <= 0.8 for row in rows)

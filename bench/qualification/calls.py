@@ -12,8 +12,11 @@ import torch
 from numerics_cases import Call
 from torch import Tensor
 
-OPERATORS = ("attention", "linear", "gelu_mlp", "layer_norm", "add_layer_norm", "patch_embed",
-             "cross_entropy", "distillation_loss")  # fmt: skip
+from deit.kernels import reference
+
+OPERATORS = ("attention", "linear", "gelu_mlp", "layer_norm", "add_layer_norm", "vit_block",
+             "patch_embed", "cross_entropy", "distillation_loss")  # fmt: skip
+INFERENCE = ("vit_block",)  # without a backward
 FAMILIES = numerics_cases.FAMILIES
 CLASSES = 1000
 
@@ -128,6 +131,22 @@ def _add_layer_norm(draw: Draw, batch: int, tokens: int, dim: int, full: bool) -
     return Call("add_layer_norm", inputs, {"eps": 1e-6}, names)
 
 
+def _vit_block(draw: Draw, batch: int, tokens: int, dim: int, full: bool) -> Call:
+    """As within a chain of blocks: the statistics come with x."""
+    inputs = {"x": draw.activation(batch, tokens, dim)}
+    for norm in ("norm1", "norm2"):
+        inputs |= {f"{norm}_weight": 1 + draw(dim, scale=0.1), f"{norm}_bias": draw(dim)}
+    for name, rows in (("qkv", 3 * dim), ("proj", dim)):
+        inputs |= {f"{name}_weight": draw.weight(rows, dim), f"{name}_bias": draw(rows)}
+    inputs |= {"w1": draw.weight(4 * dim, dim), "b1": draw(4 * dim)}
+    inputs |= {"w2": draw.weight(dim, 4 * dim), "b2": draw(dim)}
+    if full:
+        inputs |= {"gamma1": draw(dim), "gamma2": draw(dim)}
+    else:
+        inputs["row_stats"] = reference.row_stats(inputs["x"])
+    return Call("vit_block", inputs, {"num_heads": max(1, dim // 64)}, ())
+
+
 def _patch_embed(draw: Draw, batch: int, tokens: int, dim: int, full: bool) -> Call:
     side = max(1, math.isqrt(tokens))
     prefix = 2 if full else 1
@@ -177,6 +196,10 @@ def flops(call: Call, backward: bool) -> float:
     if call.operator == "attention":
         batch, tokens, channels = shape["qkv"]
         return (10 if backward else 4) * batch * tokens * tokens * (channels / 3)
+    if call.operator == "vit_block":
+        batch, tokens, dim = shape["x"]
+        weights = sum(math.prod(shape[n]) for n in ("qkv_weight", "proj_weight", "w1", "w2"))
+        return 2.0 * batch * tokens * weights + 4.0 * batch * tokens * tokens * dim
     if call.operator in ("linear", "gelu_mlp"):
         rows = math.prod(shape["x"][:-1])
         weights = sum(math.prod(shape[n]) for n in ("weight", "w1", "w2") if n in shape)
@@ -202,3 +225,23 @@ def function(call: Call, impl: str) -> Callable[..., Any]:
 
     operator = getattr(deit.kernels, call.operator)
     return lambda inputs: operator(**inputs, **call.options, impl=impl)
+
+
+def by_parts(call: Call, impl: str) -> Callable[..., Any]:
+    """A vit_block of the other public operators, as `fuse` runs a block by default."""
+    from deit.kernels import attention, gelu_mlp, layer_norm, linear
+
+    heads = call.options["num_heads"]
+
+    def run(t: dict[str, Tensor]) -> Tensor:
+        normed = layer_norm(t["x"], t["norm1_weight"], t["norm1_bias"], impl=impl)
+        qkv = linear(normed, t["qkv_weight"], t["qkv_bias"], impl=impl)
+        mixed = attention(qkv, heads, impl=impl)
+        gammas = t.get("gamma1"), t.get("gamma2")
+        s = linear(mixed, t["proj_weight"], t["proj_bias"], residual=t["x"], gamma=gammas[0],
+                   impl=impl)  # fmt: skip
+        normed = layer_norm(s, t["norm2_weight"], t["norm2_bias"], impl=impl)
+        return gelu_mlp(normed, t["w1"], t["b1"], t["w2"], t["b2"], residual=s, gamma=gammas[1],
+                        impl=impl)  # fmt: skip
+
+    return run

@@ -36,7 +36,7 @@ class Ceilings:
 
 def speed(context: Context) -> None:
     """Rows an operator, direction, width and contender; the most telling first."""
-    from qualification.calls import OPERATORS
+    from qualification.calls import INFERENCE, OPERATORS
 
     if not context.dry:
         import torch._functorch.config as functorch
@@ -47,6 +47,8 @@ def speed(context: Context) -> None:
         for backward in (False, True):
             for operator in OPERATORS:
                 loss = "loss" in operator or operator == "cross_entropy"
+                if backward and operator in INFERENCE:
+                    continue
                 if (loss and dim != WIDTHS[0]) or (context.dry and operator not in _DRY):
                     continue
                 direction = "backward" if backward else "forward"
@@ -169,6 +171,8 @@ def contenders(context: Context, call: Any, backward: bool) -> dict[str, Callabl
     if context.dry:  # the interpreter's time means nothing
         ours = [n for n in ours if n != "triton"]
     found = {name: calls.function(call, name) for name in ours}
+    if call.operator == "vit_block":
+        found |= {f"{name}, by parts": calls.by_parts(call, name) for name in ours}
     reference = calls.function(call, "reference")
     found["eager"] = reference
     if not context.dry and _width(call) in COMPILED:

@@ -54,8 +54,8 @@ DEIT_INLINE void multiply_all(const float* a, int64_t lda, const float* b, int64
                               bool add, float* c, int64_t ldc) {
   for (int64_t column = 0; column < width; column += kPanel) {
     const float* panel = b + column / kPanel * panel_step;
-    for (int64_t k = 0; k < depth; k += kDepthBlock) {
-      const int64_t chain = depth - k < kDepthBlock ? depth - k : kDepthBlock;
+    for (int64_t k = 0; k < depth; k += kChain) {
+      const int64_t chain = depth - k < kChain ? depth - k : kChain;
       multiply<kOuter>(a + k * (kOuter ? lda : 1), lda, panel + k * ldb, ldb, rows, chain,
                        vectors_of(width - column), add || k > 0, c + column, ldc);
     }

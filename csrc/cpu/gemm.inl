@@ -9,7 +9,6 @@
 // kPanel columns, so that a step of depth reads it with unit stride. Chains are kChain terms long
 // and are added in order, so a sum's bits depend on nothing but its terms.
 
-constexpr int64_t kChain = kWidth == 4 ? 16 : 64;
 constexpr int64_t kRowTile = 96;  // rows of a task: a panel's block is read 16 times from L1
 
 // c[MR, NV * kWidth] (= or +=) a b, one chain a sum. kOuter: a is [depth, MR], else [MR, depth].

@@ -33,9 +33,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 LAST_BLOCK = ("auto", "full")
+BLOCK = ("parts", "whole")
 
 
-def fuse(model: nn.Module, impl: str = "auto", *, last_block: str = "auto") -> Report:
+def fuse(
+    model: nn.Module, impl: str = "auto", *, last_block: str = "auto", block: str = "parts"
+) -> Report:
     """Put the fused operators under `model`, in place, and report on every module.
 
     Parameters keep their identity and `state_dict` its keys and bits; hooks, deepcopy, pickling,
@@ -52,23 +55,31 @@ def fuse(model: nn.Module, impl: str = "auto", *, last_block: str = "auto") -> R
             only the logits are asked for (6.9 % fewer operations in DeiT-B, the same logits to
             rounding): for deit.DeiT and timm's VisionTransformer pooled by "token". "full"
             computes every token always.
+        block: "parts" runs LayerNorm, attention and MLP as operators of their own. "whole" runs
+            a block in inference as one `deit.kernels.vit_block`, its LayerNorms folded into its
+            products, where that has a kernel (the report says where not). No GPU has measured
+            "whole", so "parts" is the default.
 
     Returns:
         A Report; print it for a table.
 
     Raises:
-        TypeError: `model` is not a module. ValueError: an unknown `impl` or `last_block`.
+        TypeError: `model` is not a module. ValueError: an unknown `impl` or `last_block` or
+            `block`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
     if last_block not in LAST_BLOCK:
         raise ValueError(f"last_block: expected one of {LAST_BLOCK}; got {last_block!r}")
+    if block not in BLOCK:
+        raise ValueError(f"block: expected one of {BLOCK}; got {block!r}")
     if impl != "auto" and impl not in dispatch.IMPLEMENTATIONS:
         known = ", ".join(dispatch.IMPLEMENTATIONS)
         raise ValueError(f"impl: expected 'auto' or one of {known}; got {impl!r}")
     impls = {
         operator: impl if impl == "reference" or operator in ops.KERNELS.get(impl, ()) else "auto"
         for operator in ops.SCHEMAS
+        if operator != "vit_block" or block == "whole"
     }
     families = _families()
     notes: dict[str, str] = {}
@@ -101,13 +112,15 @@ def unfuse(model: Model) -> Model:
 
 
 @contextlib.contextmanager
-def fused(model: nn.Module, impl: str = "auto", *, last_block: str = "auto") -> Iterator[Report]:
+def fused(
+    model: nn.Module, impl: str = "auto", *, last_block: str = "auto", block: str = "parts"
+) -> Iterator[Report]:
     """Within the block, `model` runs fused; afterwards every module is what it was before."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
     before = {m: (type(m), m.fused_impls) for m in model.modules() if isinstance(m, Fused)}
     try:
-        yield fuse(model, impl, last_block=last_block)
+        yield fuse(model, impl, last_block=last_block, block=block)
     finally:
         for module in model.modules():
             if module in before:
@@ -211,7 +224,7 @@ def _report(model: nn.Module, impls: dict[str, str], notes: dict[str, str]) -> R
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, Fused):
-            operators.update(module.OPERATORS)
+            operators.update(module.operators())
             absorbed.update(module.absorbed())
             waiting = module.interrupted()
             note = f"plain for now: {waiting}" if waiting else module.remark()

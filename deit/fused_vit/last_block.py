@@ -57,11 +57,18 @@ class PrefixOnly(Fused):
         return None if reason is None else f"last block: {reason}"
 
     def prefix_features(self, x: Tensor) -> Tensor:
-        """Embedded tokens [B, N, D] -> the heads' tokens, normalised, [B, rows, D]."""
+        """Embedded tokens [B, N, D] -> the heads' tokens, normalised, [B, rows, D].
+
+        Blocks that run whole hand the statistics of their output to the next.
+        """
         module: Any = self
         *body, last = module.blocks
+        row_stats = None
         for block in body:
-            x = block(x)
+            if isinstance(block, FusedBlock) and block.hands_over(x):
+                x, row_stats = block.whole(x, row_stats)
+            else:
+                x, row_stats = block(x), None
         return module.norm(last.advance(x, rows=self.rows()))
 
 

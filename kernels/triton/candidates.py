@@ -83,6 +83,10 @@ def shared_memory(config: Any, arguments: Arguments, itemsize: int) -> int:
         return (keys + config.block_m) * head
     if isinstance(config, configs.AttentionBwdConfig):
         return (2 * config.resident + 2 * config.num_stages * config.passing) * head
+    if isinstance(config, configs.PanelConfig):
+        weights = config.num_stages * 3 * config.chunk * config.block_n
+        x = 3 * config.block_m * config.chunk
+        return (x + weights + config.block_m * config.block_n) * itemsize
     if isinstance(config, configs.MlpConfig):
         x = 3 * config.block_m * config.chunk
         weights = 2 * 3 * config.chunk * config.block_h
@@ -136,11 +140,21 @@ def _mlp_rules(config: configs.MlpConfig, arguments: Arguments) -> list[str]:
     return found
 
 
+def _panel_rules(config: configs.PanelConfig, arguments: Arguments) -> list[str]:
+    found = _tile(config.block_m, config.block_n, config.num_warps)
+    if 3 * config.chunk != arguments["depth"]:
+        found.append(f"chunk {config.chunk}: D is {arguments['depth']}, expected 3 * chunk")
+    if arguments["arch"] not in (90, 100) or arguments["dtype"] == torch.float32:
+        found.append("a panel needs tensor copies, and half precision")
+    return found
+
+
 _RULES: dict[type, Callable[[Any, Arguments], list[str]]] = {
     configs.LinearConfig: _linear_rules,
     configs.AttentionConfig: _attention_rules,
     configs.AttentionBwdConfig: _attention_bwd_rules,
     configs.MlpConfig: _mlp_rules,
+    configs.PanelConfig: _panel_rules,
     configs.PatchEmbedConfig: lambda c, a: _tile(c.block_m, c.block_n, c.num_warps),
     configs.PatchEmbedBwdConfig: lambda c, a: _tile(c.block_m, c.block_n, c.num_warps),
 }
@@ -187,6 +201,13 @@ def _gelu_mlp(arguments: Arguments, pinned: configs.MlpConfig | None) -> Iterato
         yield configs.MlpConfig(block_m, block_h, chunk, tma=True, num_warps=warps, num_stages=3)
 
 
+def _norm_panel(arguments: Arguments, pinned: configs.PanelConfig | None) -> Iterator[Any]:
+    yield None  # by tile
+    chunk = arguments["depth"] // 3
+    for block_m, block_n, stages in itertools.product((128, 64), (128, 64), (2, 3)):
+        yield configs.PanelConfig(block_m, block_n, chunk, num_warps=8, num_stages=stages)
+
+
 def _layer_norm(arguments: Arguments, pinned: configs.LayerNormConfig) -> Iterator[Any]:
     for rows, warps in itertools.product((1, 2, 4, 8, 16), (4, 8, 2)):
         yield configs.LayerNormConfig(rows, warps)
@@ -206,6 +227,8 @@ def _patch_embed(arguments: Arguments, pinned: configs.PatchEmbedConfig) -> Iter
 
 _SPACES: dict[str, Callable[[Arguments, Any], Iterator[Any]]] = {
     "linear": _linear,
+    "norm_linear": _linear,
+    "norm_panel": _norm_panel,
     "input_gradient": _linear,
     "weight_gradient": _linear,
     "attention": _attention,

@@ -16,6 +16,7 @@ from torch import Tensor
 from deit.kernels.triton import (
     attention,
     attention_bwd,
+    cases_block,
     cases_rows,
     common,
     configs,
@@ -47,7 +48,7 @@ class Case:
         """Whether the kernel has products in half precision."""
         if self.operator in cases_rows.VARIANTS and self.operator not in cases_rows.PRODUCTS:
             return False
-        if self.variant in ("delta", "tokens"):
+        if self.variant in ("delta", "tokens") or self.operator == "row_stats":
             return False
         if self.operator == "output_gradient":  # linear's backward without its products
             return False
@@ -80,7 +81,7 @@ class Case:
 _POINTERS = ("unaligned", "token slice")
 # Operators compiled for a tile and not for a width.
 _TILED = ("linear", "linear_fwd", "gelu_mlp", "input_gradient", "weight_gradient",
-          "output_gradient")  # fmt: skip
+          "output_gradient", *cases_block.TILED)  # fmt: skip
 
 _VARIANTS: dict[str, tuple[str, ...]] = {
     "attention": ("197", "197 bias", "577", "577 bias", "unaligned"),
@@ -95,6 +96,7 @@ _VARIANTS: dict[str, tuple[str, ...]] = {
     "output_gradient": ("sums only", "gelu", "gelu_tanh gamma keep", "fp32 gamma keep"),
     "input_gradient": ("plain", "through gelu", "unaligned", "through gelu unaligned"),
     "weight_gradient": ("plain", "one part", "unaligned", "token slice"),
+    **cases_block.VARIANTS,
 }  # fmt: skip
 
 
@@ -139,6 +141,8 @@ def _config(operator: str, arch: int, dtype: torch.dtype, size: int) -> object:
         return configs.attention_bwd(arch, dtype, size, _TOKENS)
     if operator.startswith("attention"):
         return configs.attention(arch, dtype, size, _TOKENS)
+    if operator in cases_block.VARIANTS:
+        return cases_block.config(operator, arch, dtype, size)
     if operator in cases_rows.VARIANTS:
         return cases_rows.config(operator, arch, dtype, size)
     return getattr(configs, operator)(arch, dtype, size)
@@ -257,4 +261,5 @@ _BUILDERS = {
     "output_gradient": _output_gradient,
     "input_gradient": _input_gradient,
     "weight_gradient": _weight_gradient,
+    **cases_block.BUILDERS,
 }

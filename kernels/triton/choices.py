@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deit.kernels.triton import common, configs
@@ -37,6 +38,24 @@ def _gelu_mlp(x: Tensor, w1: Tensor, b1: Any, w2: Tensor, *_: Any) -> list[tuple
     return [one] if one[0] is not None else [one, *_linear(x, w1), *_linear(x, w2)]
 
 
+def _vit_block(x: Tensor, row_stats: Tensor | None, *rest: Any) -> list[tuple[Any, str]]:
+    qkv_weight, proj_weight, w1, b1, w2, num_heads = (rest[i] for i in (2, 4, 9, 10, 11, 15))
+    arch, dtype = common.architecture(x), qkv_weight.dtype
+    qkv = x.new_empty((*x.shape[:-1], qkv_weight.shape[0]), dtype=dtype)
+    mlp = _gelu_mlp(qkv[..., : x.shape[-1]], w1, b1, w2)
+    if mlp[0][0] is None:
+        mlp[1:2] = _norm_linear(arch, dtype, w1)
+    rows = [] if row_stats is not None else _layer_norm(x)
+    return [*rows, *_norm_linear(arch, dtype, qkv_weight), *_attention(qkv, num_heads),
+            *_linear(qkv, proj_weight), *mlp]  # fmt: skip
+
+
+def _norm_linear(arch: int, dtype: torch.dtype, weight: Tensor) -> list[tuple[Any, str]]:
+    panel = configs.norm_panel.explain(arch, dtype, *weight.shape)
+    by_tile = configs.norm_linear.explain(arch, dtype, *weight.shape)
+    return [by_tile if panel[0] is None else panel]
+
+
 def _patch_embed(images: Tensor, weight: Tensor, *_: Any) -> list[tuple[Any, str]]:
     arch = common.architecture(images)
     return [configs.patch_embed.explain(arch, images.dtype, weight.shape[0])]
@@ -52,6 +71,7 @@ _CHOICES: dict[str, Callable[..., list[tuple[Any, str]]]] = {
     "attention": _attention,
     "linear": _linear,
     "gelu_mlp": _gelu_mlp,
+    "vit_block": _vit_block,
     "patch_embed": _patch_embed,
     "cross_entropy": _loss,
     "distillation_loss": _loss,

@@ -214,15 +214,18 @@ def column_parts(tile, PARTS: tl.constexpr):
 
 @triton.jit
 def store_tile(out, tile, m0, n0, rows, width, TMA: tl.constexpr):
-    """Write the tile at row m0, column n0 of a contiguous [rows, width] matrix."""
+    """Write the tile at row m0, column n0 of a contiguous [rows, width] matrix; what is stored."""
     if TMA:
-        out.store([m0, n0], tile.to(out.dtype))
+        stored = tile.to(out.dtype)
+        out.store([m0, n0], stored)
     else:
         row = m0 + tl.arange(0, tile.shape[0])
         col = n0 + tl.arange(0, tile.shape[1])
         at = row.to(tl.int64)[:, None] * width + col[None, :]
         mask = (row < rows)[:, None] & (col < width)[None, :]
-        tl.store(out + at, tile.to(out.dtype.element_ty), mask=mask)
+        stored = tile.to(out.dtype.element_ty)
+        tl.store(out + at, stored, mask=mask)
+    return stored
 
 
 @triton.jit

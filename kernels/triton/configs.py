@@ -187,6 +187,20 @@ class MlpConfig:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class PanelConfig:
+    """A product whose block_m rows of x stay on chip, normalised once, while all of weight passes.
+
+    chunk: as MlpConfig's. block_n: output columns at a time. The rows come by tensor descriptors.
+    """
+
+    block_m: int
+    block_n: int
+    chunk: int
+    num_warps: int
+    num_stages: int
+
+
 @tunable(LayerNormConfig)
 def layer_norm(arch: int, dtype: torch.dtype, dim: int) -> LayerNormConfig:
     """About 32 elements a thread: enough loads in flight to cover memory latency."""
@@ -314,6 +328,27 @@ def linear(arch: int, dtype: torch.dtype, width: int, depth: int) -> LinearConfi
     if arch == 80:
         return LinearConfig(128, block_n, 64, group=8, tma=False, num_warps=8, num_stages=3)
     return LinearConfig(128, block_n, 32, group=8, tma=False, num_warps=8, num_stages=4)
+
+
+@tunable(LinearConfig)
+def norm_linear(arch: int, dtype: torch.dtype, width: int, depth: int) -> LinearConfig:
+    """`linear` with a LayerNorm as its prologue, applied to a tile of x for every tile of output.
+
+    DeiT-B normalises an element 9 times for qkv and 12 for fc1: `norm_panel` where it can run.
+    """
+    return linear.pinned(arch, dtype, width, depth)
+
+
+@tunable(PanelConfig)
+def norm_panel(arch: int, dtype: torch.dtype, width: int, depth: int) -> PanelConfig | None:
+    """None where tiles of x normalised again and again are expected to be no slower.
+
+    At D = 384 64 rows and 64 columns at a time are what fits without spills: products so narrow
+    that reading their operands from shared memory takes twice as long as multiplying them.
+    """
+    if dtype == torch.float32 or arch not in (90, 100) or depth != 192:
+        return None
+    return PanelConfig(128, 128, depth // 3, num_warps=8, num_stages=2)
 
 
 @tunable(OutputGradientConfig)

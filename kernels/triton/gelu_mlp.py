@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deit.kernels.fakes import STATS_COLUMNS
 from deit.kernels.triton import common, configs
 from deit.kernels.triton import linear as linear_module
+from deit.kernels.triton import row_stats as statistics
 
 
 def gelu_mlp(
@@ -75,15 +77,22 @@ def plan(
     gamma: Tensor | None,
     keep: Tensor | None,
     *,
+    norm: statistics.Norm | None = None,
+    row_stats: Tensor | None = None,
     config: configs.MlpConfig,
 ) -> tuple[Tensor, common.Launch] | None:
     """The output, unwritten, and the launch of the one-kernel form; None where it cannot run.
 
     It cannot where D or D' is not 3 * config.chunk, a tensor is empty, x is not one evenly
-    spaced list of rows, or an address or stride is not a multiple of 16 bytes.
+    spaced list of rows, or an address or stride is not a multiple of 16 bytes; nor write
+    row statistics of chunks that are no whole number of their parts.
+
+    norm, row_stats: as for `linear.plan`.
     """
     hidden, dim = w1.shape
     if (dim, w2.shape[0]) != (3 * config.chunk, 3 * config.chunk) or x.numel() == 0:
+        return None
+    if row_stats is not None and config.chunk % STATS_COLUMNS:
         return None
     x_view, residual_view = common.as_rows(x, residual)
     w1, w2 = common.last_contiguous(w1), common.last_contiguous(w2)
@@ -92,7 +101,7 @@ def plan(
     rows = x_view.view(-1, dim)
     if not all(common.describable(t) for t in (rows, w1, w2)):
         return None
-    dtype = x.dtype if residual is None else residual.dtype
+    dtype = w2.dtype if residual is None else residual.dtype
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     arguments = {
         "x": common.descriptor(rows, config.block_m, config.chunk),
@@ -100,7 +109,9 @@ def plan(
         "w2": common.descriptor(w2, config.chunk, config.block_h),
         **common.contiguous(b1=b1, b2=b2),
         **common.epilogue_arguments(x, residual_view, gamma, keep),
+        **statistics.prologue(norm, dim),
         "out": common.descriptor(out.view(-1, dim), config.block_m, config.chunk),
+        "row_stats_out": row_stats,
         "rows": rows.shape[0],
         "hidden": hidden,
         "inner": x_view.shape[1],
@@ -108,7 +119,7 @@ def plan(
         "BLOCK_M": config.block_m,
         "BLOCK_H": config.block_h,
     }
-    grid = (triton.cdiv(rows.shape[0], config.block_m),)
+    grid = (min(triton.cdiv(rows.shape[0], config.block_m), common.multiprocessors(x)),)
     return out, common.Launch(
         _gelu_mlp_kernel, grid, arguments, config.num_warps, config.num_stages
     )
@@ -123,6 +134,7 @@ def _finish(
     gamma,
     keep,
     out,
+    row_stats_out,
     m0,
     rows,
     inner,
@@ -145,7 +157,10 @@ def _finish(
     acc = common.add_residual(
         acc, added, gamma, keep, row, col, row_mask, col >= 0, rows_per_sample
     )
-    out.store([m0, chunk * CHUNK], acc.to(out.dtype))
+    stored = acc.to(out.dtype)
+    out.store([m0, chunk * CHUNK], stored)
+    if row_stats_out is not None:
+        statistics.store(row_stats_out, stored.to(tl.float32), m0, chunk * CHUNK, rows, 3 * CHUNK)
 
 
 @triton.jit
@@ -158,84 +173,85 @@ def _gelu_mlp_kernel(
     residual,
     gamma,
     keep,
+    row_stats,
+    norm_weight,
+    norm_bias,
+    eps,
     out,
+    row_stats_out,
     rows,
     hidden,
     inner,
     residual_outer,
     residual_inner,
     rows_per_sample,
+    PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    m0 = tl.program_id(0) * BLOCK_M
-    x0 = x.load([m0, 0])
-    x1 = x.load([m0, CHUNK])
-    x2 = x.load([m0, 2 * CHUNK])
-    acc0 = tl.zeros((BLOCK_M, CHUNK), tl.float32)
-    acc1 = tl.zeros((BLOCK_M, CHUNK), tl.float32)
-    acc2 = tl.zeros((BLOCK_M, CHUNK), tl.float32)
-    for h0 in tl.range(0, hidden, BLOCK_H):
-        h = tl.dot(x0, w1.load([h0, 0]).T)
-        h = tl.dot(x1, w1.load([h0, CHUNK]).T, h)
-        h = tl.dot(x2, w1.load([h0, 2 * CHUNK]).T, h)
-        if b1 is not None:
-            at = h0 + tl.arange(0, BLOCK_H)
-            h += tl.load(b1 + at, mask=at < hidden, other=0.0).to(tl.float32)[None, :]
-        # Channels past the last are gelu(0) = 0, and meet zeros of w2.
-        p = common.gelu(h).to(w2.dtype)
-        acc0 = tl.dot(p, w2.load([0, h0]).T, acc0)
-        acc1 = tl.dot(p, w2.load([CHUNK, h0]).T, acc1)
-        acc2 = tl.dot(p, w2.load([2 * CHUNK, h0]).T, acc2)
-    _finish(
-        acc0,
-        0,
-        b2,
-        residual,
-        gamma,
-        keep,
-        out,
-        m0,
+    # Chunks that a loop carries are kept in shared memory, normalised, as the products' operand.
+    # Otherwise they stay in registers, are converted for every product, and spill 216 bytes.
+    x0, x1, x2 = statistics.chunks(
+        x,
+        tl.program_id(0) * BLOCK_M,
+        row_stats,
+        norm_weight,
+        norm_bias,
         rows,
-        inner,
-        residual_outer,
-        residual_inner,
-        rows_per_sample,
+        eps,
+        w1.dtype,
         CHUNK,
         BLOCK_M,
+        PARTS,
     )
-    _finish(
-        acc1,
-        1,
-        b2,
-        residual,
-        gamma,
-        keep,
-        out,
-        m0,
-        rows,
-        inner,
-        residual_outer,
-        residual_inner,
-        rows_per_sample,
-        CHUNK,
-        BLOCK_M,
-    )
-    _finish(
-        acc2,
-        2,
-        b2,
-        residual,
-        gamma,
-        keep,
-        out,
-        m0,
-        rows,
-        inner,
-        residual_outer,
-        residual_inner,
-        rows_per_sample,
-        CHUNK,
-        BLOCK_M,
-    )
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
+        m0 = tile * BLOCK_M
+        acc0 = tl.zeros((BLOCK_M, CHUNK), tl.float32)
+        acc1 = tl.zeros((BLOCK_M, CHUNK), tl.float32)
+        acc2 = tl.zeros((BLOCK_M, CHUNK), tl.float32)
+        for h0 in tl.range(0, hidden, BLOCK_H):
+            h = tl.dot(x0, w1.load([h0, 0]).T)
+            h = tl.dot(x1, w1.load([h0, CHUNK]).T, h)
+            h = tl.dot(x2, w1.load([h0, 2 * CHUNK]).T, h)
+            if b1 is not None:
+                at = h0 + tl.arange(0, BLOCK_H)
+                h += tl.load(b1 + at, mask=at < hidden, other=0.0).to(tl.float32)[None, :]
+            # Channels past the last are gelu(0) = 0, and meet zeros of w2.
+            p = common.gelu(h).to(w2.dtype)
+            acc0 = tl.dot(p, w2.load([0, h0]).T, acc0)
+            acc1 = tl.dot(p, w2.load([CHUNK, h0]).T, acc1)
+            acc2 = tl.dot(p, w2.load([2 * CHUNK, h0]).T, acc2)
+        accs = (acc0, acc1, acc2)
+        for chunk in tl.static_range(3):
+            _finish(
+                accs[chunk],
+                chunk,
+                b2,
+                residual,
+                gamma,
+                keep,
+                out,
+                row_stats_out,
+                m0,
+                rows,
+                inner,
+                residual_outer,
+                residual_inner,
+                rows_per_sample,
+                CHUNK,
+                BLOCK_M,
+            )
+        x0, x1, x2 = statistics.chunks(
+            x,
+            m0 + tl.num_programs(0) * BLOCK_M,
+            row_stats,
+            norm_weight,
+            norm_bias,
+            rows,
+            eps,
+            w1.dtype,
+            CHUNK,
+            BLOCK_M,
+            PARTS,
+        )

@@ -4,6 +4,9 @@ A persistent kernel: one program a multiprocessor walks the output tiles, number
 that reuse x and weight in L2. Operands come by tensor descriptors (TMA) on Hopper and later,
 by pointers elsewhere and for addresses or strides that descriptors cannot take. The epilogue
 works on the fp32 accumulator; PyTorch rounds to x's dtype before GELU and before the residual.
+
+For a whole block (vit_block.py) the same kernel takes a LayerNorm as its prologue: tiles of x are
+normalised as they are loaded, from row statistics; and it writes those of its output.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deit.kernels.fakes import STATS_COLUMNS
 from deit.kernels.triton import common, configs
+from deit.kernels.triton import row_stats as statistics
 
 
 def linear(
@@ -81,18 +86,24 @@ def plan(
     keep: Tensor | None,
     *,
     affine: Tensor | None = None,
+    norm: statistics.Norm | None = None,
+    row_stats: Tensor | None = None,
     config: configs.LinearConfig | None = None,
 ) -> tuple[Tensor, common.Launch | None]:
     """The output, unwritten, and the launch that writes it; None for an empty output.
 
     affine: contiguous, of the output's shape and x's dtype, to be written too; or None.
+    norm: the LayerNorm of x, which is then in weight's dtype or fp32; the output is in weight's.
+    row_stats: `statistics.empty` of the output, to be written too; or None.
     """
     width, depth = weight.shape
-    dtype = x.dtype if residual is None else residual.dtype
+    dtype = weight.dtype if residual is None else residual.dtype
     out = torch.empty((*x.shape[:-1], width), dtype=dtype, device=x.device)
     if out.numel() == 0:
         return out, None
-    config = config or configs.linear(common.architecture(x), x.dtype, width, depth)
+    if config is None:
+        factory = configs.linear if norm is None else configs.norm_linear
+        config = factory(common.architecture(x), weight.dtype, width, depth)
     x_view, residual_view = common.as_rows(x, residual)
     weight = common.last_contiguous(weight)
     outer, inner, _ = x_view.shape
@@ -105,12 +116,16 @@ def plan(
     columns = 128
     if affine is not None:
         columns = 32 if not config.tma else 64 if out.element_size() == 4 else 128
+    if row_stats is not None:
+        columns = STATS_COLUMNS
     epilogues = config.epilogues(columns)
     x_outer, x_inner = common.row_strides(x_view)
     arguments = {
         **_operands(x_view, weight, out_rows, affine_rows, config, config.block_n // epilogues),
         **common.contiguous(bias=bias),
         **common.epilogue_arguments(x, residual_view, gamma, keep),
+        **statistics.prologue(norm, depth),
+        "row_stats_out": row_stats,
         "rows": outer * inner,
         "width": width,
         "depth": depth,
@@ -120,7 +135,7 @@ def plan(
         "weight_stride": weight.stride(0),
         "ACTIVATION": activation,
         "TMA": config.tma,
-        "PRECISION": common.precision(x.dtype),
+        "PRECISION": common.precision(weight.dtype),
         "GROUP": config.group,
         "EPILOGUES": epilogues,
         "BLOCK_M": config.block_m,
@@ -170,6 +185,7 @@ def _epilogue(
     keep,
     out,
     affine,
+    row_stats_out,
     m0,
     n0,
     rows,
@@ -200,7 +216,9 @@ def _epilogue(
     acc = common.add_residual(
         acc, added, gamma, keep, row, col, row_mask, col_mask, rows_per_sample
     )
-    common.store_tile(out, acc, m0, n0, rows, width, TMA)
+    stored = common.store_tile(out, acc, m0, n0, rows, width, TMA)
+    if row_stats_out is not None:
+        statistics.store(row_stats_out, stored.to(tl.float32), m0, n0, rows, width)
 
 
 @triton.jit
@@ -211,8 +229,13 @@ def _linear_kernel(
     residual,
     gamma,
     keep,
+    row_stats,
+    norm_weight,
+    norm_bias,
+    eps,
     out,
     affine,
+    row_stats_out,
     rows,
     width,
     depth,
@@ -227,6 +250,7 @@ def _linear_kernel(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
     EPILOGUES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -236,10 +260,16 @@ def _linear_kernel(
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         m0, n0 = common.tile_origin(tile, rows, width, BLOCK_M, BLOCK_N, GROUP)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if row_stats is not None:
+            pivot, offset, rstd = statistics.merge(row_stats, m0, rows, depth, eps, BLOCK_M, PARTS)
         if TMA:
             for k0 in tl.range(0, depth, BLOCK_K):
                 a = x.load([m0, k0])
                 b = weight.load([n0, k0])
+                if row_stats is not None:
+                    a = statistics.normalise(
+                        a, pivot, offset, rstd, norm_weight, norm_bias, k0, depth
+                    ).to(b.dtype)
                 acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
         else:
             row = m0 + tl.arange(0, BLOCK_M)
@@ -251,6 +281,10 @@ def _linear_kernel(
                 k_mask = (ks < depth - k0)[None, :]
                 a = tl.load(a_at + k0, mask=(row < rows)[:, None] & k_mask, other=0.0)
                 b = tl.load(b_at + k0, mask=(col < width)[:, None] & k_mask, other=0.0)
+                if row_stats is not None:
+                    a = statistics.normalise(
+                        a, pivot, offset, rstd, norm_weight, norm_bias, k0, depth
+                    ).to(b.dtype)
                 acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
 
         parts = common.column_parts(acc, EPILOGUES)
@@ -263,6 +297,7 @@ def _linear_kernel(
                 keep,
                 out,
                 affine,
+                row_stats_out,
                 m0,
                 n0 + part * (BLOCK_N // EPILOGUES),
                 rows,

@@ -13,6 +13,10 @@ CALLS = {
     "attention": ((1, 5, 3 * D),),
     "linear": ((1, 2, D), (64, D), (64,)),
     "gelu_mlp": ((1, 2, 64), (128, 64), (128,), (64, 128), (64,)),
+    "vit_block": (
+        *((1, 5, D), (D,), (D,), (3 * D, D), (3 * D,), (D, D), (D,)),
+        *((D,), (D,), (4 * D, D), (4 * D,), (D, 4 * D), (D,)),
+    ),
     "patch_embed": ((1, 3, 16, 16), (64, 3, 16, 16), (64,), (1, 1, 64), (1, 2, 64)),
 }
 
@@ -28,7 +32,7 @@ def test_explain_names_what_is_launched(operator, monkeypatch):
 
     monkeypatch.setattr(tuning.Tunable, "__call__", record)
     inputs = [torch.randn(shape).half() for shape in CALLS[operator]]
-    options = {"num_heads": 3} if operator == "attention" else {}
+    options = {"num_heads": 3} if operator in ("attention", "vit_block") else {}
     explained = deit.kernels.explain(operator, *inputs, **options)
     getattr(deit.kernels, operator)(*inputs, **options, impl="triton")
     evidence = "pinned default, never timed on a GPU"

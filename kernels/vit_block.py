@@ -1,0 +1,214 @@
+"""One pre-norm transformer block in inference, fused across its operators."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deit.kernels import dispatch, validate
+from deit.kernels.attention import TRITON_HEAD_DIMS
+from deit.kernels.fakes import row_stats_shape
+
+
+def vit_block(
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    num_heads: int,
+    *,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    gamma1: Tensor | None = None,
+    gamma2: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    row_stats: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """s = x + gamma1 * proj(attention(qkv(LN(x)))); y = s + gamma2 * fc2(gelu(fc1(LN(s)))).
+
+    The block of arXiv 2010.11929, eq. (2) and (3), with LayerScale. Blocks chain by handing on the
+    statistics that the next one's first LayerNorm needs:
+
+        for block in blocks:
+            x, row_stats = vit_block(x, *block, heads, row_stats=row_stats)
+
+    For inference: the kernels have no gradient. Where one is wanted, "auto" runs the reference,
+    which differentiates, and a kernel asked for by name refuses.
+
+    Args:
+        x: [B, N, D], the residual stream, in the weights' dtype or fp32.
+        norm1_weight, norm1_bias, norm2_weight, norm2_bias: [D], in x's dtype or fp32.
+        qkv_weight: [3 * D, D], qkv_bias: [3 * D]; proj_weight: [D, D], proj_bias: [D];
+            w1: [M, D], b1: [M]; w2: [D, M], b2: [D]. One dtype, that of the products; under
+            autocast they are cast to its dtype. Every bias may be None.
+        num_heads: H; D must be a multiple of it.
+        scale: factor on the scores; None for (D / H) ** -0.5.
+        eps: of both LayerNorms.
+        gamma1, gamma2: [D], LayerScale (arXiv 2103.17239), in the weights' dtype or fp32, or
+            None for 1.
+        key_bias: [B, N], as for `attention`.
+        row_stats: what the block that returned x returned beside it, or None. Not checked
+            against x, and unread by the reference.
+        impl: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        y [B, N, D] in x's dtype, and its row statistics [B, N, 2, parts] in fp32 (fp64 for
+        fp64): for every 64 columns the mean and the sum of squares about it.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+        NotImplementedError: the implementation named by `impl` cannot run, with each reason.
+    """
+    arguments = _prepare(
+        x,
+        norm1_weight,
+        norm1_bias,
+        qkv_weight,
+        qkv_bias,
+        proj_weight,
+        proj_bias,
+        norm2_weight,
+        norm2_bias,
+        w1,
+        b1,
+        w2,
+        b2,
+        num_heads,
+        scale=scale,
+        eps=eps,
+        gamma1=gamma1,
+        gamma2=gamma2,
+        key_bias=key_bias,
+        row_stats=row_stats,
+    )
+    return dispatch.run(_VIT_BLOCK, arguments, impl)
+
+
+def _prepare(
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    num_heads: int,
+    *,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    gamma1: Tensor | None = None,
+    gamma2: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    row_stats: Tensor | None = None,
+) -> dispatch.Arguments:
+    validate.tensor("x", x, rank=3)
+    for name, weight in (("qkv_weight", qkv_weight), ("w1", w1)):
+        validate.tensor(name, weight, rank=2)
+    qkv_weight, qkv_bias, proj_weight, proj_bias, w1, b1, w2, b2 = dispatch.autocast(
+        qkv_weight, qkv_bias, proj_weight, proj_bias, w1, b1, w2, b2
+    )
+    _check_stream(x, qkv_weight, row_stats, num_heads, eps)
+    dim, hidden = x.shape[-1], w1.shape[0]
+    for name, value, shape in (
+        ("qkv_weight", qkv_weight, (3 * dim, dim)),
+        ("qkv_bias", qkv_bias, (3 * dim,)),
+        ("proj_weight", proj_weight, (dim, dim)),
+        ("proj_bias", proj_bias, (dim,)),
+        ("w1", w1, (hidden, dim)),
+        ("b1", b1, (hidden,)),
+        ("w2", w2, (dim, hidden)),
+        ("b2", b2, (dim,)),
+    ):
+        if value is None and not name.endswith(("bias", "b1", "b2")):
+            raise TypeError(f"{name}: expected a Tensor; got NoneType")
+        validate.parameter(name, value, shape, qkv_weight)
+    for name, weight, bias in (
+        ("norm1", norm1_weight, norm1_bias),
+        ("norm2", norm2_weight, norm2_bias),
+    ):
+        validate.tensor(f"{name}_weight", weight)
+        validate.parameter(f"{name}_weight", weight, (dim,), x, fp32_allowed=True)
+        validate.parameter(f"{name}_bias", bias, (dim,), weight)
+    for name, gamma in (("gamma1", gamma1), ("gamma2", gamma2)):
+        validate.parameter(name, gamma, (dim,), qkv_weight, fp32_allowed=True)
+    validate.parameter("key_bias", key_bias, x.shape[:2], qkv_weight, fp32_allowed=True)
+    scale = (dim // num_heads) ** -0.5 if scale is None else float(scale)
+    return (
+        x,
+        row_stats,
+        norm1_weight,
+        norm1_bias,
+        qkv_weight,
+        qkv_bias,
+        proj_weight,
+        proj_bias,
+        gamma1,
+        norm2_weight,
+        norm2_bias,
+        w1,
+        b1,
+        w2,
+        b2,
+        gamma2,
+        key_bias,
+        num_heads,
+        scale,
+        float(eps),
+    )
+
+
+def _check_stream(
+    x: Tensor, like: Tensor, row_stats: Tensor | None, num_heads: int, eps: float
+) -> None:
+    """x against the products' dtype and device, and what belongs to x."""
+    if not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"num_heads: expected a positive integer; got {num_heads!r}")
+    if x.shape[-1] % num_heads or x.shape[-1] == 0:
+        raise ValueError(
+            f"x: expected a last axis that is a multiple of num_heads={num_heads}; "
+            f"got shape {tuple(x.shape)}"
+        )
+    if x.dtype not in (like.dtype, torch.float32):
+        raise TypeError(f"x: expected {like.dtype}, as qkv_weight's, or fp32; got {x.dtype}")
+    if x.device != like.device:
+        raise ValueError(f"qkv_weight: expected on {x.device}, as the input; got {like.device}")
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number >= 0; got {eps}")
+    if row_stats is not None:
+        validate.tensor("row_stats", row_stats)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if row_stats.dtype != wide:
+            raise TypeError(f"row_stats: expected {wide}; got {row_stats.dtype}")
+        validate.parameter("row_stats", row_stats, row_stats_shape(x.shape), x, fp32_allowed=True)
+
+
+def _limits(
+    implementation: str, x: Tensor, _: Tensor | None, *weights_and_numbers: object
+) -> list[str]:
+    qkv_weight, num_heads = weights_and_numbers[2], weights_and_numbers[15]
+    assert isinstance(qkv_weight, Tensor)
+    assert isinstance(num_heads, int)
+    found = dispatch.interpreter_limits(implementation, qkv_weight)
+    head_dim = x.shape[-1] // num_heads
+    if implementation == "triton" and head_dim not in TRITON_HEAD_DIMS:
+        found.append(f"head dimension {head_dim} (served: {TRITON_HEAD_DIMS})")
+    return found
+
+
+_VIT_BLOCK = dispatch.Operator("vit_block", _prepare, _limits)

@@ -1,0 +1,133 @@
+"""vit_block's contract: what it refuses, and that its reference is the block it says it is."""
+
+import pytest
+import torch
+from torch import nn
+
+import deit
+from deit.kernels import reference, vit_block
+
+B, N, D, M, HEADS = 2, 5, 64, 96, 2
+X = torch.randn(B, N, D, generator=torch.Generator().manual_seed(0))
+
+
+def tensors(dtype=torch.float32):
+    """The public function's tensors by name."""
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(dtype)
+    return {
+        "x": X.to(dtype),
+        "norm1_weight": 1 + draw(D),
+        "norm1_bias": draw(D),
+        "qkv_weight": draw(3 * D, D),
+        "qkv_bias": draw(3 * D),
+        "proj_weight": draw(D, D),
+        "proj_bias": draw(D),
+        "norm2_weight": 1 + draw(D),
+        "norm2_bias": draw(D),
+        "w1": draw(M, D),
+        "b1": draw(M),
+        "w2": draw(D, M),
+        "b2": draw(D),
+    }
+
+
+OPTIONAL = {
+    "gamma1": torch.ones(D),
+    "gamma2": torch.ones(D),
+    "key_bias": torch.zeros(B, N),
+    "row_stats": reference.row_stats(X),
+}
+
+
+@pytest.mark.parametrize("name", [*tensors(), *OPTIONAL])
+def test_a_wrong_shape_is_named(name):
+    given = tensors() | OPTIONAL
+    given[name] = given[name][..., :-1] if name != "row_stats" else given[name][:, :-1]
+    # A wrong x shows as the first weight that does not fit it.
+    named = "x: expected a last axis" if name == "x" else f"{name}: expected shape"
+    with pytest.raises(ValueError, match=named):
+        vit_block(**given, num_heads=HEADS)
+
+
+@pytest.mark.parametrize("name", [*tensors(), *OPTIONAL])
+def test_a_wrong_dtype_is_named(name):
+    given = tensors() | OPTIONAL
+    given[name] = given[name].bfloat16()
+    named = {"x": "x", "qkv_weight": "qkv_bias"}.get(name, name)
+    with pytest.raises(TypeError, match=f"^{named}: expected torch.(float32|bfloat16)"):
+        vit_block(**given, num_heads=HEADS)
+
+
+@pytest.mark.parametrize("name", [*tensors(), *OPTIONAL])
+def test_what_is_no_tensor_is_named(name):
+    given = tensors() | {name: 3.0}
+    with pytest.raises(TypeError, match=f"^{name}: expected a Tensor; got float"):
+        vit_block(**given, num_heads=HEADS)
+
+
+@pytest.mark.parametrize("name", ["proj_weight", "w1", "w2", "norm2_weight"])
+def test_a_weight_cannot_be_none(name):
+    with pytest.raises(TypeError, match=f"^{name}: expected a Tensor; got NoneType"):
+        vit_block(**tensors() | {name: None}, num_heads=HEADS)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"num_heads": 0}, "num_heads: expected a positive integer; got 0"),
+        ({"num_heads": 3}, "a multiple of num_heads=3"),
+        ({"eps": -1.0}, r"eps: expected a number >= 0; got -1\.0"),
+        ({"x": X[0]}, r"x: expected rank 3; got shape \(5, 64\)"),
+        ({"impl": "fast"}, "impl: expected 'auto' or one of"),
+    ],
+)
+def test_bad_values(change, why):
+    with pytest.raises(ValueError, match=why):
+        vit_block(**tensors() | {"num_heads": HEADS} | change)
+
+
+def test_no_kernel_on_the_cpu_is_a_reason():
+    with pytest.raises(NotImplementedError, match="it has no vit_block kernel"):
+        vit_block(**tensors(), num_heads=HEADS, impl="cpu")
+
+
+def test_the_stream_may_be_fp32_beside_half_precision_products():
+    given = tensors(torch.bfloat16) | {"x": X}
+    for name in ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias"):
+        given[name] = given[name].float()
+    y, row_stats = vit_block(**given, num_heads=HEADS)
+    assert (y.dtype, row_stats.dtype) == (torch.float32, torch.float32)
+    exact, _ = vit_block(**{name: t.double() for name, t in given.items()}, num_heads=HEADS)
+    torch.testing.assert_close(y.double(), exact, atol=3e-2, rtol=3e-2)
+
+
+def test_autocast_casts_the_products_and_leaves_the_stream():
+    given = tensors()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, _ = vit_block(**given, num_heads=HEADS)
+    products = ("qkv", "proj", "w1", "b1", "w2", "b2")
+    cast = {n: t.bfloat16() if n.startswith(products) else t for n, t in given.items()}
+    assert y.dtype == torch.float32
+    assert torch.equal(y, vit_block(**cast, num_heads=HEADS)[0])
+
+
+def test_the_reference_is_the_models_block():
+    model = deit.create("deit_ti", img_size=32)
+    block = model.blocks[0].eval()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        x = torch.randn(2, 5, 192)
+        attn, mlp = block.attn, block.mlp
+        modules = (block.norm1, attn.qkv, attn.proj, block.norm2, mlp.fc1, mlp.fc2)
+        given = [t for module in modules for t in (module.weight, module.bias)]
+        y, row_stats = vit_block(x, *given, 3, impl="reference")
+        torch.testing.assert_close(y, block(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(row_stats.sum(-1)[..., 0] / 3, y.mean(-1))
+
+
+def test_gradients_reach_every_tensor_by_auto():
+    given = {n: nn.Parameter(t) for n, t in (tensors() | OPTIONAL).items() if n != "row_stats"}
+    vit_block(**given, num_heads=HEADS)[0].square().sum().backward()
+    assert all(parameter.grad is not None for parameter in given.values())
