@@ -192,8 +192,6 @@ def _register() -> dict[str, dict[str, torch._ops.OpOverload]]:
                 # The CPU key serves Triton's interpreter; dispatch refuses it otherwise.
                 launch = _launcher(_triton_module(name), name)
                 torch.library.impl(qualified, ("CUDA", "CPU"))(launch)
-            elif implementation == "cpu" and name in ONEDNN:
-                torch.library.impl(qualified, "CPU")(_launcher("onednn", name))
             compiled[implementation][name] = getattr(getattr(torch.ops, namespace), name).default
     return compiled
 

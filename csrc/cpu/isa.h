@@ -40,7 +40,25 @@ struct AttentionArgs {
   int64_t tiles;
 };
 
-// One instruction set's kernels. Ranges are [begin, end): of rows, and of (b, h, tile) tasks.
+enum class Activation : int { none, gelu, gelu_tanh };
+
+// out = residual + keep * gamma * act(x wT + bias), all fp32, matrices contiguous unless said.
+struct ProductArgs {
+  const float* x;         // [rows, depth]
+  const float* weight;    // [width, depth], its rows weight_stride apart
+  const float* bias;      // [width] or null
+  const float* gamma;     // [width] or null
+  const float* keep;      // [rows / rows_per_sample] or null
+  const float* residual;  // [rows, width] or null
+  float* out;             // [rows, width]
+  int64_t rows, depth, width, weight_stride, rows_per_sample;
+  int64_t first_row;  // of the matrix that `keep` tells the samples of: row 0 here is this one
+  Activation activation;
+  int64_t row_block;  // rows of one task; every one of `panels` covers some columns
+  int64_t panels, tasks;
+};
+
+// One instruction set's kernels. Ranges are [begin, end): of rows, and of tasks.
 // Every row and every query is computed by the same arithmetic wherever a range begins, so
 // results do not depend on the number of threads.
 struct Kernels {
@@ -50,6 +68,9 @@ struct Kernels {
   void (*plan_attention)(AttentionArgs&);  // sets query_tile and tiles
   size_t (*attention_workspace)(const AttentionArgs&);
   void (*attention)(const AttentionArgs&, float* workspace, int64_t begin, int64_t end);
+  void (*plan_product)(ProductArgs&, int64_t threads);  // sets row_block, panels and tasks
+  size_t (*product_workspace)(const ProductArgs&);
+  void (*product)(const ProductArgs&, float* workspace, int64_t begin, int64_t end);
 };
 
 extern const Kernels portable_kernels;

@@ -13,6 +13,7 @@ namespace {
 
 #include "attention.inl"
 #include "layer_norm.inl"
+#include "product.inl"
 
 }  // namespace
 }  // namespace DEIT_ISA
@@ -24,6 +25,9 @@ const Kernels DEIT_TABLE(DEIT_ISA) = {
     DEIT_ISA::plan_attention,
     DEIT_ISA::attention_workspace,
     DEIT_ISA::attention,
+    DEIT_ISA::products::plan_product,
+    DEIT_ISA::products::product_workspace,
+    DEIT_ISA::products::product,
 };
 
 }  // namespace deit
