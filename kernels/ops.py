@@ -156,10 +156,6 @@ KERNELS: dict[str, frozenset[str]] = {
 }
 
 
-# The CPU's operators that are oneDNN's products rather than kernels of csrc/cpu.
-ONEDNN = frozenset({"linear", "gelu_mlp"})
-
-
 def _triton_module(name: str) -> str:
     """The module of a Triton operator; gradients have their own, `<operator>_bwd`."""
     operator = name.removesuffix("_fwd").removesuffix("_bwd")

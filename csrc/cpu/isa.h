@@ -42,19 +42,22 @@ struct AttentionArgs {
 
 enum class Activation : int { none, gelu, gelu_tanh };
 
-// out = residual + keep * gamma * act(x wT + bias), all fp32, matrices contiguous unless said.
+// out = residual + keep * gamma * act(x wT + bias). Matrices are contiguous. `depth` counts words:
+// one fp32 input, or two of bf16.
 struct ProductArgs {
-  const float* x;         // [rows, depth]
-  const float* weight;    // [width, depth], its rows weight_stride apart
-  const float* bias;      // [width] or null
-  const float* gamma;     // [width] or null
-  const float* keep;      // [rows / rows_per_sample] or null
-  const float* residual;  // [rows, width] or null
-  float* out;             // [rows, width]
-  int64_t rows, depth, width, weight_stride, rows_per_sample;
-  int64_t first_row;  // of the matrix that `keep` tells the samples of: row 0 here is this one
+  const void* x;         // [rows, depth]
+  const void* weight;    // [width, depth]
+  const float* bias;     // [width] or null
+  const float* gamma;    // [width] or null
+  const float* keep;     // [(first_row + rows) / rows_per_sample] or null
+  const void* residual;  // [rows, width] or null
+  void* out;             // [rows, width]
+  Scalar type;           // of x and weight: f32 or bf16
+  Scalar out_type;       // of out and residual: f32 or bf16
   Activation activation;
-  int64_t row_block;  // rows of one task; every one of `panels` covers some columns
+  int64_t rows, depth, width;
+  int64_t first_row, rows_per_sample;
+  int64_t row_block;  // rows of one task
   int64_t panels, tasks;
 };
 
@@ -77,6 +80,7 @@ extern const Kernels portable_kernels;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels avx512_bf16_kernels;
 #endif
 
 // The best set this processor runs, or the one that was selected.

@@ -131,11 +131,11 @@ Tensor attention(Tensor qkv, int64_t num_heads, double scale, std::optional<Tens
   return out;
 }
 
-// A matrix whose rows are `depth` contiguous numbers, as fp32's kernels read it.
-const float* matrix(const char* name, Tensor& value) {
-  STD_TORCH_CHECK(value.scalar_type() == ScalarType::Float, name, ": expected fp32");
+// A matrix as the products read it: contiguous, its rows whole words.
+const void* matrix(const char* name, Tensor& value, ScalarType type) {
+  STD_TORCH_CHECK(value.scalar_type() == type, name, ": expected the product's dtype");
   if (!value.is_contiguous()) value = torch::stable::contiguous(value);
-  return static_cast<const float*>(value.const_data_ptr());
+  return value.const_data_ptr();
 }
 
 Activation activation_of(const std::optional<std::string>& name) {
@@ -158,92 +158,100 @@ void run_product(ProductArgs args) {
   });
 }
 
-// The epilogue's tensors, kept alive while a product reads them.
-struct Epilogue {
-  Tensor held[3], residual;
+// One product's description, and the tensors that its pointers point into.
+struct Product {
+  ProductArgs args{};
+  Tensor x, weight, residual, held[3], out;
 
-  void describe(ProductArgs& args, const Tensor& x, const std::optional<Tensor>& bias,
-                const std::optional<Tensor>& residual_in, const std::optional<Tensor>& gamma,
-                const std::optional<Tensor>& keep) {
+  Product(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias)
+      : x(x_in), weight(weight_in), out(x_in) {
+    STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2 && x.size(x.dim() - 1) == weight.size(1),
+                    "weight: expected [M, K] for x [..., K]");
+    STD_TORCH_CHECK(weight.size(1) > 0, "x: expected a depth of at least 1");
+    args.type = args.out_type = scalar_of("x", x);
+    STD_TORCH_CHECK(args.type != Scalar::f16, "x: expected fp32 or bf16");
+    const int64_t inputs_a_word = args.type == Scalar::bf16 ? 2 : 1;
+    STD_TORCH_CHECK(weight.size(1) % inputs_a_word == 0, "x: expected an even depth in bf16");
+    args.depth = weight.size(1) / inputs_a_word;
+    args.width = weight.size(0);
+    args.rows = 1;
+    for (int64_t d = 0; d + 1 < x.dim(); ++d) args.rows *= x.size(d);
+    const ScalarType type = x.scalar_type();
+    args.x = matrix("x", x, type);
+    args.weight = matrix("weight", weight, type);
     args.bias = parameter("bias", bias, args.width, x, held[0]);
-    args.gamma = parameter("gamma", gamma, args.width, x, held[1]);
+  }
+
+  void add_epilogue(const Tensor& like, const std::optional<Tensor>& residual_in,
+                    const std::optional<Tensor>& gamma, const std::optional<Tensor>& keep) {
+    args.gamma = parameter("gamma", gamma, args.width, like, held[1]);
     if (keep.has_value()) {
-      args.keep = parameter("keep", keep, x.size(0), x, held[2]);
-      args.rows_per_sample = args.rows / std::max<int64_t>(1, x.size(0));
+      args.keep = parameter("keep", keep, like.size(0), like, held[2]);
+      args.rows_per_sample = args.rows / std::max<int64_t>(1, like.size(0));
     }
     if (residual_in.has_value()) {
       STD_TORCH_CHECK(residual_in->numel() == args.rows * args.width,
                       "residual: expected the output's shape");
       residual = *residual_in;
-      args.residual = matrix("residual", residual);
+      args.out_type = scalar_of("residual", residual);
+      STD_TORCH_CHECK(args.out_type == args.type || args.out_type == Scalar::f32,
+                      "residual: expected x's dtype or fp32");
+      args.residual = matrix("residual", residual, residual.scalar_type());
     }
   }
+
+  // [..., width] for `like` [..., K], in the residual's dtype where there is one.
+  void allocate_out(const Tensor& like) {
+    std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+    sizes.back() = args.width;
+    out = torch::stable::new_empty(args.residual ? residual : like, sizes);
+    args.out = out.mutable_data_ptr();
+  }
 };
-
-// [..., depth] and [width, depth] -> the product's sizes and operands; `x` and `weight` become
-// what is read.
-ProductArgs product_of(Tensor& x, Tensor& weight) {
-  STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2 && x.size(x.dim() - 1) == weight.size(1),
-                  "weight: expected [M, K] for x [..., K]");
-  ProductArgs args{};
-  args.depth = weight.size(1);
-  args.width = weight.size(0);
-  args.rows = 1;
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) args.rows *= x.size(d);
-  args.x = matrix("x", x);
-  args.weight = matrix("weight", weight);
-  args.weight_stride = args.depth;
-  return args;
-}
-
-std::vector<int64_t> with_last(const Tensor& x, int64_t width) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = width;
-  return sizes;
-}
 
 Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias,
               std::optional<std::string> activation, std::optional<Tensor> residual,
               std::optional<Tensor> gamma, std::optional<Tensor> keep) {
-  ProductArgs args = product_of(x, weight);
-  Epilogue epilogue;
-  epilogue.describe(args, x, bias, residual, gamma, keep);
-  args.activation = activation_of(activation);
-  Tensor out = torch::stable::new_empty(x, with_last(x, args.width));
-  args.out = static_cast<float*>(out.mutable_data_ptr());
-  run_product(args);
-  return out;
+  Product product(x, weight, bias);
+  product.add_epilogue(x, residual, gamma, keep);
+  product.args.activation = activation_of(activation);
+  product.allocate_out(x);
+  run_product(product.args);
+  return product.out;
 }
 
 // Rows of the MLP that go through both products before the next ones: their hidden layer, 9.4 MB
-// at 3072 channels, stays in the last-level cache, and no more than that is ever allocated.
+// in fp32 at 3072 channels, stays in the last-level cache, and no more is ever allocated.
 constexpr int64_t kMlpRows = 800;
 
 Tensor gelu_mlp(Tensor x, Tensor w1, std::optional<Tensor> b1, Tensor w2,
                 std::optional<Tensor> b2, std::optional<Tensor> residual,
                 std::optional<Tensor> gamma, std::optional<Tensor> keep) {
-  ProductArgs first = product_of(x, w1);
-  const int64_t rows = first.rows, block = std::min(rows, kMlpRows);
-  Tensor hidden = torch::stable::new_empty(x, {block, first.width});
-  ProductArgs second = product_of(hidden, w2);
-  second.rows = rows;
-  Epilogue epilogues[2];
-  epilogues[0].describe(first, x, b1, std::nullopt, std::nullopt, std::nullopt);
-  epilogues[1].describe(second, x, b2, residual, gamma, keep);
-  first.activation = Activation::gelu;
-  first.out = static_cast<float*>(hidden.mutable_data_ptr());
-  Tensor out = torch::stable::new_empty(x, with_last(x, second.width));
-  second.out = static_cast<float*>(out.mutable_data_ptr());
+  Product first(x, w1, b1);
+  const int64_t rows = first.args.rows, block = std::min(rows, kMlpRows);
+  Tensor hidden = torch::stable::new_empty(x, {block, first.args.width});
+  Product second(hidden, w2, b2);
+  first.args.activation = Activation::gelu;
+  first.args.out = hidden.mutable_data_ptr();
+  second.args.rows = rows;
+  second.add_epilogue(x, residual, gamma, keep);
+  second.allocate_out(x);
+  const int64_t word = sizeof(float);
+  const int64_t out_row = second.args.width * (second.args.out_type == Scalar::f32 ? 4 : 2);
+  const char* from = static_cast<const char*>(first.args.x);
   for (int64_t row = 0; row < rows; row += block) {
-    first.rows = second.rows = std::min(block, rows - row);
-    run_product(first);
-    run_product(second);
-    first.x += block * first.depth;
-    second.out += block * second.width;
-    second.first_row += block;
-    if (second.residual) second.residual += block * second.width;
+    first.args.rows = second.args.rows = std::min(block, rows - row);
+    first.args.x = from + row * first.args.depth * word;
+    second.args.out = static_cast<char*>(second.out.mutable_data_ptr()) + row * out_row;
+    if (second.args.residual) {
+      second.args.residual =
+          static_cast<const char*>(second.residual.const_data_ptr()) + row * out_row;
+    }
+    second.args.first_row = row;
+    run_product(first.args);
+    run_product(second.args);
   }
-  return out;
+  return second.out;
 }
 
 }  // namespace

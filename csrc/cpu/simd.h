@@ -63,6 +63,20 @@ DEIT_INLINE void store(F16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, 0));
 }
 
+// The processor's own where the unit is compiled for it; its sums are rounded to nearest.
+DEIT_INLINE Vec multiply_pairs(Vec a, Vec b, Vec c) {
+#if defined(__AVX512BF16__)
+  return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+#else
+  const __m512i x = _mm512_castps_si512(a), y = _mm512_castps_si512(b);
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  c = fma(_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)),
+          _mm512_castsi512_ps(_mm512_slli_epi32(y, 16)), c);
+  return fma(_mm512_castsi512_ps(_mm512_and_si512(x, high)),
+             _mm512_castsi512_ps(_mm512_and_si512(y, high)), c);
+#endif
+}
+
 // Rows become columns: 16 x 16 in four rounds of shuffles.
 DEIT_INLINE void transpose(Vec (&r)[16]) {
   Vec t[16];
@@ -145,6 +159,15 @@ DEIT_INLINE void store(BF16* p, Vec a) {
 }
 DEIT_INLINE void store(F16* p, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, 0));
+}
+
+DEIT_INLINE Vec multiply_pairs(Vec a, Vec b, Vec c) {
+  const __m256i x = _mm256_castps_si256(a), y = _mm256_castps_si256(b);
+  const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  c = fma(_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(y, 16)), c);
+  return fma(_mm256_castsi256_ps(_mm256_and_si256(x, high)),
+             _mm256_castsi256_ps(_mm256_and_si256(y, high)), c);
 }
 
 DEIT_INLINE void transpose(Vec (&r)[8]) {
@@ -252,6 +275,13 @@ DEIT_INLINE void store(T* p, Vec a) {
   for (int i = 0; i < kWidth; ++i) p[i] = narrow(a[i], p);
 }
 
+DEIT_INLINE Vec multiply_pairs(Vec a, Vec b, Vec c) {
+  const IntVec x = reinterpret_cast<IntVec>(a), y = reinterpret_cast<IntVec>(b);
+  const int32_t high = static_cast<int32_t>(0xffff0000u);
+  c = fma(reinterpret_cast<Vec>(x << 16), reinterpret_cast<Vec>(y << 16), c);
+  return fma(reinterpret_cast<Vec>(x & high), reinterpret_cast<Vec>(y & high), c);
+}
+
 DEIT_INLINE void transpose(Vec (&r)[4]) {
   for (int i = 0; i < 4; ++i) {
     for (int j = i + 1; j < 4; ++j) {
@@ -276,6 +306,16 @@ DEIT_INLINE void store_first(T* p, Vec a, int n) {
   T lanes[kWidth];
   store(lanes, a);
   std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
+}
+
+// c + a * b of what two words hold: an fp32 each, or a pair of bf16 whose two products are added.
+template <class T>
+DEIT_INLINE Vec multiply_word(Vec a, Vec b, Vec c) {
+  return fma(a, b, c);
+}
+template <>
+DEIT_INLINE Vec multiply_word<BF16>(Vec a, Vec b, Vec c) {
+  return multiply_pairs(a, b, c);
 }
 
 // e^x for x <= 0, within 1 ulp above 2^-126, 0 at -inf, NaN at NaN. x = n ln 2 + r with
