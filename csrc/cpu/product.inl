@@ -25,7 +25,9 @@ constexpr int kRows = 6, kVectors = 2;  // 12, 2 and 1 in 16
 constexpr int kRows = 4, kVectors = 2;
 #endif
 constexpr int kCols = kVectors * kWidth;
-constexpr int64_t kDepth = 384;  // a packed panel is 72 KB with AVX-512
+// Sums run over kDepth words and are then added up: in one chain, the error at 3072 inputs was 3.5
+// times that of PyTorch's product. A packed panel is 48 KB with AVX-512.
+constexpr int64_t kDepth = 256;
 constexpr int64_t kMaxRowBlock = 800;
 constexpr int kLineWords = 16;
 
@@ -65,16 +67,18 @@ void multiply_rows(const ProductArgs& args, const float* panel, const Tile& tile
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) {
-      held[r][v] = tile.k == 0 ? broadcast(0.0f) : load(sums + r * kCols + v * kWidth);
-    }
+    for (int v = 0; v < kVectors; ++v) held[r][v] = broadcast(0.0f);
   }
   const float* x = static_cast<const float*>(args.x) + tile.row * args.depth + tile.k;
   multiply<T>(x, args.depth, panel, tile.depth, held);
+  const bool first = tile.k == 0;
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) store(sums + r * kCols + v * kWidth, held[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* sum = sums + r * kCols + v * kWidth;
+      store(sum, first ? held[r][v] : load(sum) + held[r][v]);
+    }
   }
 }
 

@@ -363,9 +363,9 @@ DEIT_INLINE Vec gelu(Vec x) {
 }
 
 // x / (1 + exp(-2 s)) with s = sqrt(2 / pi) * (x + 0.044715 x^3); the tail is e / (1 + e) with
-// e = exp(-2 |s|). It falls faster: |x| is cut at 8.
+// e = exp(-2 |s|). It falls faster: |x| is cut at 9.5.
 DEIT_INLINE Vec gelu_tanh(Vec x) {
-  const Vec magnitude = min(broadcast(8.0f), cut_magnitude(x));
+  const Vec magnitude = min(broadcast(9.5f), cut_magnitude(x));
   const Vec cubic = fma(magnitude * magnitude, broadcast(0.0713548163f), broadcast(1.59576912f));
   const Vec e = exp_nonpositive(broadcast(0.0f) - magnitude * cubic);
   return max(broadcast(0.0f), x) - magnitude * (e / (broadcast(1.0f) + e));
