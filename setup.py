@@ -45,10 +45,11 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # Instruction set -> the flags its copy of csrc/cpu/kernels.cpp is compiled with.
 # GCC 12's own AVX-512 headers read `_mm512_undefined_ps` before setting it.
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -Wno-maybe-uninitialized"
 CPU_SETS: dict[str, str] = (
     {
-        "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c "
-        "-Wno-maybe-uninitialized",
+        "avx512_bf16": f"{AVX512} -mavx512bf16",
+        "avx512": AVX512,
         "avx2": "-mavx2 -mfma -mf16c",
         "portable": "",
     }

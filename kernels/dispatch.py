@@ -107,6 +107,29 @@ def interpreter_limits(implementation: str, x: Tensor, *_: Any) -> list[str]:
     return []
 
 
+def product_limits(implementation: str, x: Tensor, *weights: Tensor) -> list[str]:
+    """For operators that are matrix products of x [..., K] and weights [M, K]."""
+    if implementation != "cpu":
+        return interpreter_limits(implementation, x)
+    isa, found = _cpu_isa(), []
+    if isa == "portable":
+        found.append("no AVX2 here, and PyTorch's products are faster than the portable ones")
+    if x.dtype == torch.float16:
+        found.append("dtype torch.float16 (its products are for fp32 and bf16)")
+    if x.dtype == torch.bfloat16 and isa != "avx512_bf16":
+        found.append(f"bf16 products need AVX512-BF16, this processor has {isa}")
+    if x.dtype == torch.bfloat16 and any(w.shape[-1] % 2 for w in weights):
+        found.append("an odd depth, where bf16 products take pairs")
+    if any(0 in t.shape for t in (x, *weights)):
+        found.append("an empty axis")
+    return found
+
+
+@_constant_when_traced
+def _cpu_isa() -> str:
+    return native.cpu_isa()
+
+
 def run(operator: Operator, arguments: Arguments, impl: str) -> Any:
     """Execute `operator` on prepared `arguments` by the implementation that `impl` names."""
     name = choose(operator, arguments, impl)

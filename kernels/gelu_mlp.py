@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from deit.kernels import dispatch, onednn, ops, validate
+from deit.kernels import dispatch, ops, validate
 
 
 def gelu_mlp(
@@ -93,9 +93,7 @@ def _prepare(
 def _limits(
     implementation: str, x: Tensor, w1: Tensor, _: Tensor | None, w2: Tensor, *__: object
 ) -> list[str]:
-    if implementation == "cpu":
-        return onednn.why_not(x, w1, w2)
-    return dispatch.interpreter_limits(implementation, x)
+    return dispatch.product_limits(implementation, x, w1, w2)
 
 
 class _GeluMlp(torch.autograd.Function):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deit.kernels import dispatch, onednn, ops, validate
+from deit.kernels import dispatch, ops, validate
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh")
 
@@ -73,9 +73,7 @@ def _prepare(
 
 
 def _limits(implementation: str, x: Tensor, weight: Tensor, *_: object) -> list[str]:
-    if implementation == "cpu":
-        return onednn.why_not(x, weight)
-    return dispatch.interpreter_limits(implementation, x)
+    return dispatch.product_limits(implementation, x, weight)
 
 
 class _Linear(torch.autograd.Function):

@@ -131,7 +131,7 @@ def _cpu_library() -> ctypes.CDLL:
 
 
 def cpu_isa() -> str:
-    """The instruction set the C++ library uses: "avx512", "avx2" or "portable".
+    """The instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable".
 
     Raises RuntimeError where the library is not usable, with the reason.
     """
@@ -146,6 +146,8 @@ def select_cpu_isa(name: str | None) -> None:
     """
     answer = _cpu_library().deit_cpu_select_isa((name or "").encode())
     if answer == 1:
-        raise ValueError(f"name: expected avx512, avx2 or portable, as built; got {name!r}")
+        raise ValueError(
+            f"name: expected avx512_bf16, avx512, avx2 or portable, as built; got {name!r}"
+        )
     if answer == 2:
         raise RuntimeError(f"this processor does not run {name}")

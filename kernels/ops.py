@@ -183,10 +183,6 @@ KERNELS: dict[str, frozenset[str]] = {
 }
 
 
-# The CPU's operators that are oneDNN's products rather than kernels of csrc/cpu.
-ONEDNN = frozenset({"linear", "gelu_mlp"})
-
-
 def _triton_module(name: str) -> str:
     """The module of a Triton operator; gradients have their own, `<operator>_bwd`."""
     operator = name.removesuffix("_fwd").removesuffix("_bwd")
@@ -220,8 +216,6 @@ def _register() -> dict[str, dict[str, torch._ops.OpOverload]]:
                 # The CPU key serves Triton's interpreter; dispatch refuses it otherwise.
                 launch = _launcher(_triton_module(name), name)
                 torch.library.impl(qualified, ("CUDA", "CPU"))(launch)
-            elif implementation == "cpu" and name in ONEDNN:
-                torch.library.impl(qualified, "CPU")(_launcher("onednn", name))
             compiled[implementation][name] = getattr(getattr(torch.ops, namespace), name).default
     return compiled
 

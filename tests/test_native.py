@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 OPS = ops.COMPILED["cpu"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SETS = ["avx512", "avx2", "portable"]
+SETS = ["avx512_bf16", "avx512", "avx2", "portable"]
 
 
 @pytest.fixture(params=SETS)

@@ -9,6 +9,9 @@ namespace {
 
 bool runs_here(const Kernels& set) {
 #if defined(__x86_64__) || defined(_M_X64)
+  if (&set == &avx512_bf16_kernels) {
+    return runs_here(avx512_kernels) && __builtin_cpu_supports("avx512bf16");
+  }
   if (&set == &avx512_kernels) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -25,6 +28,7 @@ bool runs_here(const Kernels& set) {
 // The fastest first.
 const Kernels* const kSets[] = {
 #if defined(__x86_64__) || defined(_M_X64)
+    &avx512_bf16_kernels,
     &avx512_kernels,
     &avx2_kernels,
 #endif
@@ -58,7 +62,7 @@ const Kernels& kernels() {
 
 extern "C" {
 
-// "avx512", "avx2" or "portable": the set in use.
+// "avx512_bf16", "avx512", "avx2" or "portable": the set in use.
 DEIT_EXPORT const char* deit_cpu_isa() { return deit::kernels().name; }
 
 // Use the set called `name` from now on, or the best one for an empty name. 0: done; 1: no such

@@ -106,7 +106,7 @@ void pack_operand(const PackArgs& args, int64_t begin, int64_t end) {
 
 // The epilogue on `sums`, [rows, columns] at row stride kPanel, of the product's columns from
 // `column`.
-DEIT_INLINE void finish(const ProductArgs& p, const float* sums, int64_t column, int64_t columns) {
+DEIT_INLINE void finish(const TrainingProductArgs& p, const float* sums, int64_t column, int64_t columns) {
   for (int64_t row = 0; row < p.rows; ++row, sums += kPanel) {
     const int64_t sample = p.keep ? (p.first_row + row) / p.rows_per_sample : 0;
     const Vec kept = broadcast(p.keep ? p.keep[sample] : 1.0f);
@@ -130,7 +130,7 @@ DEIT_INLINE void finish(const ProductArgs& p, const float* sums, int64_t column,
 }
 
 // The whole of `p`, which has kRowTile rows at most.
-void product_tile(const ProductArgs& p, float* sums) {
+void product_tile(const TrainingProductArgs& p, float* sums) {
   for (int64_t column = 0; column < p.width; column += kPanel) {
     const int64_t left = p.width - column, columns = left < kPanel ? left : kPanel;
     const float* panel = p.panels + column * p.depth;
@@ -144,7 +144,7 @@ void product_tile(const ProductArgs& p, float* sums) {
 }
 
 // `p` on its tile of rows.
-DEIT_INLINE ProductArgs on_tile(ProductArgs p, int64_t tile) {
+DEIT_INLINE TrainingProductArgs on_tile(TrainingProductArgs p, int64_t tile) {
   const int64_t row = tile * kRowTile;
   p.rows = p.rows - row < kRowTile ? p.rows - row : kRowTile;
   p.first_row += row;
@@ -160,15 +160,15 @@ DEIT_INLINE ProductArgs on_tile(ProductArgs p, int64_t tile) {
   return p;
 }
 
-size_t product_workspace(const ProductArgs& p) {
+size_t product_workspace(const TrainingProductArgs& p) {
   return static_cast<size_t>(kRowTile * kPanel + (p.before ? kRowTile * p.before->width : 0));
 }
 
-void product_tiles(const ProductArgs& args, float* sums, int64_t begin, int64_t end) {
+void product_tiles(const TrainingProductArgs& args, float* sums, int64_t begin, int64_t end) {
   for (int64_t tile = begin; tile < end; ++tile) {
-    ProductArgs p = on_tile(args, tile);
+    TrainingProductArgs p = on_tile(args, tile);
     if (args.before) {
-      ProductArgs first = on_tile(*args.before, tile);
+      TrainingProductArgs first = on_tile(*args.before, tile);
       first.out = sums + kRowTile * kPanel;
       product_tile(first, sums);
       p.a = first.out;

@@ -44,7 +44,26 @@ struct AttentionArgs {
   int64_t tiles;
 };
 
-// One instruction set's kernels. Ranges are [begin, end): of rows, and of (b, h, tile) tasks.
+// out = residual + keep * gamma * act(x wT + bias). Matrices are contiguous. `depth` counts words:
+// one fp32 input, or two of bf16.
+struct ProductArgs {
+  const void* x;         // [rows, depth]
+  const void* weight;    // [width, depth]
+  const float* bias;     // [width] or null
+  const float* gamma;    // [width] or null
+  const float* keep;     // [(first_row + rows) / rows_per_sample] or null
+  const void* residual;  // [rows, width] or null
+  void* out;             // [rows, width]
+  Scalar type;           // of x and weight: f32 or bf16
+  Scalar out_type;       // of out and residual: f32 or bf16
+  Activation activation;
+  int64_t rows, depth, width;
+  int64_t first_row, rows_per_sample;
+  int64_t row_block;  // rows of one task
+  int64_t panels, tasks;
+};
+
+// One instruction set's kernels. Ranges are [begin, end): of rows, and of tasks.
 // Every row and every query is computed by the same arithmetic wherever a range begins, so
 // results do not depend on the number of threads.
 struct Kernels {
@@ -54,6 +73,9 @@ struct Kernels {
   void (*plan_attention)(AttentionArgs&);  // sets query_tile and tiles
   size_t (*attention_workspace)(const AttentionArgs&);
   void (*attention)(const AttentionArgs&, float* workspace, int64_t begin, int64_t end);
+  void (*plan_product)(ProductArgs&, int64_t threads);  // sets row_block, panels and tasks
+  size_t (*product_workspace)(const ProductArgs&);
+  void (*product)(const ProductArgs&, float* workspace, int64_t begin, int64_t end);
   TrainingKernels training;
 };
 
@@ -61,6 +83,7 @@ extern const Kernels portable_kernels;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels avx512_bf16_kernels;
 #endif
 
 // The best set this processor runs, or the one that was selected.

@@ -13,6 +13,7 @@ namespace {
 
 #include "attention.inl"
 #include "layer_norm.inl"
+#include "product.inl"
 
 // Training, over what those define. clang-format off
 #include "lanes.inl"
@@ -32,6 +33,9 @@ const Kernels DEIT_TABLE(DEIT_ISA) = {
     DEIT_ISA::plan_attention,
     DEIT_ISA::attention_workspace,
     DEIT_ISA::attention,
+    DEIT_ISA::products::plan_product,
+    DEIT_ISA::products::product_workspace,
+    DEIT_ISA::products::product,
     {
         DEIT_ISA::kPanel,
         DEIT_ISA::kRowTile,

@@ -4,6 +4,7 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "../common/tensors.h"
@@ -37,6 +38,13 @@ inline const float* parameter(const char* name, const std::optional<Tensor>& val
   }
   if (!holder.is_contiguous()) holder = torch::stable::contiguous(holder);
   return static_cast<const float*>(holder.const_data_ptr());
+}
+
+inline Activation activation_of(const std::optional<std::string>& name) {
+  if (!name.has_value()) return Activation::none;
+  STD_TORCH_CHECK(*name == "gelu" || *name == "gelu_tanh",
+                  "activation: expected None, 'gelu' or 'gelu_tanh'; got ", name->c_str());
+  return *name == "gelu" ? Activation::gelu : Activation::gelu_tanh;
 }
 
 // What a LayerNorm's forward saves, or nothing in inference: fp32 statistics of every row.

@@ -37,13 +37,6 @@ Tensor none(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
 int64_t last(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); }
 
-Activation activation_of(const std::optional<std::string>& name) {
-  if (!name.has_value()) return Activation::none;
-  STD_TORCH_CHECK(*name == "gelu" || *name == "gelu_tanh",
-                  "activation: expected None, 'gelu' or 'gelu_tanh'; got ", name->c_str());
-  return *name == "gelu" ? Activation::gelu : Activation::gelu_tanh;
-}
-
 std::vector<int64_t> with_last(const Tensor& tensor, int64_t size) {
   std::vector<int64_t> sizes(tensor.sizes().begin(), tensor.sizes().end());
   sizes.back() = size;
@@ -76,7 +69,7 @@ Tensor sum_of_chunks(const float* parts, int64_t chunks, int64_t low, int64_t ch
 // --- products ---------------------------------------------------------------------------------
 
 // Packs `b` as the right operand of `args`: [width, depth] where transposed, else [depth, width].
-Buffer pack_operand(ProductArgs& args, const Tensor& b, bool transposed) {
+Buffer pack_operand(TrainingProductArgs& args, const Tensor& b, bool transposed) {
   const TrainingKernels& set = kernels().training;
   const int64_t panels = blocks(args.width, set.panel);
   Buffer packed = allocate(static_cast<size_t>(panels * set.panel * args.depth));
@@ -87,7 +80,7 @@ Buffer pack_operand(ProductArgs& args, const Tensor& b, bool transposed) {
   return packed;
 }
 
-void run_product(const ProductArgs& args) {
+void run_product(const TrainingProductArgs& args) {
   if (args.rows == 0 || args.width == 0) return;
   const TrainingKernels& set = kernels().training;
   const int64_t work = set.row_tile * args.depth * args.width;
@@ -143,7 +136,7 @@ std::tuple<Tensor, Tensor> run_weight_gradient(const Tensor& g, const Tensor& x)
 struct Epilogue {
   Tensor bias_held, gamma_held, keep_held, residual_held;
   void describe(const Tensor& x, int64_t width, const Optional& bias, const Optional& residual,
-                const Optional& gamma, const Optional& keep, ProductArgs& args) {
+                const Optional& gamma, const Optional& keep, TrainingProductArgs& args) {
     args.bias = parameter("bias", bias, width, x, bias_held);
     args.gamma = parameter("gamma", gamma, width, x, gamma_held);
     if (keep.has_value()) {
@@ -159,8 +152,8 @@ struct Epilogue {
   }
 };
 
-ProductArgs product_of(const Tensor& a, int64_t width, const Tensor& out) {
-  ProductArgs args{};
+TrainingProductArgs product_of(const Tensor& a, int64_t width, const Tensor& out) {
+  TrainingProductArgs args{};
   args.a = floats(a);
   args.lda = args.depth = last(a);
   args.rows = args.depth == 0 ? 0 : a.numel() / args.depth;
@@ -186,7 +179,7 @@ std::tuple<Tensor, Tensor> linear_fwd(Tensor x, Tensor weight, Optional bias,
   const bool saves = kind != Activation::none || gamma.has_value();
   Tensor out = torch::stable::new_empty(x, with_last(x, width));
   Tensor affine = saves ? torch::stable::new_empty(x, with_last(x, width)) : none(x);
-  ProductArgs args = product_of(x, width, out);
+  TrainingProductArgs args = product_of(x, width, out);
   Epilogue epilogue;
   epilogue.describe(x, width, bias, residual, gamma, keep, args);
   args.activation = kind;
@@ -233,7 +226,7 @@ std::tuple<Tensor, Tensor> output_gradient(const Tensor& dout, const Tensor& aff
 // g weight, [.., K], shaped as the layer's input.
 Tensor input_gradient(const Tensor& g, const Tensor& weight) {
   Tensor dx = torch::stable::new_empty(g, with_last(g, weight.size(1)));
-  ProductArgs args = product_of(g, weight.size(1), dx);
+  TrainingProductArgs args = product_of(g, weight.size(1), dx);
   const Buffer packed = pack_operand(args, weight, false);
   run_product(args);
   return dx;
@@ -264,12 +257,12 @@ std::tuple<Tensor, Tensor, Tensor> gelu_mlp_fwd(Tensor x, Tensor w1, Optional b1
   Tensor out = torch::stable::new_empty(x, with_last(x, width));
   Tensor affine = gamma.has_value() ? torch::stable::new_empty(x, with_last(x, width)) : none(x);
   Epilogue epilogues[2];
-  ProductArgs first = product_of(x, hidden_width, hidden);
+  TrainingProductArgs first = product_of(x, hidden_width, hidden);
   epilogues[0].describe(x, hidden_width, b1, std::nullopt, std::nullopt, std::nullopt, first);
   first.activation = Activation::gelu;
   first.affine = first.out;
   first.out = nullptr;
-  ProductArgs second = product_of(hidden, width, out);
+  TrainingProductArgs second = product_of(hidden, width, out);
   epilogues[1].describe(x, width, b2, residual, gamma, keep, second);
   second.affine = gamma.has_value() ? mutable_floats(affine) : nullptr;
   second.a = nullptr;
@@ -290,7 +283,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gelu_mlp_bwd(
   const auto [g, dgamma] = output_gradient(dout, affine, Activation::none, gamma, keep);
   Tensor dhidden = torch::stable::new_empty(hidden, hidden.sizes());
   Tensor activated = torch::stable::new_empty(hidden, hidden.sizes());
-  ProductArgs args = product_of(g, w2.size(1), dhidden);
+  TrainingProductArgs args = product_of(g, w2.size(1), dhidden);
   args.hidden = floats(hidden);
   args.activated = mutable_floats(activated);
   args.activation = Activation::gelu;

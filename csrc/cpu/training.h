@@ -26,8 +26,8 @@ struct PackArgs {
 //     affine = a b + bias        out = residual + keep * gamma * activation(affine)
 // and with `hidden`, of the hidden layer's gradient
 //     out = a b * gelu'(hidden)      activated = gelu(hidden)
-struct ProductArgs {
-  const ProductArgs* before;  // the product whose out, kept in cache by tiles, is a; or null
+struct TrainingProductArgs {
+  const TrainingProductArgs* before;  // the product whose out, kept in cache by tiles, is a; or null
   const float* a;             // [rows, depth], row stride lda; null where there is one before
   int64_t lda;
   const float* panels;
@@ -107,8 +107,8 @@ struct AttentionGradientArgs {
 struct TrainingKernels {
   int64_t panel, row_tile;                         // columns of a panel, rows of a product's task
   void (*pack)(const PackArgs&, int64_t begin, int64_t end);  // of panels
-  size_t (*product_workspace)(const ProductArgs&);
-  void (*product)(const ProductArgs&, float* workspace, int64_t begin, int64_t end);
+  size_t (*product_workspace)(const TrainingProductArgs&);
+  void (*product)(const TrainingProductArgs&, float* workspace, int64_t begin, int64_t end);
   size_t (*weight_gradient_workspace)(const WeightGradientArgs&);
   void (*weight_gradient)(const WeightGradientArgs&, float* workspace, int64_t begin, int64_t end);
   void (*output_gradient)(const OutputGradientArgs&, int64_t begin, int64_t end);  // of chunks
