@@ -21,6 +21,7 @@ from rich.text import Text
 from timing import Spread, paired_ratio, percentile, spread
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LEAST_CLAIM = 3  # rounds
 TRAINING_FLOPS = 3  # a training step counts as three forwards: backward is two
 
 
@@ -34,12 +35,15 @@ def speeds(contender: Contender) -> Spread:
 def verdict(fused: Contender, other: Contender) -> str:
     """How the fused model compares with another contender of the same rounds.
 
-    A claim is made only where the quartile ranges of the two speeds are apart.
+    A claim is made only where the quartile ranges of the two speeds are apart, over at least
+    LEAST_CLAIM rounds: one sample is apart from any other.
     """
     mine, theirs = speeds(fused), speeds(other)
     ratio = paired_ratio(_image_seconds(other), _image_seconds(fused))
     paired = f"paired ratio {ratio.median:.3f}, quartiles {ratio.low:.3f} to {ratio.high:.3f}"
     evidence_ = f"({paired}, n={ratio.n})"
+    if ratio.n < LEAST_CLAIM:
+        return f"{fused.label} vs {other.variant}: too few rounds to tell {evidence_}"
     if mine.overlaps(theirs):
         return f"{fused.label} vs {other.variant}: no difference: quartiles overlap {evidence_}"
     word = "faster" if ratio.median > 1 else "slower"
