@@ -115,7 +115,7 @@ def latencies(race: Race) -> Table:
 
 
 def _style(contender: Contender) -> str:
-    return "bold" if contender.is_ours else ""
+    return "bold" if contender.is_fused else ""
 
 
 def _batches_differ(race: Race) -> bool:
@@ -148,7 +148,7 @@ def show(race: Race, facts: Mapping[str, Any], photographs: Mapping[str, Photogr
     out(terms(race, facts), markup=False)
     out(latencies(race) if race.settings.latency else table(race))
     for contender in race.finalists:
-        if contender.is_ours:
+        if contender.is_fused:
             for line in _about_fused(race, contender):
                 out(line, markup=False)
     for label, photos in photographs.items():
@@ -266,7 +266,7 @@ def _row(
         "logits_error": contender.logits_error,
         "tried": contender.tried,
         "operators": contender.operators,
-        "kernels_sha256": race.kernels_sha256 if contender.is_ours else None,
+        "kernels_sha256": race.kernels_sha256 if contender.is_fused else None,
         "quoted_top1": quoted.top1 if quoted else None,
         "quoted_v100_img_per_s": quoted.v100_img_s if quoted else None,
         "quoted_source": table5.SOURCE if quoted else None,
