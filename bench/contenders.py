@@ -129,7 +129,7 @@ class Contender:
         return f"{self.network.label} {self.variant}"
 
     @property
-    def is_ours(self) -> bool:
+    def is_fused(self) -> bool:
         """Does it run this package's kernels?"""
         return self.how.startswith("fused")
 

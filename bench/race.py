@@ -238,7 +238,7 @@ class Race:
         images = self.inputs.get(contender, batch)
         pools = devices.graph_pool_bytes(device)
         operators = field_of.operators_in(lambda: self.call(contender, images))
-        contender.operators = operators if contender.is_ours else None
+        contender.operators = operators if contender.is_fused else None
         above = devices.step_bytes(lambda: self.call(contender, images), device)
         above += max(0, devices.graph_pool_bytes(device) - pools)
         if contender.counted:

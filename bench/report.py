@@ -21,6 +21,7 @@ from rich.text import Text
 from timing import Spread, paired_ratio, percentile, spread
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LEAST_CLAIM = 3  # rounds
 TRAINING_FLOPS = 3  # a training step counts as three forwards: backward is two
 
 
@@ -34,12 +35,15 @@ def speeds(contender: Contender) -> Spread:
 def verdict(fused: Contender, other: Contender) -> str:
     """How the fused model compares with another contender of the same rounds.
 
-    A claim is made only where the quartile ranges of the two speeds are apart.
+    A claim is made only where the quartile ranges of the two speeds are apart, over at least
+    LEAST_CLAIM rounds: one sample is apart from any other.
     """
     mine, theirs = speeds(fused), speeds(other)
     ratio = paired_ratio(_image_seconds(other), _image_seconds(fused))
     paired = f"paired ratio {ratio.median:.3f}, quartiles {ratio.low:.3f} to {ratio.high:.3f}"
     evidence_ = f"({paired}, n={ratio.n})"
+    if ratio.n < LEAST_CLAIM:
+        return f"{fused.label} vs {other.variant}: too few rounds to tell {evidence_}"
     if mine.overlaps(theirs):
         return f"{fused.label} vs {other.variant}: no difference: quartiles overlap {evidence_}"
     word = "faster" if ratio.median > 1 else "slower"
@@ -111,7 +115,7 @@ def latencies(race: Race) -> Table:
 
 
 def _style(contender: Contender) -> str:
-    return "bold" if contender.is_ours else ""
+    return "bold" if contender.is_fused else ""
 
 
 def _batches_differ(race: Race) -> bool:
@@ -144,7 +148,7 @@ def show(race: Race, facts: Mapping[str, Any], photographs: Mapping[str, Photogr
     out(terms(race, facts), markup=False)
     out(latencies(race) if race.settings.latency else table(race))
     for contender in race.finalists:
-        if contender.is_ours:
+        if contender.is_fused:
             for line in _about_fused(race, contender):
                 out(line, markup=False)
     for label, photos in photographs.items():
@@ -262,7 +266,7 @@ def _row(
         "logits_error": contender.logits_error,
         "tried": contender.tried,
         "operators": contender.operators,
-        "kernels_sha256": race.kernels_sha256 if contender.is_ours else None,
+        "kernels_sha256": race.kernels_sha256 if contender.is_fused else None,
         "quoted_top1": quoted.top1 if quoted else None,
         "quoted_v100_img_per_s": quoted.v100_img_s if quoted else None,
         "quoted_source": table5.SOURCE if quoted else None,

@@ -131,7 +131,8 @@ class Selection:
         contenders = [v for e in self.race.entries for v in e.variants]
         each = sum(c.image_seconds * c.batch for c in contenders)
         own = entry.base.image_seconds * self.race.batch
-        return (each + own) * planning.LEAST_ROUNDS
+        calls = 2 if self.settings.latency else 1  # there an untimed one comes before each
+        return (each + own) * planning.LEAST_ROUNDS * calls
 
     def _estimate(self) -> None:
         race = self.race

@@ -311,6 +311,8 @@ def test_verdict_claims_only_what_the_quartiles_keep_apart() -> None:
     assert apart.startswith("deit_ti fused vs eager: 2.00x faster (paired ratio 2.000")
     slower = report.verdict(fused, timed("compiled", [0.5, 0.55, 0.6, 0.65]))
     assert "fused vs compiled: 2.00x slower" in slower
+    single = report.verdict(timed("fused", [1.0]), timed("eager", [2.0]))
+    assert "fused vs eager: too few rounds to tell (paired ratio 2.000" in single
     close = report.verdict(fused, timed("eager", [1.05, 1.15, 1.25, 1.35]))
     assert "no difference" in close
     assert "faster" not in close

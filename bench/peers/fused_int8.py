@@ -15,7 +15,8 @@ def _lacking() -> str:
 
 
 def _build(problem: Problem) -> Built:
-    module = copy.deepcopy(problem.module)
+    tensors = (*problem.module.parameters(), *problem.module.buffers())
+    module = copy.deepcopy(problem.module, {id(t): t for t in tensors})  # the weights are shared
     fuse(module, dtype="int8")
     return Built(module, "fuse(model, dtype='int8')")
 

@@ -218,15 +218,19 @@ struct Strided {
   Elements elements;
 };
 
-// Whether `found` is `exact` but for rounding. Coarse on purpose: the tests in Python hold the
-// kernels to their precision, this one looks for what was read or written in the wrong place.
-inline void near(const char* name, int64_t i, double found, double exact, deit::Scalar type) {
-  const double tolerance = type == deit::Scalar::f32   ? 2e-4
-                           : type == deit::Scalar::f16 ? 2e-3
-                                                       : 1.6e-2;
+// Whether `found` is `exact` within `tolerance`, relative above 1. Coarse on purpose: the tests in
+// Python hold the kernels to their precision, this one looks for what was read or written in the
+// wrong place.
+inline void near(const char* name, int64_t i, double found, double exact, double tolerance) {
   if (std::abs(found - exact) <= tolerance * (1.0 + std::abs(exact))) return;
   fail(std::string(name) + "[" + std::to_string(i) + "] is " + std::to_string(found) +
        ", expected " + std::to_string(exact));
+}
+inline void near(const char* name, int64_t i, double found, double exact, deit::Scalar type) {
+  const double rounding = type == deit::Scalar::f32   ? 2e-4
+                          : type == deit::Scalar::f16 ? 2e-3
+                                                      : 1.6e-2;
+  near(name, i, found, exact, rounding);
 }
 
 // Runs `work(workspace, begin, end)` over all tasks by 1, 2 and 8 threads, each with a workspace of
