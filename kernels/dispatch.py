@@ -124,9 +124,9 @@ def choose(operator: Operator, arguments: Arguments, impl: str) -> str:
     named implementation cannot run.
     """
     if impl == "auto":
-        name = f"{operator.name}_bwd" if needs_gradient(arguments) else operator.name
-        for candidate in measured(name, *_place(arguments[0].device)):
-            if not reasons(operator, arguments, candidate):
+        training = needs_gradient(arguments)
+        for candidate in _ready(operator.name, arguments[0].device, training):
+            if not _refusals(operator, arguments, candidate, training):
                 return candidate
         return "reference"
     if impl == "reference":
@@ -152,6 +152,13 @@ def reasons(operator: Operator, arguments: Arguments, implementation: str) -> li
         absent = (*absent, f"it has no {operator.name} kernel")
     if absent:
         return list(absent)
+    return _refusals(operator, arguments, implementation, needs_gradient(arguments))
+
+
+def _refusals(
+    operator: Operator, arguments: Arguments, implementation: str, training: bool
+) -> list[str]:
+    """Why kernels that are there cannot take these arguments."""
     found = []
     if torch._C._are_functorch_transforms_active():
         found.append("a torch.func transform is active and the kernel has no rule for it")
@@ -160,7 +167,7 @@ def reasons(operator: Operator, arguments: Arguments, implementation: str) -> li
             continue
         if dtype.is_floating_point:
             found.append(f"dtype {dtype} (fp32, fp16 and bf16 are served)")
-    if needs_gradient(arguments):
+    if training:
         found += _training_reasons(operator, arguments, implementation)
     return found + operator.limits(implementation, *arguments)
 
@@ -189,6 +196,17 @@ def _training_reasons(operator: Operator, arguments: Arguments, implementation: 
 def _place(device: torch.device) -> tuple[str, int | None]:
     """The device's type and index; torch makes the string anew each time, at 0.2 us."""
     return device.type, device.index
+
+
+@_constant_when_traced
+def _ready(operator: str, device: torch.device, training: bool) -> tuple[str, ...]:
+    """The implementations "auto" tries that have the kernel and can run on the device at all."""
+    place = device.type, device.index
+    return tuple(
+        name
+        for name in measured(f"{operator}_bwd" if training else operator, *place)
+        if operator in ops.KERNELS[name] and not environment(name, *place)
+    )
 
 
 @_constant_when_traced
