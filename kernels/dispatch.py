@@ -271,6 +271,7 @@ def expected(operator: str, impl: str, device: torch.device) -> str:
 class Explanation:
     """For one call: the implementation "auto" takes, and why each other one would not run.
 
+    reasons: implementation -> why it cannot run; empty where it can.
     configurations: where Triton can run, what it would launch in inference, a line a kernel:
         the tile sizes, and on what evidence they were chosen.
     """
@@ -292,8 +293,15 @@ class Explanation:
 def explain(operator: str, *inputs: Any, **options: Any) -> Explanation:
     """Say for every implementation of `operator` why it would or would not run on these inputs.
 
-    Takes the operator's name and the public function's own arguments:
-    `explain("attention", qkv, 12)`. Raises what the operator itself would raise for bad input.
+    Args:
+        operator: its name.
+        inputs, options: the public function's own: `explain("attention", qkv, 12)`.
+
+    Returns:
+        An Explanation; print it.
+
+    Raises:
+        ValueError: an unknown operator. Else what the operator itself raises for bad input.
     """
     if operator not in OPERATORS:
         raise ValueError(f"operator: expected one of {', '.join(OPERATORS)}; got {operator!r}")
