@@ -153,9 +153,9 @@ def choose(operator: Operator, arguments: Arguments, impl: str) -> str:
     named implementation cannot run.
     """
     if impl == "auto":
-        name = f"{operator.name}_bwd" if needs_gradient(arguments) else operator.name
-        for candidate in measured(name, *_place(arguments[0].device)):
-            if not reasons(operator, arguments, candidate):
+        training = needs_gradient(arguments)
+        for candidate in _ready(operator.name, arguments[0].device, training):
+            if not _refusals(operator, arguments, candidate, training):
                 return candidate
         return "reference"
     if impl == "reference":
@@ -181,6 +181,13 @@ def reasons(operator: Operator, arguments: Arguments, implementation: str) -> li
         absent = (*absent, f"it has no {operator.name} kernel")
     if absent:
         return list(absent)
+    return _refusals(operator, arguments, implementation, needs_gradient(arguments))
+
+
+def _refusals(
+    operator: Operator, arguments: Arguments, implementation: str, training: bool
+) -> list[str]:
+    """Why kernels that are there cannot take these arguments."""
     found = []
     if torch._C._are_functorch_transforms_active():
         found.append("a torch.func transform is active and the kernel has no rule for it")
@@ -189,7 +196,7 @@ def reasons(operator: Operator, arguments: Arguments, implementation: str) -> li
             continue
         if dtype.is_floating_point:
             found.append(f"dtype {dtype} (fp32, fp16 and bf16 are served)")
-    if needs_gradient(arguments):
+    if training:
         found += _training_reasons(operator, arguments, implementation)
     return found + operator.limits(implementation, *arguments)
 
@@ -218,6 +225,17 @@ def _training_reasons(operator: Operator, arguments: Arguments, implementation: 
 def _place(device: torch.device) -> tuple[str, int | None]:
     """The device's type and index; torch makes the string anew each time, at 0.2 us."""
     return device.type, device.index
+
+
+@_constant_when_traced
+def _ready(operator: str, device: torch.device, training: bool) -> tuple[str, ...]:
+    """The implementations "auto" tries that have the kernel and can run on the device at all."""
+    place = device.type, device.index
+    return tuple(
+        name
+        for name in measured(f"{operator}_bwd" if training else operator, *place)
+        if operator in ops.KERNELS[name] and not environment(name, *place)
+    )
 
 
 @_constant_when_traced
@@ -282,6 +300,7 @@ def expected(operator: str, impl: str, device: torch.device) -> str:
 class Explanation:
     """For one call: the implementation "auto" takes, and why each other one would not run.
 
+    reasons: implementation -> why it cannot run; empty where it can.
     configurations: where Triton can run, what it would launch in inference, a line a kernel:
         the tile sizes, and on what evidence they were chosen.
     """
@@ -303,8 +322,15 @@ class Explanation:
 def explain(operator: str, *inputs: Any, **options: Any) -> Explanation:
     """Say for every implementation of `operator` why it would or would not run on these inputs.
 
-    Takes the operator's name and the public function's own arguments:
-    `explain("attention", qkv, 12)`. Raises what the operator itself would raise for bad input.
+    Args:
+        operator: its name.
+        inputs, options: the public function's own: `explain("attention", qkv, 12)`.
+
+    Returns:
+        An Explanation; print it.
+
+    Raises:
+        ValueError: an unknown operator. Else what the operator itself raises for bad input.
     """
     if operator not in OPERATORS:
         raise ValueError(f"operator: expected one of {', '.join(OPERATORS)}; got {operator!r}")

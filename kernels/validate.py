@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -26,7 +25,7 @@ def tensor(name: str, value: object, *, rank: int | None = None, min_rank: int =
 def parameter(
     name: str,
     value: Tensor | None,
-    shape: Sequence[int],
+    shape: tuple[int, ...],
     like: Tensor,
     *,
     fp32_allowed: bool = False,
@@ -39,7 +38,7 @@ def parameter(
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor; got {type(value).__name__}")
-    if value.shape != tuple(shape):
+    if value.shape != shape:
         raise ValueError(f"{name}: expected shape {tuple(shape)}; got {tuple(value.shape)}")
     if value.dtype != like.dtype and not (fp32_allowed and value.dtype == torch.float32):
         allowed = f"{like.dtype} or torch.float32" if fp32_allowed else f"{like.dtype}"
