@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from deit.fused_vit.attends import Attends
-from deit.kernels import dispatch, gelu_mlp, layer_norm, vit_block
+from deit.fused_vit.whole import Whole
+from deit.kernels import gelu_mlp, layer_norm
 
 # What a kernel may read, and what torch.export traces with in its place. Not DTensor and the like.
 PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
@@ -224,7 +225,7 @@ class FusedMlp(Fused):
         )
 
 
-class FusedBlock(Fused):
+class FusedBlock(Whole, Fused):
     """Over a pre-norm block: both residual additions move into the products' epilogues."""
 
     OPERATORS = ("layer_norm", "linear", "attention", "gelu_mlp")
@@ -280,75 +281,9 @@ class FusedBlock(Fused):
         """Stochastic depth's factors [B] of a branch, drawn as the original draws them."""
         return None
 
-    def operators(self) -> tuple[str, ...]:
-        return (*self.OPERATORS, "vit_block") if self.why_parts() is None else self.OPERATORS
-
-    def remark(self) -> str:
-        if "vit_block" not in self.fused_impls:
-            return ""
-        reason = self.why_parts()
-        return "whole in inference" if reason is None else f"by its parts: {reason}"
-
-    def why_parts(self, device: torch.device | None = None) -> str | None:
-        """Why inference on `device` (that of the weights) runs the parts and not `vit_block`."""
-        impl = self.fused_impls.get("vit_block")
-        if impl is None:
-            return "a whole block was not asked for"
-        norm1, _, norm2, _ = self.parts()
-        if norm1.eps != norm2.eps:
-            return f"its norms' eps differ, {norm1.eps} and {norm2.eps}"
-        found = dispatch.expected("vit_block", impl, device or norm1.weight.device)
-        if found == "reference" != impl:
-            return "no vit_block kernel is measured on this device"
-        return None
-
-    def runs_whole(self, x: Tensor) -> bool:
-        """Whether this call is one of `vit_block`: inference, nothing dropped, nothing recorded."""
-        if self.why_parts(x.device) is not None or self.training:  # type: ignore[attr-defined]
-            return False
-        drops = (self._modules.get(name) for name in self.DROP_PATHS)  # type: ignore[attr-defined]
-        if any(drop is not None and drop.training for drop in drops):
-            return False
-        if not torch.is_grad_enabled():
-            return True
-        parameters = self.parameters()  # type: ignore[attr-defined]
-        return not x.requires_grad and not any(p.requires_grad for p in parameters)
-
     def hands_over(self, x: Tensor) -> bool:
         """Whether a caller that keeps row statistics may call `whole` in place of the module."""
         return not hooked(self) and self.runs_fused(x) and self.runs_whole(x)  # type: ignore[arg-type]
-
-    def whole(
-        self, x: Tensor, row_stats: Tensor | None = None, key_bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The block's output and its row statistics, from x and those that came with it."""
-        norm1, attn, norm2, mlp = self.parts()
-        qkv_weight, qkv_bias = attn.projection()
-        proj, (heads, scale) = attn.output(), attn.geometry()
-        fc1, fc2 = (mlp._modules[name] for name in mlp.LINEARS)
-        return vit_block(
-            x,
-            norm1.weight,
-            norm1.bias,
-            qkv_weight,
-            qkv_bias,
-            proj.weight,
-            proj.bias,
-            norm2.weight,
-            norm2.bias,
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
-            heads,
-            scale=scale,
-            eps=norm1.eps,
-            gamma1=self.gamma(0),
-            gamma2=self.gamma(1),
-            key_bias=key_bias,
-            row_stats=row_stats,
-            impl=self.fused_impls["vit_block"],
-        )
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
         if not self.runs_fused(x):

@@ -7,7 +7,7 @@ import timm
 import torch
 
 import deit
-from deit.fused_vit import fuse, fused, modules, unfuse
+from deit.fused_vit import fuse, fused, unfuse, whole
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -58,13 +58,13 @@ def logits(output):
 def calls(monkeypatch):
     """Whether each call of vit_block was given row statistics."""
     seen = []
-    original = modules.vit_block
+    original = whole.vit_block
 
     def record(*args, row_stats=None, **kwargs):
         seen.append(row_stats is not None)
         return original(*args, row_stats=row_stats, **kwargs)
 
-    monkeypatch.setattr(modules, "vit_block", record)
+    monkeypatch.setattr(whole, "vit_block", record)
     return seen
 
 
