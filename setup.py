@@ -170,7 +170,7 @@ def cpu_ninja(compiler: str, torch: Torch, target: Path) -> str:
         for isa, flags in CPU_SETS.items()
     ]
     edges += [("dispatch.o", source / "dispatch.cpp", ""), ("ops.o", source / "ops.cpp", interface)]
-    edges.append(("ops_training.o", source / "ops_training.cpp", interface))
+    edges += [(f"{n}.o", source / f"{n}.cpp", interface) for n in ("ops_linear", "ops_training")]
     return ninja_file(
         {"cxx": compile_rule(compiler, CXXFLAGS)},
         [(out, "cxx", path, flags) for out, path, flags in edges],
