@@ -200,13 +200,20 @@ Tensor input_gradient(const Tensor& g, const Tensor& weight) {
   return dx;
 }
 
+// `dout` is shaped as the output of the layer `weight` on x.
+void check_gradient(const Tensor& dout, const Tensor& x, const Tensor& weight,
+                    const char* message = "dout: expected the output's shape") {
+  STD_TORCH_CHECK(dout.dim() == x.dim() && last(dout) == weight.size(0) &&
+                      std::equal(x.sizes().begin(), x.sizes().end() - 1, dout.sizes().begin()),
+                  message);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_bwd(Tensor dout, Tensor x, Tensor weight,
                                                       Tensor affine,
                                                       std::optional<std::string> activation,
                                                       Optional gamma, Optional keep) {
   check_linear(x, weight, "weight");
-  STD_TORCH_CHECK(dout.dim() == x.dim() && last(dout) == weight.size(0),
-                  "dout: expected the output's shape");
+  check_gradient(dout, x, weight);
   const auto [g, dgamma] = output_gradient(dout, affine, activation_of(activation), gamma, keep);
   const auto [dweight, dbias] = run_weight_gradient(g, fp32("x", x));
   return {input_gradient(g, fp32("weight", weight)), dweight, dbias, dgamma};
@@ -246,7 +253,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gelu_mlp_bwd(
     Optional keep) {
   check_linear(x, w1, "w1");
   check_linear(hidden, w2, "w2");
-  STD_TORCH_CHECK(last(dout) == w2.size(0), "dout: expected the output's shape");
+  check_gradient(hidden, x, w1, "hidden: expected [.., M] with M the rows of w1");
+  check_gradient(dout, hidden, w2);
   hidden = fp32("hidden", hidden);
   const auto [g, dgamma] = output_gradient(dout, affine, Activation::none, gamma, keep);
   Tensor dhidden = torch::stable::new_empty(hidden, hidden.sizes());
