@@ -176,9 +176,8 @@ def cpu_ninja(compiler: str, torch: Torch, target: Path) -> str:
     """The build file of the C++ library."""
     interface = f"-isystem {torch.include} -DTORCH_TARGET_VERSION={TORCH_TARGET}"
     edges = cpu_objects()
-    edges += [
-        (f"{name}.o", CSRC / "cpu" / f"{name}.cpp", interface) for name in ("ops", "ops_training")
-    ]
+    launchers = ("ops", "ops_linear", "ops_training")
+    edges += [(f"{name}.o", CSRC / "cpu" / f"{name}.cpp", interface) for name in launchers]
     return ninja_file(
         {"cxx": compile_rule(compiler, CXXFLAGS)},
         [(out, "cxx", path, flags) for out, path, flags in edges],

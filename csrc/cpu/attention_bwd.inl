@@ -47,7 +47,7 @@ DEIT_INLINE GradientWorkspace lay_out(const AttentionGradientArgs& args, float* 
   return w;
 }
 
-// c = (or +=) a b for any width, b in panels of [depth, kPanel] or, at panel_step kPanel, row-major.
+// c = (or +=) a b for any width, b in panels of [depth, kPanel], or row-major at panel_step kPanel.
 template <bool kOuter>
 DEIT_INLINE void multiply_all(const float* a, int64_t lda, const float* b, int64_t ldb,
                               int64_t panel_step, int64_t rows, int64_t depth, int64_t width,

@@ -1,4 +1,4 @@
-// What the launchers of inference (ops.cpp) and training (ops_training.cpp) share.
+// What the launchers of inference (ops.cpp) and training share.
 #pragma once
 
 #include <memory>

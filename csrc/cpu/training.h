@@ -1,4 +1,4 @@
-// What the training launchers (ops_training.cpp) and kernels share; included by isa.h. Everything
+// What the launchers of training (ops_linear.cpp, ops_training.cpp) and its kernels share. Everything
 // is plain data, all of it fp32 unless a Scalar says otherwise, and contiguous unless a stride
 // is given, in elements.
 #pragma once

@@ -35,8 +35,8 @@ size_t weight_gradient_workspace(const WeightGradientArgs& args) {
   return static_cast<size_t>(b.g - static_cast<float*>(nullptr) + kChain * args.output_block);
 }
 
-// [rows, columns] of `from` at row stride ldt: rows of a wide matrix lie multiples of KBs apart, where
-// a chunk of them would meet in a few sets of L1.
+// [rows, columns] of `from` at row stride ldt: rows of a wide matrix lie multiples of KBs apart,
+// where a chunk of them would meet in a few sets of L1.
 DEIT_INLINE void pack_rows(const float* from, int64_t ldf, int64_t rows, int64_t columns, float* to,
                            int64_t ldt) {
   for (int64_t i = 0; i < rows; ++i, from += ldf, to += ldt) {

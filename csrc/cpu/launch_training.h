@@ -1,0 +1,47 @@
+// What the launchers of training share beside launch.h.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "launch.h"
+
+namespace deit {
+
+using Optional = std::optional<Tensor>;
+
+inline int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
+
+// Tasks of `work` multiply-adds each, against the elements of an elementwise operation's grain.
+inline int64_t grain_of(int64_t work) {
+  return std::max<int64_t>(1, 4 * kGrain / std::max<int64_t>(1, work));
+}
+
+inline Tensor none(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+
+inline int64_t last(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); }
+
+// total[i] = the sum of parts[chunk, i] + parts[chunk, low + i] over chunks in order, in fp64, in
+// `like`'s dtype; a chunk has 2 * low floats.
+inline Tensor sum_of_chunks(const float* parts, int64_t chunks, int64_t low, int64_t channels,
+                     const Tensor& like) {
+  Tensor total = torch::stable::new_empty(like, {channels}, ScalarType::Float);
+  float* out = static_cast<float*>(total.mutable_data_ptr());
+  const int64_t grain = std::max<int64_t>(64, kGrain / std::max<int64_t>(1, chunks));
+  torch::stable::parallel_for(0, channels, grain, [&](int64_t begin, int64_t end) {
+    std::vector<double> sums(static_cast<size_t>(end - begin));
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const float* high = parts + chunk * 2 * low + begin;
+      for (size_t i = 0; i < sums.size(); ++i) {
+        sums[i] += static_cast<double>(high[i]) + static_cast<double>(high[low + i]);
+      }
+    }
+    for (size_t i = 0; i < sums.size(); ++i) {
+      out[begin + static_cast<int64_t>(i)] = static_cast<float>(sums[i]);
+    }
+  });
+  const ScalarType type = like.scalar_type();
+  return type == ScalarType::Float ? total : torch::stable::to(total, type);
+}
+
+}  // namespace deit
