@@ -233,8 +233,11 @@ def main(arguments: list[str] | None = None) -> int:
                         default=cases.ARCHITECTURES)  # fmt: skip
     parser.add_argument("--dtype", nargs="+", choices=cases.DTYPES, default=tuple(cases.DTYPES))
     parser.add_argument("--operator", nargs="+", help="only these operators")
+    parser.add_argument("--triton", help="fail unless this is the version that compiles")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     options = parser.parse_args(arguments)
+    if options.triton not in (None, triton.__version__):
+        parser.error(f"--triton is {options.triton}, and {triton.__version__} was imported")
     chosen = [
         case
         for case in cases.all_cases(tuple(options.arch), tuple(options.dtype))

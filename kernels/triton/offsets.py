@@ -113,9 +113,12 @@ class _Reader:
         counter, *bounds = names[:4]
         low, high, step = (self.integer(name) for name in bounds)
         carried = list(zip(names[4::2], names[5::2], strict=True))
-        self.check(line, (low[0] + step[0], max(high[1] - 1, low[1]) + step[1]), 32)
-        self.values[counter] = (low[0], max(high[1] - 1, low[0]))
         turns = max(0, -(-(high[1] - low[0]) // step[0]))
+        last = max(high[1] - 1, low[0])
+        if low[0] == low[1] and step[0] == step[1]:
+            last = low[0] + max(turns - 1, 0) * step[0]
+        self.check(line, (low[0], last + step[1]), 32)  # it counts once beyond the last turn
+        self.values[counter] = (low[0], last)
         start = {inside: self.values.get(outside) for inside, outside in carried}
         self.values |= start
         end, yielded = self.run(at + 1)
@@ -188,6 +191,8 @@ class _Reader:
             self.touch(operands[0])
         kind = line.rsplit(" -> ", 1)[-1].rsplit(" to ", 1)[-1].rsplit(" : ", 1)[-1].strip()
         if result is None:
+            if name not in ("tt.store", "tt.descriptor_store"):
+                raise NotImplementedError(line)
             return
         if name == "tt.load":  # printed with its address's type
             kind = kind.split("!tt.ptr<")[1].split(">")[0].split(",")[0]
