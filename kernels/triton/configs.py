@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from deit.kernels.triton.chips import SHARED_MEMORY as SHARED_MEMORY
+from deit.kernels.triton.chips import SHARED_MEMORY as SHARED_MEMORY  # part of this interface
 from deit.kernels.triton.chips import family as family
 from deit.kernels.tuning import tunable
 
@@ -139,11 +139,8 @@ class LinearConfig:
 
 @dataclass(frozen=True)
 class OutputGradientConfig:
-    """The elementwise pass of `linear`'s backward.
-
-    A program takes `chunk` rows of `columns` columns, `rows` at a time, and leaves one partial
-    sum a column.
-    """
+    """The elementwise pass of `linear`'s backward: `chunk` rows of `columns` columns a program,
+    `rows` at a time, and one partial sum a column."""
 
     chunk: int
     rows: int
@@ -230,11 +227,10 @@ def attention(
     they do on Hopper without tensor copies.
     """
     if dtype == torch.float32:
-        # IEEE products run on the plain cores, operands in registers: larger tiles, and 16 x 32
-        # for 80 or 96 channels, spill 8 to 64 bytes on one architecture or another; 4 warps do
-        # with unaligned rows under triton 3.6, and 16 x 16 for 128 channels on sm_80.
+        # IEEE products run on the plain cores, operands in registers. Larger tiles, 4 warps, 16 x
+        # 32 for 80 channels and 16 x 16 for 128 spill 8 to 64 bytes on one chip or another.
         block_m = 32 if head_dim <= 64 else 16
-        block_n = 32 if head_dim <= 64 or head_dim == 128 else 16
+        block_n = 16 if head_dim in (80, 96) else 32
         return AttentionConfig(block_m, block_n, True, tma=False, num_warps=8, num_stages=2)
     if arch not in (90, 100) or not tma or head_dim not in TMA_HEAD_DIMS:
         # 128 channels: fewer keys at a time, or the operands spill 8 to 56 bytes.
@@ -266,8 +262,7 @@ def attention_bwd(
     """
     tma = tma and arch in (90, 100) and head_dim in TMA_HEAD_DIMS
     if dtype == torch.float32:
-        # 128 channels: 32 at a time spill 450 bytes on Hopper. 64 with two stages spill 8 on
-        # Blackwell, since ptxas then tries for 80 registers; with three it takes 108.
+        # 128 channels: 32 at a time spill 450 bytes on Hopper. Two stages of 64: 8 on Blackwell.
         passing, stages = (32, 3) if head_dim <= 64 else (16, 2)
         return AttentionBwdConfig(32, passing, False, tma=False, num_warps=8, num_stages=stages)
     if arch == 90 and tma and tokens <= ONE_BLOCK_KEYS and head_dim == 64:
