@@ -23,9 +23,18 @@ types:
 sanitize:
 	$(PYTHON) tests/native/sanitize.py
 
-# Every pinned Triton configuration, compiled for each GPU architecture, no GPU needed.
-aot:
+# Every pinned Triton configuration, compiled for each GPU architecture, no GPU needed: by the
+# Triton at hand, and for Hopper by the oldest one supported too, unpacked beside it.
+OLDEST_TRITON := 3.6.0
+OLDEST_TREE := build/triton-$(OLDEST_TRITON)
+
+aot: $(OLDEST_TREE)
 	FUSED_DEIT_TUNED=0 $(PYTHON) -m deit.kernels.triton.aot
+	FUSED_DEIT_TUNED=0 PYTHONPATH=$(CURDIR)/$(OLDEST_TREE):$$PYTHONPATH $(PYTHON) \
+	    -m deit.kernels.triton.aot --arch 90 --triton $(OLDEST_TRITON)
+
+$(OLDEST_TREE):
+	$(PYTHON) -m pip install -q --no-deps --target $@ triton==$(OLDEST_TRITON)
 
 # Needs a GPU: correctness, robustness, tuning and speed of every operator, into OUT; about 8
 # minutes. Works from a plain checkout with torch and triton.

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("the interpreter has no compiler", allow_module_level=True)
 
-from deit.kernels.triton import aot, cases, configs
+from deit.kernels.triton import aot, cases, chips, configs
 
 # For every architecture: each kernel in bf16 with its longest epilogue, the widest tile
 # (D = 768) for its registers and shared memory, and both forms of attention.
@@ -111,13 +111,33 @@ def test_faults_are_named():
         kernel="k",
         registers=255,
         spills=16,
-        shared=configs.SHARED_MEMORY[90] + 1,
+        shared=chips.SHARED_MEMORY[90] + 1,
         instructions=("mma.sync",),
+        overflows=("overflows: %at",),
     )
     text = " ".join(result.faults)
-    for part in ("spills 16 bytes", "shared memory", "no wgmma", "no cp.async.bulk.tensor"):
+    for part in ("spills 16 bytes", "shared memory", "no wgmma", "no cp.async.bulk.tensor",
+                 "overflows: %at"):  # fmt: skip
         assert part in text
     assert "FAULT" in aot.row(result)
+
+
+@pytest.mark.parametrize(
+    ("arch", "change", "fault"),
+    [
+        (90, {"num_warps": 4}, "spills"),
+        (90, {"num_stages": 6}, "bytes of shared memory"),
+        (90, {"block_m": 32}, "no wgmma"),
+        (100, {"block_m": 32}, "no tcgen05"),
+        (90, {"tma": False, "block_n": 128}, "no cp.async.bulk.tensor"),
+    ],
+)
+def test_each_fault_is_found_in_a_real_kernel(arch, change, fault, monkeypatch):
+    """DeiT-B's linear layer, made wrong in one way at a time."""
+    case = cases.Case("linear", "fp32 residual", "bf16", 768, arch)
+    wrong = dataclasses.replace(configs.linear(arch, case.torch_dtype, 768, 768), **change)
+    monkeypatch.setattr(configs, "linear", lambda *_: wrong)
+    assert fault in " ".join(aot.compile_case(case).faults)
 
 
 def test_a_kernel_that_does_not_compile_is_a_fault(monkeypatch):
@@ -128,6 +148,50 @@ def test_a_kernel_that_does_not_compile_is_a_fault(monkeypatch):
     assert "does not compile" in aot.compile_case(case).faults[0]
 
 
+def test_another_triton_than_named_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        aot.main(["--triton", "0.1"])
+    assert "--triton is 0.1" in capsys.readouterr().err
+
+
+def test_launches_of_one_kernel_are_compiled_once(monkeypatch):
+    """577 tokens of fp32 run what 197 do; a key bias is another kernel, as another head is."""
+    one = cases.Case("attention", "197", "fp32", 64, 90)
+    same = dataclasses.replace(one, variant="577")
+    assert aot.kernel_of(one) == aot.kernel_of(same)
+    for other in ({"variant": "197 bias"}, {"size": 32}, {"arch": 80}, {"dtype": "bf16"}):
+        assert aot.kernel_of(dataclasses.replace(one, **other)) != aot.kernel_of(one)
+    built = []
+    build = cases.Case.build
+    monkeypatch.setattr(cases.Case, "build", lambda self: built.append(self) or build(self))
+    results = aot.compile_group([one, same])
+    assert [r.case for r in results] == [one, same]
+    assert [c.variant for c in built] == ["197", "197", "577"]  # compiled, then both read
+    assert all(r.faults == [] and r.occupancy > 0 for r in results)
+
+
+@pytest.mark.parametrize(
+    ("arch", "warps", "registers", "shared", "columns", "blocks"),
+    [
+        # By CUDA's occupancy calculator (cuda_occupancy.h): registers, shared memory, warps,
+        # blocks and tensor memory are what limits, in turn.
+        (90, 4, 255, 0, 0, 2),
+        (90, 8, 128, 0, 0, 2),
+        (90, 8, 96, 0, 0, 2),
+        (90, 4, 96, 0, 0, 5),
+        (80, 4, 32, 82 * 1024, 0, 1),
+        (80, 4, 32, 40 * 1024, 0, 4),
+        (90, 4, 16, 0, 0, 16),
+        (120, 4, 16, 0, 0, 12),
+        (90, 1, 16, 0, 0, 32),
+        (100, 4, 64, 0, 256, 2),
+        (120, 8, 64, 100 * 1024, 0, 0),
+    ],
+)
+def test_resident_blocks(arch, warps, registers, shared, columns, blocks):
+    assert chips.resident_blocks(arch, warps, registers, shared, columns) == blocks
+
+
 def test_command_line_reports_and_exits_with_zero():
     done = subprocess.run(
         [sys.executable, "-m", "deit.kernels.triton.aot", "--arch", "90", "--dtype", "bf16",
@@ -136,7 +200,9 @@ def test_command_line_reports_and_exits_with_zero():
         text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 compiled, 0 with a fault" in done.stdout
+    assert "3 launches of 3 kernels compiled" in done.stdout
+    assert ", 0 with a fault" in done.stdout
+    assert " 1 x 8    12%" in done.stdout  # blocks of a multiprocessor, warps, occupancy
     assert "wgmma, cp.async.bulk.tensor" in done.stdout
 
 

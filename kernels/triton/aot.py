@@ -3,10 +3,11 @@
     python -m deit.kernels.triton.aot [--arch 90 100] [--dtype bf16] [--operator linear]
 
 Runs Triton's whole compiler, ptxas included, on a CPU, and reads registers and spills out of
-the machine code. The exit status is 1 if a kernel spills registers (in fp32: more than
-FP32_SPILLS bytes), asks for more shared memory than the architecture has, or lacks the matrix
-instructions (wgmma on Hopper, tcgen05 on Blackwell, mma elsewhere) or the tensor copies (TMA)
-meant for it. Nothing is proved about values.
+the machine code. The exit status is 1 if a kernel spills a register, asks for more shared memory
+than the architecture has, lacks the matrix instructions (wgmma on Hopper, tcgen05 on Blackwell,
+mma elsewhere) or the tensor copies (TMA) meant for it, or computes an index that its bits cannot
+hold (`offsets`). Launches of the same kernel share one compilation. Nothing is proved about
+values.
 """
 
 from __future__ import annotations
@@ -19,28 +20,32 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from deit.kernels.triton import cases, configs
+from deit.kernels.triton import cases, chips, offsets
 
 _MATRIX = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 _TMA = "cp.async.bulk.tensor"
-# Bytes of spills that an fp32 kernel may have. Its IEEE products run on the plain cores, tens of
-# times slower than the copies of a few registers; half-precision kernels may spill nothing.
-FP32_SPILLS = 64
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What the compiler made of a case. Shared memory and spills in bytes."""
+    """What the compiler made of a case. Shared memory and spills in bytes.
+
+    blocks: how many blocks of `warps` warps a multiprocessor holds at once.
+    overflows: what `offsets` says of the case on tensors of more than 2**31 elements.
+    """
 
     case: cases.Case
     kernel: str
@@ -48,7 +53,15 @@ class Result:
     spills: int
     shared: int
     instructions: tuple[str, ...]
+    warps: int = 0
+    blocks: int = 0
+    overflows: tuple[str, ...] = ()
     error: str = ""
+
+    @property
+    def occupancy(self) -> float:
+        """Resident warps, as a part of those that a multiprocessor can hold."""
+        return self.blocks * self.warps / chips.CHIPS[self.case.arch].warps
 
     @property
     def faults(self) -> list[str]:
@@ -56,8 +69,8 @@ class Result:
         if self.error:
             return [self.error]
         found = []
-        case, limit = self.case, configs.SHARED_MEMORY[self.case.arch]
-        if self.spills > (FP32_SPILLS if case.dtype == "fp32" else 0):
+        case, limit = self.case, chips.SHARED_MEMORY[self.case.arch]
+        if self.spills:
             found.append(f"spills {self.spills} bytes")
         if self.shared > limit:
             found.append(f"{self.shared} bytes of shared memory, {limit} are there")
@@ -65,7 +78,7 @@ class Result:
             found.append(f"no {_MATRIX[case.arch]}")
         if case.tma and _TMA not in self.instructions:
             found.append(f"no {_TMA}")
-        return found
+        return found + list(self.overflows)
 
 
 class _Target:
@@ -74,11 +87,11 @@ class _Target:
     The "device" is the architecture's number, so Triton keeps the kernels of each apart.
     """
 
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
+    def __init__(self, arch: int, device: int) -> None:
+        self.arch, self.device = arch, device
 
     def get_current_device(self) -> int:
-        return self.arch
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -88,9 +101,9 @@ class _Target:
 
 
 @contextlib.contextmanager
-def target(arch: int) -> Iterator[None]:
+def target(arch: int, device: int | None = None) -> Iterator[None]:
     """Kernels compiled inside are for this architecture."""
-    driver.set_active(_Target(arch))
+    driver.set_active(_Target(arch, arch if device is None else device))
     try:
         yield
     finally:
@@ -100,26 +113,62 @@ def target(arch: int) -> Iterator[None]:
 
 def compile_case(case: cases.Case) -> Result:
     """Compile one case. Raises RuntimeError under TRITON_INTERPRET, which has no compiler."""
+    return compile_group([case])[0]
+
+
+def compile_group(group: list[cases.Case]) -> list[Result]:
+    """Compile a kernel once for every case that launches it (`kernel_of`)."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("ahead-of-time compilation needs TRITON_INTERPRET unset")
+    case = group[0]
     launch = case.build()
     name = launch.kernel.fn.__name__
     try:
         with target(case.arch):
             compiled = launch.compile()
     except (triton.TritonError, RuntimeError) as error:  # a pass that gives up is a RuntimeError
-        message = " ".join(str(error).split())
-        return Result(case, name, 0, 0, 0, (), f"does not compile: {message[-300:]}")
+        message = f"does not compile: {' '.join(str(error).split())[-300:]}"
+        return [Result(each, name, 0, 0, 0, (), error=message) for each in group]
     registers, spills = resource_usage(compiled.asm["cubin"])
-    ptx = compiled.asm["ptx"]
-    return Result(
+    ptx, made = compiled.asm["ptx"], compiled.metadata
+    columns = getattr(made, "tmem_size", None) or 0
+    result = Result(
         case=case,
         kernel=name,
         registers=registers,
         spills=spills,
-        shared=compiled.metadata.shared,
+        shared=made.shared,
         instructions=tuple(i for i in (*sorted(set(_MATRIX.values())), _TMA) if i in ptx),
+        warps=made.num_warps,
+        blocks=chips.resident_blocks(case.arch, made.num_warps, registers, made.shared, columns),
     )
+    ir = compiled.asm["ttir"]
+    return [replace(result, case=each, overflows=tuple(_overflows(each, ir))) for each in group]
+
+
+def _overflows(case: cases.Case, ir: str) -> list[str]:
+    launch = replace(case, batch=offsets.LARGE_BATCH).build()
+    try:
+        return offsets.read(ir, launch.arguments, launch.grid).faults(launch.arguments)
+    except NotImplementedError as error:
+        return [f"offsets not understood: {error}"]
+
+
+def kernel_of(case: cases.Case) -> tuple[object, ...]:
+    """What two cases have in common exactly where they launch the same kernel."""
+    seen: list[tuple[object, ...]] = []
+
+    def note(*, key: str, fn: Any, **_: object) -> bool:
+        seen.append((case.arch, fn.module, fn.name, key))
+        return True  # that is all: do not compile
+
+    before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
+    try:
+        with target(case.arch, device=-case.arch):  # has no kernel in memory
+            case.build().compile()
+    finally:
+        knobs.runtime.jit_cache_hook = before
+    return seen[0]
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
@@ -137,8 +186,11 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
-def compile_all(chosen: Iterable[cases.Case], jobs: int = 2) -> Iterator[Result]:
-    """Results in order, from `jobs` processes with an empty compilation cache."""
+def compile_all(chosen: Iterable[cases.Case], jobs: int = 2) -> Iterator[list[Result]]:
+    """The results of each kernel, from `jobs` processes with an empty compilation cache."""
+    groups: dict[tuple[object, ...], list[cases.Case]] = {}
+    for case in chosen:
+        groups.setdefault(kernel_of(case), []).append(case)
     with (
         tempfile.TemporaryDirectory(prefix="deit-aot-") as cache,
         ProcessPoolExecutor(
@@ -148,7 +200,7 @@ def compile_all(chosen: Iterable[cases.Case], jobs: int = 2) -> Iterator[Result]
             initargs=(cache,),
         ) as pool,
     ):
-        yield from pool.map(compile_case, chosen, chunksize=4)
+        yield from pool.map(compile_group, groups.values())
 
 
 def _use_cache(folder: str) -> None:
@@ -158,42 +210,51 @@ def _use_cache(folder: str) -> None:
 def row(result: Result) -> str:
     """One line of the table."""
     case = result.case
-    limit = configs.SHARED_MEMORY[case.arch]
+    limit = chips.SHARED_MEMORY[case.arch]
     return (
-        f"sm_{case.arch:<4}{case.operator:<15}{case.size:>5} {case.dtype:<5}{case.variant:<20}"
+        f"sm_{case.arch:<4}{case.operator:<22}{case.size:>5} {case.dtype:<5}{case.variant:<27}"
         f"{result.registers:>4}{result.spills:>7}{result.shared:>8}/{limit:<7}"
+        f"{result.blocks:>2} x {result.warps:<2}{result.occupancy:>6.0%}  "
         f"{', '.join(result.instructions)}"
         + "".join(f"  FAULT: {fault}" for fault in result.faults)
     )
 
 
 HEADER = (
-    f"{'arch':<7}{'operator':<15}{'size':>5} {'dtype':<5}{'variant':<20}{'regs':>4}{'spills':>7}"
-    f"{'shared/limit':>14}   matrix and copy instructions"
+    f"{'arch':<7}{'operator':<22}{'size':>5} {'dtype':<5}{'variant':<27}{'regs':>4}{'spills':>7}"
+    f"{'shared/limit':>15}  blocks x warps, occupancy; matrix and copy instructions"
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; 1 if any kernel has a fault."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", choices=configs.SHARED_MEMORY,
+    parser.add_argument("--arch", type=int, nargs="+", choices=chips.CHIPS,
                         default=cases.ARCHITECTURES)  # fmt: skip
     parser.add_argument("--dtype", nargs="+", choices=cases.DTYPES, default=tuple(cases.DTYPES))
     parser.add_argument("--operator", nargs="+", help="only these operators")
+    parser.add_argument("--triton", help="fail unless this is the version that compiles")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     options = parser.parse_args(arguments)
+    if options.triton not in (None, triton.__version__):
+        parser.error(f"--triton is {options.triton}, and {triton.__version__} was imported")
     chosen = [
         case
         for case in cases.all_cases(tuple(options.arch), tuple(options.dtype))
         if not options.operator or case.operator in options.operator
     ]
-    print(f"triton {triton.__version__}, {len(chosen)} kernels")
+    began = time.monotonic()
+    print(f"triton {triton.__version__} from {Path(triton.__file__).parent}")
     print(HEADER)
-    faulty = 0
-    for result in compile_all(chosen, options.jobs):
-        print(row(result), flush=True)
-        faulty += bool(result.faults)
-    print(f"{len(chosen)} compiled, {faulty} with a fault")
+    kernels = faulty = 0
+    for results in compile_all(chosen, options.jobs):
+        print(*map(row, results), sep="\n", flush=True)
+        kernels += 1
+        faulty += any(result.faults for result in results)
+    print(
+        f"triton {triton.__version__}: {len(chosen)} launches of {kernels} kernels compiled in "
+        f"{time.monotonic() - began:.0f} s, {faulty} with a fault"
+    )
     return 1 if faulty else 0
 
 

@@ -119,14 +119,17 @@ def plan(
 
 
 @triton.jit
-def _finish(
-    y, maximum, total, out, lse, batch, head, token, tokens, num_heads, HEAD_DIM: tl.constexpr
-):
-    """Divide by the sum of exponentials and write the queries from `token` on, and their lse."""
+def _finish(y, total, out, batch, head, token, tokens, num_heads, HEAD_DIM: tl.constexpr):
+    """Divide by the sum of exponentials and write the queries from `token` on."""
     y = y / tl.where(total == 0.0, 1.0, total)[:, None]
     tiles.store(out, y, batch, token, head * HEAD_DIM, tokens, num_heads * HEAD_DIM, HEAD_DIM)
+
+
+@triton.jit
+def _store_lse(lse, maximum, total, batch, head, token, tokens, num_heads):
+    """Write the queries' log of the sum of exponentials, where it is wanted."""
     if lse is not None:
-        rows = token + tl.arange(0, y.shape[0])
+        rows = token + tl.arange(0, total.shape[0])
         at = (batch.to(tl.int64) * num_heads + head) * tokens + rows
         tl.store(lse + at, maximum + tl.log(total), mask=rows < tokens)
 
@@ -222,8 +225,10 @@ def _one_block_kernel(
         scores = _scores(q, k, bias, scale, lse, PRECISION)
         maximum = _finite_maximum(tl.max(scores, 1))
         p = _exponential(scores - maximum[:, None], lse)
+        total = tl.sum(p, 1)
+        _store_lse(lse, maximum, total, batch, head, m0, tokens, num_heads)
         y = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        _finish(y, maximum, tl.sum(p, 1), out, lse, batch, head, m0, tokens, num_heads, HEAD_DIM)
+        _finish(y, total, out, batch, head, m0, tokens, num_heads, HEAD_DIM)
 
 
 @triton.jit
@@ -294,5 +299,5 @@ def _online_kernel(
         )
         y = tl.dot(p.to(v.dtype), v, y * shrink[:, None], input_precision=PRECISION)
         maximum = new_maximum
-    maximum = _finite_maximum(maximum)
-    _finish(y, maximum, total, out, lse, batch, head, m0, tokens, num_heads, HEAD_DIM)
+    _store_lse(lse, _finite_maximum(maximum), total, batch, head, m0, tokens, num_heads)
+    _finish(y, total, out, batch, head, m0, tokens, num_heads, HEAD_DIM)

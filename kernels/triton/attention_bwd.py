@@ -10,8 +10,8 @@ atomics, so that every sum has one order and results repeat to the bit:
 
 - One program a head (Hopper, up to 256 tokens of 64 channels, which is DeiT at 224): q and dout
   of the whole head and the sum of dq stay on chip, keys pass by in blocks, each leaving its dk
-  and dv behind. Five products, and every input is read once; 197 tokens take 219 registers a
-  thread and 115 KB, so one block of 8 warps a multiprocessor.
+  and dv behind. Five products, and every input is read once; 197 tokens take up to 243
+  registers a thread and 123 KB, so one block of 8 warps a multiprocessor.
 - Elsewhere a program owns a block of keys (dk, dv) while queries pass, or a block of queries
   (dq) while keys pass: seven products, since p and dp are computed for either. The programs of a
   head are neighbours in the grid and share its q, k, v and dout in L2. 164 registers and 50 KB on
@@ -33,7 +33,7 @@ from torch import Tensor
 from deit.kernels.triton import attention_tiles as tiles
 from deit.kernels.triton import common, configs
 
-_DELTA_ROWS = 32
+_DELTA_ROWS = 16  # 32 rows of 128 fp32 channels spill 8 bytes on Hopper
 
 
 def attention_bwd(

@@ -188,7 +188,7 @@ def _attention_bwd(arguments: Arguments, pinned: configs.AttentionBwdConfig) -> 
     if arguments["arch"] == 90 and arguments["tokens"] <= configs.ONE_BLOCK_KEYS:
         for passing in (32, 64):
             yield configs.AttentionBwdConfig(everything, passing, True, tma=True, num_warps=8,
-                                             num_stages=2)  # fmt: skip
+                                             num_stages=3)  # fmt: skip
     for resident, passing, warps in itertools.product((64, 128), (64, 32, 128), (4, 8)):
         yield replace(pinned, resident=resident, passing=passing, whole_head=False,
                       num_warps=warps)  # fmt: skip

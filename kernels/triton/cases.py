@@ -30,18 +30,22 @@ ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIMS = (192, 384, 768, 1024)  # DeiT-Ti, -S, -B, ViT-L
 HEAD_DIMS = (64, 32, 128, 80, 96)
-_BATCH, _TOKENS = 256, 197
+_TOKENS = 197
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel to compile. `arch` is a key of configs.SHARED_MEMORY, `size` D or head_dim."""
+    """One kernel to compile. `arch` is a key of configs.SHARED_MEMORY, `size` D or head_dim.
+
+    batch: how many images. They are on the meta device, so any number of them costs nothing.
+    """
 
     operator: str
     variant: str
     dtype: str
     size: int
     arch: int
+    batch: int = 256
 
     @property
     def tensor_cores(self) -> bool:
@@ -85,7 +89,7 @@ _TILED = ("linear", "linear_fwd", "gelu_mlp", "input_gradient", "weight_gradient
 
 _VARIANTS: dict[str, tuple[str, ...]] = {
     "attention": ("197", "197 bias", "577", "577 bias", "unaligned"),
-    "attention_fwd": ("197 bias", "577 bias"),
+    "attention_fwd": ("197", "197 bias", "577 bias"),
     "attention_bwd": ("197", "197 bias", "577", "577 bias", "unaligned", "delta"),
     "linear": ("bias", "gelu", "gelu_tanh", "residual", "residual gamma keep", "fp32 residual",
                "unaligned", "token slice"),
@@ -157,8 +161,8 @@ def _attention(case: Case) -> common.Launch:
     tokens = 577 if "577" in case.variant else _TOKENS
     # One spare element a token takes the strides off 16 bytes.
     spare = 1 if "unaligned" in case.variant else 0
-    qkv = _empty(_BATCH, tokens, 3 * heads * case.size + spare, dtype=dtype)
-    key_bias = _empty(_BATCH, tokens) if "bias" in case.variant else None
+    qkv = _empty(case.batch, tokens, 3 * heads * case.size + spare, dtype=dtype)
+    key_bias = _empty(case.batch, tokens) if "bias" in case.variant else None
     qkv = qkv[..., : 3 * heads * case.size]
     if case.operator != "attention_bwd":
         config = configs.attention(case.arch, dtype, case.size, tokens, tma=not spare)
@@ -168,8 +172,8 @@ def _attention(case: Case) -> common.Launch:
     if case.variant == "delta":
         bwd_config = dataclasses.replace(bwd_config, whole_head=False)
     out, row_lse = (
-        _empty(_BATCH, tokens, heads * case.size, dtype=dtype),
-        _empty(_BATCH, heads, tokens),
+        _empty(case.batch, tokens, heads * case.size, dtype=dtype),
+        _empty(case.batch, heads, tokens),
     )
     _, launches = attention_bwd.plan(
         out, qkv, out, row_lse, heads, 0.125, key_bias, config=bwd_config
@@ -189,11 +193,11 @@ def _epilogue(case: Case, shape: torch.Size) -> tuple[Tensor | None, Tensor | No
 
 def _linear(case: Case) -> common.Launch:
     dtype, dim = DTYPES[case.dtype], case.size
-    x = _empty(_BATCH, _TOKENS, dim, dtype=dtype)
+    x = _empty(case.batch, _TOKENS, dim, dtype=dtype)
     if "unaligned" in case.variant:
-        x = _empty(_BATCH, _TOKENS, dim + 1, dtype=dtype)[..., :dim]
+        x = _empty(case.batch, _TOKENS, dim + 1, dtype=dtype)[..., :dim]
     elif case.variant == "token slice":
-        x = _empty(_BATCH, _TOKENS + 1, dim, dtype=dtype)[:, 1:]
+        x = _empty(case.batch, _TOKENS + 1, dim, dtype=dtype)[:, 1:]
     weight, bias = _empty(dim, dim, dtype=dtype), _empty(dim, dtype=dtype)
     activation = case.variant.split()[0] if case.variant.startswith("gelu") else None
     options = _epilogue(case, x.shape)
@@ -204,7 +208,9 @@ def _linear(case: Case) -> common.Launch:
 
 def _output_gradient(case: Case) -> common.Launch:
     dtype, dim = DTYPES[case.dtype], case.size
-    dout = _empty(_BATCH, _TOKENS, dim, dtype=torch.float32 if "fp32" in case.variant else dtype)
+    dout = _empty(
+        case.batch, _TOKENS, dim, dtype=torch.float32 if "fp32" in case.variant else dtype
+    )
     affine = _empty(*dout.shape, dtype=dtype)
     activation = case.variant.split()[0] if case.variant.startswith("gelu") else None
     _, gamma, keep = _epilogue(case, dout.shape)
@@ -214,7 +220,7 @@ def _output_gradient(case: Case) -> common.Launch:
 def _spaced(case: Case) -> Tensor:
     """[T, D]; where descriptors shall not take it, its rows are off 16 bytes."""
     spare = 1 if "unaligned" in case.variant else 0
-    rows = _empty(_BATCH * _TOKENS, case.size + spare, dtype=DTYPES[case.dtype])
+    rows = _empty(case.batch * _TOKENS, case.size + spare, dtype=DTYPES[case.dtype])
     return rows[:, : case.size]
 
 
@@ -227,9 +233,9 @@ def _input_gradient(case: Case) -> common.Launch:
 
 def _weight_gradient(case: Case) -> common.Launch:
     g, dtype = _spaced(case), DTYPES[case.dtype]
-    x = _empty(_BATCH, _TOKENS + 1, case.size, dtype=dtype)[:, 1:]
+    x = _empty(case.batch, _TOKENS + 1, case.size, dtype=dtype)[:, 1:]
     if case.variant != "token slice":
-        x = _empty(_BATCH, _TOKENS, case.size, dtype=dtype)
+        x = _empty(case.batch, _TOKENS, case.size, dtype=dtype)
     config = configs.weight_gradient(case.arch, dtype, case.size, case.size)
     programs = 1 if case.variant == "one part" else 132
     return _launch(products.plan_weight_gradient(g, x, config=config, programs=programs))
@@ -237,7 +243,7 @@ def _weight_gradient(case: Case) -> common.Launch:
 
 def _gelu_mlp(case: Case) -> common.Launch:
     dtype, dim = DTYPES[case.dtype], case.size
-    x = _empty(_BATCH, _TOKENS, dim, dtype=dtype)
+    x = _empty(case.batch, _TOKENS, dim, dtype=dtype)
     w1, b1 = _empty(4 * dim, dim, dtype=dtype), _empty(4 * dim, dtype=dtype)
     w2, b2 = _empty(dim, 4 * dim, dtype=dtype), _empty(dim, dtype=dtype)
     config = configs.gelu_mlp(case.arch, dtype, dim)

@@ -23,7 +23,7 @@ from deit.kernels.triton import (
 if TYPE_CHECKING:
     from deit.kernels.triton.cases import Case
 
-_BATCH, _TOKENS = 256, 197
+_TOKENS = 197
 CLASSES = (1000, 21841)  # ImageNet, and ImageNet-21k: one block and a loop
 
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -73,12 +73,12 @@ def _layer_norm(case: Case) -> common.Launch:
     dtype, dim = case.torch_dtype, case.size
     full, save = case.variant != "plain", case.operator.endswith("_fwd")
     weight, bias = (_empty(dim, dtype=torch.float32 if full else dtype) for _ in range(2))
-    x = _empty(_BATCH, _TOKENS, dim, dtype=dtype)
+    x = _empty(case.batch, _TOKENS, dim, dtype=dtype)
     config = configs.layer_norm(case.arch, dtype, dim)
     if case.operator.startswith("layer_norm"):
         return _first(layer_norm.plan_layer_norm(x, weight, bias, 1e-6, save=save, config=config))
     residual = _empty(*x.shape, dtype=torch.float32 if full else dtype)
-    gamma, keep = (_empty(dim), _empty(_BATCH)) if full else (None, None)
+    gamma, keep = (_empty(dim), _empty(case.batch)) if full else (None, None)
     return _first(
         layer_norm.plan_add_layer_norm(
             x, residual, weight, bias, 1e-6, gamma, keep, save=save, config=config
@@ -90,10 +90,10 @@ def _layer_norm_bwd(case: Case) -> common.Launch:
     dtype, dim = case.torch_dtype, case.size
     full, add = case.variant != "plain", case.operator.startswith("add")
     wide = torch.float32 if full else dtype
-    x = _empty(_BATCH, _TOKENS, dim, dtype=dtype)
+    x = _empty(case.batch, _TOKENS, dim, dtype=dtype)
     total = _empty(*x.shape, dtype=wide) if add else x
     mean = _empty(*x.shape[:-1])
-    gamma, keep = (_empty(dim), _empty(_BATCH)) if add and full else (None, None)
+    gamma, keep = (_empty(dim), _empty(case.batch)) if add and full else (None, None)
     _, launches = layer_norm_bwd.plan(
         x,
         total if add else None,
@@ -110,15 +110,16 @@ def _layer_norm_bwd(case: Case) -> common.Launch:
 
 
 def _partial_sums(case: Case) -> common.Launch:
-    slots, count = (1, 1) if case.variant == "one" else (3, 264)
+    # 264: two programs on each of 132 multiprocessors. More come of one a row of tiles.
+    slots, count = (1, 1) if case.variant == "one" else (3, 200 + case.batch // 4)
     outs = [_empty(case.size, dtype=torch.bfloat16) for _ in range(slots)]
     return partials.plan_sum(_empty(slots, count, case.size), *outs)
 
 
 def _loss(case: Case) -> common.Launch:
-    logits = _empty(_BATCH, case.size, dtype=case.torch_dtype)
+    logits = _empty(case.batch, case.size, dtype=case.torch_dtype)
     soft = "soft" in case.variant
-    target = logits if soft else torch.empty(_BATCH, dtype=torch.int64, device="meta")
+    target = logits if soft else torch.empty(case.batch, dtype=torch.int64, device="meta")
     smoothing = 0.1 if "smoothed" in case.variant else 0.0
     teaching = None
     if case.operator.startswith("distillation"):
@@ -126,14 +127,14 @@ def _loss(case: Case) -> common.Launch:
         kind = "hard" if "hard" in case.variant else "soft"
         teaching = losses.Teaching(logits, student, kind, 0.5, 3.0, "batchmean")
     if case.operator.endswith("_bwd"):
-        dloss, statistics = _empty(), _empty(losses.STATISTICS, _BATCH)
+        dloss, statistics = _empty(), _empty(losses.STATISTICS, case.batch)
         return _first(losses_bwd.plan(dloss, logits, target, statistics, smoothing, teaching))
     return losses.plan(logits, target, smoothing, teaching, save=True)[1][0]
 
 
 def _patch_embed(case: Case) -> common.Launch:
     dtype, dim = case.torch_dtype, case.size
-    images = _empty(_BATCH, 3, 224, 224, dtype=dtype)
+    images = _empty(case.batch, 3, 224, 224, dtype=dtype)
     if case.variant == "channels last":
         images = images.contiguous(memory_format=torch.channels_last)
     weight, bias = _empty(dim, 3, 16, 16, dtype=dtype), _empty(dim, dtype=dtype)
@@ -141,7 +142,7 @@ def _patch_embed(case: Case) -> common.Launch:
     if case.operator == "patch_embed":
         config = configs.patch_embed(case.arch, dtype, dim)
         return _first(patch_embed.plan(images, weight, bias, tokens[:, :1], tokens, config=config))
-    dout = _empty(_BATCH, _TOKENS, dim, dtype=dtype)
+    dout = _empty(case.batch, _TOKENS, dim, dtype=dtype)
     if case.variant == "tokens":
         return patch_embed_bwd.plan_tokens(dout, weight, 1)[1][0]
     bwd_config = configs.patch_embed_bwd(case.arch, dtype, dim)

@@ -12,35 +12,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from deit.kernels.triton.chips import SHARED_MEMORY as SHARED_MEMORY  # part of this interface
+from deit.kernels.triton.chips import family as family
 from deit.kernels.tuning import tunable
-
-# Shared memory that one thread block may use, in bytes, by the families that need different
-# tiles (CUDA C++ programming guide, "Technical specifications per compute capability").
-# 89 also stands for 86, and 120 for 121: their limits are the same.
-SHARED_MEMORY = {
-    80: 163 * 1024,
-    89: 99 * 1024,
-    90: 227 * 1024,
-    100: 227 * 1024,
-    120: 99 * 1024,
-}
 
 # Up to this many keys are held at once: 197 and 198 tokens pad to 256.
 ONE_BLOCK_KEYS = 256
 
 # Widths of a head that a descriptor's block, whose sides are powers of two, covers exactly.
 TMA_HEAD_DIMS = (32, 64, 128)
-
-
-def family(major: int, minor: int) -> int:
-    """The key of SHARED_MEMORY whose configurations serve compute capability major.minor."""
-    if major == 8:
-        return 80 if minor in (0, 7) else 89
-    if major == 9:
-        return 90
-    if major in (10, 11):  # 11.0 is Thor: Blackwell with tensor memory, as 10.x
-        return 100
-    return 120
 
 
 @dataclass(frozen=True)
@@ -159,11 +139,8 @@ class LinearConfig:
 
 @dataclass(frozen=True)
 class OutputGradientConfig:
-    """The elementwise pass of `linear`'s backward.
-
-    A program takes `chunk` rows of `columns` columns, `rows` at a time, and leaves one partial
-    sum a column.
-    """
+    """The elementwise pass of `linear`'s backward: `chunk` rows of `columns` columns a program,
+    `rows` at a time, and one partial sum a column."""
 
     chunk: int
     rows: int
@@ -264,10 +241,11 @@ def attention(
     they do on Hopper without tensor copies.
     """
     if dtype == torch.float32:
-        # IEEE products run on the plain cores, operands in registers: larger tiles spill 8 to
-        # 64 bytes on one architecture or another.
-        block_m, block_n, warps = (32, 32, 8) if head_dim <= 64 else (16, 32, 4)
-        return AttentionConfig(block_m, block_n, True, tma=False, num_warps=warps, num_stages=2)
+        # IEEE products run on the plain cores, operands in registers. Larger tiles, 4 warps, 16 x
+        # 32 for 80 channels and 16 x 16 for 128 spill 8 to 64 bytes on one chip or another.
+        block_m = 32 if head_dim <= 64 else 16
+        block_n = 16 if head_dim in (80, 96) else 32
+        return AttentionConfig(block_m, block_n, True, tma=False, num_warps=8, num_stages=2)
     if arch not in (90, 100) or not tma or head_dim not in TMA_HEAD_DIMS:
         # 128 channels: fewer keys at a time, or the operands spill 8 to 56 bytes.
         block_m, block_n, warps = (64, 64, 4) if head_dim <= 64 else (128, 32, 8)
@@ -292,18 +270,19 @@ def attention_bwd(
     """`tma`: whether qkv's strides and address suit a descriptor.
 
     A whole head of 256 x 64 on Hopper: q and dout are 64 KB of shared memory, keys and values 32
-    at a time and p, ds between the products bring it to 115 KB; dq is 64 registers a thread in 8
-    warps, 32 columns of scores and of dp 32 each: at most 219 in all. 32 keys also waste least:
+    at a time and p, ds between the products bring it to 123 KB; dq is 64 registers a thread in 8
+    warps, 32 columns of scores and of dp 32 each: at most 243 in all. 32 keys also waste least:
     197 tokens are 7 blocks of 32 (224) and 4 of 64 (256). Blackwell spills 16 to 112 bytes there.
     """
     tma = tma and arch in (90, 100) and head_dim in TMA_HEAD_DIMS
     if dtype == torch.float32:
-        # 128 channels: 32 at a time spill 450 bytes on Hopper.
-        passing = 32 if head_dim <= 64 else 16
-        return AttentionBwdConfig(32, passing, False, tma=False, num_warps=8, num_stages=2)
+        # 128 channels: 32 at a time spill 450 bytes on Hopper. Two stages of 64: 8 on Blackwell.
+        passing, stages = (32, 3) if head_dim <= 64 else (16, 2)
+        return AttentionBwdConfig(32, passing, False, tma=False, num_warps=8, num_stages=stages)
     if arch == 90 and tma and tokens <= ONE_BLOCK_KEYS and head_dim == 64:
         resident = max(64, 1 << (tokens - 1).bit_length())
-        return AttentionBwdConfig(resident, 32, True, tma=True, num_warps=8, num_stages=2)
+        # Two stages spill 8 bytes under triton 3.6 with a key bias; the third takes 8 KB.
+        return AttentionBwdConfig(resident, 32, True, tma=True, num_warps=8, num_stages=3)
     if head_dim <= 64:
         # By pointers 64 x 64 spills 8 to 56 bytes on one architecture or another.
         passing = 64 if tma else 32
@@ -369,6 +348,8 @@ def input_gradient(
 @tunable(LinearConfig)
 def weight_gradient(arch: int, dtype: torch.dtype, width: int, depth: int) -> LinearConfig:
     """A `width` x `depth` matrix, summed over the rows of x."""
+    if dtype == torch.float32:  # 64 x 64 in 4 warps spill 8 to 32 bytes; here too a thread sums 32
+        return LinearConfig(128, 64, 16, group=8, tma=False, num_warps=8, num_stages=3)
     return linear.pinned(arch, dtype, depth, width)
 
 
