@@ -2,13 +2,14 @@
 
     python bench/numerics.py                            # on a GPU, or in Triton's interpreter
     python bench/numerics.py --impl cpu --dtype fp32
-    python bench/numerics.py --json bench/results/numerics.json
+    python bench/numerics.py --json build/numerics.json
+    python bench/numerics.py --write docs/numerics.md   # the tables there
 
 Each public operator runs forward and, where its kernels have a gradient, backward: by a kernel,
 by PyTorch at the same dtype, and by PyTorch in fp64. A figure is the kernel's error over
-PyTorch's, both against fp64: 1.0 is as accurate as PyTorch, less is more accurate. The rule
-(tests/oracle.py) allows 1.25 and an ulp-sized floor; figures above it are marked, and the
-exit status is then 1.
+PyTorch's, both against fp64 and pooled over several draws (`oracle.pooled`): 1.0 is as accurate as
+PyTorch, less is more accurate. The rule (tests/oracle.py) allows 1.25 and an ulp-sized floor;
+figures above it are marked, and the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -50,8 +51,12 @@ class Settings:
     dtype: tuple[str, ...] = tuple(DTYPES)
     operator: tuple[str, ...] = ()
     """only these operators"""
+    draws: int = 8
+    """independent draws of the inputs that each figure is pooled over"""
     json: Path | None = None
     """write every figure here"""
+    write: Path | None = None
+    """a Markdown file that gets the tables, between the lines <!-- figures --> and <!-- end -->"""
 
 
 @dataclass(frozen=True)
@@ -100,45 +105,63 @@ def results(call: cases.Call, impl: str, dtype: torch.dtype | None, backward: bo
     return named
 
 
-def compare(call: cases.Call, impl: str, dtype: str, family: str, backward: bool) -> list[Row]:
-    """A row for every output and gradient of one call."""
+def measured(call: cases.Call, impl: str, backward: bool) -> dict[str, oracle.Measured]:
+    """Every output's and gradient's errors by name."""
     kernel = results(call, impl, None, backward)
     plain = results(call, "reference", None, backward)
     exact = results(call, "reference", torch.float64, backward)
-    rows = []
-    for quantity, got in kernel.items():
-        ours, theirs = (oracle.errors(t[quantity], exact[quantity]) for t in (kernel, plain))
-        spare = oracle.floor(got.dtype, exact[quantity].cpu())
-        used = max(
-            getattr(ours, kind)
-            / (oracle.FACTOR * getattr(theirs, kind) + getattr(spare, kind) or 1)
-            for kind in ("norm", "maximum")
+    return {
+        name: oracle.Measured(
+            oracle.errors(got, exact[name]),
+            oracle.errors(plain[name], exact[name]),
+            oracle.floor(got.dtype, exact[name].cpu()),
         )
+        for name, got in kernel.items()
+    }
+
+
+def compare(call: cases.Call, impl: str, dtype: str, family: str, backward: bool) -> list[Row]:
+    """A row for every output and gradient of one call."""
+    return compare_draws([call], impl, dtype, family, backward)
+
+
+def compare_draws(
+    calls: Sequence[cases.Call], impl: str, dtype: str, family: str, backward: bool
+) -> list[Row]:
+    """The same pooled over several draws of one call."""
+    found = [measured(call, impl, backward) for call in calls]
+    rows = []
+    for quantity in found[0]:
+        m = oracle.pooled([draw[quantity] for draw in found])
         rows.append(
-            Row(impl, call.operator, quantity, dtype, family, ours.norm, theirs.norm,
-                ours.maximum, theirs.maximum, used)
+            Row(impl, calls[0].operator, quantity, dtype, family, m.ours.norm, m.theirs.norm,
+                m.ours.maximum, m.theirs.maximum, m.used)
         )  # fmt: skip
     return rows
 
 
-def measure(settings: Settings, device: torch.device) -> tuple[list[Row], dict[str, list[str]]]:
-    """All rows, and for each implementation why operators were left out."""
+def measure(
+    settings: Settings, device: torch.device
+) -> tuple[list[Row], dict[tuple[str, str, str], str]]:
+    """All rows, and why an implementation has none, by (implementation, dtype, operator)."""
     rows: list[Row] = []
-    left_out: dict[str, list[str]] = {}
+    left_out: dict[tuple[str, str, str], str] = {}
     for dtype in settings.dtype:
         for family in cases.FAMILIES:
-            for call in cases.calls(family, DTYPES[dtype]):
+            drawn = (cases.calls(family, DTYPES[dtype], draw) for draw in range(settings.draws))
+            for draws in zip(*drawn, strict=True):
+                call = draws[0]
                 if settings.operator and call.operator not in settings.operator:
                     continue
-                call = on_device(call, device)
+                there = [on_device(c, device) for c in draws]
+                explained = deit.kernels.explain(call.operator, **there[0].inputs, **call.options)
                 for impl in settings.impl:
-                    why_not = deit.kernels.explain(call.operator, **call.inputs, **call.options)
-                    if why_not.reasons[impl]:
-                        text = f"{call.operator} {dtype}: " + "; ".join(why_not.reasons[impl])
-                        known = left_out.setdefault(impl, [])
-                        known += [text] if text not in known else []
+                    if explained.reasons[impl]:
+                        reasons = "; ".join(explained.reasons[impl])
+                        left_out[impl, dtype, call.operator] = reasons
                         continue
-                    rows += compare(call, impl, dtype, family, differentiable(call, impl))
+                    backward = differentiable(there[0], impl)
+                    rows += compare_draws(there, impl, dtype, family, backward)
     return rows, left_out
 
 
@@ -156,6 +179,18 @@ def differentiable(call: cases.Call, impl: str) -> bool:
     )
 
 
+Cells = dict[tuple[str, str], dict[str, Row]]
+
+
+def grid(rows: Sequence[Row], impl: str, dtype: str) -> Cells:
+    """By (operator, quantity) and then family."""
+    found: Cells = {}
+    for row in rows:
+        if (row.impl, row.dtype) == (impl, dtype):
+            found.setdefault((row.operator, row.quantity), {})[row.family] = row
+    return found
+
+
 def table(rows: Sequence[Row], impl: str, dtype: str) -> Table:
     """Error over PyTorch's error, "norm max" a family; in red what the rule does not allow."""
     from rich import box
@@ -164,14 +199,47 @@ def table(rows: Sequence[Row], impl: str, dtype: str) -> Table:
     shown = Table(title=f"{impl}, {dtype}", box=box.SIMPLE_HEAD, pad_edge=False)
     for head in ("operator", "", *cases.FAMILIES):
         shown.add_column(head, justify="left" if head in ("operator", "") else "right")
-    grid: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in rows:
-        if (row.impl, row.dtype) == (impl, dtype):
-            grid.setdefault((row.operator, row.quantity), {})[row.family] = row
-    for (operator, quantity), cells in grid.items():
+    for (operator, quantity), cells in grid(rows, impl, dtype).items():
         figures = [figure(cells[f]) if f in cells else "" for f in cases.FAMILIES]
         shown.add_row(operator, quantity, *figures)
     return shown
+
+
+def markdown(
+    rows: Sequence[Row], left_out: dict[tuple[str, str, str], str], settings: Settings
+) -> str:
+    """One table for every implementation and dtype; in bold what the rule does not allow."""
+    lines = []
+    for impl in settings.impl:
+        for dtype in settings.dtype:
+            cells = grid(rows, impl, dtype)
+            absent = [op for (i, d, op), why in left_out.items()
+                      if (i, d) == (impl, dtype) and "interpreter" in why]  # fmt: skip
+            if not cells and not absent:
+                continue
+            lines += ["", f"**{impl}, {dtype}**", ""]
+            lines += ["| operator | | " + " | ".join(cases.FAMILIES) + " |"]
+            lines += ["|---|---|" + "---|" * len(cases.FAMILIES)]
+            for (operator, quantity), found in cells.items():
+                figures = [_plain(found[f]) if f in found else "" for f in cases.FAMILIES]
+                lines.append(f"| {operator} | {quantity} | " + " | ".join(figures) + " |")
+            lines += [f"| {op} | | " + "needs a GPU | " * len(cases.FAMILIES) for op in absent]
+    return "\n".join(lines)
+
+
+def _plain(row: Row) -> str:
+    """`figure` as Markdown."""
+    text = figure(row).replace(" ", " / ")
+    return text.replace("[red]", "**").replace("[/red]", "**")
+
+
+def insert(path: Path, text: str) -> None:
+    """Put `text` between the two marks of a file. ValueError: they are not there."""
+    before, mark, rest = path.read_text().partition("<!-- figures -->")
+    _, end, after = rest.partition("<!-- end -->")
+    if not mark or not end:
+        raise ValueError(f"{path}: expected the lines <!-- figures --> and <!-- end -->")
+    path.write_text(f"{before}{mark}\n{text}\n\n{end}{after}")
 
 
 def figure(row: Row) -> str:
@@ -197,11 +265,12 @@ def main(settings: Settings) -> int:
         for dtype in settings.dtype:
             if any((row.impl, row.dtype) == (impl, dtype) for row in rows):
                 console.print(table(rows, impl, dtype))
-    for impl, reasons in left_out.items():
-        for reason in reasons:
-            console.print(f"[dim]left out: {impl} {reason}[/dim]", soft_wrap=True)
+    for (impl, dtype, operator), why in left_out.items():
+        console.print(f"[dim]left out: {impl} {operator} {dtype}: {why}[/dim]", soft_wrap=True)
     if settings.json is not None:
         write(settings.json, rows, device)
+    if settings.write is not None:
+        insert(settings.write, markdown(rows, left_out, settings))
     above = [row for row in rows if row.used > 1]
     console.print(f"{len(rows)} figures, {len(above)} above the rule")
     return 1 if above else 0

@@ -26,10 +26,14 @@ def _check(qkv, heads=3, key_bias=None, scale=0.125, config=None):
     return out
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 17, 64, 197, 198, 257])
+@pytest.mark.parametrize(
+    ("tokens", "dtype"),
+    [(n, torch.float16) for n in (1, 17, 64, 197, 198, 256, 257, 577, 578, 1025)]
+    + [(n, torch.float32) for n in (1, 17, 64, 197, 198, 257, 578)],
+)
 def test_tokens(tokens, dtype):
-    _check(make_qkv(2 if tokens < 197 else 1, tokens, dtype=dtype))
+    heads = 3 if tokens < 197 else 1
+    _check(make_qkv(2 if tokens < 197 else 1, tokens, heads, dtype=dtype), heads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

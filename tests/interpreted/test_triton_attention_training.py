@@ -60,11 +60,12 @@ def _split(arch=80, tokens=50, dtype=torch.float16):
 
 @pytest.mark.parametrize(
     ("tokens", "dtype"),
-    [(n, torch.float16) for n in (17, 197, 198, 257, 577)]
+    [(n, torch.float16) for n in (17, 64, 197, 198, 256, 257, 577, 578)]
     + [(n, torch.float32) for n in (17, 64, 197)],
 )
 def test_tokens(tokens, dtype):
-    _check(make_qkv(2 if tokens < 197 else 1, tokens, heads=2, dtype=dtype), 2)
+    heads = 2 if tokens < 300 else 1
+    _check(make_qkv(2 if tokens < 197 else 1, tokens, heads, dtype=dtype), heads)
 
 
 def test_many_tokens():
@@ -88,23 +89,25 @@ def test_error_rule(family, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_mean(dtype):
-    """dp and delta are 64 and more, their difference of order 1: what is left of fp32 is noise.
+    """Around a mean of 1000 in v, dp and delta are 8000, their difference of order 1: fp32 leaves
+    noise, PyTorch's as ours. Of one draw of 8 heads the ratio of the two was 0.67 to 1.72 in the
+    norm and up to 1.87 in the maximum; pooled over ten it is 0.91 to 1.08 and 0.85 to 1.11."""
 
-    Against PyTorch's the norm of that noise was 0.86 to 1.02 in five draws of 24 heads, so it is
-    held to the rule; its maximum, of heavy tails, 0.69 to 1.44, so that is held to 2.
-    """
-    qkv = make_qkv(24, 32, heads=1, dtype=dtype, family="large_mean")
-    qkv[..., 128:] -= 992  # the mean of v, 8 too
-    qkv = _exact_scores(qkv, 1 / 64)
-    arguments = (_dout(qkv), qkv, 1, 0.125, None)
-    out, lse = FWD(*arguments[1:])
-    found = BWD(arguments[0], qkv, out, lse, 1, 0.125, None).chunk(3, dim=-1)
-    plain, exact = gradients(*arguments), gradients(*oracle.in_fp64(arguments))
-    for ours, theirs, oracle_ in zip(found, plain, exact, strict=True):
-        mine, pytorch = oracle.errors(ours, oracle_), oracle.errors(theirs, oracle_)
-        spare = oracle.floor(dtype, oracle_)
-        assert mine.norm <= oracle.FACTOR * pytorch.norm + spare.norm
-        assert mine.maximum <= 2 * pytorch.maximum + spare.maximum
+    def ours(dout, qkv, *others):
+        out, lse = FWD(qkv, *others)
+        return BWD(dout, qkv, out, lse, *others).chunk(3, dim=-1)
+
+    draws = []
+    for seed in range(0, 400, 50):
+        qkv = oracle.packed("large_mean", 8, 32, 1, dtype=dtype, seed=seed + 1)
+        dout = oracle.make("random", (8, 32, 64), dtype, seed=seed + 11)
+        draws.append((dout, _exact_scores(qkv, 1 / 64), 1, 0.125, None))
+    oracle.check_draws(ours, gradients, draws)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_batches(batch):
+    _check(make_qkv(batch, 20))
 
 
 def test_logits_beyond_fp16():
