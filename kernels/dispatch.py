@@ -33,7 +33,8 @@ MEASURED: dict[str, dict[str, tuple[str, ...]]] = {
     # N = 197, D = 192 / 384 / 768. attention: fp32 2.3 / 2.1 / 2.1, bf16 2.5 / 2.4 / 2.3, fp16
     # 5.1 / 4.8 / 4.7. layer_norm: fp32 2.2 / 2.2 / 1.9, bf16 1.6 / 1.8 / 2.0, fp16 2.0 / 1.7 / 2.1.
     # add_layer_norm: fp32 2.1 / 1.9 / 1.6, bf16 1.8 / 2.0 / 2.2, fp16 1.9 / 2.0 / 2.3. At B = 64
-    # and D = 768 fp32 LayerNorm is bound by memory: 1.0.
+    # and D = 768 fp32 LayerNorm is bound by memory: 1.0. linear and gelu_mlp: docs/performance.md;
+    # bf16, over PyTorch, N = 197 to 788: qkv 1.0 to 1.2, proj 1.1 to 1.5, MLP 1.06 to 1.13.
     "cpu": {
         "layer_norm": ("cpu",),
         "add_layer_norm": ("cpu",),

@@ -145,7 +145,8 @@ DEIT_INLINE void finish_as(const ProductArgs& args, const Tile& tile, const floa
 DEIT_INLINE void finish(const ProductArgs& args, const Tile& tile, const float* sums) {
   const bool whole = tile.columns == kCols;
   if (args.out_type == Scalar::bf16) {
-    return whole ? finish_as<BF16, true>(args, tile, sums) : finish_as<BF16, false>(args, tile, sums);
+    return whole ? finish_as<BF16, true>(args, tile, sums)
+                 : finish_as<BF16, false>(args, tile, sums);
   }
   whole ? finish_as<float, true>(args, tile, sums) : finish_as<float, false>(args, tile, sums);
 }
