@@ -56,6 +56,18 @@ CPU_SETS: dict[str, str] = (
     else {"portable": ""}
 )
 
+# The same for csrc/cpu/int8_kernels.cpp.
+INT8_SETS: dict[str, str] = (
+    {
+        "avx512vnni": f"{CPU_SETS['avx512']} -mavx512vnni",
+        "avxvnni": f"{CPU_SETS['avx2']} -mavxvnni",
+        "avx2": CPU_SETS["avx2"],
+        "portable": "",
+    }
+    if X86
+    else {"portable": ""}
+)
+
 # Machine code for A100, H100 and B200; PTX of the last for whatever comes after.
 CUDA_CODE = {
     "sm_80": "arch=compute_80,code=sm_80",
@@ -170,6 +182,11 @@ def cpu_ninja(compiler: str, torch: Torch, target: Path) -> str:
         for isa, flags in CPU_SETS.items()
     ]
     edges += [("dispatch.o", source / "dispatch.cpp", ""), ("ops.o", source / "ops.cpp", interface)]
+    edges += [
+        (f"int8_{isa}.o", source / "int8_kernels.cpp", f"-DDEIT_ISA={isa} {flags}")
+        for isa, flags in INT8_SETS.items()
+    ]
+    edges += [("int8_ops.o", source / "int8_ops.cpp", interface)]
     return ninja_file(
         {"cxx": compile_rule(compiler, CXXFLAGS)},
         [(out, "cxx", path, flags) for out, path, flags in edges],

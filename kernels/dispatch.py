@@ -40,6 +40,8 @@ MEASURED: dict[str, dict[str, tuple[str, ...]]] = {
         "attention": ("cpu",),
         "linear": ("cpu",),
         "gelu_mlp": ("cpu",),
+        "int8_linear": ("cpu",),
+        "int8_gelu_mlp": ("cpu",),
     },
 }
 

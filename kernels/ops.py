@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import torch
 
+from deit.kernels import int8_schemas
 from deit.kernels.fakes import FAKES
 
 # Arguments are positional and in the order in which every implementation, the reference
@@ -47,6 +48,7 @@ SCHEMAS: dict[str, str] = {
         "str kind, float alpha, float temperature, float label_smoothing, str kl_reduction) "
         "-> Tensor"
     ),
+    **int8_schemas.SCHEMAS,
 }
 
 # What training needs beside them: `_fwd` also returns what `_bwd` reads again, and `_bwd` returns
@@ -124,7 +126,8 @@ NAMESPACES: dict[str, str] = {"cpu": "deit_cpu", "triton": "deit_triton", "cuda"
 # Which operators each implementation has kernels for. The two native lists are what csrc/ holds;
 # a built library that lacks one of them is reported by native.py, not discovered by a call.
 KERNELS: dict[str, frozenset[str]] = {
-    "cpu": frozenset({"layer_norm", "add_layer_norm", "attention", "linear", "gelu_mlp"}),
+    "cpu": frozenset({"layer_norm", "add_layer_norm", "attention", "linear", "gelu_mlp"})
+    | int8_schemas.FAKES.keys(),
     "triton": frozenset(
         {
             "add_layer_norm",
@@ -184,16 +187,18 @@ def _register() -> dict[str, dict[str, torch._ops.OpOverload]]:
     compiled: dict[str, dict[str, torch._ops.OpOverload]] = {}
     for implementation, namespace in NAMESPACES.items():
         compiled[implementation] = {}
-        for name, schema in (SCHEMAS | TRAINING_SCHEMAS).items():
+        for name, schema in (SCHEMAS | TRAINING_SCHEMAS | int8_schemas.PACKED_SCHEMAS).items():
             qualified = f"{namespace}::{name}"
             torch.library.define(qualified, schema)
-            torch.library.register_fake(qualified, FAKES[name])
+            torch.library.register_fake(qualified, (FAKES | int8_schemas.FAKES)[name])
             if implementation == "triton" and name in KERNELS["triton"]:
                 # The CPU key serves Triton's interpreter; dispatch refuses it otherwise.
                 launch = _launcher(_triton_module(name), name)
                 torch.library.impl(qualified, ("CUDA", "CPU"))(launch)
             elif implementation == "cpu" and name in ONEDNN:
                 torch.library.impl(qualified, "CPU")(_launcher("onednn", name))
+            elif implementation == "cpu" and name in int8_schemas.SCHEMAS:
+                torch.library.impl(qualified, "CPU")(_launcher("int8_cpu", name))
             compiled[implementation][name] = getattr(getattr(torch.ops, namespace), name).default
     return compiled
 

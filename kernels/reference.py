@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deit.kernels.int8_reference import int8_gelu_mlp, int8_linear  # noqa: F401
+
 
 def _add_residual(
     y: Tensor, residual: Tensor | None, gamma: Tensor | None, keep: Tensor | None
