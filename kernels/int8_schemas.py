@@ -1,5 +1,8 @@
 """Schemas and fakes of the products in 8-bit integers, beside those of ops.py and fakes.py.
 
+They stand apart because what holds for every operator there, gradients and the error rule
+against fp64, cannot hold for a product that rounds its factors to 8 bits.
+
 `norm_weight`, `norm_bias` and `eps` are a LayerNorm's that comes before the product; weights are
 the floating-point ones. The `_packed` schemas are what csrc/cpu serves, weights in its layout.
 """
@@ -34,6 +37,8 @@ PACKED_SCHEMAS: dict[str, str] = {
         "Tensor? gamma) -> Tensor"
     ),
 }
+
+ALL = SCHEMAS | PACKED_SCHEMAS
 
 
 def _projected(x: Tensor, width: int) -> Tensor:

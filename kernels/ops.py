@@ -48,7 +48,6 @@ SCHEMAS: dict[str, str] = {
         "str kind, float alpha, float temperature, float label_smoothing, str kl_reduction) "
         "-> Tensor"
     ),
-    **int8_schemas.SCHEMAS,
 }
 
 # What training needs beside them: `_fwd` also returns what `_bwd` reads again, and `_bwd` returns
@@ -187,7 +186,7 @@ def _register() -> dict[str, dict[str, torch._ops.OpOverload]]:
     compiled: dict[str, dict[str, torch._ops.OpOverload]] = {}
     for implementation, namespace in NAMESPACES.items():
         compiled[implementation] = {}
-        for name, schema in (SCHEMAS | TRAINING_SCHEMAS | int8_schemas.PACKED_SCHEMAS).items():
+        for name, schema in (SCHEMAS | TRAINING_SCHEMAS | int8_schemas.ALL).items():
             qualified = f"{namespace}::{name}"
             torch.library.define(qualified, schema)
             torch.library.register_fake(qualified, (FAKES | int8_schemas.FAKES)[name])

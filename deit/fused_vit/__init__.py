@@ -80,8 +80,7 @@ def fuse(
         int8.refuse(model)
     impls = {
         operator: impl if impl == "reference" or operator in ops.KERNELS.get(impl, ()) else "auto"
-        for operator in ops.SCHEMAS
-        if dtype == "int8" or operator not in int8.OPERATORS
+        for operator in (*ops.SCHEMAS, *(int8.OPERATORS if dtype == "int8" else ()))
     }
     families = _families()
     notes: dict[str, str] = {}
@@ -234,7 +233,7 @@ def _report(model: nn.Module, impls: dict[str, str], notes: dict[str, str]) -> R
         elif module not in absorbed and (name in notes or _owns_parameters(module)):
             rows.append(Row(name, kind, False, notes.get(name) or _why_left(module)))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    ordered = [operator for operator in ops.SCHEMAS if operator in operators and operator in impls]
+    ordered = [operator for operator in impls if operator in operators]
     return Report(rows, {op: dispatch.expected(op, impls[op], device) for op in ordered})
 
 
