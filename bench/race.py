@@ -40,6 +40,7 @@ class Settings:
     dtype: torch.dtype
     device: torch.device
     impl: str = "auto"
+    int8: bool = False  # also each DeiT fused with dtype="int8"
     train: bool = False
     protocol: str = "modern"
     compile: bool = True
@@ -129,6 +130,7 @@ class Race:
         others = []
         if network.config:
             others.append(field_of.fused(base, s.impl, s.train))
+            others += [field_of.fused_int8(base, s.impl)] if s.int8 else []
         elif s.protocol == "modern":
             others.append(field_of.in_channels_last(base))
         for contender in [base, *others]:
@@ -252,7 +254,7 @@ class Race:
         images = self.inputs.get(contender, batch)
         pools = devices.graph_pool_bytes(device)
         operators = field_of.operators_in(lambda: self.call(contender, images))
-        contender.operators = operators if contender.how == "fused" else None
+        contender.operators = operators if contender.is_fused else None
         above = devices.step_bytes(lambda: self.call(contender, images), device)
         above += max(0, devices.graph_pool_bytes(device) - pools)
         contender.memory_bytes = contender.resident_bytes(self.settings.train) + above

@@ -91,7 +91,7 @@ def table(race: Race) -> Table:
 
 
 def _style(contender: Contender) -> str:
-    return "bold" if contender.how == "fused" else ""
+    return "bold" if contender.is_fused else ""
 
 
 def _batches_differ(race: Race) -> bool:
@@ -124,7 +124,7 @@ def show(race: Race, facts: Mapping[str, Any], photographs: Mapping[str, Photogr
     out(terms(race, facts), markup=False)
     out(table(race))
     for contender in race.finalists:
-        if contender.how == "fused":
+        if contender.is_fused:
             for line in _about_fused(race, contender):
                 out(line, markup=False)
     for label, photos in photographs.items():
@@ -239,7 +239,7 @@ def _row(
         "logits_error": contender.logits_error,
         "tried": contender.tried,
         "operators": contender.operators,
-        "kernels_sha256": race.kernels_sha256 if contender.how == "fused" else None,
+        "kernels_sha256": race.kernels_sha256 if contender.is_fused else None,
         "quoted_top1": quoted.top1 if quoted else None,
         "quoted_v100_img_per_s": quoted.v100_img_s if quoted else None,
         "quoted_source": table5.SOURCE if quoted else None,

@@ -41,7 +41,7 @@ class Selection:
             for entry, eager in zip(convnets, ranked, strict=True):
                 if made := self._compiled(entry, eager[place]):
                     self._trial(entry, [entry.variants[0], made])
-        places = ("fused", "eager", "compiled").index
+        places = ("fused int8", "fused", "eager", "compiled").index
         for entry in deits:
             self.race.finalists += sorted(entry.variants, key=lambda v: places(v.how))
         self.race.finalists += [e.variants[0] for e in convnets]

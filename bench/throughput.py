@@ -46,8 +46,9 @@ class Options:
     """Images in a batch; shortened, with a message, where memory or the budget demand it."""
     img_size: int | None = None
     """Pixels of the DeiT's images, a multiple of 16; convnets keep the paper's sizes."""
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on a GPU, fp32 on a CPU. In training, the dtype of autocast."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU. In training, the dtype of autocast. int8, inference on a
+    CPU: fp32, and beside it each DeiT fused with its products in 8-bit integers."""
     impl: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Which implementation of the fused operators runs, wherever it has a kernel."""
     device: str = "auto"
@@ -108,6 +109,8 @@ def settle(options: Options) -> Settings:
         raise ValueError("images: photographs are for inference; leave out --train")
     device = devices.resolve(options.device)
     paper = options.protocol == "deit2021"
+    if options.dtype == "int8" and (options.train or device.type != "cpu"):
+        raise ValueError("dtype: int8 is for inference on a CPU")
     if paper and options.dtype not in ("auto", "fp32"):
         raise ValueError(f"dtype: protocol deit2021 is fp32; got {options.dtype}")
     dtype = options.dtype
@@ -122,7 +125,8 @@ def settle(options: Options) -> Settings:
     return Settings(
         networks=networks(options),
         batch=options.bs,
-        dtype=report.DTYPES[dtype],
+        dtype=report.DTYPES["fp32" if dtype == "int8" else dtype],
+        int8=dtype == "int8",
         device=device,
         impl=options.impl,
         train=options.train,
@@ -158,7 +162,9 @@ def measure(
 def pair_of(race: Race, network: Network) -> list[field_of.Contender]:
     """The fused and the eager finalist of a DeiT; nothing for a convnet."""
     return [
-        c for c in race.finalists if c.network is network and network.config and c.how != "compiled"
+        c
+        for c in race.finalists
+        if c.network is network and network.config and c.how in ("fused", "eager")
     ]
 
 
