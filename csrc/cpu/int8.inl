@@ -29,25 +29,32 @@ struct RowScale {
   int32_t zero;
 };
 
-// The row's range, 0 included, over 255 steps. NaN or an infinity anywhere makes the scale NaN, and
-// with it the row's every output.
+// What a row spans, 0 included; `poison` is NaN from the first NaN or infinity on, else zero.
+struct Range {
+  Vec low, high, poison;
+};
+
+DEIT_INLINE void include(Vec a, Range& range) {
+  range.low = min(a, range.low);
+  range.high = max(a, range.high);
+  range.poison = fma(a, broadcast(0.0f), range.poison);
+}
+
+// The row's range over 255 steps. NaN or an infinity anywhere makes the scale NaN, and with it the
+// row's every output.
 DEIT_INLINE RowScale row_scale(const float* x, int64_t n, float& inverse) {
-  Vec low = broadcast(0.0f), high = low, poison = low;
+  Range part[kChains] = {};
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    const Vec a = load(x + i);
-    low = min(a, low);
-    high = max(a, high);
-    poison = fma(a, broadcast(0.0f), poison);
+  for (; i + kChains * kWidth <= n; i += kChains * kWidth) {
+    for (int c = 0; c < kChains; ++c) include(load(x + i + c * kWidth), part[c]);
   }
-  if (i < n) {
-    const Vec a = load_first(x + i, static_cast<int>(n - i));
-    low = min(a, low);
-    high = max(a, high);
-    poison = fma(a, broadcast(0.0f), poison);
-  }
+  for (; i + kWidth <= n; i += kWidth) include(load(x + i), part[0]);
+  if (i < n) include(load_first(x + i, static_cast<int>(n - i)), part[1]);
+  const Vec low = min(min(part[0].low, part[1].low), min(part[2].low, part[3].low));
+  const Vec high = max(max(part[0].high, part[1].high), max(part[2].high, part[3].high));
+  const Vec poison[kChains] = {part[0].poison, part[1].poison, part[2].poison, part[3].poison};
   const float least = -largest(broadcast(0.0f) - low);
-  const float scale = (largest(high) - least) / 255.0f + sum(poison);
+  const float scale = (largest(high) - least) / 255.0f + sum(joined(poison));
   inverse = scale > 1e-37f ? 1.0f / scale : 0.0f;  // below, 1 / scale may overflow: all zeros
   const float zero = -least * inverse;
   return {scale, zero < 255.0f ? static_cast<int32_t>(__builtin_nearbyintf(zero)) : 255};
