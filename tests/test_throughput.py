@@ -131,6 +131,8 @@ def test_photographs_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--device", "cuda:99"], "device: torch sees"),
         (["--device", "tpu"], "device: expected auto, cpu, cuda or cuda:N; got 'tpu'"),
         (["--protocol", "deit2021", "--dtype", "bf16"], "dtype: protocol deit2021 is fp32"),
+        (["--dtype", "int8", "--train"], "dtype: int8 is for inference on a CPU"),
+        (["--protocol", "deit2021", "--dtype", "int8"], "dtype: protocol deit2021 is fp32"),
         (["--images", "no/such/folder"], "images: expected a folder; got no/such/folder"),
         (["--images", "x", "--train"], "photographs are for inference"),
     ],
@@ -210,6 +212,23 @@ def tiny(dtype: torch.dtype = torch.float32) -> contenders.Contender:
     torch.manual_seed(0)
     network = contenders.deit_network("deit_ti", 32)
     return contenders.eager(network, CPU, dtype, train=False)
+
+
+def test_int8_is_a_contender_with_a_tolerance_of_its_own() -> None:
+    base = tiny()
+    int8 = contenders.fused_int8(base, "auto")
+    assert (int8.how, int8.is_fused, base.is_fused) == ("fused int8", True, False)
+    images = torch.randn(5, 3, 32, 32)
+    oracle = contenders.Oracle(base, images)
+    with torch.inference_mode():
+        ran = contenders.operators_in(lambda: int8.module(images))
+        assert {"int8_linear", "int8_gelu_mlp"} <= set(ran)
+        assert 1e-6 < oracle.verify(int8, int8.module(images)) < contenders.INT8_TOLERANCE
+        with pytest.raises(contenders.WrongOutputs):
+            oracle.verify(int8, 1.2 * int8.module(images))
+        with pytest.raises(contenders.WrongOutputs):  # as fp32 it would not pass
+            oracle.verify(base, int8.module(images))
+    assert next(int8.module.parameters()) is next(base.module.parameters())
 
 
 @pytest.mark.parametrize(
