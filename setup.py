@@ -57,6 +57,18 @@ CPU_SETS: dict[str, str] = (
     else {"portable": ""}
 )
 
+# The same for csrc/cpu/int8_kernels.cpp.
+INT8_SETS: dict[str, str] = (
+    {
+        "avx512vnni": f"{CPU_SETS['avx512']} -mavx512vnni",
+        "avxvnni": f"{CPU_SETS['avx2']} -mavxvnni",
+        "avx2": CPU_SETS["avx2"],
+        "portable": "",
+    }
+    if X86
+    else {"portable": ""}
+)
+
 # Machine code for A100, H100 and B200; PTX of the last for whatever comes after.
 CUDA_CODE = {
     "sm_80": "arch=compute_80,code=sm_80",
@@ -169,14 +181,18 @@ def cpu_objects() -> list[tuple[str, Path, str]]:
         (f"kernels_{isa}.o", source / "kernels.cpp", f"-DDEIT_ISA={isa} {flags}")
         for isa, flags in CPU_SETS.items()
     ]
-    return [*kernels, ("dispatch.o", source / "dispatch.cpp", "")]
+    eights = [
+        (f"int8_{isa}.o", source / "int8_kernels.cpp", f"-DDEIT_ISA={isa} {flags}")
+        for isa, flags in INT8_SETS.items()
+    ]
+    return [*kernels, *eights, ("dispatch.o", source / "dispatch.cpp", "")]
 
 
 def cpu_ninja(compiler: str, torch: Torch, target: Path) -> str:
     """The build file of the C++ library."""
     interface = f"-isystem {torch.include} -DTORCH_TARGET_VERSION={TORCH_TARGET}"
     edges = cpu_objects()
-    launchers = ("ops", "ops_linear", "ops_training")
+    launchers = ("ops", "ops_linear", "ops_training", "int8_ops")
     edges += [(f"{name}.o", CSRC / "cpu" / f"{name}.cpp", interface) for name in launchers]
     return ninja_file(
         {"cxx": compile_rule(compiler, CXXFLAGS)},

@@ -47,6 +47,8 @@ MEASURED: dict[str, dict[str, tuple[str, ...]]] = {
         "gelu_mlp_bwd": ("cpu",),
         "layer_norm_bwd": ("cpu",),
         "linear_bwd": ("cpu",),
+        "int8_linear": ("cpu",),
+        "int8_gelu_mlp": ("cpu",),
     },
 }
 

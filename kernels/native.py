@@ -127,6 +127,8 @@ def _cpu_library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(FOLDER / LIBRARIES["cpu"]))
     library.deit_cpu_isa.restype = ctypes.c_char_p
     library.deit_cpu_select_isa.argtypes = [ctypes.c_char_p]
+    library.deit_cpu_int8_isa.restype = ctypes.c_char_p
+    library.deit_cpu_select_int8_isa.argtypes = [ctypes.c_char_p]
     return library
 
 
@@ -149,5 +151,23 @@ def select_cpu_isa(name: str | None) -> None:
         raise ValueError(
             f"name: expected avx512_bf16, avx512, avx2 or portable, as built; got {name!r}"
         )
+    if answer == 2:
+        raise RuntimeError(f"this processor does not run {name}")
+
+
+def cpu_int8_isa() -> str:
+    """The instruction set of products in 8 bits: "avx512vnni", "avxvnni", "avx2" or "portable".
+
+    Raises RuntimeError where the library is not usable, with the reason.
+    """
+    return _cpu_library().deit_cpu_int8_isa().decode()
+
+
+def select_cpu_int8_isa(name: str | None) -> None:
+    """As `select_cpu_isa`, for products in 8 bits."""
+    answer = _cpu_library().deit_cpu_select_int8_isa((name or "").encode())
+    if answer == 1:
+        known = "avx512vnni, avxvnni, avx2 or portable"
+        raise ValueError(f"name: expected {known}, as built; got {name!r}")
     if answer == 2:
         raise RuntimeError(f"this processor does not run {name}")

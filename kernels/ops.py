@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import torch
 
+from deit.kernels import int8_schemas
 from deit.kernels.fakes import FAKES
 
 # Arguments are positional and in the order in which every implementation, the reference
@@ -150,7 +151,8 @@ KERNELS: dict[str, frozenset[str]] = {
             "linear_bwd",
             "linear_fwd",
         }
-    ),
+    )
+    | int8_schemas.FAKES.keys(),
     "triton": frozenset(
         {
             "add_layer_norm",
@@ -208,14 +210,16 @@ def _register() -> dict[str, dict[str, torch._ops.OpOverload]]:
     compiled: dict[str, dict[str, torch._ops.OpOverload]] = {}
     for implementation, namespace in NAMESPACES.items():
         compiled[implementation] = {}
-        for name, schema in (SCHEMAS | TRAINING_SCHEMAS).items():
+        for name, schema in (SCHEMAS | TRAINING_SCHEMAS | int8_schemas.ALL).items():
             qualified = f"{namespace}::{name}"
             torch.library.define(qualified, schema)
-            torch.library.register_fake(qualified, FAKES[name])
+            torch.library.register_fake(qualified, (FAKES | int8_schemas.FAKES)[name])
             if implementation == "triton" and name in KERNELS["triton"]:
                 # The CPU key serves Triton's interpreter; dispatch refuses it otherwise.
                 launch = _launcher(_triton_module(name), name)
                 torch.library.impl(qualified, ("CUDA", "CPU"))(launch)
+            elif implementation == "cpu" and name in int8_schemas.SCHEMAS:
+                torch.library.impl(qualified, "CPU")(_launcher("int8_cpu", name))
             compiled[implementation][name] = getattr(getattr(torch.ops, namespace), name).default
     return compiled
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from deit import configs
-from deit.fused_vit import plain
+from deit.fused_vit import int8, plain
 from deit.fused_vit.last_block import PrefixOnly
 from deit.fused_vit.modules import Fused, original_class
 from deit.fused_vit.report import Report, Row
@@ -37,7 +37,12 @@ BLOCK = ("parts", "whole")
 
 
 def fuse(
-    model: nn.Module, impl: str = "auto", *, last_block: str = "auto", block: str = "parts"
+    model: nn.Module,
+    impl: str = "auto",
+    *,
+    last_block: str = "auto",
+    block: str = "parts",
+    dtype: str | None = None,
 ) -> Report:
     """Put the fused operators under `model`, in place, and report on every module.
 
@@ -45,7 +50,7 @@ def fuse(
     DDP, train/eval and torch.compile work as before. What cannot be fused stays as it was, and
     where fused arithmetic would not be what was asked for (a hook on a module inside a fused
     one, dropout in training, an attention mask) the original forward runs. Calling it again
-    changes nothing but `impl`. Order: fuse, move to the device, compile, wrap in DDP.
+    changes nothing but `impl` and `dtype`. Order: fuse, move to the device, compile, wrap in DDP.
 
     Args:
         model: any module; DeiT and timm blocks, attentions, MLPs and LayerNorms in it are fused.
@@ -59,13 +64,18 @@ def fuse(
             a block in inference as one `deit.kernels.vit_block`, its LayerNorms folded into its
             products, where that has a kernel (the report says where not). No GPU has measured
             "whole", so "parts" is the default.
+        dtype: None for the model's own; "int8" for the products of every fused block in 8-bit
+            integers (weights by output channel, activations by token, nothing calibrated) in eval
+            mode, for an fp32 model on a CPU. Its outputs are close, not the same: docs/numerics.md.
+            In training mode the fp32 path runs; a gradient in eval mode is refused: use
+            torch.inference_mode(). An attention or MLP outside a fused block stays fp32.
 
     Returns:
         A Report; print it for a table.
 
     Raises:
-        TypeError: `model` is not a module. ValueError: an unknown `impl` or `last_block` or
-            `block`.
+        TypeError: `model` is not a module. ValueError: an unknown `impl`, `last_block`, `block` or
+            `dtype`; "int8" for a model that is not fp32 on a CPU, or with block="whole".
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
@@ -76,9 +86,15 @@ def fuse(
     if impl != "auto" and impl not in dispatch.IMPLEMENTATIONS:
         known = ", ".join(dispatch.IMPLEMENTATIONS)
         raise ValueError(f"impl: expected 'auto' or one of {known}; got {impl!r}")
+    if dtype not in (None, "int8"):
+        raise ValueError(f"dtype: expected None or 'int8'; got {dtype!r}")
+    if dtype == "int8":
+        if block == "whole":
+            raise ValueError("block: 'whole' has no 8-bit form; expected 'parts' with dtype='int8'")
+        int8.refuse(model)
     impls = {
         operator: impl if impl == "reference" or operator in ops.KERNELS.get(impl, ()) else "auto"
-        for operator in ops.SCHEMAS
+        for operator in (*ops.SCHEMAS, *(int8.OPERATORS if dtype == "int8" else ()))
         if operator != "vit_block" or block == "whole"
     }
     families = _families()
@@ -113,14 +129,19 @@ def unfuse(model: Model) -> Model:
 
 @contextlib.contextmanager
 def fused(
-    model: nn.Module, impl: str = "auto", *, last_block: str = "auto", block: str = "parts"
+    model: nn.Module,
+    impl: str = "auto",
+    *,
+    last_block: str = "auto",
+    block: str = "parts",
+    dtype: str | None = None,
 ) -> Iterator[Report]:
     """Within the block, `model` runs fused; afterwards every module is what it was before."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
     before = {m: (type(m), m.fused_impls) for m in model.modules() if isinstance(m, Fused)}
     try:
-        yield fuse(model, impl, last_block=last_block, block=block)
+        yield fuse(model, impl, last_block=last_block, block=block, dtype=dtype)
     finally:
         for module in model.modules():
             if module in before:
@@ -232,7 +253,7 @@ def _report(model: nn.Module, impls: dict[str, str], notes: dict[str, str]) -> R
         elif module not in absorbed and (name in notes or _owns_parameters(module)):
             rows.append(Row(name, kind, False, notes.get(name) or _why_left(module)))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    ordered = [operator for operator in ops.SCHEMAS if operator in operators]
+    ordered = [operator for operator in impls if operator in operators]
     return Report(rows, {op: dispatch.expected(op, impls[op], device) for op in ordered})
 
 

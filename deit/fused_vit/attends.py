@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -55,17 +58,26 @@ class Attends:
             impl=impls["linear"],
         )
 
-    def mix_prefix(self, x: Tensor, rows: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def mix_prefix(
+        self,
+        x: Tensor,
+        rows: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        project: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None,
+    ) -> Tensor:
         """[B, rows, D']: the first `rows` queries against all keys, heads concatenated.
 
-        PyTorch's attention serves: it has B * H * rows queries, half a percent of a layer's.
+        `project` stands for `linear` where it is given. PyTorch's attention serves: it has
+        B * H * rows queries, half a percent of a layer's.
         """
         heads, scale = self.geometry()
-        impl = self.fused_impls["linear"]  # type: ignore[attr-defined]
+        if project is None:
+            project = functools.partial(linear, impl=self.fused_impls["linear"])  # type: ignore[attr-defined]
         width = weight.shape[0] // 3
         bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
-        q = linear(x[:, :rows], weight[:width], bias_q, impl=impl)
-        kv = linear(x, weight[width:], bias_kv, impl=impl)
+        q = project(x[:, :rows], weight[:width], bias_q)
+        kv = project(x, weight[width:], bias_kv)
         q = q.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, H, rows, d]
         k, v = kv.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, N, d]
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from deit.fused_vit import int8
 from deit.fused_vit.attends import Attends
 from deit.fused_vit.whole import Whole
 from deit.kernels import gelu_mlp, layer_norm
@@ -228,7 +229,7 @@ class FusedMlp(Fused):
 class FusedBlock(Whole, Fused):
     """Over a pre-norm block: both residual additions move into the products' epilogues."""
 
-    OPERATORS = ("layer_norm", "linear", "attention", "gelu_mlp")
+    OPERATORS = ("layer_norm", "linear", "attention", "gelu_mlp", *int8.OPERATORS)
     # In the order in which they run: norm, attention, norm, MLP.
     PARTS: ClassVar[tuple[tuple[str, type[Fused]], ...]] = (
         ("norm1", FusedLayerNorm),
@@ -238,6 +239,9 @@ class FusedBlock(Whole, Fused):
     )
     SCALES: ClassVar[tuple[str, ...]] = ("ls1", "ls2")
     DROP_PATHS: ClassVar[tuple[str, ...]] = ("drop_path1", "drop_path2")
+
+    def remark(self) -> str:
+        return int8.REMARK if int8.asked(self.fused_impls) else super().remark()
 
     def parts(self) -> tuple[Any, ...]:
         """What normalises, attends, normalises and feeds forward."""
@@ -294,6 +298,8 @@ class FusedBlock(Whole, Fused):
         self, x: Tensor, *, key_bias: Tensor | None = None, rows: int | None = None
     ) -> Tensor:
         """The block's output [B, N, D], or [B, rows, D]: its first `rows` tokens alone."""
+        if int8.asked(self.fused_impls) and not self.training:  # type: ignore[attr-defined]
+            return int8.advance(self, x, key_bias, rows)
         if rows is None and self.runs_whole(x):
             return self.whole(x, key_bias=key_bias)[0]
         norm1, attn, norm2, mlp = self.parts()

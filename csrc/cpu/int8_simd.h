@@ -1,0 +1,104 @@
+// Vectors of int32 and the dot product of four bytes, per instruction set; beside simd.h.
+#pragma once
+
+#include "simd.h"
+
+namespace deit {
+namespace DEIT_ISA {
+
+#if defined(__AVX512VNNI__)
+
+using Ints = __m512i;
+DEIT_INLINE Ints broadcast_ints(int32_t a) { return _mm512_set1_epi32(a); }
+DEIT_INLINE Ints load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
+DEIT_INLINE Ints load_bytes(const int8_t* p) { return _mm512_loadu_si512(p); }
+DEIT_INLINE Ints multiply(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
+DEIT_INLINE Vec to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
+// c + the sum of four products in each lane, u8 times s8, exact.
+DEIT_INLINE Ints dot4(Ints c, Ints unsigned_bytes, Ints signed_bytes) {
+  return _mm512_dpbusd_epi32(c, unsigned_bytes, signed_bytes);
+}
+// round(a) + zero as bytes, halves to even, saturated above.
+DEIT_INLINE void store_bytes(uint8_t* p, Vec a, int32_t zero) {
+  const Ints q = _mm512_add_epi32(_mm512_cvtps_epi32(a), _mm512_set1_epi32(zero));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(q));
+}
+
+#elif defined(__AVX2__)
+
+using Ints = __m256i;
+DEIT_INLINE Ints broadcast_ints(int32_t a) { return _mm256_set1_epi32(a); }
+DEIT_INLINE Ints load_ints(const int32_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+DEIT_INLINE Ints load_bytes(const int8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+DEIT_INLINE Ints multiply(Ints a, Ints b) { return _mm256_mullo_epi32(a, b); }
+DEIT_INLINE Vec to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
+DEIT_INLINE Ints dot4(Ints c, Ints unsigned_bytes, Ints signed_bytes) {
+#if defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(c, unsigned_bytes, signed_bytes);
+#else
+  // vpmaddubsw adds two products in 16 bits and saturates at 2 * 255 * 127; one product at a
+  // time it is exact.
+  const Ints ones = _mm256_set1_epi16(1), even_bytes = _mm256_set1_epi16(0x00ff);
+  const Ints even = _mm256_maddubs_epi16(_mm256_and_si256(unsigned_bytes, even_bytes),
+                                         signed_bytes);
+  const Ints odd = _mm256_maddubs_epi16(_mm256_andnot_si256(even_bytes, unsigned_bytes),
+                                        signed_bytes);
+  c = _mm256_add_epi32(c, _mm256_madd_epi16(even, ones));
+  return _mm256_add_epi32(c, _mm256_madd_epi16(odd, ones));
+#endif
+}
+DEIT_INLINE void store_bytes(uint8_t* p, Vec a, int32_t zero) {
+  const Ints q = _mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_set1_epi32(zero));
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
+
+#else  // Any processor.
+
+using Ints = IntVec;
+DEIT_INLINE Ints broadcast_ints(int32_t a) { return Ints{a, a, a, a}; }
+DEIT_INLINE Ints load_ints(const int32_t* p) {
+  Ints a;
+  std::memcpy(&a, p, sizeof a);
+  return a;
+}
+DEIT_INLINE Ints load_bytes(const int8_t* p) {
+  Ints a;
+  std::memcpy(&a, p, sizeof a);
+  return a;
+}
+// Unsigned, because two's complement wraps as the vector instructions do.
+DEIT_INLINE Ints multiply(Ints a, Ints b) {
+  typedef uint32_t Unsigned __attribute__((vector_size(16)));
+  return reinterpret_cast<Ints>(reinterpret_cast<Unsigned>(a) * reinterpret_cast<Unsigned>(b));
+}
+DEIT_INLINE Vec to_floats(Ints a) { return __builtin_convertvector(a, Vec); }
+DEIT_INLINE Ints dot4(Ints c, Ints unsigned_bytes, Ints signed_bytes) {
+  // Shifts split the bytes of every lane, so the compiler needs no byte shuffles.
+  typedef uint32_t Unsigned __attribute__((vector_size(16)));
+  const Unsigned u = reinterpret_cast<Unsigned>(unsigned_bytes);
+  const Unsigned s = reinterpret_cast<Unsigned>(signed_bytes);
+  Unsigned total = reinterpret_cast<Unsigned>(c);
+  for (int byte = 0; byte < 4; ++byte) {
+    const Ints weight = reinterpret_cast<Ints>(s << (24 - 8 * byte)) >> 24;
+    total += ((u >> (8 * byte)) & 0xffu) * reinterpret_cast<Unsigned>(weight);
+  }
+  return reinterpret_cast<Ints>(total);
+}
+DEIT_INLINE void store_bytes(uint8_t* p, Vec a, int32_t zero) {
+  const Vec nearest = round(a);
+  for (int i = 0; i < kWidth; ++i) {
+    // A NaN row's scale is NaN, so any byte will do; converting one would be undefined.
+    const int32_t q = nearest[i] == nearest[i] ? static_cast<int32_t>(nearest[i]) + zero : 0;
+    p[i] = static_cast<uint8_t>(q > 255 ? 255 : q);
+  }
+}
+
+#endif
+
+}  // namespace DEIT_ISA
+}  // namespace deit

@@ -1,0 +1,78 @@
+"""The products in 8-bit integers on the CPU: csrc/cpu's kernels on weights packed once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deit.kernels.int8_reference import quantize_channels
+from deit.kernels.packing import packed
+
+PANEL = 32  # output channels; csrc/cpu/int8.h's kPanelColumns
+
+
+class Int8Weight(NamedTuple):
+    """A weight [M, K] as csrc/cpu/int8.h reads it.
+
+    packed: int8 [ceil(M / 32), ceil(K / 4), 32, 4]; scales: [M]; sums: int32 over K, of whole
+    panels. What pads to whole panels and fours is zero.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    sums: Tensor
+
+
+def pack(weight: Tensor) -> Int8Weight:
+    """Quantise an fp32 weight [M, K] by output channel, and lay it out."""
+    integers, scales = quantize_channels(weight)
+    features, depth = integers.shape
+    integers = F.pad(integers, (0, -depth % 4, 0, -features % PANEL))
+    sums = integers.sum(dim=1, dtype=torch.int32)
+    panels = integers.view(-1, PANEL, integers.shape[1] // 4, 4).transpose(1, 2)
+    return Int8Weight(panels.contiguous(), scales.contiguous(), sums)
+
+
+def _kept(weight: Tensor) -> Int8Weight:
+    return packed(weight, "int8", pack)
+
+
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    gelu: bool,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+) -> Tensor:
+    """`deit.kernels.int8_linear`."""
+    norm = (norm_weight, norm_bias, eps)
+    return torch.ops.deit_cpu.int8_linear_packed(
+        x, *_kept(weight), bias, *norm, gelu, residual, gamma
+    )
+
+
+def int8_gelu_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+) -> Tensor:
+    """`deit.kernels.int8_gelu_mlp`."""
+    norm = (norm_weight, norm_bias, eps)
+    first, second = _kept(w1), _kept(w2)
+    return torch.ops.deit_cpu.int8_gelu_mlp_packed(
+        x, *first, b1, *second, b2, *norm, residual, gamma
+    )
