@@ -242,9 +242,9 @@ def attention(
     """
     if dtype == torch.float32:
         # IEEE products run on the plain cores, operands in registers. Larger tiles, 4 warps, 16 x
-        # 32 for 80 channels and 16 x 16 for 128 spill 8 to 64 bytes on one chip or another.
+        # 32 for 80 channels and 16 x 16 for 128 (80 on sm_120) spill 8 to 64 bytes somewhere.
         block_m = 32 if head_dim <= 64 else 16
-        block_n = 16 if head_dim in (80, 96) else 32
+        block_n = 16 if head_dim in (80, 96) and arch != 120 else 32
         return AttentionConfig(block_m, block_n, True, tma=False, num_warps=8, num_stages=2)
     if arch not in (90, 100) or not tma or head_dim not in TMA_HEAD_DIMS:
         # 128 channels: fewer keys at a time, or the operands spill 8 to 56 bytes.
