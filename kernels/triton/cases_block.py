@@ -13,7 +13,7 @@ from deit.kernels.triton import common, configs, gelu_mlp, linear, norm_linear, 
 if TYPE_CHECKING:
     from deit.kernels.triton.cases import Case
 
-_BATCH, _TOKENS = 256, 197
+_TOKENS = 197
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "row_stats": ("plain",),
@@ -44,7 +44,7 @@ def _stream(case: Case) -> Tensor:
     """[B, N, D]; where descriptors shall not take it, its rows are off 16 bytes."""
     dtype = torch.float32 if "fp32" in case.variant else case.torch_dtype
     spare = 1 if "unaligned" in case.variant else 0
-    return _empty(_BATCH, _TOKENS, case.size + spare, dtype=dtype)[..., : case.size]
+    return _empty(case.batch, _TOKENS, case.size + spare, dtype=dtype)[..., : case.size]
 
 
 def _norm(x: Tensor) -> row_stats.Norm:
@@ -84,9 +84,9 @@ def _norm_linear(case: Case) -> common.Launch:
 
 def _linear_stats(case: Case) -> common.Launch:
     residual, dim = _stream(case), case.size
-    x = _empty(_BATCH, _TOKENS, dim, dtype=case.torch_dtype)
+    x = _empty(case.batch, _TOKENS, dim, dtype=case.torch_dtype)
     if "unaligned" in case.variant:
-        x = _empty(_BATCH, _TOKENS, dim + 1, dtype=case.torch_dtype)[..., :dim]
+        x = _empty(case.batch, _TOKENS, dim + 1, dtype=case.torch_dtype)[..., :dim]
     gamma = _empty(dim) if "gamma" in case.variant else None
     chosen = configs.linear(case.arch, case.torch_dtype, dim, dim)
     parameters = _parameters(case, dim, dim)
