@@ -9,5 +9,7 @@ class Random;
 
 void fuzz_layer_norm(Random& random, const deit::Kernels& set);
 void fuzz_attention(Random& random, const deit::Kernels& set);
+void fuzz_product(Random& random, const deit::Kernels& set);
+void fuzz_int8(Random& random, const deit::Kernels& set);
 
 }  // namespace fuzz

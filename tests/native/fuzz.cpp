@@ -27,8 +27,10 @@ struct Case {
 constexpr Case kCases[] = {
     {"layer_norm", fuzz_layer_norm},
     {"attention", fuzz_attention},
+    {"product", fuzz_product},
+    {"int8", fuzz_int8},
 };
-static_assert(sizeof(deit::Kernels) == 6 * sizeof(void*),
+static_assert(sizeof(deit::Kernels) == 9 * sizeof(void*) + sizeof(deit::TrainingKernels),
               "Kernels has a new entry: give it a case above, then its new size here");
 
 // A sanitizer that does not ring is no sanitizer: sanitize.py sets each off first.

@@ -1,0 +1,62 @@
+// Matrix products in fp32 and bf16 with everything that may follow them.
+#include "cases.h"
+#include "fence.h"
+
+namespace fuzz {
+
+void fuzz_product(Random& random, const deit::Kernels& set) {
+  deit::ProductArgs args{};
+  args.type = random.chance(0.5) ? deit::Scalar::bf16 : deit::Scalar::f32;
+  args.out_type = random.chance(0.5) ? args.type : deit::Scalar::f32;
+  args.activation = static_cast<deit::Activation>(random.between(0, 2));
+  const int64_t samples = random.between(1, 4), each = random.size(random.chance(0.1) ? 400 : 40);
+  args.rows = samples * each;
+  args.depth = random.chance(0.1) ? random.size(600) : random.size(100);
+  args.width = random.size(120);
+  args.rows_per_sample = each;
+  const int64_t inputs = args.depth * (args.type == deit::Scalar::bf16 ? 2 : 1);
+  Elements x(args.rows * inputs, args.type, random), w(args.width * inputs, args.type, random);
+  Elements residual(args.rows * args.width, args.out_type, random);
+  for (int64_t i = 0; i < args.rows * inputs; ++i) {
+    x.set(i, static_cast<float>(random.between(-64, 64)) / 64.0f);
+  }
+  for (int64_t i = 0; i < args.width * inputs; ++i) {
+    w.set(i, static_cast<float>(random.between(-8, 8)) / 64.0f);
+  }
+  for (int64_t i = 0; i < args.rows * args.width; ++i) residual.randomise(i, random);
+  Parameter bias(args.width, 0.7, random), gamma(args.width, 0.5, random);
+  Parameter keep(samples, 0.5, random);
+  const bool add = random.chance(0.5) || args.out_type != args.type;
+  Elements out(args.rows * args.width, args.out_type, random);
+  args.x = x.memory.data(), args.weight = w.memory.data();
+  args.bias = bias.data, args.gamma = gamma.data, args.keep = keep.data;
+  if (add) args.residual = residual.memory.data();
+  args.out = out.memory.data();
+  std::vector<uint8_t> bits;
+  for (const int64_t threads : {1, 2, 8}) {  // the plan may depend on them, the bits may not
+    set.plan_product(args, threads);
+    run(args.tasks, set.product_workspace(args), {&out}, random,
+        [&](float* workspace, int64_t begin, int64_t end) {
+          set.product(args, workspace, begin, end);
+        });
+    if (threads == 1) bits = out.memory.copy();
+    if (out.memory.copy() != bits) fail("out depends on the number of threads planned for");
+  }
+
+  const std::vector<double> a = x.values(), b = w.values();
+  for (int64_t i = 0; i < args.rows * args.width; ++i) {
+    const int64_t row = i / args.width, n = i % args.width;
+    double y = bias.at(n, 0.0);
+    for (int64_t k = 0; k < inputs; ++k) {
+      y += a[static_cast<size_t>(row * inputs + k)] * b[static_cast<size_t>(n * inputs + k)];
+    }
+    if (args.activation == deit::Activation::gelu) y *= 0.5 * std::erfc(-y * std::sqrt(0.5));
+    if (args.activation == deit::Activation::gelu_tanh) {
+      y *= 0.5 * (1.0 + std::tanh(std::sqrt(2.0 / M_PI) * (y + 0.044715 * y * y * y)));
+    }
+    y *= gamma.at(n, 1.0) * keep.at(row / each, 1.0);
+    near("out", i, out.at(i), y + (add ? residual.at(i) : 0.0), args.out_type);
+  }
+}
+
+}  // namespace fuzz
