@@ -1,4 +1,4 @@
-"""Products in 8-bit integers at DeiT's shapes, beside oneDNN's int8 and its fp32 product.
+"""Products in 8-bit integers at DeiT's shapes, beside oneDNN's int8 and our fp32 product.
 
     python bench/int8_kernels.py
 
@@ -68,7 +68,7 @@ def products(dim: int, rows: int) -> dict[str, tuple[float, dict[str, Callable[[
         return {
             "int8": ours,
             "oneDNN int8": onednn_int8(given, *layer),
-            "oneDNN fp32": lambda: linear(given, *layer, impl="cpu"),
+            "fp32": lambda: linear(given, *layer, impl="cpu"),
         }
 
     found = {
