@@ -16,12 +16,15 @@ from deit.kernels.triton import (
     attention,
     attention_bwd,
     common,
+    configs,
     gelu_mlp,
     layer_norm,
     layer_norm_bwd,
     linear,
+    norm_linear,
     patch_embed,
     products,
+    row_stats,
 )
 
 EPS = (1e-6,)
@@ -99,6 +102,9 @@ def problems(size: Size, training: bool) -> Iterator[Problem]:
         yield _linear(size, width, depth, activation)
     yield _gelu_mlp(size)
     yield _attention(size)
+    for width, activation in ((hidden, "gelu"), (3 * dim, None)):  # of vit_block
+        yield _norm_linear(size, "norm_panel", width, activation)
+        yield _norm_linear(size, "norm_linear", width, activation)
     yield _layer_norm(size)
     yield _patch_embed(size)
     if training:
@@ -123,6 +129,30 @@ def _linear(size: Size, width: int, depth: int, activation: str | None) -> Probl
         lambda config, t: [linear.linear(*joined(t[:3], rest(t)), config=config)],
         lambda t: [reference.linear(*joined(t[:3], rest(t)))],
     )
+
+
+def _norm_linear(size: Size, factory: str, width: int, activation: str | None) -> Problem:
+    """A LayerNorm in the product's prologue, its rows' statistics given."""
+    depth, saved = size.network.embed_dim, []  # type: int, list[Tensor]
+    sizes = {"width": width, "depth": depth}
+
+    def run(config: Any, t: Sequence[Tensor]) -> list[Tensor]:
+        x, weight, bias, *norm = t
+        if not saved:  # what the product before writes is not what is timed
+            saved.append(row_stats.row_stats(x))
+        if config is None and factory == "norm_linear":
+            config = configs.norm_linear(size.arch, size.dtype, **sizes)
+        given = row_stats.Norm(saved[0], *norm, *EPS)
+        return [norm_linear.norm_linear(x, given, weight, bias, activation, config=config)]
+
+    def plain(t: Sequence[Tensor]) -> list[Tensor]:
+        x, weight, bias, *norm = t
+        normed = reference.layer_norm(*joined((x,), norm, EPS))
+        return [reference.linear(normed, weight, bias, activation, None, *NEITHER)]
+
+    rows = (size.batch, size.network.tokens, depth)
+    shapes: list[tuple[int, ...]] = [rows, (width, depth), (width,), (depth,), (depth,)]
+    return size.problem(factory, sizes, shapes, run, plain)
 
 
 def _gelu_mlp(size: Size) -> Problem:

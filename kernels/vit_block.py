@@ -211,4 +211,4 @@ def _limits(
     return found
 
 
-_VIT_BLOCK = dispatch.Operator("vit_block", _prepare, _limits)
+_VIT_BLOCK = dispatch.Operator("vit_block", _prepare, _limits, constants={1: "row_stats"})

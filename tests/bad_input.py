@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from schema_calls import CALLS, each, schema
+from schema_calls import CALLS, argument_names, each
 from torch import Tensor
 
 import deit.kernels
@@ -49,11 +49,6 @@ CHANGES = LAYOUTS | WRONG
 # These are never right: no operator takes an argument so.
 # But logits may have any number of classes that holds the targets' indices.
 ALWAYS_WRONG = ("longer", "shorter", "int32", "complex", "a list", "a string", "no rank")
-
-
-def argument_names(name: str) -> list[str]:
-    """The public function's own, in order; they are the schema's."""
-    return [formal.name for formal in schema(name).arguments]
 
 
 def tensors(name: str) -> list[str]:

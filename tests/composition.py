@@ -32,7 +32,7 @@ def call(name: str, impl: str) -> tuple[Any, list[torch.Tensor]]:
 def differentiable(name: str, tensors: list[torch.Tensor]) -> list[int]:
     """Which of `call`'s tensors a kernel has gradients for."""
     inputs, options = schema_calls.CALLS[name]
-    names = [f.name for f in schema_calls.schema(name).arguments]
+    names = schema_calls.argument_names(name)
     order = [names[i] for i, v in enumerate(inputs) if isinstance(v, torch.Tensor)]
     order += [k for k, v in options.items() if isinstance(v, torch.Tensor)]
     held = set(dispatch.OPERATORS[name].constants.values())
@@ -51,6 +51,7 @@ def gradients(run: Any, tensors: list[torch.Tensor], wanted: list[int]) -> list[
 
 def compiled_is_eager(name: str, impl: str) -> None:
     """torch.compile(fullgraph=True), forward and backward, gives what eager gives."""
+    torch._dynamo.reset()  # the operators before this one have used up the recompilations allowed
     run, tensors = call(name, impl)
     wanted = differentiable(name, tensors)
     whole = torch.compile(run, fullgraph=True, backend="aot_eager")

@@ -9,12 +9,14 @@ and a random `d<output>` for each output.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from test_dispatch import CALLS
 
+import deit.kernels
 from deit.kernels import dispatch, ops
 
 
@@ -32,6 +34,12 @@ def forward(
             value = value.to(device, dtype if value.is_floating_point() else None, copy=True)
         arguments.append(value)
     return arguments
+
+
+def argument_names(operator: str) -> list[str]:
+    """The public function's own, in its order; vit_block's schema has another."""
+    names = inspect.signature(getattr(deit.kernels, operator)).parameters
+    return [name for name in names if name != "impl"]
 
 
 def schema(name: str) -> Any:

@@ -75,7 +75,7 @@ def test_torch_func_grad(name):
     got = torch.func.grad(loss, tuple(range(len(wanted))))(*(tensors[i] for i in wanted))
     leaves = [tensors[i].clone().requires_grad_() for i in wanted]
     for a, b in zip(got, torch.autograd.grad(loss(*leaves), leaves), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-6 * b.numel() ** 0.5
 
 
 @pytest.mark.parametrize("name", CPU)
@@ -85,7 +85,7 @@ def test_a_transform_is_refused_by_a_named_kernel(name):
         torch.vmap(lambda x: run(x, *rest))(first[None])
 
 
-PRODUCTS = ("attention", "linear", "gelu_mlp", "patch_embed")
+PRODUCTS = ("attention", "linear", "gelu_mlp", "patch_embed", "vit_block")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -97,7 +97,7 @@ def test_autocast_on_the_cpu(name, dtype):
         plain = each(run(*tensors))
         with torch.autocast("cpu", dtype=dtype):
             found = each(run(*tensors))
-    has_residual = "residual" in CALLS[name][1]
+    has_residual = "residual" in CALLS[name][1] or name == "vit_block"
     want = dtype if name in PRODUCTS and not has_residual else torch.float32
     assert [o.dtype for o in found] == [want] * len(found)
     for a, b in zip(found, plain, strict=True):
@@ -137,7 +137,7 @@ def test_autocast_on_cuda(name, impl, gpu, autocast_to_half):
     run, tensors = composition.call(name, impl)
     tensors = [t.to("cuda:1") for t in tensors]
     found = each(run(*tensors))
-    has_residual = "residual" in CALLS[name][1]
+    has_residual = "residual" in CALLS[name][1] or name == "vit_block"
     want = torch.float16 if name in PRODUCTS and not has_residual else torch.float32
     assert [o.dtype for o in found] == [want] * len(found)
     assert all(o.device == torch.device("cuda", 1) for o in found)

@@ -9,6 +9,7 @@ import multiprocessing
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import oracle
 import pytest
@@ -41,7 +42,62 @@ X, W = make(8, 197, 192), make(192, seed=1)
 FC1, FC2 = make(768, 192, seed=2) / 14, make(192, 768, seed=3) / 28
 # Operator -> a call large enough to be split among eight threads. A new CPU operator wants its
 # line here.
-CALLS: dict[str, Call] = {
+DOUT, QKV = make(8, 197, 192, seed=4), make(3, 197, 576, seed=5)
+BRANCH, HEADS = (1e-6, W, None), (3, 0.125, None)
+NONE = (None, None, None)
+
+
+def backward(name: str, douts: tuple[torch.Tensor, ...], saves: Call, *rest: object) -> Call:
+    """`rest` holds places (int) of what the forward saved, between the other arguments."""
+
+    def call() -> object:
+        saved = saves()
+        assert isinstance(saved, tuple)
+        found = [saved[r.place] if isinstance(r, Saved) else r for r in rest]
+        return OPS[name](*douts, *found)
+
+    return call
+
+
+class Saved(NamedTuple):
+    """The forward's output number `place`."""
+
+    place: int
+
+
+_TRAINING: dict[str, Call] = {
+    "layer_norm_fwd": lambda: OPS["layer_norm_fwd"](X, W, W, 1e-6),
+    "add_layer_norm_fwd": lambda: OPS["add_layer_norm_fwd"](X, X, W, W, *BRANCH),
+    "attention_fwd": lambda: OPS["attention_fwd"](QKV, *HEADS),
+    "linear_fwd": lambda: OPS["linear_fwd"](X, FC1, None, "gelu", *NONE),
+    "gelu_mlp_fwd": lambda: OPS["gelu_mlp_fwd"](X, FC1, None, FC2, W, X, None, None),
+}
+_SAVED = {name: _TRAINING[f"{name}_fwd"] for name in ("layer_norm", "linear", "gelu_mlp")}
+_SAVED |= {name: _TRAINING[f"{name}_fwd"] for name in ("add_layer_norm", "attention")}
+_ONE, _TWO, _THREE = Saved(1), Saved(2), Saved(3)
+_TRAINING |= {
+    "layer_norm_bwd": backward("layer_norm_bwd", (DOUT,), _SAVED["layer_norm"], X, W, _ONE, _TWO),
+    "add_layer_norm_bwd": backward(
+        "add_layer_norm_bwd", (DOUT, DOUT), _SAVED["add_layer_norm"],
+        X, _ONE, W, _TWO, _THREE, W, None,
+    ),
+    "attention_bwd": backward(
+        "attention_bwd", (DOUT[:3],), _SAVED["attention"], QKV, Saved(0), _ONE, *HEADS
+    ),
+    "linear_bwd": backward(
+        "linear_bwd", (make(8, 197, 768, seed=6),), _SAVED["linear"], X, FC1, _ONE, "gelu", None, None
+    ),
+    "gelu_mlp_bwd": backward(
+        "gelu_mlp_bwd", (DOUT,), _SAVED["gelu_mlp"], X, FC1, FC2, _ONE, _TWO, None, None
+    ),
+}  # fmt: skip
+NORM = (W, W, 1e-6)
+CALLS: dict[str, Call] = _TRAINING | {
+    "int8_linear": lambda: OPS["int8_linear"](X, FC1, None, *NORM, True, None, None),
+    "int8_gelu_mlp": lambda: OPS["int8_gelu_mlp"](X, FC1, None, FC2, W, *NORM, X, None),
+    # What those two run with weights they have packed.
+    "int8_linear_packed": lambda: OPS["int8_linear"](X, FC1, None, *NORM, False, None, None),
+    "int8_gelu_mlp_packed": lambda: OPS["int8_gelu_mlp"](X, FC1, None, FC2, W, *NORM, X, W),
     "layer_norm": lambda: OPS["layer_norm"](X, W, W, 1e-6),
     "add_layer_norm": lambda: OPS["add_layer_norm"](X, X, W, W, 1e-6, W, None),
     "attention": lambda: OPS["attention"](make(3, 197, 576), 3, 0.125, None),

@@ -53,17 +53,16 @@ def threads():
     torch.set_num_threads(before)
 
 
-def check(call, arguments, douts, *, maximum=oracle.FACTOR, floors=1.0):
+def check(call, arguments, douts, *, maximum=oracle.FACTOR):
     """The error rule on outputs and on the gradient of every tensor argument.
 
     maximum: how many times PyTorch's the largest error may be; the norm is held to the rule.
-    floors: how many floors are granted.
     """
     wanted = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor)]
     found = gradients.outputs_and_gradients(call, "cpu", wanted, douts)(*arguments)
     reference = gradients.outputs_and_gradients(call, "reference", wanted, douts)
     if maximum == oracle.FACTOR:
-        oracle.check(found, reference, arguments, floors=floors)
+        oracle.check(found, reference, arguments)
         return found
     plain, exact = reference(*arguments), reference(*oracle.in_fp64(arguments))
     for ours, theirs, truth in zip(found, plain, exact, strict=True):
@@ -101,14 +100,19 @@ def norm(x, weight, bias, *, impl):
 @pytest.mark.parametrize("family", oracle.FAMILIES)
 def test_layer_norm(isa, family, channels):
     for dtype in DTYPES:
-        x = oracle.make(family, (3, 23, channels), dtype)
-        dout = oracle.make("random", x.shape, dtype, seed=9)
+        # One or two outlier channels decide dweight's norm: over ten draws it was 0.2 to 2.2 times
+        # PyTorch's where that was small, and half of it at 192 channels.
+        draws = 8 if family == "outlier" and channels in (33, 100) else 1
+        xs = [oracle.make(family, (3, 23, channels), dtype, seed=50 * i) for i in range(draws)]
+        dout = oracle.make("random", xs[0].shape, dtype, seed=9)
         weight, bias = (oracle.make("random", (channels,), dtype, seed=i) for i in (1, 2))
         for w, b in ((weight, bias), (weight.float(), bias.float()), (weight, None)):
-            # One or two outlier channels decide dweight's norm: over ten draws it was 0.2 to 2.2
-            # times PyTorch's where that was small, and half of it at 192 channels.
-            floors = 2 if family == "outlier" and channels in (33, 100) else 1
-            check(norm, (x, w, b), [dout], floors=floors)
+            wanted = [0, 1] if b is None else [0, 1, 2]
+            ours, theirs = (
+                gradients.outputs_and_gradients(norm, impl, wanted, [dout])
+                for impl in ("cpu", "reference")
+            )
+            oracle.check_draws(ours, theirs, [(x, w, b) for x in xs])
 
 
 @pytest.mark.parametrize("channels", [33, 192, 768])
