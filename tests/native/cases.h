@@ -11,5 +11,6 @@ void fuzz_layer_norm(Random& random, const deit::Kernels& set);
 void fuzz_attention(Random& random, const deit::Kernels& set);
 void fuzz_product(Random& random, const deit::Kernels& set);
 void fuzz_int8(Random& random, const deit::Kernels& set);
+void fuzz_attention_gradient(Random& random, const deit::Kernels& set);
 
 }  // namespace fuzz

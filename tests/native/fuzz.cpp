@@ -29,8 +29,10 @@ constexpr Case kCases[] = {
     {"attention", fuzz_attention},
     {"product", fuzz_product},
     {"int8", fuzz_int8},
+    {"attention_gradient", fuzz_attention_gradient},
 };
-static_assert(sizeof(deit::Kernels) == 9 * sizeof(void*) + sizeof(deit::TrainingKernels),
+static_assert(sizeof(deit::TrainingKernels) == 2 * sizeof(int64_t) + 10 * sizeof(void*) &&
+                  sizeof(deit::Kernels) == 9 * sizeof(void*) + sizeof(deit::TrainingKernels),
               "Kernels has a new entry: give it a case above, then its new size here");
 
 // A sanitizer that does not ring is no sanitizer: sanitize.py sets each off first.
