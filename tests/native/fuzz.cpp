@@ -30,6 +30,9 @@ constexpr Case kCases[] = {
     {"product", fuzz_product},
     {"int8", fuzz_int8},
     {"attention_gradient", fuzz_attention_gradient},
+    {"weight_gradient", fuzz_weight_gradient},
+    {"training_product", fuzz_training_product},
+    {"output_gradient", fuzz_output_gradient},
 };
 static_assert(sizeof(deit::TrainingKernels) == 2 * sizeof(int64_t) + 10 * sizeof(void*) &&
                   sizeof(deit::Kernels) == 9 * sizeof(void*) + sizeof(deit::TrainingKernels),
