@@ -33,6 +33,7 @@ constexpr Case kCases[] = {
     {"weight_gradient", fuzz_weight_gradient},
     {"training_product", fuzz_training_product},
     {"output_gradient", fuzz_output_gradient},
+    {"layer_norm_gradient", fuzz_layer_norm_gradient},
 };
 static_assert(sizeof(deit::TrainingKernels) == 2 * sizeof(int64_t) + 10 * sizeof(void*) &&
                   sizeof(deit::Kernels) == 9 * sizeof(void*) + sizeof(deit::TrainingKernels),
