@@ -11,5 +11,10 @@ void fuzz_layer_norm(Random& random, const deit::Kernels& set);
 void fuzz_attention(Random& random, const deit::Kernels& set);
 void fuzz_product(Random& random, const deit::Kernels& set);
 void fuzz_int8(Random& random, const deit::Kernels& set);
+void fuzz_attention_gradient(Random& random, const deit::Kernels& set);
+void fuzz_weight_gradient(Random& random, const deit::Kernels& set);
+void fuzz_training_product(Random& random, const deit::Kernels& set);
+void fuzz_output_gradient(Random& random, const deit::Kernels& set);
+void fuzz_layer_norm_gradient(Random& random, const deit::Kernels& set);
 
 }  // namespace fuzz

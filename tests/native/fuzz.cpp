@@ -29,8 +29,14 @@ constexpr Case kCases[] = {
     {"attention", fuzz_attention},
     {"product", fuzz_product},
     {"int8", fuzz_int8},
+    {"attention_gradient", fuzz_attention_gradient},
+    {"weight_gradient", fuzz_weight_gradient},
+    {"training_product", fuzz_training_product},
+    {"output_gradient", fuzz_output_gradient},
+    {"layer_norm_gradient", fuzz_layer_norm_gradient},
 };
-static_assert(sizeof(deit::Kernels) == 9 * sizeof(void*) + sizeof(deit::TrainingKernels),
+static_assert(sizeof(deit::TrainingKernels) == 2 * sizeof(int64_t) + 10 * sizeof(void*) &&
+                  sizeof(deit::Kernels) == 9 * sizeof(void*) + sizeof(deit::TrainingKernels),
               "Kernels has a new entry: give it a case above, then its new size here");
 
 // A sanitizer that does not ring is no sanitizer: sanitize.py sets each off first.
