@@ -15,6 +15,7 @@ differences within a round.
 
 from __future__ import annotations
 
+import inspect
 import json
 import statistics
 import sys
@@ -93,6 +94,8 @@ def cases() -> list[Case]:
     epilogue = {"residual": x, "gamma": vector, "keep": keep}
     logits, target = draw(1, 10), torch.tensor([3])
     mlp = (x, weight, vector, weight, vector)
+    norm = (vector, vector)
+    block = (x, *norm, draw(192, 64), draw(192), weight, vector, *norm, *mlp[1:], 1)
     patches = (draw(1, 1, 1, 1), draw(64, 1, 1, 1), vector, draw(1, 1, 64), draw(1, 2, 64))
     return [
         Case("layer_norm", "", (x, vector, vector), {}),
@@ -104,6 +107,7 @@ def cases() -> list[Case]:
         Case("linear", "all", (x, weight, vector), {"activation": "gelu", **epilogue}),
         Case("gelu_mlp", "residual", mlp, {"residual": x}),
         Case("gelu_mlp", "all", mlp, epilogue),
+        Case("vit_block", "", block, {}),
         Case("patch_embed", "", patches, {}),
         Case("cross_entropy", "", (logits, target), {}),
         Case("distillation_loss", "", (logits, target, draw(1, 10)), {}),
@@ -122,8 +126,8 @@ def trained(case: Case) -> Case:
             return value
         return value.clone().requires_grad_()
 
-    # Inputs come in the schema's order, in which constants are counted.
-    inputs = tuple(leaf(v, operator.constants.get(i, "")) for i, v in enumerate(case.inputs))
+    names = inspect.signature(getattr(deit.kernels, case.operator)).parameters
+    inputs = tuple(leaf(v, name) for v, name in zip(case.inputs, names, strict=False))
     keywords = {name: leaf(value, name) for name, value in case.keywords.items()}
     return Case(case.operator, case.options, inputs, keywords)
 

@@ -213,10 +213,16 @@ def needs_gradient(arguments: Arguments) -> bool:
     return False
 
 
+# Products whose gradients have fp32 kernels alone.
+_TRAINS_IN_FP32 = frozenset({("cpu", "linear"), ("cpu", "gelu_mlp")})
+
+
 def _training_reasons(operator: Operator, arguments: Arguments, implementation: str) -> list[str]:
     kernels = ops.KERNELS[implementation]
     if operator.train is None or f"{operator.name}_bwd" not in kernels:
         return ["an input requires grad and the kernel is forward-only"]
+    if (implementation, operator.name) in _TRAINS_IN_FP32 and arguments[0].dtype != torch.float32:
+        return [f"an input requires grad and the gradients are for fp32, not {arguments[0].dtype}"]
     return [
         f"{name} requires grad and the kernel has no gradient for it"
         for position, name in operator.constants.items()

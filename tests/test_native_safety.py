@@ -85,7 +85,8 @@ _TRAINING |= {
         "attention_bwd", (DOUT[:3],), _SAVED["attention"], QKV, Saved(0), _ONE, *HEADS
     ),
     "linear_bwd": backward(
-        "linear_bwd", (make(8, 197, 768, seed=6),), _SAVED["linear"], X, FC1, _ONE, "gelu", None, None
+        "linear_bwd", (make(8, 197, 768, seed=6),), _SAVED["linear"],
+        X, FC1, _ONE, "gelu", None, None,
     ),
     "gelu_mlp_bwd": backward(
         "gelu_mlp_bwd", (DOUT,), _SAVED["gelu_mlp"], X, FC1, FC2, _ONE, _TWO, None, None

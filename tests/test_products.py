@@ -166,10 +166,11 @@ def test_a_changed_weight_is_seen_however_it_changed():
         lambda: weight.numpy().fill(0.5),
         lambda: setattr(weight, "data", torch.randn(48, 64)),
     ):
-        linear(x, weight, impl="cpu")
-        change()
-        arguments = (x, weight, None, None, None, None, None)
-        oracle.check(linear(x, weight, impl="cpu"), reference.linear, arguments)
+        with torch.no_grad():
+            linear(x, weight, impl="cpu")
+            change()
+            found = linear(x, weight, impl="cpu")
+            assert torch.equal(found, linear(x, weight.detach().clone(), impl="cpu"))
 
 
 def test_what_is_left_to_pytorch(monkeypatch):

@@ -74,6 +74,11 @@ DIFFERENTIATED = {
     "gelu_mlp": (
         leaf(2, 3, 4), leaf(6, 4), leaf(6), leaf(4, 6), leaf(4), leaf(2, 3, 4), leaf(4), leaf(2),
     ),
+    "vit_block": (  # row_stats, which it does not read, is of x alone
+        leaf(1, 3, 4), fp64(1, 3, 2, 1), leaf(4), leaf(4), leaf(12, 4), leaf(12), leaf(4, 4),
+        leaf(4), leaf(4), leaf(4), leaf(4), leaf(5, 4), leaf(5), leaf(4, 5), leaf(4), leaf(4),
+        leaf(1, 3), 2, 0.5, 1e-5,
+    ),
     "patch_embed": (leaf(2, 3, 4, 4), leaf(5, 3, 2, 2), leaf(5), leaf(1, 2, 5), leaf(1, 6, 5)),
     "cross_entropy": (leaf(3, 5), leaf(3, 5), 0.1),
     "distillation_loss": (
