@@ -142,7 +142,7 @@ def _norm_linear(size: Size, factory: str, width: int, activation: str | None) -
             saved.append(row_stats.row_stats(x))
         if config is None and factory == "norm_linear":
             config = configs.norm_linear(size.arch, size.dtype, **sizes)
-        given = row_stats.Norm(saved[0], *norm, *EPS)
+        given = row_stats.Norm(saved[0], norm[0], norm[1], *EPS)
         return [norm_linear.norm_linear(x, given, weight, bias, activation, config=config)]
 
     def plain(t: Sequence[Tensor]) -> list[Tensor]:
