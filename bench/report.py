@@ -86,7 +86,10 @@ def table(race: Race) -> Table:
             f"{number(rate)}\n{number(speed.low)} to {number(speed.high)}",
             number(1e3 / rate),
             number(flops),
-            f"{100 * flops * 1e9 / race.peak.flops_per_s:.0f}",
+            # The peak is of the run's dtype: it says nothing of 8-bit products.
+            "-"
+            if contender.precision == "int8"
+            else f"{100 * flops * 1e9 / race.peak.flops_per_s:.0f}",
             "-" if memory is None else f"{memory / 1e6:.0f}",
             f"{row.top1}" if row else "-",
             f"{row.v100_img_s}" if row else "-",
