@@ -56,8 +56,9 @@ def test_vmap(name):
     with torch.no_grad():
         got = each(torch.vmap(lambda x: run(x, *rest))(stacked))
         want = [each(run(x, *rest)) for x in stacked]
-    for index, output in enumerate(got):
-        torch.testing.assert_close(output, torch.stack([w[index] for w in want]))
+    for index, output in enumerate(got):  # the reference under vmap, a kernel without it
+        expected = torch.stack([w[index] for w in want])
+        assert (output - expected).norm() <= 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("name", CALLS)
