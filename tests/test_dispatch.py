@@ -14,6 +14,7 @@ from deit.kernels import (
     reference,
 )
 
+torch.manual_seed(0)  # of this module's tensors: what passes passes again
 X = torch.randn(2, 5, 64)
 WEIGHT = torch.ones(64)
 
