@@ -219,7 +219,7 @@ def test_a_killed_process_is_restarted_by_torchrun(whole, data, tmp_path):
     changes = ["recipe_epochs=2", "recipe_drop_path=0"]
     for name, victim in (("calm", "-1,-1"), ("killed", "1,4")):
         done = subprocess.run(
-            [*torchrun, "--max-restarts=1", PROGRAM[1], str(data), str(tmp_path / name), *changes],
+            [*torchrun, "--max-restarts=3", PROGRAM[1], str(data), str(tmp_path / name), *changes],
             capture_output=True,
             text=True,
             timeout=300,
