@@ -13,15 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-
-def human(seconds: float) -> str:
-    """12 s, 3 min 20 s, 1 h 05 min."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+from deit.watch import human
 
 
 def process_start() -> float:

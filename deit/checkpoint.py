@@ -22,6 +22,7 @@ from deit.configs import VARIANTS, Config, config
 from deit.layouts import UNKNOWN, Converted, convert, describe, infer, sample, strip_wrappers
 from deit.model import DeiT
 from deit.readers import METADATA_KEY, Weights, read
+from deit.runs import sync
 
 # The published files, by network (github.com/facebookresearch/deit).
 OFFICIAL_FILES = {
@@ -141,20 +142,11 @@ def save_state(state: Mapping[str, Tensor], config: Config, path: str | os.PathL
     try:
         metadata = {"format": "pt", METADATA_KEY: json.dumps(asdict(config))}
         save_file(state, temporary, metadata=metadata)
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's entries, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)
 
 
 def resize_positions(pos_embed: Tensor, grid: int, prefix_tokens: int) -> Tensor:

@@ -10,7 +10,7 @@ struct GradientBlock {
   int64_t inputs_padded;
   float* sums;  // [output_block, inputs_padded]
   float* x;     // panels of a chunk
-  float* g;     // panels of a chunk, a vector's slack at their end
+  float* g;     // [kChain, output_block], of a chunk
   double* bias;
 };
 
