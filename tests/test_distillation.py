@@ -40,9 +40,12 @@ def test_the_arms_differ_in_what_is_distilled_only():
     for name, kind, token in (("soft", "soft", False), ("token", "hard", True)):
         options = arms[f"{name}-1"]
         assert (options.distillation.kind, options.distilled) == (kind, token)
-        assert options.recipe == plain.recipe and options.seed == plain.seed == 1
-        assert options.shape == plain.shape and options.limit_train == plain.limit_train
-    assert arms["token-up-1"].img_size == 40 and arms["token-up-1"].distillation.kind == "hard"
+        assert options.recipe == plain.recipe
+        assert options.seed == plain.seed == 1
+        assert options.shape == plain.shape
+        assert options.limit_train == plain.limit_train
+    assert arms["token-up-1"].img_size == 40
+    assert arms["token-up-1"].distillation.kind == "hard"
     assert arms["token-up-labels-1"].distilled
     assert arms["token-up-labels-1"].distillation.kind == "none"
 
