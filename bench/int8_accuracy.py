@@ -1,9 +1,10 @@
 """What 8-bit products cost a really trained DeiT: top-1, agreement, noise of every operator.
 
-    python bench/int8_accuracy.py --json bench/results/int8-accuracy.json
+    deit train --data fashion-mnist --recipe fashion-mnist --img-size 28 --arch deit_ti \\
+        --embed-dim 96 --depth 4 --num-heads 3 --patch-size 4 --out runs/student
+    python bench/int8_accuracy.py runs/student/average.safetensors --data fashion-mnist
 
-Trains a small DeiT on Fashion-MNIST (a few minutes of two cores) unless a checkpoint of one is
-given, then classifies the 10,000 test images in fp32 and with `fuse(model, dtype="int8")`.
+Classifies the held-out images with a trained network in fp32 and with `fuse(model, dtype="int8")`.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from typing import Any
 
 import devices
 import evidence
-import fashion
 import torch
 import tyro
 from torch import Tensor
 
+from deit import networks
+from deit.data.augment import evaluation_transform
+from deit.data.loader import Loader, in_order
+from deit.data.sources import open_source
 from deit.fused_vit import fuse, unfuse
 from deit.kernels import attention, gelu_mlp, int8_gelu_mlp, int8_linear, layer_norm, linear
 from deit.model import Block, DeiT
@@ -31,16 +35,14 @@ from deit.model import Block, DeiT
 
 @dataclass(frozen=True)
 class Options:
-    """Compare a trained DeiT's int8 with its fp32 on Fashion-MNIST's test images."""
+    """Compare a trained DeiT's int8 with its fp32 on held-out images."""
 
-    checkpoint: Path | None = None
-    """A state_dict that this program saved; without one, a model is trained."""
-    epochs: int = 6
-    """Epochs of training."""
-    data: Path = fashion.FOLDER
-    """The folder of the data set's four .gz files."""
-    save: Path | None = None
-    """Where to save the trained state_dict."""
+    run: tyro.conf.Positional[Path]
+    """A folder that `deit train` filled, or a weights' file in it."""
+    data: str
+    """As `deit eval` takes it."""
+    limit: int | None = None
+    """Compare on this many images."""
     json: Path | None = None
     """Where to write the result."""
 
@@ -109,31 +111,33 @@ def compare(model: DeiT, images: Tensor, labels: Tensor) -> dict[str, Any]:
     }
 
 
-def obtain(options: Options) -> DeiT:
-    """The checkpoint's model, or a freshly trained one."""
-    if options.checkpoint is None:
-        model = fashion.train(options.epochs, options.data)
-    else:
-        model = DeiT(fashion.CONFIG).eval()
-        model.load_state_dict(torch.load(options.checkpoint, weights_only=True))
-    if options.save:
-        torch.save(model.state_dict(), options.save)
-    return model
+def held_out(options: Options, about: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The images that the network is judged by, as `deit eval` shows them, and their labels."""
+    source = open_source(options.data, "val", limit=options.limit)
+    size, crop = about["network"]["img_size"], about["options"]["recipe"]["eval_crop"]
+    transform = evaluation_transform(size, crop, tuple(about["mean"]), tuple(about["std"]))
+    order = in_order(len(source), 500)
+    loader = Loader(source, transform, order, seed=0, workers=0, device=torch.device("cpu"))
+    batches = list(loader)
+    return torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Exit status 0; 1 beyond 0.3 points of top-1 or below 99 % agreement."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = tyro.cli(Options, args=given, description=__doc__)
-    model = obtain(options)
-    result = compare(model, *fashion.load("t10k", options.data))
+    model, about = networks.restore(options.run)
+    if not isinstance(model, DeiT):
+        raise SystemExit(f"run: expected a DeiT of this package; got {about['network']['arch']}")
+    result = compare(model, *held_out(options, about))
     command = " ".join(["python bench/int8_accuracy.py", *evidence.command_line(given).split()[2:]])
+    shape = f"DeiT of {model.config.depth} blocks of {model.config.embed_dim} channels"
     row = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "kernels_sha256": evidence.kernels_sha256(),
         **devices.describe(torch.device("cpu")),
-        "model": f"DeiT {fashion.CONFIG.embed_dim} x {fashion.CONFIG.depth}, Fashion-MNIST",
+        "model": f"{shape}, {options.data}, {about['options']['recipe']['epochs']} epochs",
         **result,
     }
     print(json.dumps(result, indent=1))
