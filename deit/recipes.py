@@ -43,7 +43,9 @@ class Recipe:
     loss: Literal["ce", "bce"] = _setting("ce", "of the true labels")
     label_smoothing: float = _setting(0.1, "of the true labels, never of the teacher's")
     drop_path: float = _setting(0.1, "stochastic depth of the last block, linear over depth")
-    layer_scale: float | None = _setting(None, "initial LayerScale; None: without it")
+    layer_scale: float | None = _setting(
+        None, "what LayerScale starts from in a fresh network; None: without it"
+    )
     # Augmentation.
     crop: Literal["random", "center"] = _setting(
         "random", "random: a random resized crop; center: the evaluation's"
