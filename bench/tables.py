@@ -9,7 +9,7 @@ from typing import Any
 
 import devices
 import evidence
-import table5
+import paper_table
 import torch
 from contenders import Contender
 from photos import Photographs
@@ -18,10 +18,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from timing import Spread, paired_ratio, percentile, spread
+from timing import Spread, compare, percentile, spread
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LEAST_CLAIM = 3  # rounds
 TRAINING_FLOPS = 3  # a training step counts as three forwards: backward is two
 
 
@@ -35,20 +34,16 @@ def speeds(contender: Contender) -> Spread:
 def verdict(fused: Contender, other: Contender) -> str:
     """How the fused model compares with another contender of the same rounds.
 
-    A claim is made only where the quartile ranges of the two speeds are apart, over at least
-    LEAST_CLAIM rounds: one sample is apart from any other.
+    A claim is made only where the interval of the paired ratios leaves out 1: what slows the
+    machine down slows both contenders of a round, so their ratio is steadier than either speed.
     """
-    mine, theirs = speeds(fused), speeds(other)
-    ratio = paired_ratio(_image_seconds(other), _image_seconds(fused))
-    paired = f"paired ratio {ratio.median:.3f}, quartiles {ratio.low:.3f} to {ratio.high:.3f}"
-    evidence_ = f"({paired}, n={ratio.n})"
-    if ratio.n < LEAST_CLAIM:
-        return f"{fused.label} vs {other.variant}: too few rounds to tell {evidence_}"
-    if mine.overlaps(theirs):
-        return f"{fused.label} vs {other.variant}: no difference: quartiles overlap {evidence_}"
-    word = "faster" if ratio.median > 1 else "slower"
-    times = ratio.median if ratio.median > 1 else 1 / ratio.median
-    return f"{fused.label} vs {other.variant}: {times:.2f}x {word} {evidence_}"
+    found = compare(_image_seconds(fused), _image_seconds(other))
+    label = f"{fused.label} vs {other.variant}"
+    if found.verdict not in ("faster", "slower"):
+        few = " to tell" if found.verdict == "too few rounds" else ""
+        return f"{label}: {found.verdict}{few} ({found})"
+    times = max(found.ratio, 1 / found.ratio)
+    return f"{label}: {times:.2f}x {found.verdict} ({found})"
 
 
 def _image_seconds(contender: Contender) -> list[float]:
@@ -186,7 +181,7 @@ def _footnotes(race: Race) -> str:
     each = "a training step counted as three forwards" if race.settings.train else "forward"
     memory = devices.MEMORY_IS[race.settings.device.type]
     return (
-        f"quoted: {table5.SOURCE} (one V100, fp32, the largest batch), not measured here. "
+        f"quoted: {paper_table.SOURCE} (one V100, fp32, the largest batch), not measured here. "
         f"FLOPs: two a multiply-add, {each}. Peak MB: {memory}. "
         "Convnets keep the paper's image sizes; of each, the fastest variant tried is shown."
     )
@@ -272,7 +267,7 @@ def _row(
         "kernels_sha256": race.kernels_sha256 if contender.is_fused else None,
         "quoted_top1": quoted.top1 if quoted else None,
         "quoted_v100_img_per_s": quoted.v100_img_s if quoted else None,
-        "quoted_source": table5.SOURCE if quoted else None,
+        "quoted_source": paper_table.SOURCE if quoted else None,
         "photographs": photos.row(contender.variant) if photos else None,
         "peer": contender.about,
     }
