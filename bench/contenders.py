@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -65,6 +66,18 @@ def convnet(name: str) -> Network:
     build = functools.partial(timm.create_model, known[0], num_classes=CLASSES)
     flops = forward_flops(build, row.img_size)
     return Network(row.model, paper_table.family(row.model), row.img_size, flops, build, row)
+
+
+def quoted_network(row: paper_table.Quoted) -> Network:
+    """The network of a row of Table 5, whatever its family, at that row's image size."""
+    if row.model in paper_table.CONVNETS:
+        return convnet(row.model)
+    arch = paper_table.VITS.get(row.model, row.model) + ("_distilled" if row.distilled else "")
+    found = deit_network(arch, row.img_size)
+    assert found.config is not None  # it is no convnet
+    config = dataclasses.replace(found.config, name=row.model)  # a ViT keeps the paper's name
+    family = paper_table.family(row.model)
+    return dataclasses.replace(found, name=row.model, family=family, quoted=row, config=config)
 
 
 def forward_flops(build: Callable[[], nn.Module], img_size: int) -> int:

@@ -25,9 +25,10 @@ CONVNETS: dict[str, tuple[str, ...]] = {
     "regnety_4gf": ("regnety_040",),
     "regnety_8gf": ("regnety_080",),
     "regnety_16gf": ("regnety_160",),
-    **{f"efficientnet_b{i}": (f"efficientnet_b{i}", f"tf_efficientnet_b{i}") for i in range(8)},
+    **{f"efficientnet_b{i}": (f"efficientnet_b{i}", f"tf_efficientnet_b{i}") for i in range(9)},
 }
 FAMILIES = {"resnet": "ResNet", "regnety": "RegNetY", "efficientnet": "EfficientNet"}
+VITS = {"vit_b_16": "deit_b", "vit_l_16": "vit_l"}  # the paper's name -> this package's variant
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,20 @@ def quoted(model: str, img_size: int, *, distilled: bool = False) -> Quoted | No
     return None
 
 
+def networks() -> tuple[Quoted, ...]:
+    """The first row of every network at every image size, in the paper's order."""
+    first: dict[tuple[str, int, bool], Quoted] = {}
+    for row in rows():
+        first.setdefault((row.model, row.img_size, row.distilled), row)
+    return tuple(first.values())
+
+
+def recipes(network: Quoted) -> list[Quoted]:
+    """Every row of a network: one architecture, trained in several ways."""
+    same = lambda row: (row.model, row.img_size, row.distilled)
+    return [row for row in rows() if same(row) == same(network)]
+
+
 def convnet(name: str) -> Quoted:
     """The row of a convnet of Table 5, by the paper's name or by timm's ("regnety_160").
 
@@ -84,7 +99,9 @@ def convnet(name: str) -> Quoted:
 
 
 def family(model: str) -> str:
-    """ "ResNet", "RegNetY", "EfficientNet", or "DeiT" for everything else."""
+    """ "ResNet", "RegNetY", "EfficientNet", "ViT", or "DeiT" for everything else."""
+    if model.startswith("vit_"):
+        return "ViT"
     return FAMILIES.get(model.partition("_")[0].rstrip("0123456789"), "DeiT")
 
 

@@ -17,8 +17,14 @@ import tyro
 
 INK, PAPER, GRID = "#1f2328", "#ffffff", "#d0d7de"
 # Okabe and Ito's palette, which colour-blind readers tell apart too.
-COLOURS = {"DeiT": "#d55e00", "ResNet": "#0072b2", "RegNetY": "#009e73", "EfficientNet": "#7b4f9d"}
-MARKERS = {"DeiT": "o", "ResNet": "s", "RegNetY": "^", "EfficientNet": "D"}
+COLOURS = {
+    "DeiT": "#d55e00",
+    "ViT": "#8a6d00",
+    "ResNet": "#0072b2",
+    "RegNetY": "#009e73",
+    "EfficientNet": "#7b4f9d",
+}
+MARKERS = {"DeiT": "o", "ViT": "v", "ResNet": "s", "RegNetY": "^", "EfficientNet": "D"}
 
 
 @dataclass(frozen=True)

@@ -216,6 +216,7 @@ def rows(
     facts: Mapping[str, Any],
     arguments: Sequence[str],
     photographs: Mapping[str, Photographs],
+    script: str = "throughput.py",
 ) -> list[dict[str, Any]]:
     """One evidence row a contender; see evidence.FIELDS."""
     s = race.settings
@@ -223,7 +224,7 @@ def rows(
         **facts,
         "schema": evidence.SCHEMA,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": evidence.command_line(arguments),
+        "command": evidence.command_line(arguments, script),
         "protocol": s.protocol,
         "mode": "training" if s.train else "latency" if s.latency else "inference",
         "batch_asked": s.batch,
@@ -256,6 +257,7 @@ def _row(
         "img_per_s_high": speed.high,
         "img_per_s_mean": speed.mean,
         "seconds": contender.samples,
+        "parameters": sum(p.numel() for p in contender.module.parameters()),
         "gflop_per_image": work,
         "gflop_per_s": work * speed.median,
         "memory_bytes": contender.memory_bytes,

@@ -149,6 +149,8 @@ def measure(
     settings: Settings, paths: Sequence[Path], progress: Progress
 ) -> tuple[Race, dict[str, photos.Photographs]]:
     """Everything up to the report: the race, and each DeiT's photographs by its label."""
+    torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32; every table states it
+    torch.backends.cudnn.allow_tf32 = False
     progress.left(settings.budget, at_most=True)
     race = Race(settings, progress)
     for message in settings.left_out:
@@ -193,8 +195,6 @@ def main(arguments: Sequence[str] | None = None, start: float | None = None) -> 
             return 2
         if options.threads:
             torch.set_num_threads(options.threads)
-        torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32; every table states it
-        torch.backends.cudnn.allow_tf32 = False
         race, photographs = measure(settings, paths, progress)
     if race.finalists:
         facts = devices.describe(settings.device)
