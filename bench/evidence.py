@@ -142,12 +142,23 @@ def save(path: Path, content: Any) -> None:
     beside.replace(path)
 
 
+def load(path: Path) -> Any:
+    """A results file's content: a list of rows, or a dict; ValueError that names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    if not isinstance(content, (list, dict)):
+        raise ValueError(f"{path.name}: expected JSON rows; got {type(content).__name__}")
+    return content
+
+
 def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """The rows of several results files, checked; errors name the file."""
     rows = []
     for path in paths:
+        found = load(path)
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(found, list):
                 raise ValueError(f"expected a JSON array of rows; got {type(found).__name__}")
             for row in found:

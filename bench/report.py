@@ -1,0 +1,282 @@
+"""One page, self-contained, of everything measured: bench/results/*.json as pictures and tables.
+
+    python bench/report.py                        # build/report.html
+    python bench/report.py --out page.html --pictures docs/
+
+The rows of each device stand apart. A row measured with other kernels than today's is stale and
+marked; beside every row stands the command that makes it anew.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import evidence
+import paper_table
+import tyro
+from page import html, pictures
+from page.html import Column, keyed
+from page.pictures import Picture
+
+Row = dict[str, Any]
+RESULTS = evidence.ROOT / "bench" / "results"
+TITLE = "fused-deit: what was measured"
+DRAWN = ("operators", "scaling")  # kinds of documents that have pictures
+
+
+@dataclass(frozen=True)
+class Options:
+    """Make the page."""
+
+    results: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Files of results. Not given: all of bench/results."""
+    out: Path = evidence.ROOT / "build" / "report.html"
+    """Where the page goes."""
+    pictures: Path | None = None
+    """A folder for the pictures as files of their own, for a README."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the results hold: evidence rows, each with its file, and documents by file."""
+
+    rows: list[Row]
+    documents: dict[str, Row]
+    kernels: str  # the hash of today's kernels
+
+    def stale(self, row: Row) -> bool:
+        """Have the kernels changed since? Never for what runs none of them."""
+        return row.get("kernels_sha256") not in (None, self.kernels)
+
+    def devices(self) -> list[str]:
+        """Every device something was measured on, in the files' order."""
+        sources = [*self.rows, *self.documents.values()]
+        return list(dict.fromkeys(row.get("device", "unnamed") for row in sources))
+
+    def of(self, device: str) -> Found:
+        """What was measured on one device."""
+        same = lambda row: row.get("device", "unnamed") == device
+        documents = {name: each for name, each in self.documents.items() if same(each)}
+        return Found([row for row in self.rows if same(row)], documents, self.kernels)
+
+
+def load(paths: Sequence[Path]) -> Found:
+    """The results in these files; ValueError that names the file for what is none."""
+    rows: list[Row] = []
+    documents: dict[str, Row] = {}
+    for path in sorted(paths):
+        content = evidence.load(path)
+        if isinstance(content, list):
+            rows += [row | {"file": path.name} for row in evidence.read([path])]
+        else:
+            documents[path.name] = content
+    if not rows and not documents:
+        raise ValueError("results: expected files of results; got none")
+    return Found(rows, documents, evidence.kernels_sha256())
+
+
+# Pictures ---------------------------------------------------------------------------------------
+
+
+def panels(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows on like terms, with those terms in words."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["mode"] == "inference":
+            batches = "" if row["protocol"] == "deit2021" else ", TF32 off" * bool(row["driver"])
+            kind = f"{row['protocol']}, {row['dtype']}{batches * (row['dtype'] == 'fp32')}"
+            found.setdefault(kind, []).append(row)
+    return list(found.items())
+
+
+def drawn(found: Found) -> list[Picture]:
+    """Every picture that one device's results have the rows for."""
+    made = []
+    for terms, rows in panels(found.rows):
+        if any(row["quoted_top1"] is not None for row in rows):
+            made.append(pictures.accuracy(rows, terms))
+    for terms, rows in _by_dtype(found.rows):
+        if pictures.comparisons(rows):
+            made.append(pictures.speedups(rows, terms))
+    for document in found.documents.values():
+        if document.get("kind") == "operators":
+            made += [pictures.by_operator(document), pictures.roofline(document)]
+        if document.get("kind") == "scaling":
+            names = dict.fromkeys(row["sweep"] for row in document["rows"])
+            made += [pictures.sweep(document, name) for name in names]
+    return made
+
+
+def _by_dtype(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    kinds = dict.fromkeys(row["dtype"] for row in rows)
+    return [(kind, [row for row in rows if row["dtype"] == kind]) for kind in kinds]
+
+
+# Tables -----------------------------------------------------------------------------------------
+
+
+def models(found: Found) -> str:
+    """Every evidence row."""
+    columns = [
+        keyed("network", "network"),
+        keyed("contender", "contender"),
+        keyed("mode", "mode"),
+        keyed("protocol", "protocol"),
+        keyed("dtype", "dtype"),
+        keyed("batch", "batch"),
+        Column("images/s", pictures.speed),
+        keyed("first\nquartile", "img_per_s_low"),
+        keyed("third\nquartile", "img_per_s_high"),
+        keyed("n", "n"),
+        keyed("GFLOP\nan image", "gflop_per_image"),
+        keyed("GFLOP/s", "gflop_per_s"),
+        Column("% of the\npeak", _of_peak),
+        Column("peak\nMB", lambda row: row["memory_bytes"] and row["memory_bytes"] / 1e6),
+        Column("params, M", lambda row: row.get("parameters") and row["parameters"] / 1e6),
+        keyed("top-1, %\nquoted", "quoted_top1", quoted=True),
+        keyed("V100 img/s\nquoted", "quoted_v100_img_per_s", quoted=True),
+        Column("state", lambda row: "stale" if found.stale(row) else "as measured"),
+        Column("run again", lambda row: row["command"], code=True),
+    ]
+    return html.table(columns, found.rows, found.stale)
+
+
+def _of_peak(row: Row) -> float | None:
+    if "int8" in row["contender"]:  # the peak is of the run's dtype
+        return None
+    return float(100 * row["gflop_per_s"] / row["peak_gflop_per_s"])
+
+
+def operators(document: Row) -> str:
+    """Every timed operator of a document."""
+    columns = [
+        Column("operator", lambda row: f"{row['arch']} {row['operator']}"),
+        keyed("direction", "direction"),
+        keyed("contender", "contender"),
+        Column("µs", lambda row: 1e6 * row["seconds"]),
+        Column("PyTorch's best\nover this", lambda row: row["ratio"]),
+        keyed("95 %\nfrom", "ratio_low"),
+        keyed("to", "ratio_high"),
+        Column("GB/s", lambda row: row["bytes"] / row["seconds"] / 1e9),
+        Column("GFLOP/s", lambda row: row["flops"] / row["seconds"] / 1e9),
+        Column("% of its\nceiling", lambda row: 100 * row["share"]),
+        keyed("n", "n"),
+        keyed("input\nsets", "sets"),
+    ]
+    return html.table(columns, document["rows"], lambda _: False)
+
+
+def runs(found: Found) -> str:
+    """Every command, when it ran, and whether its rows still hold."""
+    by_command: dict[tuple[str, str, str], list[Row]] = {}
+    named = [row | {"file": name} for name, row in found.documents.items()]
+    for row in [*found.rows, *named]:
+        key = (row["file"], row.get("command", "not recorded"), row.get("date", "not recorded"))
+        by_command.setdefault(key, []).append(row)
+    lines = [
+        {"file": file, "command": command, "date": date, "rows": len(rows),
+         "kernels_sha256": max(r.get("kernels_sha256") or "" for r in rows) or None}
+        for (file, command, date), rows in by_command.items()
+    ]  # fmt: skip
+    columns = [
+        keyed("file", "file"),
+        Column("date (UTC)", lambda row: row["date"][:16].replace("T", " ")),
+        keyed("rows", "rows"),
+        Column("state", lambda row: "stale" if found.stale(row) else "as measured"),
+        Column("run again", lambda row: row["command"], code=True),
+    ]
+    return html.table(columns, lines, found.stale)
+
+
+# The page ---------------------------------------------------------------------------------------
+
+MACHINE = ("device", "cpu", "cores", "threads", "cpu_capability", "driver", "python", "torch",
+           "cuda", "triton", "timm", "gpu_state")  # fmt: skip
+SHOWN = (*MACHINE, "kind", "schema", "command", "date", "kernels_sha256")
+
+
+def machine(found: Found) -> str:
+    """The device and the versions; where runs differed, every value."""
+    values: dict[str, list[str]] = {}
+    for row in [*found.rows, *found.documents.values()]:
+        for name in MACHINE:
+            if row.get(name) is not None and str(row[name]) not in values.setdefault(name, []):
+                values[name].append(str(row[name]))
+    if found.rows:
+        peak = max(found.rows, key=lambda row: row["peak_gflop_per_s"])
+        best = f"{peak['peak_gflop_per_s']:.0f} GFLOP/s, {peak['peak_size']}³ {peak['dtype']}"
+        values["matrix product, best measured"] = [f"{best}, by {peak['peak_by']}"]
+    return html.facts((name, ", ".join(each)) for name, each in values.items())
+
+
+def section(device: str, found: Found) -> str:
+    """One device: machine, pictures, tables, what is stale."""
+    parts = [f"<h2>{escape(device)}</h2>", machine(found)]
+    parts += [picture.html() for picture in drawn(found)]
+    if found.rows:
+        parts.append("<h3>Networks</h3>" + models(found))
+    for name, document in found.documents.items():
+        title = f"<h3>{escape(document.get('title', name))}</h3>"
+        if found.stale(document):
+            title += '<p class="quiet">Stale: the kernels have changed since.</p>'
+        if document.get("kind") == "operators":
+            parts.append(title + operators(document))
+        else:
+            parts.append(title + html.document(document, SHOWN))
+    stale = sum(map(found.stale, [*found.rows, *found.documents.values()]))
+    total = len(found.rows) + len(found.documents)
+    parts.append(f"<h3>Runs</h3><p>{stale} of {total} results are stale: the kernels have changed "
+                 "since they were measured.</p>" + runs(found))  # fmt: skip
+    return f"<section>{''.join(parts)}</section>"
+
+
+def make(found: Found) -> str:
+    """The whole page."""
+    intro = (
+        f"<h1>{escape(TITLE)}</h1><p>Speeds are measured on the devices named here, contenders of "
+        "a run interleaved in rounds and checked for equal outputs first. Accuracies and V100 "
+        f"speeds are <em>quoted</em> from {escape(paper_table.SOURCE)}, never measured here. A "
+        "click on a column's head sorts a table; pointing at a mark names it.</p>"
+    )
+    sections = [section(device, found.of(device)) for device in found.devices()]
+    return html.whole(TITLE, intro + "".join(sections))
+
+
+def save_pictures(folder: Path, found: Found) -> None:
+    """Each picture as a file of its own, with its colours in it: NAME.svg, NAME-2.svg, ..."""
+    style = (html.HERE / "style.css").read_text(encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    count: dict[str, int] = {}
+    for device in found.devices():
+        for picture in drawn(found.of(device)):
+            count[picture.name] = count.get(picture.name, 0) + 1
+            suffix = "" if count[picture.name] == 1 else f"-{count[picture.name]}"
+            text = picture.draw(pictures.WIDE).svg()
+            text = text.replace("</title>", f"</title><style>{style}</style>", 1)
+            (folder / f"{picture.name}{suffix}.svg").write_text(text + "\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; exit status 2 for files that hold no results."""
+    options = tyro.cli(Options, args=arguments, description=__doc__)
+    try:
+        found = load(options.results or sorted(RESULTS.glob("*.json")))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(make(found), encoding="utf-8")
+    if options.pictures:
+        save_pictures(options.pictures, found)
+    stale = sum(map(found.stale, found.rows))
+    print(f"{options.out}: {len(found.rows)} rows, {stale} stale, {len(found.documents)} documents")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
