@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import table5
+import paper_table
 import torch
 import torch.nn.functional as F
 from peers import Peer, Problem
@@ -35,7 +36,7 @@ class Network:
     img_size: int
     flops: int
     build: Callable[[], nn.Module]
-    quoted: table5.Quoted | None
+    quoted: paper_table.Quoted | None
     config: deit.Config | None = None
 
     @property
@@ -49,7 +50,7 @@ class Network:
 def deit_network(arch: str, img_size: int | None = None) -> Network:
     """A DeiT by any name that `deit.config` knows; ValueError for others."""
     config = deit.config(arch, img_size=img_size)
-    row = table5.quoted(config.name, config.img_size, distilled=config.distilled)
+    row = paper_table.quoted(config.name, config.img_size, distilled=config.distilled)
     build = functools.partial(deit.create, arch, img_size=config.img_size)
     return Network(config.name, "DeiT", config.img_size, config.flops, build, row, config)
 
@@ -58,13 +59,25 @@ def convnet(name: str) -> Network:
     """A convnet of Table 5 from timm, at the paper's image size; ValueError for others."""
     import timm
 
-    row = table5.convnet(name)
-    known = [each for each in table5.CONVNETS[row.model] if timm.is_model(each)]
+    row = paper_table.convnet(name)
+    known = [each for each in paper_table.CONVNETS[row.model] if timm.is_model(each)]
     if not known:
         raise ValueError(f"against: timm {timm.__version__} has no {row.model}")
     build = functools.partial(timm.create_model, known[0], num_classes=CLASSES)
     flops = forward_flops(build, row.img_size)
-    return Network(row.model, table5.family(row.model), row.img_size, flops, build, row)
+    return Network(row.model, paper_table.family(row.model), row.img_size, flops, build, row)
+
+
+def quoted_network(row: paper_table.Quoted) -> Network:
+    """The network of a row of Table 5, whatever its family, at that row's image size."""
+    if row.model in paper_table.CONVNETS:
+        return convnet(row.model)
+    arch = paper_table.VITS.get(row.model, row.model) + ("_distilled" if row.distilled else "")
+    found = deit_network(arch, row.img_size)
+    assert found.config is not None  # it is no convnet
+    config = dataclasses.replace(found.config, name=row.model)  # a ViT keeps the paper's name
+    family = paper_table.family(row.model)
+    return dataclasses.replace(found, name=row.model, family=family, quoted=row, config=config)
 
 
 def forward_flops(build: Callable[[], nn.Module], img_size: int) -> int:
@@ -82,10 +95,11 @@ def neighbours(network: Network) -> list[str]:
     config = network.config
     if config is None:
         raise ValueError(f"network: expected a DeiT; got {network.name}")
-    sizes = {config.img_size} | {row.img_size for row in table5.rows() if row.model == config.name}
+    printed = {row.img_size for row in paper_table.rows() if row.model == config.name}
+    sizes = {config.img_size} | printed
     flops = {size: deit.config(config.name, img_size=size).flops for size in sizes}
-    speed = table5.reference_speed(config.name, config.img_size, config.distilled, flops)
-    return table5.nearest_convnets(speed)
+    speed = paper_table.reference_speed(config.name, config.img_size, config.distilled, flops)
+    return paper_table.nearest_convnets(speed)
 
 
 @dataclass

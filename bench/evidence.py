@@ -50,6 +50,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "img_per_s_high": _NUMBER,  # third quartile
     "img_per_s_mean": _NUMBER,  # of the mean seconds, as the paper reports
     "seconds": (list,),  # every sample: seconds a batch, in the rounds' order
+    "parameters": (int, type(None)),
     "gflop_per_image": _NUMBER,  # two a multiply-add; training counted as three forwards
     "gflop_per_s": _NUMBER,
     "peak_gflop_per_s": _NUMBER,  # this device's matrix product, measured in the same run
@@ -68,7 +69,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "photographs": (dict, type(None)),
     "peer": (str, type(None)),  # another runtime's version and settings
 }
-LATER = {"peer"}  # fields that the oldest rows lack; None there
+LATER = {"peer", "parameters"}  # fields that the oldest rows lack; None there
 
 
 def sources(root: Path = ROOT) -> list[Path]:
@@ -117,29 +118,47 @@ def check(row: dict[str, Any]) -> None:
         raise ValueError("row: " + "; ".join(wrong))
 
 
-def command_line(arguments: Sequence[str]) -> str:
+def command_line(arguments: Sequence[str], script: str = "throughput.py") -> str:
     """The command as it can be repeated: paths reduced to their last part."""
     shown = []
     for argument in arguments:
         name, equals, value = argument.rpartition("=")
         shown.append(name + equals + (Path(value).name if "/" in value else value))
-    return "python bench/throughput.py " + " ".join(shown)
+    return " ".join([f"python bench/{script}", *shown])
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Check the rows and write them; the folder is made where it is missing."""
+    """Check the rows and write them, all or none; the folder is made where it is missing."""
     for row in rows:
         check(row)
+    save(path, list(rows))
+
+
+def save(path: Path, content: Any) -> None:
+    """Write JSON so that a reader, or a later run, sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(list(rows), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def load(path: Path) -> Any:
+    """A results file's content: a list of rows, or a dict; ValueError that names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    if not isinstance(content, (list, dict)):
+        raise ValueError(f"{path.name}: expected JSON rows; got {type(content).__name__}")
+    return content
 
 
 def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """The rows of several results files, checked; errors name the file."""
     rows = []
     for path in paths:
+        found = load(path)
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(found, list):
                 raise ValueError(f"expected a JSON array of rows; got {type(found).__name__}")
             for row in found:

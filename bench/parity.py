@@ -33,6 +33,8 @@ BOUND = 2e-5
 # Hugging Face transformers names its keys one way in memory and another on disk.
 TRANSFORMERS = ("HF in memory", "HF on disk")
 FUSED = "timm, fused"
+# LayerScale, and no positions for the class token.
+DEIT3 = ("deit3_small_patch16_224", "deit3_base_patch16_384", "deit3_large_patch16_224")
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,11 @@ def against_timm(name: str) -> Iterator[Row]:
     """Our network, plain then fused, against timm's, by timm's way of joining the heads."""
     import timm
 
-    settings = deit.config(name)
     network = build(lambda: timm.create_model(name))
-    images = images_for(settings)
+    ours = deit.load(network.state_dict(), test_head="logit-mean")
+    images = images_for(ours.config)
     with torch.inference_mode():
         theirs = network(images)
-    ours = deit.load(network.state_dict(), name, test_head="logit-mean")
     yield compare(name, "timm", theirs, ours, images)
     fuse(ours)
     yield compare(name, FUSED, theirs, ours, images)
@@ -161,6 +162,8 @@ def rows() -> Iterator[Row]:
         yield from against_transformers(name)
         if name == "deit_tiny_distilled_patch16_224":
             yield from against_transformers(name, kind="DeiTForImageClassification")
+    for name in DEIT3:
+        yield from against_timm(name)
     yield against_torchvision("vit_b_16")
     yield against_torchvision("vit_l_16")
 
@@ -205,7 +208,7 @@ def main(json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None) -> 
     from rich.progress import track
 
     console = Console()
-    total = 3 * len(deit.PUBLISHED) + 4
+    total = 4 * len(deit.PUBLISHED) + 2 + 2 * len(DEIT3) + 2
     found = list(track(rows(), "comparing", total, console=Console(stderr=True), transient=True))
     console.print(tabulate(found))
     worst = max(row.delta for row in found)

@@ -12,13 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import evidence
-import table5
+import paper_table
 import tyro
 
 INK, PAPER, GRID = "#1f2328", "#ffffff", "#d0d7de"
 # Okabe and Ito's palette, which colour-blind readers tell apart too.
-COLOURS = {"DeiT": "#d55e00", "ResNet": "#0072b2", "RegNetY": "#009e73", "EfficientNet": "#7b4f9d"}
-MARKERS = {"DeiT": "o", "ResNet": "s", "RegNetY": "^", "EfficientNet": "D"}
+COLOURS = {
+    "DeiT": "#d55e00",
+    "ViT": "#8a6d00",
+    "ResNet": "#0072b2",
+    "RegNetY": "#009e73",
+    "EfficientNet": "#7b4f9d",
+}
+MARKERS = {"DeiT": "o", "ViT": "v", "ResNet": "s", "RegNetY": "^", "EfficientNet": "D"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Options:
 
 def family(row: dict[str, Any]) -> str:
     """The family of a row's network."""
-    return table5.family(row["network"].partition("↑")[0])
+    return paper_table.family(row["network"].partition("↑")[0])
 
 
 def comparable(rows: Sequence[dict[str, Any]]) -> None:
@@ -72,7 +78,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         bars(left, rows)
         scatter(right, rows)
         left.set_title(_title(rows), fontsize=9)
-        right.set_title(f"accuracy quoted ({table5.SOURCE})\nagainst speed measured", fontsize=9)
+        source = f"accuracy quoted ({paper_table.SOURCE})"
+        right.set_title(f"{source}\nagainst speed measured", fontsize=9)
         metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, metadata=metadata)

@@ -35,10 +35,11 @@ class Progress:
     `doing` names the step, `left` sets the estimate, `say` prints a line that stays.
     """
 
-    def __init__(self, start: float, stream: TextIO = sys.stderr, every: float = 10.0) -> None:
-        """`start`: perf_counter() when the program began; `every`: seconds between plain lines
-        of one and the same step."""
+    def __init__(self, start: float, stream: TextIO | None = None, every: float = 10.0) -> None:
+        """`start`: perf_counter() when the program began; `stream`: None for stderr; `every`:
+        seconds between plain lines of one and the same step."""
         self.start = start
+        stream = stream or sys.stderr
         self.console = Console(file=stream, highlight=False, soft_wrap=True)
         self.live = (
             Live(

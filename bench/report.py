@@ -1,278 +1,282 @@
-"""The results as a table, as verdicts, and as evidence rows."""
+"""One page, self-contained, of everything measured: bench/results/*.json as pictures and tables.
+
+    python bench/report.py                        # build/report.html
+    python bench/report.py --out page.html --pictures docs/
+
+The rows of each device stand apart. A row measured with other kernels than today's is stale and
+marked; beside every row stands the command that makes it anew.
+"""
 
 from __future__ import annotations
 
-import datetime
-import statistics
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
 from typing import Any
 
-import devices
 import evidence
-import table5
-import torch
-from contenders import Contender
-from photos import Photographs
-from race import Race
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from timing import Spread, paired_ratio, percentile, spread
+import paper_table
+import tyro
+from page import html, pictures
+from page.html import Column, keyed
+from page.pictures import Picture
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LEAST_CLAIM = 3  # rounds
-TRAINING_FLOPS = 3  # a training step counts as three forwards: backward is two
+Row = dict[str, Any]
+RESULTS = evidence.ROOT / "bench" / "results"
+TITLE = "fused-deit: what was measured"
+DRAWN = ("operators", "scaling")  # kinds of documents that have pictures
 
 
-def speeds(contender: Contender) -> Spread:
-    """Images/s over the rounds; the mean is the batch over the mean seconds, as in the paper."""
-    spread_ = spread([contender.batch / seconds for seconds in contender.samples])
-    mean = contender.batch / statistics.fmean(contender.samples)
-    return Spread(spread_.low, spread_.median, spread_.high, mean, spread_.n)
+@dataclass(frozen=True)
+class Options:
+    """Make the page."""
+
+    results: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Files of results. Not given: all of bench/results."""
+    out: Path = evidence.ROOT / "build" / "report.html"
+    """Where the page goes."""
+    pictures: Path | None = None
+    """A folder for the pictures as files of their own, for a README."""
 
 
-def verdict(fused: Contender, other: Contender) -> str:
-    """How the fused model compares with another contender of the same rounds.
+@dataclass(frozen=True)
+class Found:
+    """What the results hold: evidence rows, each with its file, and documents by file."""
 
-    A claim is made only where the quartile ranges of the two speeds are apart, over at least
-    LEAST_CLAIM rounds: one sample is apart from any other.
-    """
-    mine, theirs = speeds(fused), speeds(other)
-    ratio = paired_ratio(_image_seconds(other), _image_seconds(fused))
-    paired = f"paired ratio {ratio.median:.3f}, quartiles {ratio.low:.3f} to {ratio.high:.3f}"
-    evidence_ = f"({paired}, n={ratio.n})"
-    if ratio.n < LEAST_CLAIM:
-        return f"{fused.label} vs {other.variant}: too few rounds to tell {evidence_}"
-    if mine.overlaps(theirs):
-        return f"{fused.label} vs {other.variant}: no difference: quartiles overlap {evidence_}"
-    word = "faster" if ratio.median > 1 else "slower"
-    times = ratio.median if ratio.median > 1 else 1 / ratio.median
-    return f"{fused.label} vs {other.variant}: {times:.2f}x {word} {evidence_}"
+    rows: list[Row]
+    documents: dict[str, Row]
+    kernels: str  # the hash of today's kernels
 
+    def stale(self, row: Row) -> bool:
+        """Have the kernels changed since? Never for what runs none of them."""
+        return row.get("kernels_sha256") not in (None, self.kernels)
 
-def _image_seconds(contender: Contender) -> list[float]:
-    return [seconds / contender.batch for seconds in contender.samples]
+    def devices(self) -> list[str]:
+        """Every device something was measured on, in the files' order."""
+        sources = [*self.rows, *self.documents.values()]
+        return list(dict.fromkeys(row.get("device", "unnamed") for row in sources))
 
-
-def number(value: float) -> str:
-    """Four significant digits, never in exponent form."""
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    def of(self, device: str) -> Found:
+        """What was measured on one device."""
+        same = lambda row: row.get("device", "unnamed") == device
+        documents = {name: each for name, each in self.documents.items() if same(each)}
+        return Found([row for row in self.rows if same(row)], documents, self.kernels)
 
 
-def gflop(contender: Contender, train: bool) -> float:
-    """GFLOP for one image, two a multiply-add."""
-    return contender.network.flops * (TRAINING_FLOPS if train else 1) / 1e9
+def load(paths: Sequence[Path]) -> Found:
+    """The results in these files; ValueError that names the file for what is none."""
+    rows: list[Row] = []
+    documents: dict[str, Row] = {}
+    for path in sorted(paths):
+        content = evidence.load(path)
+        if isinstance(content, list):
+            rows += [row | {"file": path.name} for row in evidence.read([path])]
+        else:
+            documents[path.name] = content
+    if not rows and not documents:
+        raise ValueError("results: expected files of results; got none")
+    return Found(rows, documents, evidence.kernels_sha256())
 
 
-def table(race: Race) -> Table:
-    """One row a contender, 78 columns wide at most."""
-    paper = race.settings.protocol == "deit2021"
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    shown.add_column("measured", overflow="fold", max_width=25)
-    shown.add_column("img/s\nmean of runs" if paper else "img/s\nquartiles", justify="right")
-    for head in ("ms per\nimage", "GFLOP/s", "% of\npeak", "peak\nMB"):
-        shown.add_column(head, justify="right")
-    shown.add_column("quoted\ntop-1", justify="right", style="dim")
-    shown.add_column("quoted\nV100 img/s", justify="right", style="dim")
-    for contender in race.finalists:
-        speed = speeds(contender)
-        rate = speed.mean if paper else speed.median
-        flops = rate * gflop(contender, race.settings.train)
-        row, memory = contender.network.quoted, contender.memory_bytes
-        how = contender.variant + (f", batch {contender.batch}" if _batches_differ(race) else "")
-        shown.add_row(
-            Text(f"{contender.network.label}\n  {how}", style=_style(contender)),
-            f"{number(rate)}\n{number(speed.low)} to {number(speed.high)}",
-            number(1e3 / rate),
-            number(flops),
-            # The peak is of the run's dtype: it says nothing of 8-bit products.
-            "-"
-            if contender.precision == "int8"
-            else f"{100 * flops * 1e9 / race.peak.flops_per_s:.0f}",
-            "-" if memory is None else f"{memory / 1e6:.0f}",
-            f"{row.top1}" if row else "-",
-            f"{row.v100_img_s}" if row else "-",
-        )
-    return shown
+# Pictures ---------------------------------------------------------------------------------------
 
 
-def latencies(race: Race) -> Table:
-    """One row a contender: the middle and the tail of single calls, in milliseconds."""
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    shown.add_column("measured", overflow="fold", max_width=40)
-    for head in ("p50, ms", "p99, ms", "quartiles, ms", "calls", "peak MB"):
-        shown.add_column(head, justify="right")
-    for contender in race.finalists:
-        times = [1e3 * seconds for seconds in contender.samples]
-        middle, memory = spread(times), contender.memory_bytes
-        shown.add_row(
-            Text(contender.label, style=_style(contender)),
-            number(middle.median),
-            number(percentile(times, 99)),
-            f"{number(middle.low)} to {number(middle.high)}",
-            f"{middle.n}",
-            "-" if memory is None else f"{memory / 1e6:.0f}",
-        )
-    return shown
+def panels(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows on like terms, with those terms in words."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["mode"] == "inference":
+            batches = "" if row["protocol"] == "deit2021" else ", TF32 off" * bool(row["driver"])
+            kind = f"{row['protocol']}, {row['dtype']}{batches * (row['dtype'] == 'fp32')}"
+            found.setdefault(kind, []).append(row)
+    return list(found.items())
 
 
-def _style(contender: Contender) -> str:
-    return "bold" if contender.is_fused else ""
+def drawn(found: Found) -> list[Picture]:
+    """Every picture that one device's results have the rows for."""
+    made = []
+    for terms, rows in panels(found.rows):
+        if any(row["quoted_top1"] is not None for row in rows):
+            made.append(pictures.accuracy(rows, terms))
+    for terms, rows in _by_dtype(found.rows):
+        if pictures.comparisons(rows):
+            made.append(pictures.speedups(rows, terms))
+    for document in found.documents.values():
+        if document.get("kind") == "operators":
+            made += [pictures.by_operator(document), pictures.roofline(document)]
+        if document.get("kind") == "scaling":
+            names = dict.fromkeys(row["sweep"] for row in document["rows"])
+            made += [pictures.sweep(document, name) for name in names]
+    return made
 
 
-def _batches_differ(race: Race) -> bool:
-    return len({contender.batch for contender in race.finalists}) > 1
+def _by_dtype(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    kinds = dict.fromkeys(row["dtype"] for row in rows)
+    return [(kind, [row for row in rows if row["dtype"] == kind]) for kind in kinds]
 
 
-def terms(race: Race, facts: Mapping[str, Any]) -> str:
-    """One line: what was measured, where and how."""
-    s = race.settings
-    kind = str(s.dtype).removeprefix("torch.")
-    mode = "training steps" if s.train else "single calls" if s.latency else "inference"
-    where = facts["device"]
-    if s.device.type == "cpu":
-        where += f", {facts['threads']} threads, {facts['cpu_capability']}"
-    batch = "each network's largest batch" if _batches_differ(race) else f"batch {race.batch}"
-    tf32 = ", TF32 off" if s.dtype == torch.float32 and s.device.type == "cuda" else ""
-    rounds = len(race.finalists[0].samples)
-    return (
-        f"{mode}, protocol {s.protocol}, {kind}{tf32}, {batch}, {rounds} interleaved rounds\n"
-        f"measured on {where}\n"
-        f"torch {facts['torch']}, timm {facts['timm']}; peak {race.peak}"
-    )
+# Tables -----------------------------------------------------------------------------------------
 
 
-def show(race: Race, facts: Mapping[str, Any], photographs: Mapping[str, Photographs]) -> None:
-    """Print everything on stdout, 80 to 120 columns wide."""
-    console = Console(highlight=False)
-    console.width = min(120, max(80, console.width)) if console.is_terminal else 100
-    out = console.print
-    out(terms(race, facts), markup=False)
-    out(latencies(race) if race.settings.latency else table(race))
-    for contender in race.finalists:
-        if contender.is_fused:
-            for line in _about_fused(race, contender):
-                out(line, markup=False)
-    for label, photos in photographs.items():
-        for line in photo_lines(label, photos):
-            out(line, markup=False)
-    compiled = [c for c in race.finalists if c.compile_seconds is not None]
-    if compiled:
-        times = (
-            f"{c.label} {c.compile_seconds:.0f} s{' (cached)' if c.compile_cached else ''}"
-            for c in compiled
-        )
-        out("apart from timing: building " + ", ".join(times), markup=False)
-    warm = sum(c.warmup_seconds for c in race.finalists)
-    out(f"apart from timing: warming up {warm:.0f} s in all", markup=False)
-    for contender in race.finalists:
-        if contender.about:
-            out(f"{contender.label}: {contender.about}", style="dim", markup=False)
-    out(_footnotes(race), style="dim", markup=False)
-    for message in race.notes:
-        out(f"note: {message}", markup=False)
-
-
-def _about_fused(race: Race, fused: Contender) -> list[str]:
-    others = [c for c in race.finalists if c.network is fused.network and c is not fused]
-    lines = [verdict(fused, other) for other in others]
-    operators = fused.operators or {}
-    ran = ", ".join(f"{operator}: {impl}" for operator, impl in operators.items())
-    return [*lines, f"{fused.label} ran {ran or 'none of the operators'}"]
-
-
-def _footnotes(race: Race) -> str:
-    each = "a training step counted as three forwards" if race.settings.train else "forward"
-    memory = devices.MEMORY_IS[race.settings.device.type]
-    return (
-        f"quoted: {table5.SOURCE} (one V100, fp32, the largest batch), not measured here. "
-        f"FLOPs: two a multiply-add, {each}. Peak MB: {memory}. "
-        "Convnets keep the paper's image sizes; of each, the fastest variant tried is shown."
-    )
-
-
-def photo_lines(label: str, photos: Photographs) -> list[str]:
-    """The photographs' figures and what could not be read."""
-    lines = [
-        f"photographs through {label}: {photos.used} files read, {photos.images} images a pass, "
-        f"{photos.workers} decoding processes",
-        f"  the loader alone: {number(photos.loader.median)} img/s",
+def models(found: Found) -> str:
+    """Every evidence row."""
+    columns = [
+        keyed("network", "network"),
+        keyed("contender", "contender"),
+        keyed("mode", "mode"),
+        keyed("protocol", "protocol"),
+        keyed("dtype", "dtype"),
+        keyed("batch", "batch"),
+        Column("images/s", pictures.speed),
+        keyed("first\nquartile", "img_per_s_low"),
+        keyed("third\nquartile", "img_per_s_high"),
+        keyed("n", "n"),
+        keyed("GFLOP\nan image", "gflop_per_image"),
+        keyed("GFLOP/s", "gflop_per_s"),
+        Column("% of the\npeak", _of_peak),
+        Column("peak\nMB", lambda row: row["memory_bytes"] and row["memory_bytes"] / 1e6),
+        Column("params, M", lambda row: row.get("parameters") and row["parameters"] / 1e6),
+        keyed("top-1, %\nquoted", "quoted_top1", quoted=True),
+        keyed("V100 img/s\nquoted", "quoted_v100_img_per_s", quoted=True),
+        Column("state", lambda row: "stale" if found.stale(row) else "as measured"),
+        Column("run again", lambda row: row["command"], code=True),
     ]
-    for variant, model in photos.model.items():
-        whole = photos.end_to_end[variant]
-        lines.append(
-            f"  {variant}: model only {number(model.median)} img/s, end to end "
-            f"{number(whole.median)} img/s "
-            f"({number(whole.low)} to {number(whole.high)}, n={whole.n})"
-        )
-    if photos.unreadable:
-        named = "; ".join(photos.unreadable[:10])
-        more = len(photos.unreadable) - 10
-        lines.append(
-            f"  {len(photos.unreadable)} unreadable, left out: {named}"
-            + (f"; and {more} more" if more > 0 else "")
-        )
-    return lines
+    return html.table(columns, found.rows, found.stale)
 
 
-def rows(
-    race: Race,
-    facts: Mapping[str, Any],
-    arguments: Sequence[str],
-    photographs: Mapping[str, Photographs],
-) -> list[dict[str, Any]]:
-    """One evidence row a contender; see evidence.FIELDS."""
-    s = race.settings
-    common = {
-        **facts,
-        "schema": evidence.SCHEMA,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": evidence.command_line(arguments),
-        "protocol": s.protocol,
-        "mode": "training" if s.train else "latency" if s.latency else "inference",
-        "batch_asked": s.batch,
-        "dtype": next(name for name, dtype in DTYPES.items() if dtype == s.dtype),
-        "tf32": False,
-        "gpu_state": devices.gpu_query(s.device, "clocks.sm,clocks.mem,power.draw,temperature.gpu"),
-        "peak_gflop_per_s": race.peak.flops_per_s / 1e9,
-        "peak_size": race.peak.size,
-        "peak_by": race.peak.by,
-    }
-    return [common | _row(race, contender, photographs) for contender in race.finalists]
+def _of_peak(row: Row) -> float | None:
+    if "int8" in row["contender"]:  # the peak is of the run's dtype
+        return None
+    return float(100 * row["gflop_per_s"] / row["peak_gflop_per_s"])
 
 
-def _row(
-    race: Race, contender: Contender, photographs: Mapping[str, Photographs]
-) -> dict[str, Any]:
-    network, speed = contender.network, speeds(contender)
-    photos = photographs.get(network.label)
-    work = gflop(contender, race.settings.train)
-    quoted = network.quoted
-    return {
-        "network": network.label,
-        "contender": contender.variant,
-        "img_size": network.img_size,
-        "batch": contender.batch,
-        "n": speed.n,
-        "calls_per_sample": contender.calls,
-        "img_per_s": speed.median,
-        "img_per_s_low": speed.low,
-        "img_per_s_high": speed.high,
-        "img_per_s_mean": speed.mean,
-        "seconds": contender.samples,
-        "gflop_per_image": work,
-        "gflop_per_s": work * speed.median,
-        "memory_bytes": contender.memory_bytes,
-        "warmup_seconds": contender.warmup_seconds,
-        "compile_seconds": contender.compile_seconds,
-        "logits_error": contender.logits_error,
-        "tried": contender.tried,
-        "operators": contender.operators,
-        "kernels_sha256": race.kernels_sha256 if contender.is_fused else None,
-        "quoted_top1": quoted.top1 if quoted else None,
-        "quoted_v100_img_per_s": quoted.v100_img_s if quoted else None,
-        "quoted_source": table5.SOURCE if quoted else None,
-        "photographs": photos.row(contender.variant) if photos else None,
-        "peer": contender.about,
-    }
+def operators(document: Row) -> str:
+    """Every timed operator of a document."""
+    columns = [
+        Column("operator", lambda row: f"{row['arch']} {row['operator']}"),
+        keyed("direction", "direction"),
+        keyed("contender", "contender"),
+        Column("µs", lambda row: 1e6 * row["seconds"]),
+        Column("PyTorch's best\nover this", lambda row: row["ratio"]),
+        keyed("95 %\nfrom", "ratio_low"),
+        keyed("to", "ratio_high"),
+        Column("GB/s", lambda row: row["bytes"] / row["seconds"] / 1e9),
+        Column("GFLOP/s", lambda row: row["flops"] / row["seconds"] / 1e9),
+        Column("% of its\nceiling", lambda row: 100 * row["share"]),
+        keyed("n", "n"),
+        keyed("input\nsets", "sets"),
+    ]
+    return html.table(columns, document["rows"], lambda _: False)
+
+
+def runs(found: Found) -> str:
+    """Every command, when it ran, and whether its rows still hold."""
+    by_command: dict[tuple[str, str, str], list[Row]] = {}
+    named = [row | {"file": name} for name, row in found.documents.items()]
+    for row in [*found.rows, *named]:
+        key = (row["file"], row.get("command", "not recorded"), row.get("date", "not recorded"))
+        by_command.setdefault(key, []).append(row)
+    lines = [
+        {"file": file, "command": command, "date": date, "rows": len(rows),
+         "kernels_sha256": max(r.get("kernels_sha256") or "" for r in rows) or None}
+        for (file, command, date), rows in by_command.items()
+    ]  # fmt: skip
+    columns = [
+        keyed("file", "file"),
+        Column("date (UTC)", lambda row: row["date"][:16].replace("T", " ")),
+        keyed("rows", "rows"),
+        Column("state", lambda row: "stale" if found.stale(row) else "as measured"),
+        Column("run again", lambda row: row["command"], code=True),
+    ]
+    return html.table(columns, lines, found.stale)
+
+
+# The page ---------------------------------------------------------------------------------------
+
+MACHINE = ("device", "cpu", "cores", "threads", "cpu_capability", "driver", "python", "torch",
+           "cuda", "triton", "timm", "gpu_state")  # fmt: skip
+SHOWN = (*MACHINE, "kind", "schema", "command", "date", "kernels_sha256")
+
+
+def machine(found: Found) -> str:
+    """The device and the versions; where runs differed, every value."""
+    values: dict[str, list[str]] = {}
+    for row in [*found.rows, *found.documents.values()]:
+        for name in MACHINE:
+            if row.get(name) is not None and str(row[name]) not in values.setdefault(name, []):
+                values[name].append(str(row[name]))
+    if found.rows:
+        peak = max(found.rows, key=lambda row: row["peak_gflop_per_s"])
+        best = f"{peak['peak_gflop_per_s']:.0f} GFLOP/s, {peak['peak_size']}³ {peak['dtype']}"
+        values["matrix product, best measured"] = [f"{best}, by {peak['peak_by']}"]
+    return html.facts((name, ", ".join(each)) for name, each in values.items())
+
+
+def section(device: str, found: Found) -> str:
+    """One device: machine, pictures, tables, what is stale."""
+    parts = [f"<h2>{escape(device)}</h2>", machine(found)]
+    parts += [picture.html() for picture in drawn(found)]
+    if found.rows:
+        parts.append("<h3>Networks</h3>" + models(found))
+    for name, document in found.documents.items():
+        title = f"<h3>{escape(document.get('title', name))}</h3>"
+        if found.stale(document):
+            title += '<p class="quiet">Stale: the kernels have changed since.</p>'
+        if document.get("kind") == "operators":
+            parts.append(title + operators(document))
+        else:
+            parts.append(title + html.document(document, SHOWN))
+    stale = sum(map(found.stale, [*found.rows, *found.documents.values()]))
+    total = len(found.rows) + len(found.documents)
+    parts.append(f"<h3>Runs</h3><p>{stale} of {total} results are stale: the kernels have changed "
+                 "since they were measured.</p>" + runs(found))  # fmt: skip
+    return f"<section>{''.join(parts)}</section>"
+
+
+def make(found: Found) -> str:
+    """The whole page."""
+    intro = (
+        f"<h1>{escape(TITLE)}</h1><p>Speeds are measured on the devices named here, contenders of "
+        "a run interleaved in rounds and checked for equal outputs first. Accuracies and V100 "
+        f"speeds are <em>quoted</em> from {escape(paper_table.SOURCE)}, never measured here. A "
+        "click on a column's head sorts a table; pointing at a mark names it.</p>"
+    )
+    sections = [section(device, found.of(device)) for device in found.devices()]
+    return html.whole(TITLE, intro + "".join(sections))
+
+
+def save_pictures(folder: Path, found: Found) -> None:
+    """Each picture as a file of its own, with its colours in it: NAME.svg, NAME-2.svg, ..."""
+    style = (html.HERE / "style.css").read_text(encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    count: dict[str, int] = {}
+    for device in found.devices():
+        for picture in drawn(found.of(device)):
+            count[picture.name] = count.get(picture.name, 0) + 1
+            suffix = "" if count[picture.name] == 1 else f"-{count[picture.name]}"
+            text = picture.draw(pictures.WIDE).svg()
+            text = text.replace("</title>", f"</title><style>{style}</style>", 1)
+            (folder / f"{picture.name}{suffix}.svg").write_text(text + "\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; exit status 2 for files that hold no results."""
+    options = tyro.cli(Options, args=arguments, description=__doc__)
+    try:
+        found = load(options.results or sorted(RESULTS.glob("*.json")))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(make(found), encoding="utf-8")
+    if options.pictures:
+        save_pictures(options.pictures, found)
+    stale = sum(map(found.stale, found.rows))
+    print(f"{options.out}: {len(found.rows)} rows, {stale} stale, {len(found.documents)} documents")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,121 +1,265 @@
-"""Table 5 of the DeiT paper as data: quoted accuracies and V100 speeds, never measured here.
+"""Table 5 of the DeiT paper on this machine: every network, under the paper's protocol and today's.
 
-The rows stand in table5.csv as printed (arXiv 2012.12877v2, Table 5): one 16 GB V100, fp32, the
-largest batch that fits, mean of 30 runs, all models from one timm code base.
+    python bench/table5.py                        # measures what is missing or stale, prints all
+    python bench/table5.py --only deit,resnet50 --protocols deit2021
+    python bench/table5.py --show                 # prints what there is
+
+Each network is a race of its own (fused, eager, compiled; of a convnet the fastest memory format),
+its rows written when it is finished: a run that was interrupted goes on with the next network.
+Accuracies and V100 speeds are the paper's, quoted; the images/s beside them are measured here.
 """
 
 from __future__ import annotations
 
-import csv
 import functools
+import gc
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-SOURCE = "arXiv 2012.12877v2, Table 5"
-PATH = Path(__file__).with_name("table5.csv")
+import compiling
+import contenders as field_of
+import devices
+import evidence
+import paper_table
+import peers
+import tables
+import throughput
+import torch
+import tyro
+from contenders import Network
+from paper_table import Quoted
+from progress import Progress
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
-# The paper's name -> timm's, oldest spelling first; the first that the installed timm has is used.
-CONVNETS: dict[str, tuple[str, ...]] = {
-    "resnet18": ("resnet18",),
-    "resnet50": ("resnet50",),
-    "resnet101": ("resnet101",),
-    "resnet152": ("resnet152",),
-    "regnety_4gf": ("regnety_040",),
-    "regnety_8gf": ("regnety_080",),
-    "regnety_16gf": ("regnety_160",),
-    **{f"efficientnet_b{i}": (f"efficientnet_b{i}", f"tf_efficientnet_b{i}") for i in range(8)},
-}
-FAMILIES = {"resnet": "ResNet", "regnety": "RegNetY", "efficientnet": "EfficientNet"}
+Row = dict[str, Any]
+Protocol = Literal["modern", "deit2021"]
+
+CPU_LIMIT = 120.0  # seconds a network, most of them for torch.compile on two cores
+LEAST_ROUNDS = 3  # for quartiles
+OVERRUN = 3.0  # times the limit after which a network is given up
 
 
 @dataclass(frozen=True)
-class Quoted:
-    """One row: what the paper printed for one network at one image size."""
+class Options:
+    """Measure every network of the paper's Table 5."""
 
-    model: str
-    img_size: int
-    params_m: float
-    v100_img_s: float
-    top1: float
-    distilled: bool
-    note: str
+    protocols: tuple[Protocol, ...] = ("modern", "deit2021")
+    """modern: bf16 on a GPU, compiled contenders too, medians of interleaved rounds. deit2021:
+    fp32 with TF32 off, eager, the largest batch that fits, the mean of 30 runs."""
+    only: tuple[str, ...] = ()
+    """Networks by label ("deit_b↑384"), or by its beginning ("resnet"); not given: all."""
+    bs: int = 256
+    """Images in a batch; on a CPU less, as memory and the limit demand, and the table says so."""
+    limit: float | None = None
+    """Seconds for one network and protocol; 0 for none. Not given: 120 on a CPU, none on a
+    GPU."""
+    peers: tuple[str, ...] = ("default",)
+    """What else runs the networks under the modern protocol: as of bench/throughput.py."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto for a GPU where there is one."""
+    threads: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """CPU threads. Not given: torch's choice."""
+    json: Path | None = None
+    """The rows, read and completed. Not given: bench/results/table5-DEVICE.json."""
+    again: bool = False
+    """Measure finished networks, too."""
+    show: bool = False
+    """Measure nothing."""
 
 
-@functools.cache
-def rows() -> tuple[Quoted, ...]:
-    """Every row of the table, in the paper's order."""
-    with PATH.open(encoding="utf-8") as file:
-        lines = [line for line in file if not line.startswith("#")]
-    return tuple(
-        Quoted(
-            model=row["model"],
-            img_size=int(row["img_size"]),
-            params_m=float(row["params_m"]),
-            v100_img_s=float(row["v100_fp32_img_s"]),
-            top1=float(row["imagenet_top1"]),
-            distilled=row["distilled"] == "yes",
-            note=" ".join(filter(None, (row["epochs"] and f"{row['epochs']} ep", row["recipe"]))),
-        )
-        for row in csv.DictReader(lines)
+def results_path(facts: Row) -> Path:
+    """Where this device's rows stand."""
+    slug = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
+    kind = "" if facts["driver"] else "cpu-"
+    return evidence.ROOT / "bench" / "results" / f"table5-{kind}{slug}.json"
+
+
+def chosen(only: Sequence[str]) -> list[Quoted]:
+    """The rows of Table 5 to measure; ValueError for a name that no label is or begins with."""
+    by_label = {label(row): row for row in paper_table.networks()}
+    names = [name for each in only for name in each.split(",") if name]
+    found: set[str] = set()
+    for name in names:
+        meant = {name} & by_label.keys() or {each for each in by_label if each.startswith(name)}
+        if not meant:
+            raise ValueError(f"only: expected beginnings of {', '.join(by_label)}; got {name!r}")
+        found |= meant
+    return [row for each, row in by_label.items() if not names or each in found]
+
+
+def label(row: Quoted) -> str:
+    """A network's name as Network.label gives it, without building it."""
+    size = "" if row.img_size == 224 else f"↑{row.img_size}"
+    return row.model + ("⚗" if row.distilled else "") + size
+
+
+def finished(rows: Sequence[Row], name: str, protocol: str, facts: Row, batch: int) -> bool:
+    """Is there a measurement on these terms whose kernels have not changed since?"""
+    same = of(rows, name, protocol)
+    terms = {name: facts[name] for name in ("device", "threads", "torch")} | {"batch_asked": batch}
+    return bool(same) and all(
+        not evidence.is_stale(row) and all(row[key] == value for key, value in terms.items())
+        for row in same
     )
 
 
-def quoted(model: str, img_size: int, *, distilled: bool = False) -> Quoted | None:
-    """The first row for a network (of several recipes, the paper's plain one), or None."""
-    for row in rows():
-        if (row.model, row.img_size, row.distilled) == (model, img_size, distilled):
-            return row
-    return None
+def of(rows: Sequence[Row], name: str, protocol: str) -> list[Row]:
+    """The rows of one network under one protocol."""
+    return [row for row in rows if (row["network"], row["protocol"]) == (name, protocol)]
 
 
-def convnet(name: str) -> Quoted:
-    """The row of a convnet of Table 5, by the paper's name or by timm's ("regnety_160").
+def measure(network: Network, protocol: str, options: Options, progress: Progress) -> list[Row]:
+    """The rows of one network; RuntimeError with what was noted where it gave no sound ones."""
+    limit = options.limit
+    if limit is None:
+        limit = CPU_LIMIT if devices.resolve(options.device).type == "cpu" else 0.0
+    terms = throughput.Options(
+        arch="deit_ti", against=("none",), bs=options.bs, device=options.device,
+        protocol=protocol, budget=limit, peers=options.peers,
+    )  # fmt: skip
+    settings = replace(throughput.settle(terms), networks=[network])
+    with compiling.limit(OVERRUN * limit if limit else None):
+        race, _ = throughput.measure(settings, [], progress)
+    if race.refused or not race.finalists:
+        raise RuntimeError("; ".join(race.notes) or "nothing was timed")
+    if (rounds := len(race.finalists[0].samples)) < LEAST_ROUNDS:
+        raise RuntimeError(f"{rounds} rounds fitted into the limit; raise --limit")
+    again = ["--only", network.label, "--protocols", protocol, "--bs", str(options.bs)]
+    again += [] if options.limit is None else ["--limit", f"{limit:g}"]
+    again += [] if options.peers == ("default",) else ["--peers", *options.peers]
+    facts = devices.describe(settings.device)
+    return tables.rows(race, facts, again, {}, script="table5.py")
 
-    Raises ValueError for an unknown name, listing the known ones.
-    """
-    for paper_name, timm_names in CONVNETS.items():
-        if name == paper_name or name in timm_names:
-            return next(row for row in rows() if row.model == paper_name)
-    raise ValueError(
-        f"against: unknown convnet {name!r}; known: {', '.join(CONVNETS)}, or 'all' or 'none'"
+
+def attempt(work: Callable[[Progress], list[Row]], title: str) -> list[Row]:
+    """The rows that `work` finds; none, with a line that says why, where it fails."""
+    with Progress(time.perf_counter()) as progress:
+        progress.say(title)
+        try:
+            return work(progress)
+        except compiling.OutOfTime:
+            compiling.abandon()
+            progress.say(f"{title}: given up, {progress.elapsed():.0f} s passed")
+        except Exception as error:  # the next network may do better
+            progress.say(f"{title}: {type(error).__name__}: {str(error)[:300]}")
+        finally:
+            torch._dynamo.reset()
+            gc.collect()
+    return []
+
+
+def run(options: Options, networks: Sequence[Quoted], path: Path, facts: Row) -> list[str]:
+    """Measure what is missing, a file write a network; returns the labels of those that failed."""
+    rows = evidence.read([path]) if path.exists() else []
+    jobs = [(row, protocol) for protocol in options.protocols for row in networks]
+    failed = []
+    for i, (quoted, protocol) in enumerate(jobs):
+        name = label(quoted)
+        if not options.again and finished(rows, name, protocol, facts, options.bs):
+            continue
+        network = field_of.quoted_network(quoted)
+        work = functools.partial(measure, network, protocol, options)
+        found = attempt(work, f"{i + 1} of {len(jobs)}: {name}, {protocol}")
+        if found:
+            rows = [row for row in rows if (row["network"], row["protocol"]) != (name, protocol)]
+            rows += found
+            evidence.write(path, rows)
+        else:
+            failed.append(f"{name} ({protocol})")
+    return failed
+
+
+def table(rows: Sequence[Row], networks: Sequence[Quoted], protocol: str) -> Table:
+    """The paper's table with this machine's figures beside the quoted ones."""
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    shown.add_column(f"{protocol}", no_wrap=True)
+    heads = ("params\nM", "GFLOP", "top-1, %\nquoted", "V100 img/s\nquoted", "fused\nimg/s",
+             "PyTorch\nimg/s", "by", "batch")  # fmt: skip
+    for head in heads:
+        quoted_here = "quoted" in head
+        shown.add_column(head, justify="right", style="dim" if quoted_here else "")
+    for quoted in networks:
+        same = of(rows, label(quoted), protocol)
+        shown.add_row(*cells(quoted, same, protocol))
+    return shown
+
+
+def cells(quoted: Quoted, rows: Sequence[Row], protocol: str) -> list[str]:
+    """One network's line; a star for a stale figure, dashes where it was not measured."""
+    top1 = " / ".join(f"{row.top1}" for row in paper_table.recipes(quoted))
+    heads = [label(quoted), f"{quoted.params_m:g}", "-", top1, f"{quoted.v100_img_s:g}"]
+    if not rows:
+        return [*heads, "-", "-", "-", "-"]
+    speed = lambda row: row["img_per_s_mean" if protocol == "deit2021" else "img_per_s"]
+    shown = lambda row: tables.number(speed(row)) + ("*" if evidence.is_stale(row) else "")
+    fused = [row for row in rows if row["contender"] == "fused"]
+    best = max((row for row in rows if row not in fused), key=speed)
+    heads[2] = f"{best['gflop_per_image']:.1f}"
+    heads[1] = f"{best['parameters'] / 1e6:.1f}"
+    return [*heads, shown(fused[0]) if fused else "-", shown(best), best["contender"],
+            f"{best['batch']}"]  # fmt: skip
+
+
+def show(rows: Sequence[Row], networks: Sequence[Quoted], protocols: Sequence[str]) -> None:
+    """Print a table a protocol, and on what terms it was measured."""
+    console = Console(highlight=False)
+    console.width = min(120, max(100, console.width))
+    for protocol in protocols:
+        same = [row for row in rows if row["protocol"] == protocol]
+        for line in sorted({terms(row) for row in same}):
+            console.print(line, markup=False)
+        console.print(table(rows, networks, protocol))
+    console.print(
+        f"quoted: {paper_table.SOURCE} (one V100, fp32, the largest batch); of several, "
+        "in the paper's order of recipes. measured: median, of deit2021 the mean. PyTorch: the "
+        "fastest of what was tried. *: the kernels have changed since; run again.",
+        style="dim",
+        markup=False,
     )
 
 
-def family(model: str) -> str:
-    """ "ResNet", "RegNetY", "EfficientNet", or "DeiT" for everything else."""
-    return FAMILIES.get(model.partition("_")[0].rstrip("0123456789"), "DeiT")
+def terms(row: Row) -> str:
+    """Where and how a row was measured, but for its batch."""
+    where = row["device"] + ("" if row["driver"] else f", {row['threads']} threads")
+    asked = f", batch {row['batch_asked']} asked" if row["batch"] < row["batch_asked"] else ""
+    return f"{row['protocol']}: {where}, {row['dtype']}, torch {row['torch']}{asked}"
 
 
-def nearest_convnets(v100_img_s: float) -> list[str]:
-    """Of each family, the convnet whose quoted speed is nearest on a log scale."""
-    if not v100_img_s > 0:
-        raise ValueError(f"v100_img_s: expected a positive speed; got {v100_img_s}")
-    distance = {name: abs(math.log(convnet(name).v100_img_s / v100_img_s)) for name in CONVNETS}
-    return [
-        min((name for name in CONVNETS if family(name) == each), key=distance.__getitem__)
-        for each in FAMILIES.values()
-    ]
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line. Exit status: 0; 1 where a network gave no rows; 2 for bad input."""
+    options = tyro.cli(Options, args=arguments, description=__doc__)
+    compiling.quiet_loggers()
+    try:
+        networks = chosen(options.only)
+        if options.bs < 1 or (options.limit is not None and not 0 <= options.limit < math.inf):
+            raise ValueError(
+                f"bs, limit: expected 1 or more, and seconds or 0; got {options.bs}, "
+                f"{options.limit}"
+            )
+        device = devices.resolve(options.device)
+        peers.chosen(options.peers, device.type)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        facts = devices.describe(device)
+        path = options.json or results_path(facts)
+        failed = [] if options.show else run(options, networks, path, facts)
+        rows = evidence.read([path]) if path.exists() else []
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    show(rows, networks, options.protocols)
+    for name in failed:
+        print(f"no figures: {name}")
+    return 1 if failed else 0
 
 
-def reference_speed(model: str, img_size: int, distilled: bool, flops: dict[int, int]) -> float:
-    """A V100 speed for choosing neighbours only: the quoted one, else scaled by FLOPs.
-
-    `flops` maps an image size of this network to its FLOPs and must hold `img_size` and every
-    size that the table has for it. A network that the table lacks takes DeiT-B's efficiency.
-    """
-    exact = quoted(model, img_size, distilled=distilled)
-    if exact:
-        return exact.v100_img_s
-    known = [row for row in rows() if row.model == model and row.img_size in flops]
-    if known:
-        near = min(known, key=lambda row: abs(row.img_size - img_size))
-        return near.v100_img_s * flops[near.img_size] / flops[img_size]
-    deit_b_flops_per_s = 292.3 * 35.1e9
-    return deit_b_flops_per_s / flops[img_size]
-
-
-def timm_names(names: Iterable[str]) -> list[str]:
-    """timm's spellings of the paper's names, the first spelling of each."""
-    return [CONVNETS[name][0] for name in names]
+if __name__ == "__main__":
+    sys.exit(main())

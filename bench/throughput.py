@@ -21,10 +21,10 @@ import compiling
 import contenders as field_of
 import devices
 import evidence
+import paper_table
 import peers
 import photos
-import report
-import table5
+import tables
 import torch
 import tyro
 from contenders import Network
@@ -100,10 +100,10 @@ def networks(options: Options) -> list[Network]:
     if not asked:
         asked = list(dict.fromkeys(n for each in deits for n in field_of.neighbours(each)))
     elif asked == ["all"]:
-        asked = list(table5.CONVNETS)
+        asked = list(paper_table.CONVNETS)
     elif asked == ["none"]:
         asked = []
-    known = dict.fromkeys(table5.convnet(name).model for name in asked)
+    known = dict.fromkeys(paper_table.convnet(name).model for name in asked)
     return deits + [field_of.convnet(name) for name in known]
 
 
@@ -123,7 +123,7 @@ def settle(options: Options) -> Settings:
         raise ValueError("latency: for inference by the modern protocol, without --images")
     asked = [] if paper else peers.chosen(options.peers, device.type)
     reasons = {
-        peer: peer.why_not(device.type, report.DTYPES[dtype], options.train) for peer in asked
+        peer: peer.why_not(device.type, tables.DTYPES[dtype], options.train) for peer in asked
     }
     budget = options.budget
     if budget is None:
@@ -131,7 +131,7 @@ def settle(options: Options) -> Settings:
     return Settings(
         networks=networks(options),
         batch=1 if options.latency else options.bs,
-        dtype=report.DTYPES[dtype],
+        dtype=tables.DTYPES[dtype],
         device=device,
         impl=options.impl,
         train=options.train,
@@ -149,6 +149,8 @@ def measure(
     settings: Settings, paths: Sequence[Path], progress: Progress
 ) -> tuple[Race, dict[str, photos.Photographs]]:
     """Everything up to the report: the race, and each DeiT's photographs by its label."""
+    torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32; every table states it
+    torch.backends.cudnn.allow_tf32 = False
     progress.left(settings.budget, at_most=True)
     race = Race(settings, progress)
     for message in settings.left_out:
@@ -193,14 +195,12 @@ def main(arguments: Sequence[str] | None = None, start: float | None = None) -> 
             return 2
         if options.threads:
             torch.set_num_threads(options.threads)
-        torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32; every table states it
-        torch.backends.cudnn.allow_tf32 = False
         race, photographs = measure(settings, paths, progress)
     if race.finalists:
         facts = devices.describe(settings.device)
-        report.show(race, facts, photographs)
+        tables.show(race, facts, photographs)
         if options.json:
-            evidence.write(options.json, report.rows(race, facts, arguments, photographs))
+            evidence.write(options.json, tables.rows(race, facts, arguments, photographs))
     return 1 if race.refused or not race.finalists else 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,10 +20,6 @@ class Spread:
     high: float
     mean: float
     n: int
-
-    def overlaps(self, other: Spread) -> bool:
-        """Do the two quartile ranges share a point?"""
-        return self.low <= other.high and other.low <= self.high
 
 
 def spread(samples: Sequence[float]) -> Spread:
@@ -58,12 +55,74 @@ def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Sp
 
     Raises ValueError where the two were not timed in the same rounds.
     """
+    return spread(_ratios(numerator, denominator))
+
+
+def _ratios(numerator: Sequence[float], denominator: Sequence[float]) -> list[float]:
     if len(numerator) != len(denominator):
         raise ValueError(
             f"numerator, denominator: expected samples of the same rounds; "
             f"got {len(numerator)} and {len(denominator)}"
         )
-    return spread([a / b for a, b in zip(numerator, denominator, strict=True)])
+    return [a / b for a, b in zip(numerator, denominator, strict=True)]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The median of paired ratios over n rounds, and where it lies at a confidence of 95 %.
+
+    low, high: None where the rounds are too few to say.
+    """
+
+    ratio: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @property
+    def verdict(self) -> str:
+        """What may be claimed of a ratio of seconds, theirs over mine.
+
+        "faster" or "slower" where the interval leaves out 1 and the ratio is not 1 to two
+        decimals; "no difference" otherwise; "too few rounds" where there is no interval.
+        """
+        if self.low is None or self.high is None:
+            return "too few rounds"
+        if self.low <= 1 <= self.high or round(self.ratio, 2) == 1:
+            return "no difference"
+        return "faster" if self.ratio > 1 else "slower"
+
+    def __str__(self) -> str:
+        if self.low is None:
+            return f"paired ratio {self.ratio:.3f}, n={self.n}"
+        where = f"95 % interval {self.low:.3f} to {self.high:.3f}"
+        return f"paired ratio {self.ratio:.3f}, {where}, n={self.n}"
+
+
+def median_interval(samples: Sequence[float]) -> tuple[float, float] | None:
+    """Where the median lies with a confidence of at least 95 %; None for fewer than 6 samples.
+
+    Order statistics, by the sign test: the true median is below the k-th smallest of n samples
+    only where fewer than k of n fair coins show tails. It assumes nothing of the distribution,
+    which on a shared machine has a long tail, and one interrupted round moves neither end.
+    """
+    n, tail, k = len(samples), 0.0, 0
+    while (tail := tail + math.comb(n, k) / 2**n) <= 0.025:
+        k += 1
+    if k == 0:
+        return None
+    ordered = sorted(samples)
+    return ordered[k - 1], ordered[n - k]
+
+
+def compare(mine: Sequence[float], theirs: Sequence[float]) -> Comparison:
+    """How many times faster I am: theirs[r] / mine[r] over the rounds r in which both were timed.
+
+    Raises ValueError where the two were not timed in the same rounds.
+    """
+    ratios = _ratios(theirs, mine)
+    low, high = median_interval(ratios) or (None, None)
+    return Comparison(statistics.median(ratios), low, high, len(ratios))
 
 
 class Clock:

@@ -61,7 +61,7 @@ def load(
             Hugging Face's or ours; a Hugging Face model folder; or a state dict. Prefixes of
             DistributedDataParallel and torch.compile are removed. No code in a file is run.
         arch: a name as `deit.config` takes, or a Config; None to see it from the weights, as is
-            everything that a name leaves open (image size, classes).
+            everything that a name leaves open (image size, classes, LayerScale).
         distilled, img_size, num_classes: as in `deit.config`; None for the weights' own. Another
             img_size resizes the position embeddings as timm does (bicubic, antialiased).
         test_head, drop_path: of `DeiT`. A Hugging Face DeiTForImageClassification has the
@@ -85,7 +85,7 @@ def load(
     own = _infer(weights, converted)
     settings = _target(own, arch, distilled, img_size, num_classes)
     if not isinstance(arch, Config):
-        settings = replace(settings, eps=own.eps)
+        settings = replace(settings, eps=own.eps, layer_scale=own.layer_scale)
     if eps is not None:
         settings = replace(settings, eps=eps)
     with torch.device("meta"):  # shapes alone: no time goes into weights that get replaced

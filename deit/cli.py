@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -24,6 +23,7 @@ from deit.commands import (
     OptionalInt,
     OptionalName,
     OptionalPath,
+    Paths,
     Report,
     Train,
 )
@@ -50,18 +50,16 @@ class Predict:
     input.
     """
 
-    images: tyro.conf.Positional[tuple[Path, ...]]
+    images: Paths
     """Photographs, or folders of them."""
     weights: OptionalPath = None
     """The trained weights: an official .pth, a .safetensors, or a Hugging Face model folder."""
     arch: OptionalName = None
-    """The network, such as deit_b or deit_tiny_distilled_patch16_224; seen from the weights if
-    left out."""
+    """The network, such as deit_b or deit_tiny_distilled_patch16_224; left out: the weights'."""
     img_size: OptionalInt = None
     """Pixels along a side, a multiple of 16; the weights' own if left out."""
     test_head: Literal["class", "distillation", "softmax-sum", "logit-mean"] = "softmax-sum"
-    """How a distilled network's two classifiers become one prediction: one of them, the sum of
-    the softmaxes (the paper's), or the mean of the logits (timm's)."""
+    """Of a distilled network: one head, the softmaxes' sum (the paper's) or the logits' mean."""
     topk: int = 5
     """Classes to print for each photograph."""
     classes: OptionalPath = None
@@ -87,9 +85,9 @@ class Predict:
 class Tune:
     """Measure configurations of the Triton kernels on this GPU and keep the best for later runs.
 
-    They are kept in a file of the user's cache directory and used by every later process with
-    the same GPU model, driver, torch, Triton and kernels. Exits with 1 if a default
-    configuration is found wrong.
+    The user's cache directory keeps them, by GPU model, driver, torch, Triton and kernels.
+
+    Exits with 1 if a default configuration is found wrong.
     """
 
     arch: tuple[str, ...] = ("deit_ti", "deit_s", "deit_b")
@@ -102,7 +100,7 @@ class Tune:
     """Pixels along a side; the networks' own if left out."""
     train: bool = True
     """Also the kernels of the backward."""
-    only: tuple[str, ...] = ()
+    only: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="")] = ()
     """Kernels to measure, such as linear; all if left out."""
     candidates: int = 40
     """Configurations to try for each kernel and shape."""
@@ -139,17 +137,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Bad input, a ValueError, TypeError or OSError, becomes one line on stderr and exit code 2;
     with DEIT_TRACEBACK=1 in the environment it stays a traceback.
     """
-    command = tyro.cli(
-        Command,
-        prog="deit",
-        description="DeiT vision transformers on fused kernels.",
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
     try:
+        command = tyro.cli(
+            Command,
+            prog="deit",
+            description="DeiT vision transformers on fused kernels.",
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
         return command.run()
     except BrokenPipeError:
-        # The reader of our output has gone (`deit predict ... | head`): nothing is wrong here.
+        # The reader of our output has gone (`deit train --help | head`): nothing is wrong here.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:

@@ -2,51 +2,77 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, make_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_type_hints
 
 import tyro
 
 from deit.options import Distillation, Options, Shape
 from deit.recipes import RECIPES, Recipe
 
-OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
-OptionalName = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
-OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
-OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
 
-_UNSET: Any = "recipe's"
+def _may_be_left_out(metavar: str) -> Any:
+    """For a flag whose help says itself what happens without it."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
 
 
-def _changes() -> type:
-    """A dataclass with every field of Recipe, each left to the recipe unless given."""
-    hints = get_type_hints(Recipe)
-    entries: list[Any] = []
-    for setting in fields(Recipe):
-        kind = Literal["recipe's"] | hints[setting.name]
-        note = tyro.conf.arg(help=setting.metadata["help"])
-        entries.append((setting.name, Annotated[kind, note], field(default=_UNSET)))
-    return make_dataclass("Changes", entries, frozen=True)
+OptionalPath = Annotated[Path | None, _may_be_left_out("PATH")]
+OptionalName = Annotated[str | None, _may_be_left_out("NAME")]
+OptionalInt = Annotated[int | None, _may_be_left_out("INT")]
+OptionalFloat = Annotated[float | None, _may_be_left_out("FLOAT")]
+Paths = Annotated[tuple[Path, ...], tyro.conf.Positional, _may_be_left_out("PATH ...")]
+
+RecipeName = Literal["deit", "deit3", "finetune", "fashion-mnist", "folder", "fixres"]
 
 
-Changes = _changes()
+def _flag(setting: Any, kind: Any) -> Any:
+    """A recipe's setting as a flag; its help shows the value in each recipe."""
+    values = {name: _shown(getattr(recipe, setting.name)) for name, recipe in RECIPES.items()}
+    usual = values.pop("deit")
+    others = ", ".join(f"{name} {value}" for name, value in values.items() if value != usual)
+    hint = f"({usual}; {others})" if others else f"({usual})"
+    metavar = {float | None: "FLOAT|None", str | None: "NAME|None"}.get(kind)
+    note = tyro.conf.arg(help=setting.metadata["help"], help_behavior_hint=hint, metavar=metavar)
+    return Annotated[kind, note]
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+if TYPE_CHECKING:
+    Changes = Mapping[str, Any]
+else:  # Recipe's fields as flags that may all be left out: only what is given is in the mapping
+    _KINDS = get_type_hints(Recipe)
+    Changes = TypedDict(
+        "Changes", {s.name: _flag(s, _KINDS[s.name]) for s in fields(Recipe)}, total=False
+    )
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train a network, with or without a teacher; run the same command again to go on after a stop.
+    """Train a network, with or without a teacher.
 
-    Every line of the recipe is a flag: --lr 1e-3 --mixup 0.
+    A run that was stopped goes on when the same command is given again.
     """
 
     data: str
-    """A folder holding train/ and val/ with one folder a class, or fashion-mnist[:FOLDER]."""
+    """A folder (train/CLASS/ and val/CLASS/), fashion-mnist[:FOLDER], wds:SHARDS or hf:NAME."""
     out: Path
     """The run's folder: checkpoints, log and final weights; a run found there is continued."""
     arch: str = "deit_s"
     """deit_ti, deit_s, deit_b, vit_l or timm:NAME."""
-    recipe: Literal["deit", "deit3", "finetune", "fashion-mnist", "folder", "fixres"] = "deit"
+    embed_dim: OptionalInt = None
+    """Channels, where they are not to be those of `arch`; the next three change its shape, too."""
+    depth: OptionalInt = None
+    """Blocks."""
+    num_heads: OptionalInt = None
+    """Heads of the attention; embed_dim / 64 if only that is given."""
+    patch_size: OptionalInt = None
+    """Pixels along a patch's side."""
+    recipe: RecipeName = "deit"
     """Where the settings that no flag changes come from."""
     distill: Literal["none", "soft", "hard"] = "none"
     """What is learned from the teacher: nothing, its probabilities, or its choice."""
@@ -55,16 +81,15 @@ class Train:
     distilled: bool = False
     """With the distillation token, which learns from the teacher through a head of its own."""
     alpha: OptionalFloat = None
-    """The teacher's share of the loss; 0.5 for hard, 0.1 for soft if left out."""
+    """The teacher's share of the loss; if left out 0.5 for hard, 0.1 for soft."""
     temperature: float = 3.0
     """Of both softmaxes in soft distillation."""
     kl_reduction: Literal["batchmean", "numel"] = "batchmean"
     """numel divides the soft loss by the classes too, as the official code does."""
     weights: OptionalName = None
-    """Start from these: a run's folder, or any file that `deit predict` takes."""
+    """Start from these, not afresh: a run's folder, or any file that `deit predict` takes."""
     img_size: int = 224
     """Pixels along a side; position embeddings of `weights` are resized to it."""
-    shape: Shape = field(default_factory=Shape)
     train_only: Literal["all", "classifier"] = "all"
     """classifier: only the classifiers and batch norms learn, as FixRes has it."""
     seed: int = 0
@@ -76,7 +101,7 @@ class Train:
     workers: int = 4
     """Processes that read and augment images."""
     accumulate: int = 1
-    """Parts that each process takes its share of an update in, to save memory."""
+    """Parts of an update that each process takes one after another, to save memory."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several processes: whole copies of the network, or shards of it (FSDP2)."""
     compile: bool = False
@@ -86,36 +111,36 @@ class Train:
     fuse: bool = True
     """Run on the fused operators."""
     limit_train: OptionalInt = None
-    """Take this many training images."""
+    """Take this many training images, not all."""
     limit_val: OptionalInt = None
-    """Evaluate on this many images."""
+    """Evaluate on this many images, not all."""
     eval_every: int = 1
     """Epochs between evaluations."""
     save_every: int = 1
     """Epochs between checkpoints."""
     keep: int = 2
     """Checkpoints kept."""
-    track: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    track: Annotated[
+        tuple[Literal["tensorboard", "wandb", "mlflow"], ...], tyro.conf.arg(help_behavior_hint="")
+    ] = ()
     """Where the log's numbers go besides log.jsonl."""
     on_nan: Literal["stop", "skip"] = "stop"
     """What a loss that is NaN or infinite does, after its images were named in a file."""
     max_unreadable: float = 0.01
     """The run stops when a larger share of the training images cannot be read."""
-    changes: Changes = field(default_factory=Changes)  # type: ignore[valid-type]
+    changes: Annotated[Changes, tyro.conf.arg(name="recipe's")] = field(default_factory=dict)
+    """Each replaces one line of the recipe. In brackets: its value in the recipe `deit`, then in
+    the recipes that have another."""
 
     def options(self) -> Options:
         """What the flags say, as the trainer takes it."""
-        given = {
-            setting.name: getattr(self.changes, setting.name)
-            for setting in fields(Recipe)
-            if getattr(self.changes, setting.name) is not _UNSET
-        }
         own = {f.name for f in fields(Options)} & {f.name for f in fields(self)} - {"recipe"}
         return Options(
-            recipe=replace(RECIPES[self.recipe], **given),
+            recipe=replace(RECIPES[self.recipe], **self.changes),
             distillation=Distillation(
                 self.distill, self.alpha, self.temperature, self.kl_reduction
             ),
+            shape=Shape(self.embed_dim, self.depth, self.num_heads, self.patch_size),
             **{name: getattr(self, name) for name in own},
         )
 
@@ -134,7 +159,7 @@ class Finetune(Train):
     The teacher should be brought to the same resolution first: `deit fixres`.
     """
 
-    recipe: Literal["deit", "deit3", "finetune", "fashion-mnist", "folder", "fixres"] = "finetune"
+    recipe: RecipeName = "finetune"
     img_size: int = 384
 
 
@@ -142,7 +167,7 @@ class Finetune(Train):
 class Fixres(Train):
     """Adapt a trained network's classifier and batch norms to another resolution (FixRes)."""
 
-    recipe: Literal["deit", "deit3", "finetune", "fashion-mnist", "folder", "fixres"] = "fixres"
+    recipe: RecipeName = "fixres"
     img_size: int = 384
     train_only: Literal["all", "classifier"] = "classifier"
 
@@ -154,13 +179,13 @@ class Eval:
     weights: tyro.conf.Positional[Path]
     """A run's folder, a weights' file in it (average.safetensors), or a DeiT's weights."""
     data: str
-    """A folder holding val/ with one folder a class, or fashion-mnist[:FOLDER]."""
+    """As for `deit train`; the val part is taken."""
     img_size: OptionalInt = None
     """Pixels along a side; the network's own if left out."""
     batch_size: int = 64
     """Images at a time."""
     limit: OptionalInt = None
-    """Evaluate on this many images."""
+    """Evaluate on this many images, not all."""
     device: str = "auto"
     """A torch device; auto is the first GPU, or the CPU where there is none."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -183,10 +208,10 @@ class Eval:
 class Report:
     """Compare runs: a table of their last scores, and curves."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Paths
     """Runs' folders."""
     out: OptionalPath = None
-    """Draw loss, top-1 by head and pace into this file (.svg, .png or .pdf)."""
+    """Draw loss, top-1 by head and pace into this file, too (.svg, .png or .pdf)."""
 
     def run(self) -> int:
         """Print and draw."""

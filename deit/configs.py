@@ -13,6 +13,7 @@ class Config:
 
     Head dimension 64, patch 16, MLP ratio 4, LayerNorm eps 1e-6 and qkv bias are the same for
     all (arXiv 2012.12877, section 5.1 and Table 1; vit_l: arXiv 2010.11929, Table 1).
+    `layer_scale`: None for none, else what LayerScale starts from (arXiv 2103.17239, eq. 4).
     """
 
     name: str
@@ -26,6 +27,7 @@ class Config:
     in_chans: int = 3
     mlp_ratio: int = 4
     eps: float = 1e-6
+    layer_scale: float | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads < 1 or self.embed_dim % self.num_heads:

@@ -31,17 +31,23 @@ class Layout:
     """One library's key names.
 
     marker: matches a key that every state dict of this layout has and no other layout does.
-    rules:  (pattern, replacement); None for keys that are ours already.
+    rules:  (pattern, replacement).
     eps:    the LayerNorm epsilon its models run with unless a configuration says otherwise.
     """
 
     name: str
     marker: str
-    rules: tuple[tuple[str, str], ...] | None
+    rules: tuple[tuple[str, str], ...]
     eps: float
 
 
 _WB = r"(weight|bias)"  # every layer here has both
+
+# Ours, but for DeiT III's LayerScale in the official files, where timm's is named as here.
+_TIMM = (
+    (r"blocks\.(\d+)\.gamma_([12])", r"blocks.\1.ls\2.gamma"),
+    (r"(.*)", r"\1"),
+)
 
 # The model's own name comes first in classifiers ("deit.layers...", but "classifier.weight").
 # Blocks are encoder.layer.0 on disk, and were in memory before transformers 5; layers.0 since.
@@ -90,7 +96,7 @@ _TORCHVISION = (
 )
 
 LAYOUTS = (
-    Layout("timm", r"patch_embed\.proj\.weight", None, 1e-6),
+    Layout("timm", r"patch_embed\.proj\.weight", _TIMM, 1e-6),
     # transformers runs the official weights, trained with 1e-6, with its own default of 1e-12.
     Layout(
         "Hugging Face",
@@ -150,16 +156,27 @@ def detect(keys: Iterable[str]) -> Layout:
 def convert(state: Mapping[str, Tensor]) -> Converted:
     """Give the tensors our names, stacking separate query, key and value projections.
 
-    Raises ValueError for an unknown layout, and for what `refuse_unsupported` refuses.
+    Raises ValueError for an unknown layout.
     """
     converted = _rename(state, detect(state))
-    refuse_unsupported(converted.tensors)
+    _place_prefix(converted.tensors)
     return converted
 
 
+def _place_prefix(tensors: dict[str, Tensor]) -> None:
+    """Give DeiT III's prefix tokens, which it adds no positions to, positions of zero.
+
+    The sums are the same bits, and such weights train on as DeiT's do.
+    """
+    positions = tensors.get("pos_embed")
+    if positions is None or positions.dim() != 3 or "cls_token" not in tensors:
+        return
+    if _is_square(positions.shape[1]):  # with positions of one or two prefix tokens it never is
+        prefix = positions.new_zeros(1, 2 if "dist_token" in tensors else 1, positions.shape[2])
+        tensors["pos_embed"] = torch.cat([prefix.expand(len(positions), -1, -1), positions], 1)
+
+
 def _rename(state: Mapping[str, Tensor], layout: Layout) -> Converted:
-    if layout.rules is None:
-        return Converted(layout, dict(state))
     rules = [(re.compile(pattern), ours) for pattern, ours in layout.rules]
     result = Converted(layout, {})
     origin: dict[str, str] = {}
@@ -199,7 +216,8 @@ def _stack(name: str, pieces: dict[int, Tensor], origin: dict[str, str], result:
 def infer(converted: Converted, saved: Config | None = None) -> Config:
     """The network that converted weights are of, from their shapes.
 
-    `saved`: the configuration kept with them, for what shapes do not show. eps is the layout's.
+    `saved`: the configuration kept with them, for what shapes do not show. eps is the layout's,
+    and LayerScale counts as started from DeiT III's 1e-4 where `saved` does not say.
     Whether every tensor is there and fits is not looked at. Raises ValueError where the shapes
     are of no square-image transformer.
     """
@@ -230,25 +248,14 @@ def infer(converted: Converted, saved: Config | None = None) -> Config:
         patch_size=patch,
         in_chans=channels,
         eps=saved.eps if saved else converted.layout.eps,
+        layer_scale=_layer_scale(tensors, saved),
     )
 
 
-def refuse_unsupported(tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for relatives of DeiT that share its keys but not its arithmetic."""
-    scales = [key for key in tensors if re.search(r"\.(gamma_[12]|ls[12]\.gamma)$", key)]
-    if scales:
-        raise ValueError(
-            f"LayerScale weights ({sample(scales, 2)}), as DeiT III and CaiT have, "
-            "are not supported yet"
-        )
-    positions = tensors.get("pos_embed")
-    if positions is None or positions.dim() != 3 or "cls_token" not in tensors:
-        return
-    if _is_square(positions.shape[1]):
-        raise ValueError(
-            f"pos_embed of {positions.shape[1]} tokens has no position for the class token, "
-            "as in DeiT III: not supported yet"
-        )
+def _layer_scale(tensors: Mapping[str, Tensor], saved: Config | None) -> float | None:
+    if not any(re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", key) for key in tensors):
+        return None
+    return 1e-4 if saved is None or saved.layer_scale is None else saved.layer_scale
 
 
 def _is_square(number: int) -> bool:

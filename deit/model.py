@@ -82,8 +82,19 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a residual branch (arXiv 2103.17239, eq. 4)."""
+
+    def __init__(self, dim: int, start: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), start))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
+        return x * self.gamma
+
+
 class Block(nn.Module):
-    """A pre-norm transformer block."""
+    """A pre-norm transformer block, with LayerScale where the configuration has it."""
 
     def __init__(self, config: Config, drop_path: float) -> None:
         super().__init__()
@@ -92,11 +103,15 @@ class Block(nn.Module):
         self.attn = Attention(dim, config.num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=config.eps)
         self.mlp = Mlp(dim, config.mlp_ratio * dim)
+        start = config.layer_scale
+        self.ls1, self.ls2 = (
+            nn.Identity() if start is None else LayerScale(dim, start) for _ in range(2)
+        )
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
 class DeiT(nn.Module):

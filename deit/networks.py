@@ -50,11 +50,6 @@ def create(
         if distilled or (shape and shape.changes()):
             raise ValueError(f"arch: {arch} takes no distillation token and no other shape")
         return _timm(arch[len(TIMM) :], img_size, num_classes, drop_path, layer_scale)
-    if layer_scale is not None:
-        raise ValueError(
-            f"layer_scale: {arch} has no LayerScale; expected a network that has it, such as "
-            "timm:deit3_small_patch16_224"
-        )
     settings = resolve(
         arch,
         img_size=img_size,
@@ -62,7 +57,7 @@ def create(
         distilled=distilled,
         shape=shape or Shape(),
     )
-    return DeiT(settings, drop_path=drop_path)
+    return DeiT(replace(settings, layer_scale=layer_scale), drop_path=drop_path)
 
 
 def _timm(

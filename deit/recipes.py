@@ -23,11 +23,11 @@ class Recipe:
 
     # Schedule.
     epochs: int = _setting(
-        300, "passes; with repeated augmentation a pass is still len(data) images"
+        300, "passes over the data; with repeated augmentation of as many views as it has images"
     )
     batch_size: int = _setting(1024, "images an update, over all processes and accumulated parts")
-    lr: float = _setting(5e-4, "learning rate at `lr_batch` images an update; scaled linearly")
-    lr_batch: int = _setting(512, "the batch that `lr` is for; 0: `lr` whatever the batch")
+    lr: float = _setting(5e-4, "learning rate at `lr_batch` images an update, scaled linearly")
+    lr_batch: int = _setting(512, "the batch that `lr` is for; 0: any batch, not scaled")
     min_lr: float = _setting(1e-5, "where the cosine ends; not scaled")
     warmup_epochs: float = _setting(5.0, "linear warm-up")
     warmup_lr: float = _setting(1e-6, "where the warm-up starts; not scaled")
@@ -36,21 +36,23 @@ class Recipe:
     betas: tuple[float, float] = _setting((0.9, 0.999), "decay of the moments")
     eps: float = _setting(1e-8, "of the update rule")
     weight_decay: float = _setting(0.05, "not on biases, norms, tokens and positions")
-    clip_grad: float | None = _setting(None, "largest norm of the gradient; none: not clipped")
-    ema: float | None = _setting(0.99996, "decay of the averaged weights; none: not averaged")
+    clip_grad: float | None = _setting(None, "largest norm of the gradient; None: not clipped")
+    ema: float | None = _setting(0.99996, "decay of the averaged weights; None: not averaged")
     ema_warmup: bool = _setting(False, "let the decay grow from 0, for runs of few updates")
     # Regularisation.
     loss: Literal["ce", "bce"] = _setting("ce", "of the true labels")
     label_smoothing: float = _setting(0.1, "of the true labels, never of the teacher's")
     drop_path: float = _setting(0.1, "stochastic depth of the last block, linear over depth")
-    layer_scale: float | None = _setting(None, "initial LayerScale; none: without")
+    layer_scale: float | None = _setting(
+        None, "what LayerScale starts from in a fresh network; None: without it"
+    )
     # Augmentation.
     crop: Literal["random", "center"] = _setting(
-        "random", "random: a random resized crop; center: the evaluation's, for FixRes"
+        "random", "random: a random resized crop; center: the evaluation's"
     )
     repeats: int = _setting(3, "views of an image in a pass (repeated augmentation)")
     policy: str | None = _setting(
-        "rand-m9-mstd0.5-inc1", "timm's name of the augmentation policy, 3a, or none"
+        "rand-m9-mstd0.5-inc1", "timm's name of the augmentation policy, 3a, or None"
     )
     color_jitter: float = _setting(0.3, "strength; used where the policy has no colour operations")
     crop_scale: tuple[float, float] = _setting((0.08, 1.0), "share of the area a random crop keeps")
@@ -62,7 +64,7 @@ class Recipe:
     mix_switch: float = _setting(0.5, "probability of cutmix where both are on")
     # Evaluation.
     eval_crop: float | None = _setting(
-        None, "crop ratio; none: the paper's, 0.875 below 384 pixels and 1.0 from there"
+        None, "crop ratio; None: the paper's, 0.875 below 384 pixels and 1.0 from there"
     )
 
     def __post_init__(self) -> None:

@@ -109,9 +109,11 @@ def draw(histories: list[History], out: Path) -> None:
 
 
 def run(command: Report) -> int:
-    """Print the table and draw the picture; returns 0."""
+    """Print the table and draw the picture; returns 0. Raises ValueError for no run at all."""
     from rich.console import Console
 
+    if not command.runs:
+        raise ValueError("runs: expected the folder of at least one run; got none")
     histories = [history(path) for path in command.runs]
     Console().print(table(histories))
     if command.out is not None:

@@ -7,8 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import tyro
 
 from deit import cli
+from deit.commands import Train
+from deit.recipes import recipe
 
 
 def python(*arguments, **environment):
@@ -22,7 +25,13 @@ def python(*arguments, **environment):
     )
 
 
-@pytest.mark.parametrize("command", [[], ["predict"], ["info"]])
+COMMANDS = (
+    "info", "predict", "train", "finetune", "fixres", "eval", "report", "export", "explain-image",
+    "tune",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [[], ["predict"], ["train"]])
 def test_help_does_not_wait_for_torch(command):
     code = (
         "import sys\nfrom deit.cli import main\n"
@@ -38,8 +47,39 @@ def test_help_does_not_wait_for_torch(command):
 def test_module_and_help_list_the_subcommands():
     result = python("-m", "deit", "--help")
     assert result.returncode == 0
-    for word in ("info", "predict"):
+    for word in COMMANDS:
         assert word in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_written_for_users(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for inside in ("type: ignore", "noqa", "default: None", "default: )", "{None}", "'\"'", "[["):
+        assert inside not in text
+
+
+def test_a_report_of_nothing_is_refused(capsys):
+    assert cli.main(["report"]) == 2
+    assert "runs: expected the folder of at least one run" in capsys.readouterr().err
+
+
+def test_help_names_a_settings_value_in_every_recipe(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["finetune", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "update rule (adamw; deit3 lamb)" in text
+
+
+def test_flags_change_the_recipe_and_nothing_else():
+    flags = "--data x --out y --recipe deit3 --lr 1e-3 --ema None --betas 0.8 0.9 --depth 2"
+    command = tyro.cli(Train, args=flags.split(), config=(tyro.conf.OmitArgPrefixes,))
+    options = command.options()
+    assert options.recipe == recipe("deit3", lr=1e-3, ema=None, betas=(0.8, 0.9))
+    assert options.shape.changes() == {"depth": 2}
+    assert (options.data, str(options.out)) == ("x", "y")
 
 
 @pytest.mark.parametrize("arguments", [["bake"], ["predict", "--no-such-flag"], []])
@@ -80,11 +120,12 @@ def test_exit_codes_reach_the_shell():
     assert result.stderr.count("\n") == 1
 
 
-def test_a_closed_pipe_is_no_error():
+@pytest.mark.parametrize("arguments", [["info"], ["train", "--help"]])
+def test_a_closed_pipe_is_no_error(arguments):
     code = (
         "import sys\nfrom deit import cli\n"
         "cli.Info.run = lambda self: [print('x' * 1000) for _ in range(10000)] and 0\n"
-        "sys.exit(cli.main(['info']))"
+        f"sys.exit(cli.main({arguments}))"
     )
     result = subprocess.run(
         ["bash", "-c", '"$0" -c "$1" | head -n 1; exit ${PIPESTATUS[0]}', sys.executable, code],

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import timm
@@ -46,6 +47,30 @@ def test_same_logits_and_every_block_fused(model):
     assert [f"blocks.{i}" for i in range(12)] == [n for n in report.fused if n.count(".") == 1]
     assert all(isinstance(block, Fused) for block in model.blocks)
     torch.testing.assert_close(model(IMAGES), want, atol=2e-5, rtol=1e-5)
+
+
+def test_layer_scale_of_ours_is_the_operators_in_inference_and_training():
+    settings = replace(deit.config("deit_ti", img_size=32, num_classes=10), layer_scale=0.3)
+    torch.manual_seed(0)
+    model = deit.DeiT(replace(settings, depth=3), drop_path=0.3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gamma"):
+                parameter.uniform_(0.1, 0.5)
+    reference = copy.deepcopy(model)
+    report = fuse(model)
+    assert [f"blocks.{i}" for i in range(3)] == [n for n in report.fused if n.count(".") == 1]
+    assert not any("ls1" in row.name for row in report.rows)
+    for mode in (True, False):
+        outputs = []
+        for network in (model.train(mode), reference.train(mode)):
+            torch.manual_seed(1)  # stochastic depth
+            outputs.append(network(IMAGES))
+        torch.testing.assert_close(*outputs, atol=2e-5, rtol=1e-5)
+        for output in outputs:
+            output.square().sum().backward()
+    for (name, ours), plain in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, plain.grad, atol=1e-4, rtol=1e-3, msg=name)
 
 
 @torch.no_grad()

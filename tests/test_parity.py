@@ -27,7 +27,7 @@ def within(row):
     assert row.delta <= parity.BOUND, row
 
 
-@pytest.mark.parametrize("name", deit.PUBLISHED)
+@pytest.mark.parametrize("name", [*deit.PUBLISHED, "deit3_small_patch16_224"])
 def test_logits_are_timms_plain_and_fused(name):
     for row in parity.against_timm(name):
         within(row)

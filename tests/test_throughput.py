@@ -23,14 +23,14 @@ import compiling
 import contenders
 import devices
 import evidence
+import paper_table
 import peers
 import plot
 import progress
 import race
-import report
 import selection
 import settings as terms
-import table5
+import tables
 import throughput
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -186,7 +186,7 @@ def test_convnets_have_the_papers_sizes_and_flops() -> None:
     resnet = contenders.convnet("resnet50")
     assert resnet.flops == pytest.approx(2 * 4.09e9, rel=0.01)  # 4.09 G multiply-adds, two each
     assert contenders.convnet("regnety_160").name == "regnety_16gf"
-    assert len(table5.rows()) == 32
+    assert len(paper_table.rows()) == 32
 
 
 def test_flop_counter_agrees_with_the_config() -> None:
@@ -305,21 +305,33 @@ def timed(how: str, seconds: list[float]) -> contenders.Contender:
     return contenders.Contender(network, how, "contiguous", module, module, 8, samples=seconds)
 
 
-def test_verdict_claims_only_what_the_quartiles_keep_apart() -> None:
-    fused = timed("fused", [1.0, 1.1, 1.2, 1.3])
-    apart = report.verdict(fused, timed("eager", [2.0, 2.2, 2.4, 2.6]))
-    assert apart.startswith("deit_ti fused vs eager: 2.00x faster (paired ratio 2.000")
-    slower = report.verdict(fused, timed("compiled", [0.5, 0.55, 0.6, 0.65]))
+DRIFT = [1.0, 3.0, 1.2, 0.9, 2.0, 1.1, 5.0]  # seconds; a neighbour comes and goes
+
+
+def test_verdict_claims_what_the_paired_ratios_keep_apart() -> None:
+    fused = timed("fused", DRIFT)
+    apart = tables.verdict(fused, timed("eager", [1.3 * d for d in DRIFT]))
+    # The speeds' quartile ranges overlap widely; in every round eager took 1.3 times as long.
+    said = "1.30x faster (paired ratio 1.300, 95 % interval 1.300 to 1.300, n=7)"
+    assert apart == f"deit_ti fused vs eager: {said}"
+    slower = tables.verdict(fused, timed("compiled", [d / 2 for d in DRIFT]))
     assert "fused vs compiled: 2.00x slower" in slower
-    single = report.verdict(timed("fused", [1.0]), timed("eager", [2.0]))
-    assert "fused vs eager: too few rounds to tell (paired ratio 2.000" in single
-    close = report.verdict(fused, timed("eager", [1.05, 1.15, 1.25, 1.35]))
-    assert "no difference" in close
-    assert "faster" not in close
+    few = tables.verdict(timed("fused", DRIFT[:5]), timed("eager", [9.0] * 5))
+    assert "fused vs eager: too few rounds to tell (paired ratio 7.500, n=5)" in few
+
+
+def test_the_same_contender_twice_is_no_difference() -> None:
+    fused = timed("fused", DRIFT)
+    again = [
+        d * noise for d, noise in zip(DRIFT, (1.02, 0.97, 1.01, 0.99, 1.1, 1.0, 0.98), strict=True)
+    ]
+    for other in (again, DRIFT, [1.004 * d for d in DRIFT]):
+        said = tables.verdict(fused, timed("fused", other))
+        assert "fused vs fused: no difference (paired ratio 1.00" in said
 
 
 def test_speed_is_of_the_median_and_the_mean_of_seconds() -> None:
-    speed = report.speeds(timed("fused", [1.0, 2.0, 4.0]))
+    speed = tables.speeds(timed("fused", [1.0, 2.0, 4.0]))
     assert (speed.median, speed.n) == (4.0, 3)
     assert speed.mean == pytest.approx(8 / (7 / 3))
 
@@ -450,6 +462,19 @@ def test_inputs_are_fresh_each_round_and_in_the_contenders_format() -> None:
     assert again.std() > 0.5
     base.layout = "channels_last"
     assert inputs.get(base, 2, 0).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_zeros_and_repeated_images_are_never_timed() -> None:
+    """Every batch that a round times has spread, and no two rounds of it are the same."""
+    run = race.Race(settings(budget=None), progress.Progress(time.perf_counter()))
+    base = tiny()
+    base.batch = 2
+    seen: list[torch.Tensor] = []
+    base._step = lambda images: seen.append(images.clone())
+    run.rounds([base], 5, [2], "timing")
+    assert len(seen) == 10
+    assert all(0.5 < float(images.std()) < 2 for images in seen)
+    assert len({float(images.double().sum()) for images in seen}) == 5  # two calls a round
 
 
 # Evidence ---------------------------------------------------------------------------------------

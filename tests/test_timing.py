@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import sys
 import time
 from pathlib import Path
@@ -53,14 +54,27 @@ def test_spread_is_numpys_quartiles() -> None:
         timing.spread([])
 
 
-@pytest.mark.parametrize(
-    ("other", "expected"), [((3.0, 5.0), True), ((2.0, 2.5), True), ((3.1, 4.0), False)]
-)
-def test_overlap_of_quartile_ranges(other: tuple[float, float], expected: bool) -> None:
-    here = timing.Spread(1.0, 2.0, 3.0, 2.0, 5)
-    there = timing.Spread(other[0], sum(other) / 2, other[1], 0.0, 5)
-    assert here.overlaps(there) is expected
-    assert there.overlaps(here) is expected
+def test_interval_of_a_median_is_the_sign_tests() -> None:
+    # Of n samples, the ranks that hold the median at 95 %: Conover (1999), table A3.
+    for n, rank in ((6, 1), (8, 1), (9, 2), (12, 3), (15, 4), (20, 6), (30, 10)):
+        assert timing.median_interval(list(range(n, 0, -1))) == (rank, n + 1 - rank)
+    assert timing.median_interval([1.0] * 5) is None
+    assert timing.median_interval([]) is None
+
+
+def test_one_contender_against_itself_is_seldom_claimed_to_differ() -> None:
+    """Rounds with drift, noise and now and then an interruption: 2000 comparisons of equals."""
+    draw = random.Random(0)
+    noisy = lambda drift: [d * draw.gauss(1, 0.05) * (1 + (draw.random() < 0.1)) for d in drift]
+    claims = 0
+    for _ in range(2000):
+        drift = [draw.uniform(1, 3) for _ in range(12)]
+        claims += timing.compare(noisy(drift), noisy(drift)).verdict != "no difference"
+    assert claims <= 0.05 * 2000
+    drift = [draw.uniform(1, 3) for _ in range(12)]
+    slower = [1.5 * seconds for seconds in noisy(drift)]
+    assert timing.compare(noisy(drift), slower).verdict == "faster"
+    assert timing.compare(slower, noisy(drift)).verdict == "slower"
 
 
 def test_paired_ratio_cancels_drift_common_to_a_round() -> None:

@@ -6,16 +6,19 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import training
 
+from deit import load
 from deit import train as train_module
 from deit.cli import main
 from deit.data.loader import WorkerDied
 from deit.data.sources import Folder
+from deit.recipes import recipe
 from deit.train import NotFinite, TooManyUnreadable, Trainer, train
 
 PROGRAM = [sys.executable, str(Path(training.__file__))]
@@ -283,6 +286,18 @@ def test_fixres_changes_the_classifier_alone(whole, data, tmp_path):
     before, after = training.weights(whole[0]), training.weights(tmp_path)
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert changed == {"model.head.weight", "model.head.bias"}
+
+
+def test_deit3s_recipe_trains_our_network_with_layer_scale(data, tmp_path):
+    short = recipe("deit3", epochs=2, batch_size=16, warmup_epochs=0.0)
+    result = train(replace(training.options(data, tmp_path), recipe=short))
+    assert result["finished"]
+    model = load(tmp_path / "model.safetensors")
+    assert model.config.layer_scale == 1e-4
+    for block in model.blocks:
+        for scale in (block.ls1, block.ls2):
+            assert scale.gamma.isfinite().all()
+            assert not torch.equal(scale.gamma, torch.full_like(scale.gamma, 1e-4))
 
 
 def test_the_commands_run(data, whole, tmp_path, capsys):

@@ -26,7 +26,7 @@ def throughput(context: Context) -> None:
 def measure(context: Context, arch: str, impl: str) -> None:
     """Fused and eager, interleaved; what is compiled takes minutes and is left to the script."""
     import devices
-    import report
+    import tables
     import throughput
     from progress import Progress
 
@@ -50,5 +50,5 @@ def measure(context: Context, arch: str, impl: str) -> None:
         context.fail(f"{arch} {impl}: nothing was timed")
         return
     arguments = ["--arch", arch, "--impl", impl, "--against", "none", "--peers", "none"]
-    for row in report.rows(race, devices.describe(settings.device), arguments, {}):
+    for row in tables.rows(race, devices.describe(settings.device), arguments, {}):
         context.row(**{**row, "impl": impl})

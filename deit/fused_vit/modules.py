@@ -239,9 +239,16 @@ class FusedBlock(Whole, Fused):
     )
     SCALES: ClassVar[tuple[str, ...]] = ("ls1", "ls2")
     DROP_PATHS: ClassVar[tuple[str, ...]] = ("drop_path1", "drop_path2")
+    # What those may be: LayerScale with its `gamma`, stochastic depth that `keep` draws for.
+    SCALE_KINDS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Identity,)
+    DROP_PATH_KINDS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Identity,)
 
     def remark(self) -> str:
         return int8.REMARK if int8.asked(self.fused_impls) else super().remark()
+
+    def absorbed(self) -> list[nn.Module]:
+        scales = (self._modules[name] for name in self.SCALES)  # type: ignore[attr-defined]
+        return [*super().absorbed(), *scales]
 
     def parts(self) -> tuple[Any, ...]:
         """What normalises, attends, normalises and feeds forward."""
@@ -256,6 +263,11 @@ class FusedBlock(Whole, Fused):
             reason = part.unsupported()
             if reason is not None:
                 return f"{name}: {reason}"
+        fixed = ((self.SCALES, self.SCALE_KINDS), (self.DROP_PATHS, self.DROP_PATH_KINDS))
+        for names, kinds in fixed:
+            for name in names:
+                if type(children.get(name)) not in kinds:
+                    return f"{name} is a {type(children.get(name)).__name__}"
         return super().unsupported()
 
     def interrupted(self) -> str | None:

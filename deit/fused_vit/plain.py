@@ -24,8 +24,9 @@ class FusedMlp(modules.FusedMlp, model.Mlp):
 class FusedBlock(modules.FusedBlock, model.Block):
     """deit.model.Block with its residual additions in the products' epilogues."""
 
-    SCALES = ()
     DROP_PATHS = ("drop_path",)
+    SCALE_KINDS = (nn.Identity, model.LayerScale)
+    DROP_PATH_KINDS = (model.DropPath,)
 
     def keep(self, index: int, x: Tensor) -> Tensor | None:
         return self.drop_path.keep(x)

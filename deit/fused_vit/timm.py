@@ -59,15 +59,8 @@ class FusedMlp(modules.FusedMlp, timm.layers.Mlp):
 class FusedBlock(Masked, modules.FusedBlock, vision_transformer.Block):
     """timm's Block with its residual additions in the products' epilogues."""
 
-    def unsupported(self) -> str | None:
-        children = self._modules
-        for name in self.SCALES:
-            if type(children.get(name)) not in (nn.Identity, vision_transformer.LayerScale):
-                return f"{name} is a {type(children.get(name)).__name__}"
-        for name in self.DROP_PATHS:
-            if type(children.get(name)) not in (nn.Identity, timm.layers.DropPath):
-                return f"{name} is a {type(children.get(name)).__name__}"
-        return super().unsupported()
+    SCALE_KINDS = (nn.Identity, vision_transformer.LayerScale)
+    DROP_PATH_KINDS = (nn.Identity, timm.layers.DropPath)
 
     def keep(self, index: int, x: Tensor) -> Tensor | None:
         drop: Any = self._modules[self.DROP_PATHS[index]]

@@ -1,0 +1,1 @@
+"""The report page: pictures as SVG, tables that sort, one HTML file."""

@@ -1,0 +1,115 @@
+"""Parts of the page: tables that sort, lists of facts, whole documents of measurements."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from page.svg import number
+
+Row = dict[str, Any]
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its head, what a row shows in it, and whether that is quoted from a paper."""
+
+    head: str
+    value: Callable[[Row], Any]
+    quoted: bool = False
+    code: bool = False
+
+
+def keyed(head: str, key: str, *, quoted: bool = False) -> Column:
+    """A column that shows one field of a row."""
+    return Column(head, lambda row: row.get(key), quoted)
+
+
+def cell(value: Any) -> tuple[str, str]:
+    """A value as it is shown and as it is sorted by; "" for none."""
+    if value is None:
+        return "–", ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value), str(value)
+    shown = f"{value}" if isinstance(value, int) else number(value)
+    return shown, repr(float(value))
+
+
+def table(columns: Sequence[Column], rows: Iterable[Row], stale: Callable[[Row], bool]) -> str:
+    """A table whose heads sort it; rows that `stale` says so of are marked."""
+    rows = list(rows)
+    words = [any(isinstance(column.value(row), str) for row in rows) for column in columns]
+    styles = ["quoted" if c.quoted else "text" * w for c, w in zip(columns, words, strict=True)]
+    heads = "".join(
+        f'<th class="{style}"><button>{escape(column.head)}</button></th>'
+        for column, style in zip(columns, styles, strict=True)
+    )
+    lines = []
+    for row in rows:
+        cells = []
+        for column, style in zip(columns, styles, strict=True):
+            shown, key = (escape(part) for part in cell(column.value(row)))
+            shown = f"<code>{shown}</code>" if column.code else shown
+            cells.append(f'<td class="{style}" data-v="{key}">{shown}</td>')
+        mark = ' class="stale"' if stale(row) else ""
+        lines.append(f"<tr{mark}>{''.join(cells)}</tr>")
+    return (
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def facts(pairs: Iterable[tuple[str, Any]]) -> str:
+    """A list of names and values; what is None is left out."""
+    items = (
+        f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>"
+        for name, value in pairs
+        if value is not None
+    )
+    return f"<dl>{''.join(items)}</dl>"
+
+
+def document(content: Row, hide: Sequence[str]) -> str:
+    """Measurements of any form: single values as facts, lists of rows as tables, the rest as JSON.
+
+    hide: top-level fields that the page shows elsewhere.
+    """
+    parts, single = [], []
+    for name, value in content.items():
+        if name in hide:
+            continue
+        flat = isinstance(value, list) and value and all(isinstance(v, dict) for v in value)
+        if flat:
+            heads = list(dict.fromkeys(key for row in value for key in row))
+            columns = [Column(head, _plain(head)) for head in heads]
+            parts.append(f"<h4>{escape(name)}</h4>{table(columns, value, lambda _: False)}")
+        elif isinstance(value, (dict, list)):
+            text = escape(json.dumps(value, ensure_ascii=False))
+            parts.append(f"<details><summary>{escape(name)}</summary><code>{text}</code></details>")
+        else:
+            single.append((name, value))
+    return facts(single) + "".join(parts)
+
+
+def _plain(head: str) -> Callable[[Row], Any]:
+    def value(row: Row) -> Any:
+        found = row.get(head)
+        return json.dumps(found) if isinstance(found, (dict, list)) else found
+
+    return value
+
+
+def whole(title: str, body: str) -> str:
+    """The page, self-contained: nothing is loaded from anywhere."""
+    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("style.css", "sort.js"))
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>\n{style}</style>'
+        f"</head><body>\n{body}\n<script>\n{script}</script></body></html>\n"
+    )

@@ -1,0 +1,322 @@
+"""bench/report.py: the page from sample rows: its structure, what is marked stale, and, where
+Chromium is installed, that it opens without errors and fits a phone and a desktop."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+import evidence
+import paper_table
+import report
+from page import pictures, svg
+
+Row = dict[str, Any]
+ROOT = Path(__file__).parents[1]
+VOID = {"meta", "link", "br"}
+
+MACHINE: Row = {
+    "device": "Sample <CPU>", "driver": None, "cpu": "Sample <CPU>", "cores": 2, "threads": 2,
+    "cpu_capability": "AVX2", "python": "3.11", "torch": "2.15", "cuda": None, "triton": None,
+    "timm": "1.0",
+}  # fmt: skip
+
+
+def throughput_rows(kernels: str) -> list[Row]:
+    """A row a network of Table 5 and contender; speeds as if FLOPs were all that counts."""
+    draw = random.Random(0)
+    rows = []
+    for quoted in paper_table.networks():
+        convnet = quoted.model in paper_table.CONVNETS
+        name = quoted.model + "⚗" * quoted.distilled
+        name += "" if quoted.img_size == 224 else f"↑{quoted.img_size}"
+        ways = {"eager, channels_last": 1.0} if convnet else {"fused": 2.2, "eager": 1.0}
+        for contender, gain in ways.items():
+            speed = gain * quoted.v100_img_s / 50
+            seconds = [8 / speed * draw.gauss(1, 0.02) for _ in range(7)]
+            rows.append({
+                **MACHINE, "schema": 1, "date": "2026-01-02T03:04:05+00:00",
+                "command": f"python bench/table5.py --only {name}", "protocol": "modern",
+                "mode": "inference", "network": name, "contender": contender,
+                "img_size": quoted.img_size, "batch": 8, "batch_asked": 256, "dtype": "fp32",
+                "tf32": False, "gpu_state": None, "n": 7, "calls_per_sample": 1,
+                "img_per_s": speed, "img_per_s_low": 0.98 * speed, "img_per_s_high": 1.02 * speed,
+                "img_per_s_mean": speed, "seconds": seconds, "parameters": 1000,
+                "gflop_per_image": 2.5, "gflop_per_s": 2.5 * speed, "peak_gflop_per_s": 430.0,
+                "peak_size": 2048, "peak_by": "matmul", "memory_bytes": 10**8,
+                "warmup_seconds": 1.0, "compile_seconds": None, "logits_error": 1e-6,
+                "tried": {}, "operators": None, "photographs": None, "peer": None,
+                "kernels_sha256": kernels if contender == "fused" else None,
+                "quoted_top1": quoted.top1, "quoted_v100_img_per_s": quoted.v100_img_s,
+                "quoted_source": paper_table.SOURCE,
+            })  # fmt: skip
+    return rows
+
+
+def operators_document(kernels: str) -> Row:
+    """Two operators, forward and backward, by ours and PyTorch's best."""
+    rows = []
+    for operator, calls, flops, size in (
+        ("linear qkv", 12, 7e8, 1e7),
+        ("layer_norm", 25, 5e6, 5e6),
+    ):
+        for direction, factor in (("forward", 1.0), ("backward", 2.2)):
+            for contender, slow in (("cpu", 1.0), ("eager", 1.9), ("compiled", 1.7)):
+                seconds = factor * slow * max(flops / 4e11, size / 2e10)
+                rows.append({
+                    "operator": operator, "direction": direction, "arch": "deit_ti", "batch": 16,
+                    "dtype": "fp32", "contender": contender, "ours": "cpu", "best": "compiled",
+                    "calls": calls, "n": 15, "sets": 4, "seconds": seconds, "low": 0.9 * seconds,
+                    "high": 1.1 * seconds, "bytes": size, "flops": flops, "ratio": 1.7 / slow,
+                    "ratio_low": 1.6 / slow, "ratio_high": 1.8 / slow, "share": 0.5 / slow,
+                })  # fmt: skip
+    ceilings = {"bytes_per_s": 2e10, "copy_bytes": 2**28, "flops_per_s": 4.3e11,
+                "product": "2048³, fp32, by matmul"}  # fmt: skip
+    return {**MACHINE, "kind": "operators", "title": "Operators", "kernels_sha256": kernels,
+            "date": "2026-01-02T03:04:05+00:00", "command": "pytest bench/operators",
+            "ceilings": ceilings, "rows": rows}  # fmt: skip
+
+
+def scaling_document(kernels: str) -> Row:
+    """Images/s against batch."""
+    rows = [
+        {"sweep": "batch", "network": "deit_ti", "contender": contender, "x": x, "n": 7,
+         "img_per_s": gain * x**0.1, "img_per_s_low": gain * x**0.1 * 0.9,
+         "img_per_s_high": gain * x**0.1 * 1.1, "memory_bytes": 10**6 * x}
+        for contender, gain in (("fused", 100.0), ("eager", 60.0))
+        for x in (1, 2, 4, 8, 16)
+    ]  # fmt: skip
+    fits = [{"sweep": "batch", "contender": "fused", "exponent": 0.9, "text": "seconds ~ x^0.90"}]
+    return {**MACHINE, "kind": "scaling", "title": "Cost of scale", "kernels_sha256": kernels,
+            "date": "2026-01-02T03:04:05+00:00", "command": "python bench/scaling.py",
+            "rows": rows, "fits": fits}  # fmt: skip
+
+
+def write_samples(folder: Path, kernels: str) -> list[Path]:
+    """Four files of results; the last of a form the page knows nothing of."""
+    other = {**MACHINE, "date": "2026-01-02", "command": "python bench/other.py",
+             "kernels_sha256": kernels, "top1": 73.5, "curve": {"a": [1, 2]},
+             "rows": [{"name": "<b>", "value": 1.5}, {"name": "c", "extra": [1]}]}  # fmt: skip
+    contents = {"a.json": throughput_rows(kernels), "b.json": operators_document(kernels),
+                "c.json": scaling_document(kernels), "d.json": other}  # fmt: skip
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    return [folder / name for name in contents]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    out = folder / "page.html"
+    files = [str(path) for path in write_samples(folder, evidence.kernels_sha256())]
+    assert report.main([*files, "--out", str(out), "--pictures", str(folder / "svg")]) == 0
+    return out
+
+
+class Outline(HTMLParser):
+    """Checks that every element is closed, and keeps what a test asks about."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.seen)
+
+
+def test_structure(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    outline = Outline(text)
+    assert outline.open == []
+    # accuracy, speed-up, operators, roofline, batch: each for wide and for narrow windows
+    assert (outline.count("figure"), outline.count("svg")) == (5, 10)
+    assert outline.count("table") == 6  # networks, operators, sweeps, fits, the others, runs
+    words = " ".join(outline.words)
+    for part in ("Accuracy (quoted)", "Speed-up", "Time by operator", "Roofline", "batch size",
+                 "efficientnet_b8↑800", "quoted", "AVX2", "Sample <CPU>", "seconds ~ x^0.90",
+                 "python bench/table5.py --only deit_b⚗↑384", "0 of 39 results are stale",
+                 "2.20x"):  # fmt: skip
+        assert part in words, part
+
+
+def test_page_loads_nothing_and_names_no_machine(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r'(?:src|href)="([^"]*)"', text):
+        assert link == "data:,"
+    assert set(re.findall(r"https?://[^\"\s<]*", text)) == {"http://www.w3.org/2000/svg"}
+    assert str(ROOT) not in text
+    assert "url(" not in text
+
+
+def test_a_row_of_other_kernels_is_stale(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "page.html"
+    files = [str(path) for path in write_samples(tmp_path, "other kernels")]
+    assert report.main([*files, "--out", str(out)]) == 0
+    text = out.read_text(encoding="utf-8")
+    fused = sum(not q.model.startswith(("res", "reg", "eff")) for q in paper_table.networks())
+    assert f"{fused + 3} of 39 results are stale" in text
+    # in the table of networks; and in that of runs, with the documents'
+    assert text.count('<tr class="stale">') == fused + fused + 3
+    assert f"{fused} stale" in capsys.readouterr().out
+
+
+def test_pictures_as_files_carry_their_colours(page: Path) -> None:
+    found = sorted(path.name for path in (page.parent / "svg").iterdir())
+    assert found == ["accuracy.svg", "operators.svg", "roofline.svg", "speedup.svg",
+                     "sweep-batch.svg"]  # fmt: skip
+    for name in found:
+        text = (page.parent / "svg" / name).read_text(encoding="utf-8")
+        assert "prefers-color-scheme: dark" in text
+        assert Outline(text).open == []
+
+
+def test_the_committed_results_make_a_page(tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    assert report.main(["--out", str(out)]) == 0
+    assert Outline(out.read_text(encoding="utf-8")).open == []
+
+
+@pytest.mark.parametrize("content", ["", "3", '[{"a": 1}]'])
+def test_what_is_no_result_is_named(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.json").write_text(content)
+    assert report.main([str(tmp_path / "rows.json"), "--out", str(tmp_path / "page.html")]) == 2
+    assert "error: rows.json: " in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_identical_contenders_show_no_difference() -> None:
+    rows = throughput_rows("x")
+    pair = [dict(row) for row in rows if row["network"] == "deit_ti"]
+    pair[1]["seconds"] = pair[0]["seconds"]
+    assert [each.found.verdict for each in pictures.comparisons(pair)] == ["no difference"]
+    assert "no difference" in pictures.speedups(pair, "fp32").html()
+
+
+# Scales -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "log", "expected"),
+    [
+        (0.9, 110, True, [1, 2, 5, 10, 20, 50, 100]),
+        (1, 1e6, True, [1, 10, 100, 1e3, 1e4, 1e5, 1e6]),
+        (69, 87, False, [70, 75, 80, 85]),
+        (0, 1, False, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, log: bool, expected: list[float]) -> None:
+    assert svg.Scale(low, high, 0, 430, log=log).ticks() == pytest.approx(expected)
+
+
+def test_scale_maps_its_ends() -> None:
+    for log in (False, True):
+        scale = svg.Scale(2.0, 50.0, 10, 110, log=log)
+        assert (scale(2.0), scale(50.0)) == (10, 110)
+    assert svg.Scale(1, 100, 0, 100, log=True)(10) == 50
+
+
+def test_labels_do_not_cover_each_other() -> None:
+    plot = svg.Plot(400, 400, "")
+    for i in range(12):
+        plot.mark(200 + i, 200, "o", "", "")
+    for i in range(12):
+        plot.label(200 + i, 200, "a label", "c0")
+    boxes = plot.taken
+    assert 12 < len(boxes) < 24  # some found no place
+    overlaps = [
+        (a, b) for i, a in enumerate(boxes[12:], 12) for b in boxes[:i] if svg._overlap(a, b)
+    ]
+    assert overlaps == []
+
+
+# In a browser -----------------------------------------------------------------------------------
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+PROBE = """<script>
+addEventListener("error", (e) => document.title += " error: " + e.message);
+addEventListener("load", () => {
+  const column = (t, i) => [...t.tBodies[0].rows].map((r) => r.children[i].dataset.v);
+  const table = document.querySelector("table");
+  table.querySelectorAll("th button")[6].click();
+  const up = column(table, 6).map(Number);
+  table.querySelectorAll("th button")[6].click();
+  const down = column(table, 6).map(Number);
+  const shown = [...document.querySelectorAll("svg")].filter((s) => s.getClientRects().length);
+  document.body.dataset.found = JSON.stringify({
+    width: document.documentElement.clientWidth, scroll: document.documentElement.scrollWidth,
+    paper: getComputedStyle(document.body).backgroundColor, shown: shown.length,
+    widest: Math.max(...shown.map((s) => s.getBoundingClientRect().right)),
+    scale: Math.min(...shown.map((s) => s.getBoundingClientRect().width / s.viewBox.baseVal.width)),
+    up, down,
+  });
+});
+</script></head>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_in_chromium(page: Path, width: int, dark: bool, tmp_path: Path) -> None:
+    """In a frame of that width: no errors, nothing too wide or too small, tables that sort."""
+    inner = tmp_path / "inner.html"
+    inner.write_text(page.read_text(encoding="utf-8").replace("</head>", PROBE, 1))
+    # A window of Chromium has at least 500 px; a frame may have any width.
+    outer = tmp_path / "outer.html"
+    outer.write_text(
+        f'<iframe src="inner.html" width="{width}" height="900" style="border:0"></iframe>'
+        "<script>onload = () => document.title = document.querySelector('iframe')"
+        ".contentDocument.body.dataset.found</script>"
+    )
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
+             f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000",
+             "--virtual-time-budget=4000", "--enable-logging=stderr", "--dump-dom"]  # fmt: skip
+    flags += ["--blink-settings=preferredColorScheme=0"] if dark else []
+    done = subprocess.run(
+        [CHROMIUM, *flags, outer.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert not re.search(r":CONSOLE[:(].*", done.stderr), done.stderr
+    title = re.search(r"<title>(\{.*?\})</title>", done.stdout)
+    assert title, done.stdout[-2000:] + done.stderr[-2000:]
+    found = json.loads(title[1])
+    assert found["width"] >= width - 20  # less a scroll bar
+    assert found["scroll"] <= found["width"]
+    assert found["widest"] <= found["width"]
+    assert found["shown"] == 5  # of wide and narrow drawings one each
+    assert found["scale"] > 0.9  # type of 12 px is drawn at 11 px or more
+    assert found["up"] == sorted(found["up"]) == found["down"][::-1]
+    assert found["paper"] == ("rgb(13, 17, 23)" if dark else "rgb(255, 255, 255)")

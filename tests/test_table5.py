@@ -1,0 +1,187 @@
+"""bench/table5.py: what is measured, what is not measured again, and what the table says."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+import compiling
+import contenders
+import devices
+import evidence
+import paper_table
+import table5
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_network_of_the_table_can_be_built() -> None:
+    rows = paper_table.networks()
+    assert len(rows) == 26
+    assert sum(len(paper_table.recipes(row)) for row in rows) == len(paper_table.rows()) == 32
+    for row in rows:
+        network = contenders.quoted_network(row)
+        assert network.label == table5.label(row)
+        assert network.quoted == row
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in network.build().parameters()) / 1e6
+        # The paper rounds; it prints ResNet-50 as 25 (25.6), RegNetY-4GF as 21 (20.6).
+        assert parameters == pytest.approx(row.params_m, rel=0.06, abs=1.0), row
+    assert contenders.quoted_network(rows[17]).label == "vit_l_16↑384"
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """One real run of one network, on one thread."""
+    path = tmp_path_factory.mktemp("results") / "rows.json"
+    before = torch.get_num_threads()
+    assert table5.main([*QUICK, "--json", str(path)]) == 0
+    torch.set_num_threads(before)
+    return path, evidence.read([path])
+
+
+QUICK = ["--only", "deit_ti", "--protocols", "deit2021", "--bs", "2", "--limit", "20",
+         "--threads", "1", "--device", "cpu"]  # fmt: skip
+
+
+def test_rows_are_the_races(measured: tuple[Path, list[dict[str, Any]]]) -> None:
+    rows = measured[1]
+    assert {row["contender"] for row in rows} == {"fused", "eager"}
+    for row in rows:
+        assert (row["network"], row["protocol"], row["dtype"]) == ("deit_ti", "deit2021", "fp32")
+        assert (row["parameters"], row["quoted_v100_img_per_s"]) == (5_717_416, 2536.5)
+        assert row["command"].startswith("python bench/table5.py --only deit_ti --protocols deit2")
+
+
+def test_a_finished_network_is_not_measured_again(
+    measured: tuple[Path, list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, rows = measured
+    timed: list[str] = []
+
+    def stub(network: contenders.Network, *_: object) -> list[dict[str, Any]]:
+        timed.append(network.label)
+        return rows
+
+    monkeypatch.setattr(table5, "measure", stub)
+    assert table5.main([*QUICK, "--json", str(path)]) == 0
+    assert timed == []
+    out = capsys.readouterr().out
+    mean = next(row["img_per_s_mean"] for row in rows if row["contender"] == "fused")
+    for figure in ("72.2", "2536.5", "5.7", "2.5", f"{mean:.4g}"):
+        assert figure in out
+    assert table5.main([*QUICK, "--again", "--json", str(path)]) == 0
+    assert timed == ["deit_ti"]
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        ({}, False),
+        ({"kernels_sha256": "changed since"}, True),
+        ({"torch": "2.0"}, True),
+        ({"threads": 99}, True),
+        ({"batch_asked": 1}, True),
+        ({"protocol": "modern"}, True),
+    ],
+)
+def test_what_makes_a_row_unfinished(
+    measured: tuple[Path, list[dict[str, Any]]], change: dict[str, Any], again: bool
+) -> None:
+    torch.set_num_threads(1)
+    rows = [row | change for row in measured[1]]
+    facts = devices.describe(CPU)
+    assert table5.finished(rows, "deit_ti", "deit2021", facts, 2) is not again
+
+
+def test_a_stale_figure_is_starred(measured: tuple[Path, list[dict[str, Any]]]) -> None:
+    row = paper_table.quoted("deit_ti", 224)
+    assert row is not None
+    fresh = table5.cells(row, measured[1], "deit2021")
+    old = [each | {"kernels_sha256": "x"} for each in measured[1] if each["contender"] == "fused"]
+    stale = table5.cells(row, old + measured[1][1:], "deit2021")
+    assert stale[5] == fresh[5] + "*"
+    assert table5.cells(row, [], "deit2021")[5:] == ["-"] * 4
+
+
+def test_a_network_that_fails_or_overruns_leaves_the_others(
+    measured: tuple[Path, list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stub(network: contenders.Network, *_: object) -> list[dict[str, Any]]:
+        if network.label == "resnet18":
+            raise RuntimeError("its logits are off")
+        if network.label == "resnet50":
+            raise compiling.OutOfTime
+        return [row | {"network": network.label} for row in measured[1]]
+
+    monkeypatch.setattr(table5, "measure", stub)
+    path = tmp_path / "rows.json"
+    assert table5.main(["--only", "resnet,deit_s", "--protocols", "modern", "--json", str(path)])
+    assert {row["network"] for row in evidence.read([path])} == {
+        "resnet101", "resnet152", "deit_s"
+    }  # fmt: skip
+    out, err = capsys.readouterr()
+    assert "no figures: resnet18 (modern)\nno figures: resnet50 (modern)" in out
+    assert "RuntimeError: its logits are off" in err
+    assert "given up" in err
+
+
+def test_a_single_round_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A race that the limit cut short is run again with a larger one, not kept as finished."""
+    network = contenders.deit_network("deit_ti")
+    module = torch.nn.Identity()
+    cut = contenders.Contender(network, "eager", "contiguous", module, module, 2, samples=[1.0] * 2)
+    race = types.SimpleNamespace(refused=False, finalists=[cut], notes=[])
+    monkeypatch.setattr(table5.throughput, "measure", lambda *_: (race, {}))
+    with pytest.raises(RuntimeError, match="2 rounds fitted into the limit; raise --limit"):
+        table5.measure(network, "modern", table5.Options(device="cpu"), None)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--only", "vgg"], "only: expected beginnings of resnet18, "),
+        (["--bs", "0"], "bs, limit: expected 1 or more"),
+        (["--limit", "-1"], "bs, limit: expected 1 or more"),
+        (["--device", "tpu"], "device: expected auto, cpu"),
+    ],
+)
+def test_bad_input(options: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert table5.main([*options, "--show"]) == 2
+    assert f"error: {why}" in capsys.readouterr().err
+
+
+def test_a_limit_within_a_limit_leaves_the_outer_one_running() -> None:
+    def inner_ends_first() -> None:
+        with compiling.limit(0.1):
+            with contextlib.suppress(compiling.OutOfTime), compiling.limit(0.02):
+                time.sleep(5)
+            inner.append(True)
+            time.sleep(5)
+
+    inner: list[bool] = []
+    with pytest.raises(compiling.OutOfTime):
+        inner_ends_first()
+    assert inner == [True]
