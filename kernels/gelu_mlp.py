@@ -78,14 +78,15 @@ def _prepare(
     keep: Tensor | None = None,
 ) -> dispatch.Arguments:
     validate.tensor("x", x)
-    validate.tensor("w1", w1, rank=2)
-    validate.tensor("w2", w2, rank=2)
+    hidden, width = validate.rows("w1", w1), validate.rows("w2", w2)
     x, w1, b1, w2, b2 = dispatch.autocast(x, w1, b1, w2, b2)
-    hidden, width = w1.shape[0], w2.shape[0]
-    validate.parameter("w1", w1, (hidden, x.shape[-1]), x)
-    validate.parameter("b1", b1, (hidden,), x)
-    validate.parameter("w2", w2, (width, hidden), x)
-    validate.parameter("b2", b2, (width,), x)
+    validate.parameters(
+        x,
+        ("w1", w1, (hidden, x.shape[-1])),
+        ("b1", b1, (hidden,)),
+        ("w2", w2, (width, hidden)),
+        ("b2", b2, (width,)),
+    )
     validate.epilogue(x, width, residual, gamma, keep)
     return x, w1, b1, w2, b2, residual, gamma, keep
 

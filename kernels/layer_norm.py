@@ -74,9 +74,9 @@ def _prepare(
 ) -> dispatch.Arguments:
     validate.tensor("x", x)
     shape = x.shape[-1:]
-    validate.parameter("weight", weight, shape, x, fp32_allowed=True)
+    validate.parameters(x, ("weight", weight, shape), fp32_allowed=True)
     if bias is not None:
-        validate.parameter("bias", bias, shape, weight)
+        validate.parameters(weight, ("bias", bias, shape))
     eps = validate.number("eps", eps)
     if eps < 0:
         raise ValueError(f"eps: expected a number >= 0; got {eps}")

@@ -61,11 +61,9 @@ def _prepare(
     keep: Tensor | None = None,
 ) -> dispatch.Arguments:
     validate.tensor("x", x)
-    validate.tensor("weight", weight, rank=2)
+    width = validate.rows("weight", weight)
     x, weight, bias = dispatch.autocast(x, weight, bias)
-    width = weight.shape[0]
-    validate.parameter("weight", weight, (width, x.shape[-1]), x)
-    validate.parameter("bias", bias, (width,), x)
+    validate.parameters(x, ("weight", weight, (width, x.shape[-1])), ("bias", bias, (width,)))
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected None, 'gelu' or 'gelu_tanh'; got {activation!r}")
     validate.epilogue(x, width, residual, gamma, keep)
