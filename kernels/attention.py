@@ -83,10 +83,8 @@ class _Attention(torch.autograd.Function):
     """Differentiates by an implementation's `attention_fwd` and `attention_bwd`."""
 
     @staticmethod
-    def forward(
-        implementation: str, qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return ops.COMPILED[implementation]["attention_fwd"](qkv, num_heads, scale, key_bias)
+    def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return ops.COMPILED[implementation]["attention_fwd"](*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -78,18 +78,8 @@ class _Linear(torch.autograd.Function):
     """Differentiates by an implementation's `linear_fwd` and `linear_bwd`."""
 
     @staticmethod
-    def forward(
-        implementation: str,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        activation: str | None,
-        residual: Tensor | None,
-        gamma: Tensor | None,
-        keep: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        forward = ops.COMPILED[implementation]["linear_fwd"]
-        return forward(x, weight, bias, activation, residual, gamma, keep)
+    def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return ops.COMPILED[implementation]["linear_fwd"](*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -168,10 +168,8 @@ class _CrossEntropy(torch.autograd.Function):
     """Differentiates by an implementation's `cross_entropy_fwd` and `cross_entropy_bwd`."""
 
     @staticmethod
-    def forward(
-        implementation: str, logits: Tensor, target: Tensor, label_smoothing: float
-    ) -> tuple[Tensor, Tensor]:
-        return ops.COMPILED[implementation]["cross_entropy_fwd"](logits, target, label_smoothing)
+    def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return ops.COMPILED[implementation]["cross_entropy_fwd"](*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

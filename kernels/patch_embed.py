@@ -71,16 +71,8 @@ class _PatchEmbed(torch.autograd.Function):
     """Differentiates by an implementation's `patch_embed_bwd`; images get no gradient."""
 
     @staticmethod
-    def forward(
-        implementation: str,
-        images: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        prefix: Tensor,
-        pos_embed: Tensor,
-    ) -> Tensor:
-        forward = ops.COMPILED[implementation]["patch_embed"]
-        return forward(images, weight, bias, prefix, pos_embed)
+    def forward(implementation: str, *arguments: Any) -> Tensor:
+        return ops.COMPILED[implementation]["patch_embed"](*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -8,6 +8,7 @@ import gradients
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from layers import feed_forward, keep_of, layer
 
 from deit.kernels import add_layer_norm, attention, gelu_mlp, layer_norm, linear, native, ops
@@ -199,6 +200,23 @@ def test_linear(base_isa, activation, family):
         bare = [(x, w, b if has_bias else None, r if has_residual else None, None)
                 for x, w, b, r, _ in draws]  # fmt: skip
         check_draws(project(activation), bare, [dout])
+
+
+def test_where_outliers_cancel(base_isa):
+    """Hidden values near 0, on which GELU's gradient hangs, are as good as PyTorch's.
+
+    In chains of 64 terms their error was 1.12 times PyTorch's, in chains of 48 it is 0.76.
+    """
+    ours, theirs = [], []
+    for draw in range(4):
+        x, weight, bias, *_ = layer(3, 67, 192, 100, "outlier", draw=draw)
+        _, affine = OPS["linear_fwd"](x, weight, bias, "gelu", None, None, None)
+        exact = F.linear(x.double(), weight.double(), bias.double())
+        near = exact.abs() < 2
+        ours.append((affine - exact)[near])
+        with gradients.one_thread():
+            theirs.append((F.linear(x, weight, bias) - exact)[near])
+    assert torch.cat(ours).norm() <= torch.cat(theirs).norm()
 
 
 # Depths of one chain, of many and of a part; widths of no panel, whole ones and a tail.
