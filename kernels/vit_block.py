@@ -122,13 +122,14 @@ def _prepare(
         ("w2", w2, (dim, hidden)),
         ("b2", b2, (dim,)),
     )
-    validate.parameters(
-        qkv_weight,
-        ("gamma1", gamma1, (dim,)),
-        ("gamma2", gamma2, (dim,)),
-        ("key_bias", key_bias, x.shape[:2]),
-        fp32_allowed=True,
-    )
+    if gamma1 is not None or gamma2 is not None or key_bias is not None:
+        validate.parameters(
+            qkv_weight,
+            ("gamma1", gamma1, (dim,)),
+            ("gamma2", gamma2, (dim,)),
+            ("key_bias", key_bias, x.shape[:2]),
+            fp32_allowed=True,
+        )
     validate.parameters(
         x,
         ("norm1_weight", norm1_weight, (dim,)),
@@ -151,7 +152,8 @@ def _check_stream(
     """x against the products' dtype and device, and what belongs to x."""
     if not isinstance(num_heads, int) or num_heads < 1:
         raise ValueError(f"num_heads: expected a positive integer; got {num_heads!r}")
-    if x.shape[-1] % num_heads or x.shape[-1] == 0:
+    dim = x.shape[-1]
+    if dim % num_heads or dim == 0:
         raise ValueError(
             f"x: expected a last axis that is a multiple of num_heads={num_heads}; "
             f"got shape {tuple(x.shape)}"
