@@ -3,7 +3,7 @@
     python bench/numerics.py                            # on a GPU, or in Triton's interpreter
     python bench/numerics.py --impl cpu --dtype fp32
     python bench/numerics.py --json build/numerics.json
-    python bench/numerics.py --write docs/numerics.md   # the tables there
+    python bench/numerics.py --impl cpu --write docs/numerics.md   # the CPU's tables there
 
 Each public operator runs forward and, where its kernels have a gradient, backward: by a kernel,
 by PyTorch at the same dtype, and by PyTorch in fp64. A figure is the kernel's error over
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -56,7 +57,8 @@ class Settings:
     json: Path | None = None
     """write every figure here"""
     write: Path | None = None
-    """a Markdown file that gets the tables, between the lines <!-- figures --> and <!-- end -->"""
+    """a Markdown file that gets the tables, between the lines <!-- figures --> and <!-- end -->,
+    each in the place of an earlier one of its implementation and dtype"""
 
 
 @dataclass(frozen=True)
@@ -234,12 +236,22 @@ def _plain(row: Row) -> str:
 
 
 def insert(path: Path, text: str) -> None:
-    """Put `text` between the two marks of a file. ValueError: they are not there."""
+    """Put `text`'s tables between the two marks of a file, where others that are there stay.
+
+    ValueError: the marks are not there.
+    """
     before, mark, rest = path.read_text().partition("<!-- figures -->")
-    _, end, after = rest.partition("<!-- end -->")
+    old, end, after = rest.partition("<!-- end -->")
     if not mark or not end:
         raise ValueError(f"{path}: expected the lines <!-- figures --> and <!-- end -->")
-    path.write_text(f"{before}{mark}\n{text}\n\n{end}{after}")
+    tables = "\n\n".join((_by_heading(old) | _by_heading(text)).values())
+    path.write_text(f"{before}{mark}\n\n{tables}\n\n{end}{after}")
+
+
+def _by_heading(text: str) -> dict[str, str]:
+    """The tables of `markdown`, each with its line "**impl, dtype**" before it, by that line."""
+    found = re.findall(r"^(\*\*.+\*\*)$((?:\n(?!\*\*).*)*)", text, re.MULTILINE)
+    return {heading: heading + table.rstrip() for heading, table in found}
 
 
 def figure(row: Row) -> str:
@@ -257,6 +269,7 @@ def main(settings: Settings) -> int:
     from rich.console import Console
 
     device = devices.resolve(settings.device)
+    torch.set_num_threads(1)  # PyTorch's sums over rows, and their error, depend on the number
     if device.type == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
     rows, left_out = measure(settings, device)

@@ -62,12 +62,10 @@ def _prepare(
             f"got shape {tuple(qkv.shape)}"
         )
     if key_bias is not None:
-        validate.parameter("key_bias", key_bias, (batch, tokens), qkv, fp32_allowed=True)
+        validate.parameters(qkv, ("key_bias", key_bias, (batch, tokens)), fp32_allowed=True)
     head_dim = channels // (3 * num_heads)
     scale = float(head_dim**-0.5) if scale is None else validate.number("scale", scale)
-    dtype = dispatch.autocast_dtype(qkv.device.type)
-    if dtype is not None and qkv.dtype in dispatch.KERNEL_DTYPES:
-        qkv = qkv.to(dtype)
+    (qkv,) = dispatch.autocast(qkv)
     return qkv, num_heads, scale, key_bias
 
 
@@ -85,10 +83,8 @@ class _Attention(torch.autograd.Function):
     """Differentiates by an implementation's `attention_fwd` and `attention_bwd`."""
 
     @staticmethod
-    def forward(
-        implementation: str, qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return ops.COMPILED[implementation]["attention_fwd"](qkv, num_heads, scale, key_bias)
+    def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return ops.COMPILED[implementation]["attention_fwd"](*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

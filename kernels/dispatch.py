@@ -62,7 +62,9 @@ class Operator:
     """What dispatch knows of one public operator.
 
     prepare: the public arguments -> the schema's arguments, validated and cast for autocast.
-    limits:  (implementation, *schema arguments) -> why that implementation cannot take them.
+    limits:  (implementation, *schema arguments) -> why that implementation cannot take them. The
+        first argument's dtype is among those that kernels serve; so are the others' where
+        `prepare` has them in that dtype or fp32, and where it does not `limits` asks `unserved`.
     train:   (implementation, *schema arguments) -> the output, differentiable by that
         implementation's own `_fwd` and `_bwd` kernels.
     constants: the schema arguments for which those kernels compute no gradient, by position.
@@ -98,6 +100,12 @@ def _constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
     return functools.update_wrapper(constant, function)
 
 
+def unserved(*arguments: Any) -> list[str]:
+    """Why kernels cannot take these tensors' dtypes."""
+    dtypes = (a.dtype for a in arguments if isinstance(a, Tensor) and a.is_floating_point())
+    return [f"dtype {d} (fp32, fp16 and bf16 are served)" for d in dtypes if d not in KERNEL_DTYPES]
+
+
 def no_limits(implementation: str, *arguments: Any) -> list[str]:
     """For operators whose kernels take whatever the schema takes."""
     return []
@@ -114,17 +122,19 @@ def product_limits(implementation: str, x: Tensor, *weights: Tensor) -> list[str
     """For operators that are matrix products of x [..., K] and weights [M, K]."""
     if implementation != "cpu":
         return interpreter_limits(implementation, x)
-    isa, found = _cpu_isa(), []
+    isa, dtype, found = _cpu_isa(), x.dtype, []
     if isa == "portable":
         found.append("no AVX2 here, and PyTorch's products are faster than the portable ones")
-    if x.dtype == torch.float16:
+    if dtype == torch.float16:
         found.append("dtype torch.float16 (its products are for fp32 and bf16)")
-    if x.dtype == torch.bfloat16 and isa != "avx512_bf16":
+    if dtype == torch.bfloat16 and isa != "avx512_bf16":
         found.append(f"bf16 products need AVX512-BF16, this processor has {isa}")
-    if x.dtype == torch.bfloat16 and any(w.shape[-1] % 2 for w in weights):
+    if dtype == torch.bfloat16 and any(w.shape[-1] % 2 for w in weights):
         found.append("an odd depth, where bf16 products take pairs")
-    if any(0 in t.shape for t in (x, *weights)):
-        found.append("an empty axis")
+    for tensor in (x, *weights):  # a generator's set-up alone would double this
+        if tensor.numel() == 0:
+            found.append("an empty axis")
+            break
     return found
 
 
@@ -141,10 +151,9 @@ def run(operator: Operator, arguments: Arguments, impl: str) -> Any:
             assert operator.train is not None  # `reasons` has said so otherwise
             return operator.train(name, *arguments)
         return ops.COMPILED[name][operator.name](*arguments)
-    device_type = _place(arguments[0].device)[0]
-    if autocast_dtype(device_type) is not None:
+    if autocast_dtype(arguments[0]) is not None:
         # `prepare` has cast already; autocast inside would cast again, and LN to fp32 on CUDA.
-        with torch.autocast(device_type, enabled=False):
+        with torch.autocast(arguments[0].device.type, enabled=False):
             return operator.plain(*arguments)
     return operator.plain(*arguments)
 
@@ -179,7 +188,8 @@ def reasons(operator: Operator, arguments: Arguments, implementation: str) -> li
     """Why `implementation` cannot run `operator` on `arguments`; empty where it can."""
     if implementation == "reference":
         return []
-    absent = environment(implementation, *_place(arguments[0].device))
+    device = arguments[0].device
+    absent = environment(implementation, device.type, device.index)
     if operator.name not in ops.KERNELS[implementation]:
         absent = (*absent, f"it has no {operator.name} kernel")
     if absent:
@@ -194,11 +204,8 @@ def _refusals(
     found = []
     if torch._C._are_functorch_transforms_active():
         found.append("a torch.func transform is active and the kernel has no rule for it")
-    for argument in arguments:
-        if not isinstance(argument, Tensor) or (dtype := argument.dtype) in KERNEL_DTYPES:
-            continue
-        if dtype.is_floating_point:
-            found.append(f"dtype {dtype} (fp32, fp16 and bf16 are served)")
+    if arguments[0].dtype not in KERNEL_DTYPES:
+        found += unserved(arguments[0])
     if training:
         found += _training_reasons(operator, arguments, implementation)
     return found + operator.limits(implementation, *arguments)
@@ -228,12 +235,6 @@ def _training_reasons(operator: Operator, arguments: Arguments, implementation: 
         for position, name in operator.constants.items()
         if isinstance(arguments[position], Tensor) and arguments[position].requires_grad
     ]
-
-
-@_constant_when_traced
-def _place(device: torch.device) -> tuple[str, int | None]:
-    """The device's type and index; torch makes the string anew each time, at 0.2 us."""
-    return device.type, device.index
 
 
 @_constant_when_traced
@@ -354,8 +355,11 @@ def explain(operator: str, *inputs: Any, **options: Any) -> Explanation:
     return Explanation(operator, choose(known, arguments, "auto"), why_not, configurations)
 
 
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast asks of matrix products on this device; None where it is off."""
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks of matrix products on x's device; None where it is off."""
+    if not torch._C._is_any_autocast_enabled():  # before the device's name, which takes 0.3 us
+        return None
+    device_type = x.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):  # meta has no autocast
         return torch.get_autocast_dtype(device_type)
     return None
@@ -363,11 +367,12 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 def autocast(x: Tensor, *others: Tensor | None) -> Any:
     """The tensors as a matrix product under autocast would see them, in the same order."""
-    dtype = autocast_dtype(_place(x.device)[0])
+    tensors = (x, *others)
+    dtype = autocast_dtype(x)
     if dtype is None:
-        return (x, *others)
+        return tensors
     return tuple(
-        t.to(dtype) if t is not None and t.dtype in KERNEL_DTYPES else t for t in (x, *others)
+        t.to(dtype) if isinstance(t, Tensor) and t.dtype in KERNEL_DTYPES else t for t in tensors
     )
 
 

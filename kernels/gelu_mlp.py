@@ -78,14 +78,15 @@ def _prepare(
     keep: Tensor | None = None,
 ) -> dispatch.Arguments:
     validate.tensor("x", x)
-    validate.tensor("w1", w1, rank=2)
-    validate.tensor("w2", w2, rank=2)
+    hidden, width = validate.rows("w1", w1), validate.rows("w2", w2)
     x, w1, b1, w2, b2 = dispatch.autocast(x, w1, b1, w2, b2)
-    hidden, width = w1.shape[0], w2.shape[0]
-    validate.parameter("w1", w1, (hidden, x.shape[-1]), x)
-    validate.parameter("b1", b1, (hidden,), x)
-    validate.parameter("w2", w2, (width, hidden), x)
-    validate.parameter("b2", b2, (width,), x)
+    validate.parameters(
+        x,
+        ("w1", w1, (hidden, x.shape[-1])),
+        ("b1", b1, (hidden,)),
+        ("w2", w2, (width, hidden)),
+        ("b2", b2, (width,)),
+    )
     validate.epilogue(x, width, residual, gamma, keep)
     return x, w1, b1, w2, b2, residual, gamma, keep
 
@@ -106,23 +107,14 @@ class _GeluMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        implementation: str,
-        recompute: bool,
-        x: Tensor,
-        w1: Tensor,
-        b1: Tensor | None,
-        w2: Tensor,
-        b2: Tensor | None,
-        residual: Tensor | None,
-        gamma: Tensor | None,
-        keep: Tensor | None,
+        implementation: str, recompute: bool, *arguments: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         kernels = ops.COMPILED[implementation]
         if not recompute:
-            return kernels["gelu_mlp_fwd"](x, w1, b1, w2, b2, residual, gamma, keep)
+            return kernels["gelu_mlp_fwd"](*arguments)
+        x, w1, b1, w2, b2, residual, gamma, keep = arguments
         if gamma is None:  # in one kernel, where the implementation has that
-            out = kernels["gelu_mlp"](x, w1, b1, w2, b2, residual, gamma, keep)
-            return out, x.new_empty(0), x.new_empty(0)
+            return kernels["gelu_mlp"](*arguments), x.new_empty(0), x.new_empty(0)
         activated = kernels["linear"](x, w1, b1, "gelu", None, None, None)
         out, affine = kernels["linear_fwd"](activated, w2, b2, None, residual, gamma, keep)
         return out, x.new_empty(0), affine
@@ -146,19 +138,11 @@ class _GeluMlp(torch.autograd.Function):
         dx, dw1, db1, dw2, db2, dgamma = kernels["gelu_mlp_bwd"](
             dout, x, w1, w2, hidden, affine, gamma, keep
         )
-        has_b1, has_b2, has_residual, has_gamma = ctx.has
-        return (
-            None,
-            None,
-            dx,
-            dw1,
-            db1 if has_b1 else None,
-            dw2,
-            db2 if has_b2 else None,
-            dout if has_residual else None,
-            dgamma if has_gamma else None,
-            None,
+        db1, db2, dresidual, dgamma = (
+            gradient if has else None
+            for gradient, has in zip((db1, db2, dout, dgamma), ctx.has, strict=True)
         )
+        return None, None, dx, dw1, db1, dw2, db2, dresidual, dgamma, None
 
 
 def _train(implementation: str, *arguments: Any, recompute: bool = False) -> Tensor:

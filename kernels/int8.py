@@ -105,9 +105,8 @@ def _prepare_linear(
     gamma: Tensor | None = None,
 ) -> dispatch.Arguments:
     validate.tensor("x", x)
-    _weight("weight", weight, x, x.shape[-1])
-    width = weight.shape[0]
-    validate.parameter("bias", bias, (width,), x)
+    width = _weight("weight", weight, x, x.shape[-1])
+    validate.parameters(x, ("bias", bias, (width,)))
     if activation not in (None, "gelu"):
         raise ValueError(f"activation: expected None or 'gelu'; got {activation!r}")
     if activation is not None and (residual is not None or gamma is not None):
@@ -129,27 +128,28 @@ def _prepare_mlp(
     gamma: Tensor | None = None,
 ) -> dispatch.Arguments:
     validate.tensor("x", x)
-    _weight("w1", w1, x, x.shape[-1])
-    validate.parameter("b1", b1, w1.shape[:1], x)
-    _weight("w2", w2, x, w1.shape[0])
-    validate.parameter("b2", b2, w2.shape[:1], x)
-    _epilogue(x, w2.shape[0], residual, gamma)
+    hidden = _weight("w1", w1, x, x.shape[-1])
+    width = _weight("w2", w2, x, hidden)
+    validate.parameters(x, ("b1", b1, (hidden,)), ("b2", b2, (width,)))
+    _epilogue(x, width, residual, gamma)
     arguments = (x, w1, b1, w2, b2, *_norm(norm, x), residual, gamma)
     return _without_gradient("int8_gelu_mlp", arguments)
 
 
-def _weight(name: str, weight: Tensor, x: Tensor, depth: int) -> None:
-    validate.tensor(name, weight, rank=2)
-    validate.parameter(name, weight, (weight.shape[0], depth), x)
+def _weight(name: str, weight: Tensor, x: Tensor, depth: int) -> int:
+    """The output channels of a weight [M, depth] of x's dtype."""
+    width = validate.rows(name, weight)
+    validate.parameters(x, (name, weight, (width, depth)))
     if not 1 <= depth <= MAX_DEPTH:
         raise ValueError(f"{name}: expected a depth of 1 to {MAX_DEPTH}; got {depth}")
-    if weight.shape[0] == 0:
+    if width == 0:
         raise ValueError(f"{name}: expected at least one output channel; got none")
+    return width
 
 
 def _epilogue(x: Tensor, width: int, residual: Tensor | None, gamma: Tensor | None) -> None:
-    validate.parameter("residual", residual, (*x.shape[:-1], width), x)
-    validate.parameter("gamma", gamma, (width,), x)
+    shape = (*x.shape[:-1], width)
+    validate.parameters(x, ("residual", residual, shape), ("gamma", gamma, shape[-1:]))
 
 
 def _norm(norm: Norm | None, x: Tensor) -> tuple[Tensor | None, Tensor | None, float]:
@@ -159,8 +159,8 @@ def _norm(norm: Norm | None, x: Tensor) -> tuple[Tensor | None, Tensor | None, f
         raise TypeError(f"norm: expected (weight, bias, eps) or None; got {norm!r}")
     weight, bias, eps = norm
     validate.tensor("norm's weight", weight)
-    validate.parameter("norm's weight", weight, x.shape[-1:], x)
-    validate.parameter("norm's bias", bias, x.shape[-1:], x)
+    shape = x.shape[-1:]
+    validate.parameters(x, ("norm's weight", weight, shape), ("norm's bias", bias, shape))
     return weight, bias, float(eps)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deit.kernels.int8_reference import quantize_channels
 from deit.kernels.packing import packed
+from deit.kernels.quantize import quantize_channels
 
 PANEL = 32  # output channels; csrc/cpu/int8.h's kPanelColumns
 
@@ -40,39 +40,11 @@ def _kept(weight: Tensor) -> Int8Weight:
     return packed(weight, "int8", pack)
 
 
-def int8_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    gelu: bool,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-) -> Tensor:
-    """`deit.kernels.int8_linear`."""
-    norm = (norm_weight, norm_bias, eps)
-    return torch.ops.deit_cpu.int8_linear_packed(
-        x, *_kept(weight), bias, *norm, gelu, residual, gamma
-    )
+def int8_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    """`deit.kernels.int8_linear`, by its schema's arguments."""
+    return torch.ops.deit_cpu.int8_linear_packed(x, *_kept(weight), *rest)
 
 
-def int8_gelu_mlp(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-) -> Tensor:
-    """`deit.kernels.int8_gelu_mlp`."""
-    norm = (norm_weight, norm_bias, eps)
-    first, second = _kept(w1), _kept(w2)
-    return torch.ops.deit_cpu.int8_gelu_mlp_packed(
-        x, *first, b1, *second, b2, *norm, residual, gamma
-    )
+def int8_gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, *rest: Any) -> Tensor:
+    """`deit.kernels.int8_gelu_mlp`, by its schema's arguments."""
+    return torch.ops.deit_cpu.int8_gelu_mlp_packed(x, *_kept(w1), b1, *_kept(w2), *rest)

@@ -74,9 +74,9 @@ def _prepare(
 ) -> dispatch.Arguments:
     validate.tensor("x", x)
     shape = x.shape[-1:]
-    validate.parameter("weight", weight, shape, x, fp32_allowed=True)
+    validate.parameters(x, ("weight", weight, shape), fp32_allowed=True)
     if bias is not None:
-        validate.parameter("bias", bias, shape, weight)
+        validate.parameters(weight, ("bias", bias, shape))
     eps = validate.number("eps", eps)
     if eps < 0:
         raise ValueError(f"eps: expected a number >= 0; got {eps}")
@@ -103,10 +103,8 @@ class _LayerNorm(torch.autograd.Function):
     """Differentiates by an implementation's `layer_norm_fwd` and `layer_norm_bwd`."""
 
     @staticmethod
-    def forward(
-        implementation: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.COMPILED[implementation]["layer_norm_fwd"](x, weight, bias, eps)
+    def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return ops.COMPILED[implementation]["layer_norm_fwd"](*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -129,18 +127,8 @@ class _AddLayerNorm(torch.autograd.Function):
     """Differentiates by an implementation's `add_layer_norm_fwd` and `add_layer_norm_bwd`."""
 
     @staticmethod
-    def forward(
-        implementation: str,
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        eps: float,
-        gamma: Tensor | None,
-        keep: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        forward = ops.COMPILED[implementation]["add_layer_norm_fwd"]
-        return forward(x, residual, weight, bias, eps, gamma, keep)
+    def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return ops.COMPILED[implementation]["add_layer_norm_fwd"](*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

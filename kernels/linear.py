@@ -61,11 +61,9 @@ def _prepare(
     keep: Tensor | None = None,
 ) -> dispatch.Arguments:
     validate.tensor("x", x)
-    validate.tensor("weight", weight, rank=2)
+    width = validate.rows("weight", weight)
     x, weight, bias = dispatch.autocast(x, weight, bias)
-    width = weight.shape[0]
-    validate.parameter("weight", weight, (width, x.shape[-1]), x)
-    validate.parameter("bias", bias, (width,), x)
+    validate.parameters(x, ("weight", weight, (width, x.shape[-1])), ("bias", bias, (width,)))
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected None, 'gelu' or 'gelu_tanh'; got {activation!r}")
     validate.epilogue(x, width, residual, gamma, keep)
@@ -80,18 +78,8 @@ class _Linear(torch.autograd.Function):
     """Differentiates by an implementation's `linear_fwd` and `linear_bwd`."""
 
     @staticmethod
-    def forward(
-        implementation: str,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        activation: str | None,
-        residual: Tensor | None,
-        gamma: Tensor | None,
-        keep: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        forward = ops.COMPILED[implementation]["linear_fwd"]
-        return forward(x, weight, bias, activation, residual, gamma, keep)
+    def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return ops.COMPILED[implementation]["linear_fwd"](*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

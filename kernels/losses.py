@@ -168,10 +168,8 @@ class _CrossEntropy(torch.autograd.Function):
     """Differentiates by an implementation's `cross_entropy_fwd` and `cross_entropy_bwd`."""
 
     @staticmethod
-    def forward(
-        implementation: str, logits: Tensor, target: Tensor, label_smoothing: float
-    ) -> tuple[Tensor, Tensor]:
-        return ops.COMPILED[implementation]["cross_entropy_fwd"](logits, target, label_smoothing)
+    def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return ops.COMPILED[implementation]["cross_entropy_fwd"](*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -218,13 +216,15 @@ def _train_distillation(implementation: str, *arguments: Any) -> Tensor:
     return _DistillationLoss.apply(implementation, *arguments)[0]
 
 
-_CROSS_ENTROPY = dispatch.Operator(
-    "cross_entropy", _prepare_ce, dispatch.no_limits, _train_ce, {1: "target"}
-)
+def _limits(implementation: str, logits: Tensor, *others: Any) -> list[str]:
+    return dispatch.unserved(*others)  # probabilities and other logits have dtypes of their own
+
+
+_CROSS_ENTROPY = dispatch.Operator("cross_entropy", _prepare_ce, _limits, _train_ce, {1: "target"})
 _DISTILLATION_LOSS = dispatch.Operator(
     "distillation_loss",
     _prepare_distillation,
-    dispatch.no_limits,
+    _limits,
     _train_distillation,
     {1: "target", 2: "teacher_logits"},
 )

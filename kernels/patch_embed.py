@@ -50,8 +50,6 @@ def _prepare(
         images, weight, bias, prefix, pos_embed
     )
     (_, channels, height, width), (dim, _, *patch) = images.shape, weight.shape
-    validate.parameter("weight", weight, (dim, channels, *patch), images)
-    validate.parameter("bias", bias, (dim,), images)
     if height % patch[0] or width % patch[1]:
         raise ValueError(
             f"images: expected height and width multiples of the patch {tuple(patch)}; "
@@ -59,8 +57,13 @@ def _prepare(
         )
     prefix_tokens = prefix.shape[1]
     tokens = prefix_tokens + (height // patch[0]) * (width // patch[1])
-    validate.parameter("prefix", prefix, (1, prefix_tokens, dim), images)
-    validate.parameter("pos_embed", pos_embed, (1, tokens, dim), images)
+    validate.parameters(
+        images,
+        ("weight", weight, (dim, channels, *patch)),
+        ("bias", bias, (dim,)),
+        ("prefix", prefix, (1, prefix_tokens, dim)),
+        ("pos_embed", pos_embed, (1, tokens, dim)),
+    )
     return images, weight, bias, prefix, pos_embed
 
 
@@ -68,16 +71,8 @@ class _PatchEmbed(torch.autograd.Function):
     """Differentiates by an implementation's `patch_embed_bwd`; images get no gradient."""
 
     @staticmethod
-    def forward(
-        implementation: str,
-        images: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        prefix: Tensor,
-        pos_embed: Tensor,
-    ) -> Tensor:
-        forward = ops.COMPILED[implementation]["patch_embed"]
-        return forward(images, weight, bias, prefix, pos_embed)
+    def forward(implementation: str, *arguments: Any) -> Tensor:
+        return ops.COMPILED[implementation]["patch_embed"](*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -70,27 +70,10 @@ def vit_block(
         NotImplementedError: the implementation named by `impl` cannot run, with each reason.
     """
     arguments = _prepare(
-        x,
-        norm1_weight,
-        norm1_bias,
-        qkv_weight,
-        qkv_bias,
-        proj_weight,
-        proj_bias,
-        norm2_weight,
-        norm2_bias,
-        w1,
-        b1,
-        w2,
-        b2,
-        num_heads,
-        scale=scale,
-        eps=eps,
-        gamma1=gamma1,
-        gamma2=gamma2,
-        key_bias=key_bias,
-        row_stats=row_stats,
-    )
+        x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias,
+        norm2_weight, norm2_bias, w1, b1, w2, b2, num_heads, scale=scale, eps=eps,
+        gamma1=gamma1, gamma2=gamma2, key_bias=key_bias, row_stats=row_stats,
+    )  # fmt: skip
     return dispatch.run(_VIT_BLOCK, arguments, impl)
 
 
@@ -118,14 +101,18 @@ def _prepare(
     row_stats: Tensor | None = None,
 ) -> dispatch.Arguments:
     validate.tensor("x", x, rank=3)
-    for name, weight in (("qkv_weight", qkv_weight), ("w1", w1)):
-        validate.tensor(name, weight, rank=2)
+    validate.rows("qkv_weight", qkv_weight)
+    hidden = validate.rows("w1", w1)
+    validate.present(
+        norm1_weight=norm1_weight, proj_weight=proj_weight, norm2_weight=norm2_weight, w2=w2
+    )
     qkv_weight, qkv_bias, proj_weight, proj_bias, w1, b1, w2, b2 = dispatch.autocast(
         qkv_weight, qkv_bias, proj_weight, proj_bias, w1, b1, w2, b2
     )
     _check_stream(x, qkv_weight, row_stats, num_heads, eps)
-    dim, hidden = x.shape[-1], w1.shape[0]
-    for name, value, shape in (
+    dim = x.shape[-1]
+    validate.parameters(
+        qkv_weight,
         ("qkv_weight", qkv_weight, (3 * dim, dim)),
         ("qkv_bias", qkv_bias, (3 * dim,)),
         ("proj_weight", proj_weight, (dim, dim)),
@@ -134,43 +121,29 @@ def _prepare(
         ("b1", b1, (hidden,)),
         ("w2", w2, (dim, hidden)),
         ("b2", b2, (dim,)),
-    ):
-        if value is None and not name.endswith(("bias", "b1", "b2")):
-            raise TypeError(f"{name}: expected a Tensor; got NoneType")
-        validate.parameter(name, value, shape, qkv_weight)
-    for name, weight, bias in (
-        ("norm1", norm1_weight, norm1_bias),
-        ("norm2", norm2_weight, norm2_bias),
-    ):
-        validate.tensor(f"{name}_weight", weight)
-        validate.parameter(f"{name}_weight", weight, (dim,), x, fp32_allowed=True)
-        validate.parameter(f"{name}_bias", bias, (dim,), weight)
-    for name, gamma in (("gamma1", gamma1), ("gamma2", gamma2)):
-        validate.parameter(name, gamma, (dim,), qkv_weight, fp32_allowed=True)
-    validate.parameter("key_bias", key_bias, x.shape[:2], qkv_weight, fp32_allowed=True)
+    )
+    if gamma1 is not None or gamma2 is not None or key_bias is not None:
+        validate.parameters(
+            qkv_weight,
+            ("gamma1", gamma1, (dim,)),
+            ("gamma2", gamma2, (dim,)),
+            ("key_bias", key_bias, x.shape[:2]),
+            fp32_allowed=True,
+        )
+    validate.parameters(
+        x,
+        ("norm1_weight", norm1_weight, (dim,)),
+        ("norm2_weight", norm2_weight, (dim,)),
+        fp32_allowed=True,
+    )
+    validate.parameters(norm1_weight, ("norm1_bias", norm1_bias, (dim,)))
+    validate.parameters(norm2_weight, ("norm2_bias", norm2_bias, (dim,)))
     scale = (dim // num_heads) ** -0.5 if scale is None else float(scale)
     return (
-        x,
-        row_stats,
-        norm1_weight,
-        norm1_bias,
-        qkv_weight,
-        qkv_bias,
-        proj_weight,
-        proj_bias,
-        gamma1,
-        norm2_weight,
-        norm2_bias,
-        w1,
-        b1,
-        w2,
-        b2,
-        gamma2,
-        key_bias,
-        num_heads,
-        scale,
+        x, row_stats, norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias,
+        gamma1, norm2_weight, norm2_bias, w1, b1, w2, b2, gamma2, key_bias, num_heads, scale,
         float(eps),
-    )
+    )  # fmt: skip
 
 
 def _check_stream(
@@ -179,7 +152,8 @@ def _check_stream(
     """x against the products' dtype and device, and what belongs to x."""
     if not isinstance(num_heads, int) or num_heads < 1:
         raise ValueError(f"num_heads: expected a positive integer; got {num_heads!r}")
-    if x.shape[-1] % num_heads or x.shape[-1] == 0:
+    dim = x.shape[-1]
+    if dim % num_heads or dim == 0:
         raise ValueError(
             f"x: expected a last axis that is a multiple of num_heads={num_heads}; "
             f"got shape {tuple(x.shape)}"
@@ -195,7 +169,8 @@ def _check_stream(
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         if row_stats.dtype != wide:
             raise TypeError(f"row_stats: expected {wide}; got {row_stats.dtype}")
-        validate.parameter("row_stats", row_stats, row_stats_shape(x.shape), x, fp32_allowed=True)
+        expected = ("row_stats", row_stats, row_stats_shape(x.shape))
+        validate.parameters(x, expected, fp32_allowed=True)
 
 
 def _limits(
@@ -208,7 +183,7 @@ def _limits(
     head_dim = x.shape[-1] // num_heads
     if implementation == "triton" and head_dim not in TRITON_HEAD_DIMS:
         found.append(f"head dimension {head_dim} (served: {TRITON_HEAD_DIMS})")
-    return found
+    return found + dispatch.unserved(qkv_weight)
 
 
 _VIT_BLOCK = dispatch.Operator("vit_block", _prepare, _limits, constants={1: "row_stats"})

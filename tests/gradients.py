@@ -3,13 +3,14 @@
     gradients.check(call, arguments, wanted, douts)
 
 `call(*arguments, impl=...)` is the public function; what is compared is the tuple of its outputs
-and of the gradients that `.backward()` leaves in the `wanted` arguments, on `impl="triton"`
+and of the gradients that `.backward()` leaves in the `wanted` arguments, by an implementation
 against `impl="reference"` at the same dtype (PyTorch's own error) and in fp64 (the oracle).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import oracle
@@ -43,26 +44,49 @@ def outputs_and_gradients(
     return run
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch shares sums over rows out among its threads, and its error depends on their number.
+
+    By two of them one dweight was right to 0.7 of an ulp (8.5e-8), which no rule can ask for.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def check(
     call: Callable[..., Any],
     arguments: Sequence[Any],
     wanted: Sequence[int],
     douts: Sequence[Tensor | None],
+    *,
+    impl: str = "triton",
 ) -> list[Tensor]:
-    """Assert the error rule on outputs and gradients; returns Triton's.
-
-    PyTorch's error is that of one thread: it shares the sums over rows out among its threads, and
-    by two of them one dweight was right to 0.7 of an ulp (8.5e-8), which no rule can ask for.
-    """
-    found = outputs_and_gradients(call, "triton", wanted, douts)(*arguments)
-    reference = outputs_and_gradients(call, "reference", wanted, douts)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        oracle.check(found, reference, arguments)
-    finally:
-        torch.set_num_threads(threads)
+    """Assert the error rule on outputs and gradients, PyTorch's of one thread; returns ours."""
+    found = outputs_and_gradients(call, impl, wanted, douts)(*arguments)
+    with one_thread():
+        oracle.check(found, outputs_and_gradients(call, "reference", wanted, douts), arguments)
     return found
+
+
+def check_draws(
+    call: Callable[..., Any],
+    draws: Sequence[Sequence[Any]],
+    wanted: Sequence[int],
+    douts: Sequence[Tensor | None],
+    *,
+    impl: str = "triton",
+) -> None:
+    """The same over several draws of the arguments, errors pooled (`oracle.check_draws`)."""
+    ours, theirs = (
+        outputs_and_gradients(call, name, wanted, douts) for name in (impl, "reference")
+    )
+    with one_thread():
+        oracle.check_draws(ours, theirs, draws)
 
 
 def check_repeats(

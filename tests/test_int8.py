@@ -13,10 +13,10 @@ from deit.kernels import (
     int8_cpu,
     int8_gelu_mlp,
     int8_linear,
-    int8_reference,
     linear,
     native,
     packing,
+    quantize,
 )
 
 needs_library = pytest.mark.skipif(
@@ -163,7 +163,7 @@ def test_signal_to_noise_against_fp64():
 def test_activations_use_all_levels():
     """GELU's outputs are one-sided: a symmetric range would waste half of the levels."""
     x = F.gelu(oracle.make("random", (64, 768), scale=2.0))
-    integers, zero, scales = int8_reference.quantize_tokens(x)
+    integers, zero, scales = quantize.quantize_tokens(x)
     assert integers.amax() == 255
     assert integers.amin() == 0
     assert (scales * (integers - zero) - x).abs().max() <= scales.max() * 1.001
@@ -173,7 +173,7 @@ def test_activations_use_all_levels():
 @needs_library
 def test_packed_layout():
     weight = torch.arange(-100, 110).view(35, 6).float()
-    integers, scales = int8_reference.quantize_channels(weight)
+    integers, scales = quantize.quantize_channels(weight)
     kept = int8_cpu.pack(weight)
     assert kept.packed.shape == (2, 2, 32, 4)
     flat = kept.packed.transpose(1, 2).reshape(64, 8)

@@ -22,24 +22,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SETS = ["avx512_bf16", "avx512", "avx2", "portable"]
 
 
-@pytest.fixture(params=SETS)
-def isa(request):
-    """Each instruction set in turn; the best one again afterwards."""
-    try:
-        native.select_cpu_isa(request.param)
-    except (ValueError, RuntimeError) as error:
-        pytest.skip(str(error))
-    yield request.param
-    native.select_cpu_isa(None)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def parameters(channels, dtype, seed=1):
     return [oracle.make("random", (channels,), dtype, seed=seed + i) for i in range(3)]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import oracle
@@ -25,13 +25,6 @@ pytestmark = pytest.mark.skipif(
 )
 OPS = ops.COMPILED["cpu"]
 Call = Callable[[], object]
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def make(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -1,15 +1,14 @@
-"""The C++ training kernels, every instruction set this processor runs, against fp64 autograd."""
+"""What the C++ training kernels promise beside their error, and whole models that train by them."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 
-import gradients
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from layers import feed_forward, keep_of, layer
 
 import deit
 from deit.fused_vit import fuse
@@ -30,308 +29,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 OPS = ops.COMPILED["cpu"]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SETS = ["avx512", "avx2", "portable"]
-TOKENS = [1, 17, 64, 197, 198, 257, 577]
-
-
-@pytest.fixture(params=SETS)
-def isa(request):
-    """Each instruction set in turn; the best one again afterwards."""
-    try:
-        native.select_cpu_isa(request.param)
-    except (ValueError, RuntimeError) as error:
-        pytest.skip(str(error))
-    yield request.param
-    native.select_cpu_isa(None)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-def check(call, arguments, douts, *, maximum=oracle.FACTOR):
-    """The error rule on outputs and on the gradient of every tensor argument.
-
-    maximum: how many times PyTorch's the largest error may be; the norm is held to the rule.
-    """
-    wanted = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor)]
-    found = gradients.outputs_and_gradients(call, "cpu", wanted, douts)(*arguments)
-    reference = gradients.outputs_and_gradients(call, "reference", wanted, douts)
-    if maximum == oracle.FACTOR:
-        oracle.check(found, reference, arguments)
-        return found
-    plain, exact = reference(*arguments), reference(*oracle.in_fp64(arguments))
-    for ours, theirs, truth in zip(found, plain, exact, strict=True):
-        mine, pytorch = oracle.errors(ours, truth), oracle.errors(theirs, truth)
-        spare = oracle.floor(ours.dtype, truth)
-        assert mine.norm <= oracle.FACTOR * pytorch.norm + spare.norm
-        assert mine.maximum <= maximum * pytorch.maximum + spare.maximum
-    return found
-
-
-def tail_of(activation, family):
-    """The factor on the largest error where few hidden values decide it.
-
-    With outlier channels GELU's slope is open only where their large terms cancel, and what is left
-    of the few such values is noise: over eight draws the norm of it was 0.87 to 1.16 of PyTorch's,
-    its maximum 0.8 to 1.9.
-    """
-    return 2.5 if activation and family == "outlier" else oracle.FACTOR
-
-
-def keep_of(batch):
-    return None if batch == 0 else torch.tensor([1.25, 0.0, 1.25])[:batch]
-
-
-# --- the norms --------------------------------------------------------------------------------
-
-
-def norm(x, weight, bias, *, impl):
-    return layer_norm(x, weight, bias, 1e-6, impl=impl)
-
-
-# 100 and 33 leave tails in every set, 5 is little more than a vector of the smallest; 69 rows are
-# a chunk and a part.
-@pytest.mark.parametrize("channels", [5, 33, 100, 192, 768])
-@pytest.mark.parametrize("family", oracle.FAMILIES)
-def test_layer_norm(isa, family, channels):
-    for dtype in DTYPES:
-        # One or two outlier channels decide dweight's norm: over ten draws it was 0.2 to 2.2 times
-        # PyTorch's where that was small, and half of it at 192 channels.
-        draws = 8 if family == "outlier" and channels in (33, 100) else 1
-        xs = [oracle.make(family, (3, 23, channels), dtype, seed=50 * i) for i in range(draws)]
-        dout = oracle.make("random", xs[0].shape, dtype, seed=9)
-        weight, bias = (oracle.make("random", (channels,), dtype, seed=i) for i in (1, 2))
-        for w, b in ((weight, bias), (weight.float(), bias.float()), (weight, None)):
-            wanted = [0, 1] if b is None else [0, 1, 2]
-            ours, theirs = (
-                gradients.outputs_and_gradients(norm, impl, wanted, [dout])
-                for impl in ("cpu", "reference")
-            )
-            oracle.check_draws(ours, theirs, [(x, w, b) for x in xs])
-
-
-@pytest.mark.parametrize("channels", [33, 192, 768])
-@pytest.mark.parametrize("family", oracle.FAMILIES)
-def test_add_layer_norm(isa, family, channels):
-    for dtype, dropped in itertools.product(DTYPES, (False, True)):
-        shape = (3, 17, channels)
-        x = oracle.make("random", shape, dtype, seed=5)
-        weight, bias, gamma = (oracle.make("random", (channels,), dtype, seed=i) for i in range(3))
-        douts = [oracle.make("random", shape, dtype, seed=9), oracle.make("random", shape, seed=10)]
-        keep = keep_of(3) if dropped else None
-
-        def add_norm(x, residual, weight, bias, gamma, *, impl, keep=keep):
-            kept = keep if keep is None else keep.to(x.dtype)
-            return add_layer_norm(x, residual, weight, bias, gamma=gamma, keep=kept, impl=impl)
-
-        residual = oracle.make(family, shape, torch.float32 if dropped else dtype, seed=6)
-        for b, g in ((bias, gamma), (None, None)):
-            check(add_norm, (x, residual, weight, b, g), douts)
-
-
-def test_one_output_of_add_layer_norm():
-    x, residual = oracle.make("random", (2, 5, 96)), oracle.make("random", (2, 5, 96), seed=2)
-    weight, dout = torch.randn(96), torch.randn(2, 5, 96)
-    for douts in ([dout, None], [None, dout]):
-        check(
-            lambda x, r, w, impl: add_layer_norm(x, r, w, impl=impl), (x, residual, weight), douts
-        )
-
-
-def test_large_mean_keeps_precision(isa):
-    # A mean rounded to fp32 alone would put 3e-5 on dx and dweight: PyTorch's are that wrong.
-    x, dout = oracle.make("large_mean", (64, 768)), oracle.make("random", (64, 768), seed=9)
-    inputs = (x, torch.ones(768), torch.zeros(768))
-    run = gradients.outputs_and_gradients(norm, "reference", range(3), [dout.double()])
-    exact = run(*oracle.in_fp64(inputs))
-    found = gradients.outputs_and_gradients(norm, "cpu", range(3), [dout])(*inputs)
-    assert oracle.errors(found[1], exact[1]).norm < 3e-7
-    assert oracle.errors(found[2], exact[2]).norm < 3e-7
-
-
-# --- attention --------------------------------------------------------------------------------
-
-
-def attend(heads, key_bias=None, scale=None):
-    def call(qkv, *, impl):
-        return attention(qkv, heads, scale=scale, key_bias=key_bias, impl=impl)
-
-    return call
-
-
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_attention(isa, tokens):
-    dtypes = DTYPES if isa == "avx512" or tokens == 17 else DTYPES[:1]
-    for dtype in dtypes if tokens < 257 else dtypes[:1]:
-        qkv = oracle.make("random", (2, tokens, 3 * 64), dtype, seed=2)
-        dout = oracle.make("random", (2, tokens, 64), dtype, seed=9)
-        bias = oracle.make("random", (2, tokens), seed=3)
-        bias[:, 1::5] = -torch.inf
-        bias = bias.to(dtype)
-        check(attend(1), (qkv,), [dout])
-        check(
-            lambda qkv, impl, bias=bias: attend(1, bias.to(qkv.dtype))(qkv, impl=impl),
-            (qkv,),
-            [dout],
-        )
-
-
-@pytest.mark.parametrize("family", ["outlier", "large_mean"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_on_hard_inputs(isa, family, dtype):
-    qkv = oracle.make(family, (12, 32, 3 * 64), dtype, mean=8.0)
-    if family == "outlier":
-        qkv = qkv / 8  # else every softmax is one-hot and half precision exact
-    found = check(attend(1), (qkv,), [oracle.make("random", (12, 32, 64), dtype, seed=9)])
-    assert found[1].isfinite().all()
-
-
-@pytest.mark.parametrize("head_dim", [8, 20, 33, 48, 80, 128])
-def test_attention_of_any_head_dimension(isa, head_dim):
-    for dtype in DTYPES if head_dim == 20 else DTYPES[:1]:
-        qkv = oracle.make("random", (2, 50, 3 * 2 * head_dim), dtype)
-        dout = oracle.make("random", (2, 50, 2 * head_dim), dtype, seed=9)
-        check(attend(2), (qkv,), [dout])
-
-
-def test_a_sample_without_keys_has_no_gradient(isa):
-    qkv, dout = oracle.make("random", (2, 20, 192)), oracle.make("random", (2, 20, 64), seed=9)
-    bias = torch.zeros(2, 20)
-    bias[0] = -torch.inf
-    out, lse = OPS["attention_fwd"](qkv, 1, 0.125, bias)
-    dqkv = OPS["attention_bwd"](dout, qkv, out, lse, 1, 0.125, bias)
-    assert (out[0] == 0).all()
-    assert (lse[0] == -torch.inf).all()
-    assert (dqkv[0] == 0).all()
-    assert dqkv.isfinite().all()
-    assert (dqkv[1] != 0).any()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_lse(isa, dtype):
-    qkv, bias = oracle.make("random", (2, 40, 3 * 128), dtype), oracle.make("random", (2, 40))
-    out, lse = OPS["attention_fwd"](qkv, 2, 0.125, bias)
-    assert torch.equal(out, OPS["attention"](qkv, 2, 0.125, bias))
-    q, k, _ = qkv.double().view(2, 40, 3, 2, 64).permute(2, 0, 3, 1, 4)
-    expected = (0.125 * q @ k.mT + bias.double()[:, None, None]).logsumexp(-1)
-    assert lse.dtype == torch.float32
-    torch.testing.assert_close(lse.double(), expected, rtol=1e-6, atol=1e-6)
-
-
-# --- linear layers ----------------------------------------------------------------------------
-
-
-def project(activation=None, keep=None):
-    def call(x, weight, bias, residual, gamma, *, impl):
-        kept = keep if keep is None else keep.to(x.dtype)
-        return linear(
-            x, weight, bias, activation=activation, residual=residual, gamma=gamma, keep=kept,
-            impl=impl,
-        )  # fmt: skip
-
-    return call
-
-
-def layer(batch, tokens, depth, width, family="random"):
-    """x, weight, bias, residual, gamma and dout of a linear layer."""
-    mean = 8.0  # at 1000 the gradient hangs on the one hidden value that is nearest to 0
-    x = oracle.make(family, (batch, tokens, depth), mean=mean)
-    weight = oracle.make("random", (width, depth), seed=1, scale=depth**-0.5)
-    bias, gamma = (oracle.make("random", (width,), seed=i) for i in (2, 4))
-    residual = oracle.make("random", (batch, tokens, width), seed=3)
-    return x, weight, bias, residual, gamma, oracle.make("random", residual.shape, seed=9)
-
-
-@pytest.mark.parametrize("family", oracle.FAMILIES)
-@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
-def test_linear(isa, activation, family):
-    *arguments, dout = layer(3, 67, 192, 100, family)
-    tail = tail_of(activation, family)
-    check(project(activation, keep_of(3)), arguments, [dout], maximum=tail)
-    x, weight, bias, residual, _ = arguments
-    for b, r in ((bias, None), (None, residual), (None, None)):
-        check(project(activation), (x, weight, b, r, None), [dout], maximum=tail)
-
-
-# Depths of one chain, of many and of a part; widths of no panel, whole ones and a tail.
-@pytest.mark.parametrize(("depth", "width"), [(2, 40), (33, 70), (65, 193), (1536, 9), (3072, 130)])
-def test_linear_of_any_size(isa, depth, width):
-    *arguments, dout = layer(1, 97, depth, width)
-    check(project(keep=keep_of(1)), arguments, [dout])
-
-
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_linear_of_any_number_of_tokens(tokens):
-    *arguments, dout = layer(3, tokens, 40, 24)
-    check(project("gelu", keep_of(3)), arguments, [dout])
-
-
-def mlp(keep=None, *, recompute=False):
-    def call(x, w1, b1, w2, b2, residual, gamma, *, impl):
-        kept = keep if keep is None else keep.to(x.dtype)
-        return gelu_mlp(
-            x, w1, b1, w2, b2, residual=residual, gamma=gamma, keep=kept, recompute=recompute,
-            impl=impl,
-        )  # fmt: skip
-
-    return call
-
-
-def feed_forward(batch, tokens, width, hidden, family="random"):
-    x, w1, b1, *_ = layer(batch, tokens, width, hidden, family)
-    _, w2, b2, residual, gamma, dout = layer(batch, tokens, hidden, width)
-    return x, w1, b1, w2, b2, residual, gamma, dout
-
-
-@pytest.mark.parametrize("family", oracle.FAMILIES)
-@pytest.mark.parametrize("recompute", [False, True])
-def test_gelu_mlp(isa, recompute, family):
-    *arguments, dout = feed_forward(3, 101, 192, 196, family)
-    tail = tail_of("gelu", family)
-    check(mlp(keep_of(3), recompute=recompute), arguments, [dout], maximum=tail)
-    x, w1, b1, w2, b2, residual, _ = arguments
-    for keep, first, second, r in ((None, b1, b2, residual), (keep_of(3), None, None, None)):
-        call = mlp(keep, recompute=recompute)
-        check(call, (x, w1, first, w2, second, r, None), [dout], maximum=tail)
-
-
-@pytest.mark.parametrize("tokens", [1, 17, 198, 577])
-def test_gelu_mlp_of_deit_ti(tokens):
-    *arguments, dout = feed_forward(1, tokens, 192, 768)
-    check(mlp(keep_of(1)), arguments, [dout])
-
-
-def test_gelu_at_its_edges(isa):
-    """Tails keep their relative precision; infinities and NaN go where PyTorch's go."""
-    x = torch.cat([torch.linspace(-14, 14, 4001), torch.tensor([0.0, -0.0, 1e-30, 1e30, -1e30])])
-    one, zero = torch.eye(1), None
-    out, _ = OPS["linear_fwd"](x[:, None], one, zero, "gelu", None, None, None)
-    exact = x.double() * torch.special.erfc(-x.double() / 2**0.5) / 2
-    small = x >= -5  # beyond, fp32's x^2 / 2 alone is off by 1e-6 of itself
-    error = (out[:, 0].double() - exact).abs() / exact.abs().clamp_min(1e-30)
-    assert error[small].max() < 2e-6
-    assert error.max() < 2e-5
-    edges = torch.tensor([[torch.inf], [-torch.inf], [torch.nan]])
-    for name in ("gelu", "gelu_tanh"):
-        out, affine = OPS["linear_fwd"](edges, one, zero, name, None, None, None)
-        assert torch.equal(affine.nan_to_num(1.0), edges.nan_to_num(1.0))
-        assert out.flatten()[0] == torch.inf
-        assert out.flatten()[1:].isnan().all()  # -inf * 0, and NaN, as PyTorch's exact GELU
-
-
-def test_many_rows_keep_precision():
-    """Sums over 20000 rows, many chunks: dweight and dbias."""
-    x, weight, bias, _, _, _ = layer(2, 10000, 24, 20)
-    dout = oracle.make("random", (2, 10000, 20), seed=9)
-    check(project(), (x, weight, bias, None, None), [dout])
-
-
-# --- what all of them promise -------------------------------------------------------------------
 
 
 def calls():
@@ -378,7 +75,7 @@ def outputs_of(name, arguments):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_threads_change_no_bit(isa, threads, prepared, name):
+def test_threads_change_no_bit(base_isa, threads, prepared, name):
     operator, arguments = prepared[name]
     threads(1)
     alone = outputs_of(operator, arguments)
@@ -457,7 +154,7 @@ def test_empty(shape):
     assert (dbias == 0).all()
 
 
-def test_nan_stays_in_its_sample(isa):
+def test_nan_stays_in_its_sample(base_isa):
     qkv, dout = torch.randn(2, 30, 192), torch.randn(2, 30, 64)
     dout[0, 3, 5] = torch.nan
     out, lse = OPS["attention_fwd"](qkv, 1, 0.125, None)

@@ -61,3 +61,16 @@ def test_the_table_has_a_line_for_every_quantity():
     shown = numerics.table(rows, "reference", "fp32")
     assert shown.row_count == len(rows) == 2 + 5
     assert list(shown.columns[2].cells) == ["1.00 1.00"] * 7
+
+
+def test_tables_of_what_was_not_measured_stay(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- figures -->\n<!-- end -->\nafter\n")
+    numerics.insert(page, "\n**triton, fp32**\n\n| 1 |\n\n**cpu, fp32**\n\n| **2** |")
+    numerics.insert(page, "\n**cpu, fp16**\n\n| 3 |\n\n**triton, fp32**\n\n| 4 |")
+    figures = "**triton, fp32**\n\n| 4 |\n\n**cpu, fp32**\n\n| **2** |\n\n**cpu, fp16**\n\n| 3 |"
+    expected = f"before\n<!-- figures -->\n\n{figures}\n\n<!-- end -->\nafter\n"
+    assert page.read_text() == expected
+    page.write_text("no marks\n")
+    with pytest.raises(ValueError, match="figures"):
+        numerics.insert(page, "")

@@ -14,24 +14,6 @@ OPS = ops.COMPILED["cpu"]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
-def isa(request):
-    """Each instruction set in turn; the best one again afterwards."""
-    try:
-        native.select_cpu_isa(request.param)
-    except (ValueError, RuntimeError) as error:
-        pytest.skip(str(error))
-    yield request.param
-    native.select_cpu_isa(None)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def weights(width, depth, dtype, seed=1):
     weight = oracle.make("random", (width, depth), dtype, seed=seed, scale=depth**-0.5)
     return weight, oracle.make("random", (width,), dtype, seed=seed + 1)

@@ -1,0 +1,42 @@
+"""Fixtures that several files of tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+SETS = ("avx512_bf16", "avx512", "avx2", "portable")
+
+
+def _selected(name: str) -> Iterator[str]:
+    from deit.kernels import dispatch, native
+
+    dispatch._cpu_isa()  # remembered once a process: the processor's own, not a test's choice
+    try:
+        native.select_cpu_isa(name)
+    except (ValueError, RuntimeError) as error:
+        pytest.skip(str(error))
+    yield name
+    native.select_cpu_isa(None)
+
+
+@pytest.fixture(params=SETS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of the C++ kernels in turn; the best one again afterwards."""
+    yield from _selected(request.param)
+
+
+@pytest.fixture(params=SETS[1:])
+def base_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The same where nothing is a bf16 product: AVX512-BF16 differs from AVX-512 in those alone."""
+    yield from _selected(request.param)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads; the number is as before afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
