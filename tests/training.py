@@ -73,8 +73,11 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    """Train; DELAY seconds are slept after each update, so that a signal arrives within the run."""
-    from deit import train
+    """Train; DELAY seconds are slept after each update, so that a signal arrives within the run.
+
+    EVALUATION seconds are slept before each batch of an evaluation, and a line says so.
+    """
+    from deit import evaluate, train
 
     data, out, *pairs = sys.argv[1:]
     changes: dict[str, Any] = {}
@@ -95,6 +98,15 @@ def main() -> None:
         time.sleep(delay)
         return result
 
+    pause, judge = float(os.environ.get("EVALUATION", "0")), evaluate.heads_of
+
+    def slowly(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        os.write(1, f"evaluating in process {os.getpid()}\n".encode())
+        time.sleep(pause)
+        return judge(model, images)
+
+    if pause:
+        evaluate.heads_of = slowly
     train.Trainer.step = slow  # type: ignore[method-assign]
     torch.set_num_threads(1)
     train.train(options(Path(data), Path(out), **changes))
