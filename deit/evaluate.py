@@ -132,7 +132,6 @@ def run(command: Eval) -> int:
         model.config.img_size if isinstance(model, DeiT) else about["network"]["img_size"]
     )
     mean, std = about.get("mean", source.mean), about.get("std", source.std)
-    crop = about["options"]["recipe"]["eval_crop"] if about else None
     device = devices.named(command.device)
     model.to(device)
     check_classes(model, torch.zeros(2, 3, size, size, device=device), len(source.classes))
@@ -140,7 +139,7 @@ def run(command: Eval) -> int:
         networks.fuse(model)
     loader = Loader(
         source,
-        evaluation_transform(size, crop, tuple(mean), tuple(std)),
+        evaluation_transform(size, networks.crop_of(about), tuple(mean), tuple(std)),
         in_order(len(source), command.batch_size),
         seed=0,
         workers=command.workers,

@@ -126,6 +126,14 @@ def restore(run: Path, img_size: int | None = None) -> tuple[nn.Module, dict[str
     return model.eval(), about
 
 
+def crop_of(about: dict[str, Any]) -> float | None:
+    """The crop ratio that a run evaluates with; None for the paper's (`deit.images.crop_ratio`).
+
+    `about`: what `run.json` says; empty for weights that no run here trained.
+    """
+    return about["options"]["recipe"]["eval_crop"] if about else None
+
+
 def parameters(model: nn.Module) -> int:
     """How many numbers are learned."""
     return sum(p.numel() for p in model.parameters())
