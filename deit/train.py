@@ -128,10 +128,12 @@ class Trainer:
                 waited = batches.waited
                 loss, self.stopping = self.step(list(islice(loader, parts)), pace)
                 self.update += 1
-                if pace.end(loss, batches.waited - waited) > 1.0 or self.update == self.total:
+                seconds, due = pace.end(loss, batches.waited - waited), scoring.due(self)
+                if seconds > 1.0 or due:
                     pace = self._show(pace)
-                if scoring.due(self) and not self.stopping:
+                if due and not self.stopping:
                     scoring.score(self)
+                    pace = pace.again()  # an evaluation is no training time
                 epoch, within = divmod(self.update, self.plan.updates)
                 if self.stopping or (within == 0 and epoch % self.options.save_every == 0):
                     keeping.save(self)
