@@ -81,15 +81,16 @@ def picture(photograph: Image.Image, maps: Tensor, heads: bool) -> Image.Image:
 
 def run(command: ExplainImage) -> int:
     """Write the picture; returns 0."""
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    about: dict[str, Any] = {}
     if networks.weights_of(command.weights) is not None:
         model, about = networks.restore(command.weights)
-        mean, std = tuple(about["mean"]), tuple(about["std"])
     else:
         model = checkpoint.load(command.weights)
     if not isinstance(model, DeiT):
         raise ValueError(f"weights: expected a DeiT; got a {type(model).__name__}")
-    pixels = Prepare(model.config.img_size)(load_image(command.image))
+    mean, std = about.get("mean", IMAGENET_MEAN), about.get("std", IMAGENET_STD)
+    prepare = Prepare(model.config.img_size, networks.crop_of(about))
+    pixels = prepare(load_image(command.image))
     channels = (3, 1, 1)
     images = (pixels / 255 - torch.tensor(mean).view(channels)) / torch.tensor(std).view(channels)
     maps = attention_maps(model, images[None], command.layer)[0]

@@ -22,7 +22,7 @@ from deit.configs import VARIANTS, Config, config
 from deit.layouts import UNKNOWN, Converted, convert, describe, infer, sample, strip_wrappers
 from deit.model import DeiT
 from deit.readers import METADATA_KEY, Weights, read
-from deit.runs import sync
+from deit.runs import write_tensors
 
 # The published files, by network (github.com/facebookresearch/deit).
 OFFICIAL_FILES = {
@@ -123,7 +123,7 @@ def save(model: DeiT, path: str | os.PathLike[str]) -> None:
     """Write the weights, and the Config as metadata, to `path`, a .safetensors file.
 
     Atomic: the file is complete on disk under its name, or not there (or as it was before).
-    Raises ValueError for another suffix, TypeError for another kind of model.
+    Raises ValueError for another suffix, TypeError for another kind of model, OSError.
     """
     if not isinstance(model, DeiT):
         raise TypeError(f"model: expected a deit.DeiT; got {type(model).__name__}")
@@ -132,21 +132,10 @@ def save(model: DeiT, path: str | os.PathLike[str]) -> None:
 
 def save_state(state: Mapping[str, Tensor], config: Config, path: str | os.PathLike[str]) -> None:
     """`save` for the state dict of a DeiT of `config`, such as one gathered from many processes."""
-    from safetensors.torch import save_file
-
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path: expected a name ending in .safetensors; got {path.name!r}")
-    state = {key: value.detach().contiguous() for key, value in state.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        metadata = {"format": "pt", METADATA_KEY: json.dumps(asdict(config))}
-        save_file(state, temporary, metadata=metadata)
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    write_tensors(state, path, {"format": "pt", METADATA_KEY: json.dumps(asdict(config))})
 
 
 def resize_positions(pos_embed: Tensor, grid: int, prefix_tokens: int) -> Tensor:

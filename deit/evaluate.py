@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deit import devices
 from deit.commands import Eval
 from deit.data.loader import Batch, Loader, in_order
 from deit.data.sources import open_source
@@ -131,28 +132,20 @@ def run(command: Eval) -> int:
         model.config.img_size if isinstance(model, DeiT) else about["network"]["img_size"]
     )
     mean, std = about.get("mean", source.mean), about.get("std", source.std)
-    place = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(place if command.device == "auto" else command.device)
+    device = devices.named(command.device)
     model.to(device)
     check_classes(model, torch.zeros(2, 3, size, size, device=device), len(source.classes))
     if command.fuse:
-        from deit.fused_vit import fuse
-
-        fuse(model)
+        networks.fuse(model)
     loader = Loader(
         source,
-        evaluation_transform(size, None, tuple(mean), tuple(std)),
+        evaluation_transform(size, networks.crop_of(about), tuple(mean), tuple(std)),
         in_order(len(source), command.batch_size),
         seed=0,
         workers=command.workers,
         device=device,
     )
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(command.dtype)
-    scores = evaluate(
-        model,
-        loader,
-        precision=lambda: torch.autocast(device.type, dtype, enabled=dtype is not None),
-    )
+    scores = evaluate(model, loader, precision=lambda: devices.autocast(device, command.dtype))
     assert scores is not None  # only a stop makes it None
     text = f"{scores.text()} of {scores.images:,} images right, {scores.images_per_s:.0f} images/s"
     if scores.unreadable:

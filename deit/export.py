@@ -53,7 +53,7 @@ def to_safetensors(model: DeiT, about: dict[str, Any], out: Path) -> None:
         title=model.config.label,
         parameters=networks.parameters(model),
         size=size,
-        short=int(size / crop_ratio(size)),
+        short=int(size / (networks.crop_of(about) or crop_ratio(size))),
         classes=model.config.num_classes,
         mean=about.get("mean", "ImageNet's"),
         std=about.get("std", "ImageNet's"),

@@ -11,7 +11,7 @@ import torch
 
 from deit import checkpoint, scale
 from deit.model import DeiT
-from deit.runs import State, load_state
+from deit.runs import State, load_state, write_tensors
 
 if TYPE_CHECKING:
     from deit.train import Trainer
@@ -92,6 +92,10 @@ def resume(trainer: Trainer) -> None:
     scale.restore_optimizer(trainer.network, trainer.optimizer, moments, trainer.world)
     trainer.scaler.load_state_dict(state.rest["scaler"])
     trainer.update, trainer.unreadable = state.update, state.rest["unreadable"]
+    for entry in trainer.folder.entries():
+        if "model" in entry and entry["update"] <= trainer.update:
+            trainer.scored = entry["update"]
+            trainer.scores = {name: entry[name] for name in ("model", "average") if name in entry}
     if trainer.world.first:
         trainer.folder.rewind(trainer.update)
     trainer.watch.say(f"going on after update {trainer.update} ({path})")
@@ -99,8 +103,6 @@ def resume(trainer: Trainer) -> None:
 
 def finish(trainer: Trainer) -> None:
     """The final weights under their own names, model and average."""
-    from safetensors.torch import save_file
-
     models = {"model": (trainer.network, scale.plain(trainer.network))}
     if trainer.average is not None:
         models["average"] = (trainer.average.module, trainer.average.module)
@@ -112,6 +114,6 @@ def finish(trainer: Trainer) -> None:
         if isinstance(model, DeiT):
             checkpoint.save_state(state, model.config, path)
         else:
-            save_file({key: value.contiguous() for key, value in state.items()}, path)
+            write_tensors(state, path)
     trainer.watch.say(f"final weights in {trainer.folder.root / 'model.safetensors'}")
     trainer.world.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,18 @@ def _timm(
         return timm.create_model(name, **options)
 
 
+def fuse(model: nn.Module) -> str:
+    """Put the fused operators under `model`, as far as they fit; what runs now, for people."""
+    from deit import fused_vit
+
+    with warnings.catch_warnings():  # a convnet is no mistake here
+        warnings.filterwarnings("ignore", "fuse: nothing")
+        report = fused_vit.fuse(model)
+    if report.fused:
+        return str(report)
+    return f"nothing in a {type(model).__name__} has a fused form: it runs on PyTorch's operators"
+
+
 def weights_of(run: Path) -> Path | None:
     """The weights' file of a finished run, given its folder or the file; None for anything else."""
     weights = run if run.is_file() else run / WEIGHTS_FILE
@@ -111,6 +124,14 @@ def restore(run: Path, img_size: int | None = None) -> tuple[nn.Module, dict[str
     except RuntimeError as error:
         raise ValueError(f"{weights}: {error}") from error
     return model.eval(), about
+
+
+def crop_of(about: dict[str, Any]) -> float | None:
+    """The crop ratio that a run evaluates with; None for the paper's (`deit.images.crop_ratio`).
+
+    `about`: what `run.json` says; empty for weights that no run here trained.
+    """
+    return about["options"]["recipe"]["eval_crop"] if about else None
 
 
 def parameters(model: nn.Module) -> int:

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from deit import devices
 from deit.checkpoint import OFFICIAL_FILES, load
 from deit.images import NothingReadable, PhotoLoader, Unreadable, find_images
 from deit.model import DeiT
 
 if TYPE_CHECKING:
     from deit.cli import Predict
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,8 @@ def run(options: Predict) -> int:
     Returns 0, or 1 if an image could not be read. Raises ValueError for bad input.
     """
     paths, failed = _find(options.images)
-    device = _device(options.device)
-    model = _load(options).to(device, DTYPES[options.dtype])
+    device = devices.named(options.device)
+    model = _load(options).to(device, devices.DTYPES[options.dtype])
     names = class_names(model.config.num_classes, options.classes)
     if options.fuse:
         from deit.fused_vit import fuse
@@ -112,7 +111,7 @@ def run(options: Predict) -> int:
     predictions: list[Prediction] = []
     if paths:
         loader = PhotoLoader(
-            paths, size, options.batch_size, device=device, dtype=DTYPES[options.dtype]
+            paths, size, options.batch_size, device=device, dtype=devices.DTYPES[options.dtype]
         )
         batches = predict(model, loader, names, options.topk)
         with contextlib.suppress(NothingReadable):  # each file is named below
@@ -138,18 +137,6 @@ def _load(options: Predict) -> DeiT:
     return load(
         options.weights, options.arch, img_size=options.img_size, test_head=options.test_head
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        # torch raises AssertionError where it was built without CUDA
-        raise ValueError(f"--device: cannot use {name!r} ({str(error).splitlines()[0]})") from None
-    return device
 
 
 def _find(given: Sequence[Path]) -> tuple[list[Path], list[Unreadable]]:

@@ -14,11 +14,14 @@ weights_only.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,9 +58,16 @@ class RunFolder:
         write_atomically(self.root / "run.json", json.dumps(about, indent=1, default=str) + "\n")
 
     def log(self, **entry: Any) -> None:
-        """Append one line."""
-        with open(self.root / "log.jsonl", "a") as file:
-            file.write(json.dumps(entry, default=str) + "\n")
+        """Append one line; raises OSError (a full disk, say) with the log as it was before."""
+        path, line = self.root / "log.jsonl", (json.dumps(entry, default=str) + "\n").encode()
+        with naming(path), open(path, "ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                if file.write(line) < len(line):  # what the disk still had room for
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(end)
+                raise
 
     def entries(self) -> list[dict[str, Any]]:
         """The log's lines; a last one that a crash cut short is left out."""
@@ -83,32 +93,18 @@ class RunFolder:
 
         Raises OSError (a full disk, say) with the folder as it was before.
         """
-        from safetensors.torch import save_file
-
         target = self.checkpoints / f"{state.update:08d}"
         partial = self.checkpoints / f".{target.name}.{os.getpid()}.tmp"
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            partial.mkdir(parents=True)
-            save_file(_dense(state.model), partial / "model.safetensors")
-            if state.average is not None:
-                save_file(_dense(state.average), partial / "average.safetensors")
-            torch.save(state.rest, partial / "training.pt")
-            sums = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
-            manifest = {"update": state.update, "sha256": sums}
-            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            for path in partial.iterdir():
-                sync(path)
-            sync(partial)
-            if target.exists():  # an earlier attempt of the same update
-                shutil.rmtree(target)
-            os.rename(partial, target)
-            sync(self.checkpoints)
-        except BaseException as error:
+            with naming(target):
+                _write_checkpoint(state, partial)
+                if target.exists():  # an earlier attempt of the same update
+                    shutil.rmtree(target)
+                os.rename(partial, target)
+                sync(self.checkpoints)
+        except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
-            # safetensors reports a full disk by an error of its own.
-            if type(error).__name__ == "SafetensorError":
-                raise OSError(f"{target}: {error}") from error
             raise
         for old in self._all()[self.keep :]:
             shutil.rmtree(old)
@@ -128,6 +124,21 @@ class RunFolder:
                 return path
             say(f"checkpoint {path.name} is passed over: {reason}")
         return None
+
+
+def _write_checkpoint(state: State, folder: Path) -> None:
+    """All files of a checkpoint, flushed to the disk."""
+    folder.mkdir(parents=True)
+    write_tensors(state.model, folder / "model.safetensors")
+    if state.average is not None:
+        write_tensors(state.average, folder / "average.safetensors")
+    with open(folder / "training.pt", "wb") as file:
+        torch.save(state.rest, file)
+    sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    manifest = {"update": state.update, "sha256": sums}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in (folder / "training.pt", folder / MANIFEST, folder):
+        sync(path)
 
 
 def load_state(path: Path) -> State:
@@ -156,14 +167,57 @@ def damage(path: Path) -> str | None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file; after a crash it is the old one or the new one."""
+    """Replace a text file; after a crash it is the old one or the new one. Raises OSError."""
+    with _replacing(path) as partial:
+        partial.write_text(text)
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """`write_atomically` for a safetensors file."""
+    from safetensors.torch import save_file
+
+    dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with _replacing(path) as partial:
+        save_file(dense, partial, metadata)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """The name of a file that takes the place of `path` once it is whole and on the disk."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        partial.write_text(text)
-        sync(partial)
-        os.replace(partial, path)
+        with naming(path):
+            yield partial
+            sync(partial)
+            os.replace(partial, path)
+            sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within: a full or failing disk is an OSError that names a file, whoever writes."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except SafetensorError as error:  # "I/O error: No space left on device (os error 28)"
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    except RuntimeError as error:  # torch.save: "unexpected pos 704 vs 598"
+        cause = error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
 
 
 def sync(path: Path) -> None:
@@ -173,10 +227,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _dense(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def _sha256(path: Path) -> str:

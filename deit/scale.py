@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from deit import devices
+
 # Whole tensors on the CPU of the first process: a checkpoint that any number of processes, and
 # any way of sharding, can take up again.
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -46,6 +48,12 @@ class World:
             dist.all_reduce(counts)
         return counts
 
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is up in any process; a collective."""
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.size > 1:
@@ -60,9 +68,7 @@ def join(device: str) -> Iterator[World]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = torch.device(device)
+    place = devices.named(device)
     if place.type == "cuda":
         place = torch.device("cuda", local if place.index is None else place.index)
         torch.cuda.set_device(place)

@@ -18,21 +18,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from deit import assemble, keeping, scale
-from deit.data.augment import evaluation_transform, mix, training_transform
-from deit.data.loader import Batch, Loader, in_order
+from deit import assemble, devices, keeping, networks, scale, scoring
+from deit.data.augment import mix, training_transform
+from deit.data.loader import Batch, Loader
 from deit.data.sampling import Batches, Plan, stream
 from deit.data.sources import Source, open_source
 from deit.distill import Objective
-from deit.evaluate import Scores, evaluate
-from deit.networks import parameters
 from deit.options import Options
 from deit.pace import Pace
 from deit.runs import RunFolder, write_atomically
 from deit.trackers import Trackers
 from deit.watch import Watch, human
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NotFinite(ValueError):
@@ -63,7 +59,11 @@ def train(options: Options) -> dict[str, Any]:
 
 
 class Trainer:
-    """One run under way. `run` is the loop, `step` one update, `score` an evaluation."""
+    """One run under way. `run` is the loop, `step` one update.
+
+    A signal reaches one process and at any time: `signalled` is what this one has heard,
+    `stopping` what all have agreed on, in `step` and at every batch of an evaluation.
+    """
 
     def __init__(self, options: Options, world: scale.World, watch: Watch) -> None:
         self.options, self.world, self.watch = options, world, watch
@@ -88,28 +88,27 @@ class Trainer:
             label_smoothing=self.recipe.label_smoothing,
             loss=self.recipe.loss,
         )
-        self.size = parameters(model)
+        self.size = networks.parameters(model)
         self.network = self._prepare(model).train()
         self.optimizer = assemble.optimizer(scale.plain(self.network), self.recipe, world.device)
         self.schedule = assemble.schedule(self.optimizer, self.recipe, self.plan.updates)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=options.dtype == "fp16")
         self.trackers = Trackers(options.track if world.first else (), options.out)
-        self.update = 0
+        self.update, self.total = 0, self.recipe.epochs * self.plan.updates
+        self.scored = 0
         self.scores: dict[str, Any] = {}
         self.unreadable: dict[str, str] = {}
-        self.stopping = False
+        self.signalled = self.stopping = False
 
     def _prepare(self, model: nn.Module) -> nn.Module:
         """Fused, sharded and compiled as asked."""
         options = self.options
-        if options.checkpoint_activations:
-            assemble.checkpoint_blocks(model)
         if options.fuse:
-            from deit.fused_vit import fuse
-
-            self.watch.say(str(fuse(model)))
+            self.watch.say(networks.fuse(model))
             if self.average is not None:
-                fuse(self.average.module)
+                networks.fuse(self.average.module)
+        if options.checkpoint_activations:  # of fused blocks
+            assemble.checkpoint_blocks(model)
         if options.parallel == "fsdp" and self.average is not None:
             scale.shard(self.average.module, self.world, "fsdp")
         if options.compile:
@@ -118,26 +117,27 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """From the newest checkpoint to the last epoch, or to a signal."""
-        total = self.recipe.epochs * self.plan.updates
-        self._begin(total)
-        batches = self._batches()
-        loader, parts = iter(batches), self.options.accumulate
-        pace = Pace(self.world.size, self.options.workers)
         with self._signals():
-            while self.update < total and not self.stopping:
+            self._begin()
+            batches = self._batches()
+            loader, parts = iter(batches), self.options.accumulate
+            pace = Pace(self.world.size, self.options.workers)
+            if scoring.due(self):  # the evaluation that a signal ended
+                scoring.score(self)
+            while self.update < self.total and not self.stopping:
                 waited = batches.waited
-                loss, stop = self.step(list(islice(loader, parts)), pace)
+                loss, self.stopping = self.step(list(islice(loader, parts)), pace)
                 self.update += 1
-                if pace.end(loss, batches.waited - waited) > 1.0 or self.update == total:
-                    pace = self._show(pace, total)
+                seconds, due = pace.end(loss, batches.waited - waited), scoring.due(self)
+                if seconds > 1.0 or due:
+                    pace = self._show(pace)
+                if due and not self.stopping:
+                    scoring.score(self)
+                    pace = pace.again()  # an evaluation is no training time
                 epoch, within = divmod(self.update, self.plan.updates)
-                ended = within == 0
-                self.stopping = self.stopping or stop
-                if ended and (epoch % self.options.eval_every == 0 or self.update == total):
-                    self.score()
-                if self.stopping or (ended and epoch % self.options.save_every == 0):
+                if self.stopping or (within == 0 and epoch % self.options.save_every == 0):
                     keeping.save(self)
-        finished = self.update >= total and not self.stopping
+        finished = self.update >= self.total and not self.stopping
         if finished:
             keeping.finish(self)
         else:
@@ -156,7 +156,7 @@ class Trainer:
                 loss = self._loss(batch) / len(parts)
                 self.scaler.scale(loss).backward()
             facts[0] += loss.detach()
-        facts[1] = float(self.stopping)
+        facts[1] = float(self.signalled)
         facts = self.world.sum(facts)
         value, stop = float(facts[0]) / self.world.size, bool(facts[1] > 0)
         if math.isfinite(value):
@@ -202,42 +202,10 @@ class Trainer:
         self.watch.say(f"{message}; the update is skipped")
         self.log(update=self.update, skipped=str(value))
 
-    def score(self) -> None:
-        """Evaluate the network, and its average where there is one."""
-        row: dict[str, Any] = {"update": self.update}
-        line = f"epoch {self.update // self.plan.updates}"
-        models = {"model": scale.plain(self.network)}
-        if self.average is not None:
-            models["average"] = self.average.module
-        for name, model in models.items():
-            scores = self._evaluate(model)
-            if scores is None:
-                self.stopping = True
-                return
-            row[name] = scores.row()
-            line += f", {name}: {scores.text()}"
-        self.scores = {name: row[name] for name in models}
-        self.log(**row)
-        self.watch.say(f"{line} of {row['model']['images']:,} held-out images right")
-
-    def _evaluate(self, model: nn.Module) -> Scores | None:
-        return evaluate(
-            model,
-            self._held_out(),
-            precision=self.precision,
-            reduce=self.world.sum,
-            stop=lambda: self.stopping and self.world.size == 1,
-        )
-
-    def _held_out(self) -> Loader:
-        mine = in_order(
-            len(self.held_out), max(1, self.plan.size), self.world.rank, self.world.size
-        )
-        return self._loader(self.held_out, self._plain_transform(), mine)
-
-    def _plain_transform(self) -> Any:
-        size, ratio = self.options.img_size, self.recipe.eval_crop
-        return evaluation_transform(size, ratio, self.source.mean, self.source.std)
+    def agree_to_stop(self) -> bool:
+        """Whether any process was told to stop; every process has to ask at the same place."""
+        self.stopping = self.stopping or self.world.any(self.signalled)
+        return self.stopping
 
     def _batches(self) -> Loader:
         transform = training_transform(
@@ -250,9 +218,10 @@ class Trainer:
             rank=self.world.rank,
             processes=self.world.size,
         )
-        return self._loader(self.source, transform, batches)
+        return self.loader(self.source, transform, batches)
 
-    def _loader(self, source: Source, transform: Any, batches: Any) -> Loader:
+    def loader(self, source: Source, transform: Any, batches: Any) -> Loader:
+        """Reads `batches` of `source` on this process's share of the machine."""
         return Loader(
             source,
             transform,
@@ -264,25 +233,22 @@ class Trainer:
 
     def precision(self) -> AbstractContextManager[Any]:
         """Autocast to the dtype asked for."""
-        dtype = DTYPES.get(self.options.dtype)
-        return torch.autocast(self.world.device.type, dtype, enabled=dtype is not None)
+        return devices.autocast(self.world.device, self.options.dtype)
 
-    def _begin(self, total: int) -> None:
+    def _begin(self) -> None:
         if self.world.first:
             keeping.describe(self)
         self.world.wait()
         keeping.resume(self)
+        options, plan = self.options, self.plan
         self.watch.say(
-            f"{self.options.arch}, {self.size:,} parameters; {len(self.source):,} images of "
-            f"{len(self.source.classes)} classes; {self.plan.updates} updates an epoch, {total} in "
-            f"all, {self.plan.size * self.plan.pieces} images each; {self.world.size} x "
-            f"{self.world.device}, {self.options.dtype}"
+            f"{options.arch}, {self.size:,} parameters; {len(self.source):,} images of "
+            f"{len(self.source.classes)} classes; {plan.updates} updates an epoch, {self.total} in "
+            f"all, {plan.size * plan.pieces} images each; {self.world.size} x {self.world.device}, "
+            f"{options.dtype}, {options.workers} workers"
         )
-        if self.teacher is not None and self.update == 0:
-            scores = self._evaluate(self.teacher)
-            if scores is not None:
-                self.watch.say(f"teacher: {scores.text()} of the held-out images right")
-                self.log(update=0, teacher=scores.row())
+        if self.update == 0:
+            scoring.score_teacher(self)
 
     def _count(self, batch: Batch, pace: Pace) -> None:
         """Add a batch to the display's sums, and its unreadable images to the log."""
@@ -300,9 +266,9 @@ class Trainer:
                 f"{name} ({reason})"
             )
 
-    def _show(self, pace: Pace, total: int) -> Pace:
+    def _show(self, pace: Pace) -> Pace:
         row, lr = pace.row(), self.optimizer.param_groups[0]["lr"]
-        left = (total - self.update) * row.pop("seconds_an_update")
+        left = (self.total - self.update) * row.pop("seconds_an_update")
         self.watch.update(
             f"epoch {self.update / self.plan.updates:.2f} of {self.recipe.epochs}, update "
             f"{self.update}: loss {row['loss']:.4f}, lr {lr:.2e}, {row['images_per_s']:.0f} "
@@ -315,15 +281,18 @@ class Trainer:
     def log(self, **entry: Any) -> None:
         """One line of the run's log, and its numbers to the trackers asked for."""
         if self.world.first:
-            self.folder.log(**entry)
+            try:
+                self.folder.log(**entry)
+            except OSError as error:
+                self.watch.say(f"a line of the log is lost: {error}")
             self.trackers.add(entry)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C end the run at the next update, with a checkpoint."""
+        """SIGTERM and Ctrl-C end the run after this update or batch, with a checkpoint."""
 
         def stop(*_: object) -> None:
-            self.stopping = True
+            self.signalled = True
 
         before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
         try:

@@ -178,7 +178,7 @@ def test_batches(capsys, small):
         (("--weights", "SMALL", "--topk", "11"), "topk: expected 1 to 10.*got 11"),
         (("--weights", "SMALL", "--topk", "0"), "topk: expected 1 to 10.*got 0"),
         (("--weights", "SMALL", "--batch-size", "0"), "batch_size: expected at least 1"),
-        (("--weights", "SMALL", "--device", "toaster"), "--device: cannot use 'toaster'"),
+        (("--weights", "SMALL", "--device", "toaster"), "device: cannot use 'toaster'"),
         (("--weights", "SMALL", "--classes", "absent.txt"), "No such file.*absent.txt"),
     ],
 )

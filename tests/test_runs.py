@@ -2,8 +2,10 @@
 
 import errno
 import json
+import sys
 
 import pytest
+import small_disk
 import torch
 
 from deit import runs
@@ -83,6 +85,65 @@ def test_a_full_disk_is_an_oserror_and_nothing_is_left_behind(folder, monkeypatc
     with pytest.raises(OSError, match="No space left"):
         folder.save(state(2))
     assert [p.name for p in folder.checkpoints.iterdir()] == ["00000001"]
+
+
+FULL = """
+import sys
+from pathlib import Path
+import torch
+from deit.runs import RunFolder, State, load_state, write_atomically
+
+root = Path(sys.argv[1])
+folder = RunFolder(root / "run")
+folder.begin({"arch": "x"})
+folder.log(update=1, loss=0.5)
+state = lambda update, size: State(
+    update, {"w": torch.ones(size)}, None, {"optimizer": torch.ones(size)}
+)
+folder.save(state(1, 1000))
+
+def refused(write):
+    try:
+        write()
+    except OSError as error:
+        print(error)
+    else:
+        sys.exit("nothing was refused")
+
+for size in (900_000, 500_000):  # no room for the weights; room for them but not for the rest
+    refused(lambda: folder.save(state(2, size)))
+with open(root / "filler", "wb", buffering=0) as file:
+    refused(lambda: [None for _ in iter(lambda: file.write(b"x" * 4096), 0)])
+refused(lambda: folder.save(state(2, 10)))
+refused(lambda: write_atomically(root / "run" / "run.json", "y" * 10_000))
+refused(lambda: [folder.log(update=2, loss=0.25) for _ in range(1000)])  # to the page's end
+entries = folder.entries()
+assert entries[-1] in ({"update": 2, "loss": 0.25}, {"update": 1, "loss": 0.5}), entries[-1]
+found = sorted(str(p.relative_to(folder.root)) for p in folder.root.rglob("*"))
+assert found == [
+    "checkpoints", "checkpoints/00000001", "checkpoints/00000001/manifest.json",
+    "checkpoints/00000001/model.safetensors", "checkpoints/00000001/training.pt",
+    "log.jsonl", "run.json",
+], found
+assert load_state(folder.newest(sys.exit)).update == 1
+(root / "filler").unlink()
+folder.log(update=2, loss=0.25)
+assert folder.entries()[-1] == {"update": 2, "loss": 0.25}
+folder.save(state(2, 10))
+assert load_state(folder.newest(sys.exit)).update == 2
+"""
+
+
+@pytest.mark.skipif(bool(small_disk.why_not()), reason=small_disk.why_not())
+def test_a_disk_that_is_really_full_loses_nothing_that_was_there(tmp_path):
+    script = 'exec "$1" -c "$2" "$0"'
+    done = small_disk.run(tmp_path / "disk", "3m", script, sys.executable, FULL)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert all("No space left on device" in line for line in said), said
+    named = ["model.safetensors", "00000002", None, "00000002", "run.json", "log.jsonl"]
+    for line, name in zip(said, named, strict=True):
+        assert name is None or name in line, line
 
 
 def test_leftovers_of_a_killed_process_are_no_checkpoint(folder):

@@ -6,20 +6,28 @@ process of its own, alone or under torchrun.
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from deit.options import Distillation, Options, Shape
 from deit.recipes import recipe
 
+PROGRAM = [sys.executable, str(Path(__file__))]
+TORCHRUN = [
+    *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"),
+]
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
 
@@ -72,9 +80,23 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that differ in a bit."""
+    assert left.keys() == right.keys()
+    return [name for name in left if not torch.equal(left[name], right[name])]
+
+
+def losses(text: str) -> dict[int, float]:
+    """Update -> loss, from what `main` prints."""
+    return {int(u): float(x) for u, x in re.findall(r"update (\d+) loss (\S+)", text)}
+
+
 def main() -> None:
-    """Train; DELAY seconds are slept after each update, so that a signal arrives within the run."""
-    from deit import train
+    """Train; DELAY seconds are slept after each update, so that a signal arrives within the run.
+
+    EVALUATION seconds are slept before each batch of an evaluation, and a line says so.
+    """
+    from deit import evaluate, train
 
     data, out, *pairs = sys.argv[1:]
     changes: dict[str, Any] = {}
@@ -95,8 +117,22 @@ def main() -> None:
         time.sleep(delay)
         return result
 
+    pause, judge = float(os.environ.get("EVALUATION", "0")), evaluate.heads_of
+
+    def slowly(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        os.write(1, f"evaluating in process {os.getpid()}\n".encode())
+        time.sleep(pause)
+        return judge(model, images)
+
+    if pause:
+        evaluate.heads_of = slowly
     train.Trainer.step = slow  # type: ignore[method-assign]
     torch.set_num_threads(1)
+    # Two processes that torchrun started again wait for each other by gloo, now and then for ever:
+    # after its time they fail, and are started once more.
+    dist.init_process_group = functools.partial(
+        dist.init_process_group, timeout=timedelta(seconds=60)
+    )
     train.train(options(Path(data), Path(out), **changes))
 
 

@@ -45,8 +45,8 @@ def training_transform(
 ) -> Transform:
     """RGB image -> [3, size, size] fp32, augmented by the recipe and normalised."""
     if recipe.crop == "center":
-        steps = [v2.RandomHorizontalFlip(recipe.hflip), evaluation_transform(size, None, mean, std)]
-        return v2.Compose(steps)
+        plain = evaluation_transform(size, recipe.eval_crop, mean, std)
+        return v2.Compose([v2.RandomHorizontalFlip(recipe.hflip), plain])
     if recipe.policy == "3a":
         return _three_augment(recipe, size, mean, std)
     from timm.data import create_transform
