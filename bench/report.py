@@ -197,7 +197,7 @@ def runs(found: Found) -> str:
 
 MACHINE = ("device", "cpu", "cores", "threads", "cpu_capability", "driver", "python", "torch",
            "cuda", "triton", "timm", "gpu_state")  # fmt: skip
-SHOWN = (*MACHINE, "kind", "schema", "command", "date", "kernels_sha256")
+HIDDEN = (*MACHINE, "kind", "schema", "title", "command", "date", "kernels_sha256", "seconds")
 
 
 def machine(found: Found) -> str:
@@ -227,7 +227,7 @@ def section(device: str, found: Found) -> str:
         if document.get("kind") == "operators":
             parts.append(title + operators(document))
         else:
-            parts.append(title + html.document(document, SHOWN))
+            parts.append(title + html.document(document, HIDDEN))
     stale = sum(map(found.stale, [*found.rows, *found.documents.values()]))
     total = len(found.rows) + len(found.documents)
     parts.append(f"<h3>Runs</h3><p>{stale} of {total} results are stale: the kernels have changed "
