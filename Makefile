@@ -2,7 +2,7 @@
 PYTHON ?= python
 MYPY_TREE := build/mypy
 
-.PHONY: test lint types sanitize aot gpu bench picture
+.PHONY: test lint types sanitize aot gpu bench report
 
 test:
 	$(PYTHON) -m pytest
@@ -44,3 +44,7 @@ gpu:
 
 bench:
 	$(PYTHON) bench/throughput.py --arch deit_b --bs 256
+
+# The page of everything measured, into build/report.html, and the README's pictures.
+report:
+	$(PYTHON) bench/report.py --pictures docs --named accuracy speedup

@@ -13,6 +13,7 @@ T = TypeVar("T")
 
 ROUNDS = 20  # of the modern protocol: quartiles of 20 samples are steady to a few per cent
 LEAST_ROUNDS = 7  # below it quartiles say little; batches are shortened until these fit
+LEAST_KEPT = 3  # rounds that are evidence: fewer have no quartiles
 PRELIMINARY_ROUNDS = 3
 MOST_LATENCIES = 1000  # samples of a contender: their p99 is the tenth largest
 

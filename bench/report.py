@@ -1,7 +1,7 @@
 """One page, self-contained, of everything measured: bench/results/*.json as pictures and tables.
 
     python bench/report.py                        # build/report.html
-    python bench/report.py --out page.html --pictures docs/
+    python bench/report.py --pictures docs --named accuracy speedup    # the README's pictures
 
 The rows of each device stand apart. A row measured with other kernels than today's is stale and
 marked; beside every row stands the command that makes it anew.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from page.pictures import Picture
 Row = dict[str, Any]
 RESULTS = evidence.ROOT / "bench" / "results"
 TITLE = "fused-deit: what was measured"
-DRAWN = ("operators", "scaling")  # kinds of documents that have pictures
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,8 @@ class Options:
     """Where the page goes."""
     pictures: Path | None = None
     """A folder for the pictures as files of their own, for a README."""
+    named: tuple[str, ...] = ()
+    """Which pictures: accuracy, speedup, ...; not given: all."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +100,30 @@ def drawn(found: Found) -> list[Picture]:
     made = []
     for terms, rows in panels(found.rows):
         if any(row["quoted_top1"] is not None for row in rows):
-            made.append(pictures.accuracy(rows, terms))
+            made.append(_dated(pictures.accuracy(rows, terms), rows, found))
     for terms, rows in _by_dtype(found.rows):
         if pictures.comparisons(rows):
-            made.append(pictures.speedups(rows, terms))
+            made.append(_dated(pictures.speedups(rows, terms), rows, found))
     for document in found.documents.values():
         if document.get("kind") == "operators":
-            made += [pictures.by_operator(document), pictures.roofline(document)]
+            shown = [pictures.by_operator(document), pictures.roofline(document)]
+            made += [_dated(each, [document], found) for each in shown]
         if document.get("kind") == "scaling":
             names = dict.fromkeys(row["sweep"] for row in document["rows"])
-            made += [pictures.sweep(document, name) for name in names]
+            shown = [pictures.sweep(document, name) for name in names]
+            made += [_dated(each, [document], found) for each in shown]
     return made
+
+
+def _dated(picture: Picture, drawn_from: Sequence[Row], found: Found) -> Picture:
+    """The picture, its caption saying when it was measured and how much of that is stale."""
+    dates = sorted(row.get("date", "")[:10] for row in drawn_from)
+    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    stale = sum(map(found.stale, drawn_from))
+    old = f" Stale, measured with other kernels: {stale} of {len(drawn_from)} results." * bool(
+        stale
+    )
+    return replace(picture, caption=f"{picture.caption} Measured {when}.{old}")
 
 
 def _by_dtype(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
@@ -197,7 +211,7 @@ def runs(found: Found) -> str:
 
 MACHINE = ("device", "cpu", "cores", "threads", "cpu_capability", "driver", "python", "torch",
            "cuda", "triton", "timm", "gpu_state")  # fmt: skip
-SHOWN = (*MACHINE, "kind", "schema", "command", "date", "kernels_sha256")
+HIDDEN = (*MACHINE, "kind", "schema", "title", "command", "date", "kernels_sha256", "seconds")
 
 
 def machine(found: Found) -> str:
@@ -227,7 +241,7 @@ def section(device: str, found: Found) -> str:
         if document.get("kind") == "operators":
             parts.append(title + operators(document))
         else:
-            parts.append(title + html.document(document, SHOWN))
+            parts.append(title + html.document(document, HIDDEN))
     stale = sum(map(found.stale, [*found.rows, *found.documents.values()]))
     total = len(found.rows) + len(found.documents)
     parts.append(f"<h3>Runs</h3><p>{stale} of {total} results are stale: the kernels have changed "
@@ -247,18 +261,28 @@ def make(found: Found) -> str:
     return html.whole(TITLE, intro + "".join(sections))
 
 
-def save_pictures(folder: Path, found: Found) -> None:
-    """Each picture as a file of its own, with its colours in it: NAME.svg, NAME-2.svg, ..."""
+def save_pictures(folder: Path, named: Sequence[str], found: Found) -> None:
+    """Pictures as files of their own, with colours and paper in them: NAME.svg, NAME-2.svg, ...
+
+    Raises ValueError for a name that no picture has.
+    """
     style = (html.HERE / "style.css").read_text(encoding="utf-8")
-    folder.mkdir(parents=True, exist_ok=True)
-    count: dict[str, int] = {}
+    paper = f"<style>{style}</style><rect width='100%' height='100%' fill='var(--paper)'/>"
+    files: dict[str, str] = {}
     for device in found.devices():
         for picture in drawn(found.of(device)):
-            count[picture.name] = count.get(picture.name, 0) + 1
-            suffix = "" if count[picture.name] == 1 else f"-{count[picture.name]}"
-            text = picture.draw(pictures.WIDE).svg()
-            text = text.replace("</title>", f"</title><style>{style}</style>", 1)
-            (folder / f"{picture.name}{suffix}.svg").write_text(text + "\n", encoding="utf-8")
+            count = sum(name.partition("~")[0] == picture.name for name in files)
+            text = picture.draw(pictures.WIDE).svg().replace("</title>", f"</title>{paper}", 1)
+            files[f"{picture.name}~{count + 1}"] = text
+    known = {name.partition("~")[0] for name in files}
+    if wrong := sorted(set(named) - known):
+        raise ValueError(f"named: expected among {', '.join(sorted(known))}; got {wrong[0]!r}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        stem, _, number = name.partition("~")
+        if not named or stem in named:
+            path = folder / f"{stem}{'' if number == '1' else '-' + number}.svg"
+            path.write_text(text + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -266,13 +290,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, args=arguments, description=__doc__)
     try:
         found = load(options.results or sorted(RESULTS.glob("*.json")))
+        if options.pictures:
+            save_pictures(options.pictures, options.named, found)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(make(found), encoding="utf-8")
-    if options.pictures:
-        save_pictures(options.pictures, found)
     stale = sum(map(found.stale, found.rows))
     print(f"{options.out}: {len(found.rows)} rows, {stale} stale, {len(found.documents)} documents")
     return 0

@@ -28,6 +28,7 @@ import devices
 import evidence
 import paper_table
 import peers
+import planning
 import tables
 import throughput
 import torch
@@ -43,7 +44,6 @@ Row = dict[str, Any]
 Protocol = Literal["modern", "deit2021"]
 
 CPU_LIMIT = 120.0  # seconds a network, most of them for torch.compile on two cores
-LEAST_ROUNDS = 3  # for quartiles
 OVERRUN = 3.0  # times the limit after which a network is given up
 
 
@@ -130,7 +130,7 @@ def measure(network: Network, protocol: str, options: Options, progress: Progres
         race, _ = throughput.measure(settings, [], progress)
     if race.refused or not race.finalists:
         raise RuntimeError("; ".join(race.notes) or "nothing was timed")
-    if (rounds := len(race.finalists[0].samples)) < LEAST_ROUNDS:
+    if (rounds := len(race.finalists[0].samples)) < planning.LEAST_KEPT:
         raise RuntimeError(f"{rounds} rounds fitted into the limit; raise --limit")
     again = ["--only", network.label, "--protocols", protocol, "--bs", str(options.bs)]
     again += [] if options.limit is None else ["--limit", f"{limit:g}"]

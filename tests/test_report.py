@@ -189,6 +189,7 @@ def test_a_row_of_other_kernels_is_stale(
     # in the table of networks; and in that of runs, with the documents'
     assert text.count('<tr class="stale">') == fused + fused + 3
     assert f"{fused} stale" in capsys.readouterr().out
+    assert f"Measured 2026-01-02. Stale, measured with other kernels: {fused} of 36" in text
 
 
 def test_pictures_as_files_carry_their_colours(page: Path) -> None:
@@ -199,6 +200,25 @@ def test_pictures_as_files_carry_their_colours(page: Path) -> None:
         text = (page.parent / "svg" / name).read_text(encoding="utf-8")
         assert "prefers-color-scheme: dark" in text
         assert Outline(text).open == []
+
+
+def test_pictures_by_name(page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(page.parent / "a.json"), "--out", str(tmp_path / "page.html")]
+    named = ["--pictures", str(tmp_path / "svg"), "--named"]
+    assert report.main([*files, *named, "accuracy"]) == 0
+    assert [path.name for path in (tmp_path / "svg").iterdir()] == ["accuracy.svg"]
+    assert report.main([*files, *named, "roofline"]) == 2
+    assert "named: expected among accuracy, speedup; got 'roofline'" in capsys.readouterr().err
+
+
+def test_what_only_pytorch_runs_counts_for_both() -> None:
+    """A forward is not faster for leaving out what nobody fused."""
+    document = operators_document("x")
+    alone = [row | {"ours": "eager", "best": "eager"} for row in document["rows"]
+             if row["operator"] == "layer_norm" and row["contender"] == "eager"]  # fmt: skip
+    rest = [row for row in document["rows"] if row["operator"] != "layer_norm"]
+    drawing = pictures.by_operator(document | {"rows": rest + alone}).draw(900).svg()
+    assert drawing.count("layer_norm by eager") == 4
 
 
 def test_the_committed_results_make_a_page(tmp_path: Path) -> None:

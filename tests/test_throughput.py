@@ -25,7 +25,6 @@ import devices
 import evidence
 import paper_table
 import peers
-import plot
 import progress
 import race
 import selection
@@ -531,18 +530,3 @@ def test_command_line_keeps_no_folders() -> None:
     given = ["--arch", "deit_b", "--json", "/home/me/rows.json", "--images=/data/photos"]
     shown = "python bench/throughput.py --arch deit_b --json rows.json --images=photos"
     assert evidence.command_line(given) == shown
-
-
-def test_plot_draws_a_small_picture(
-    finished: tuple[str, str, list[dict]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("matplotlib")
-    rows = tmp_path / "rows.json"
-    evidence.write(rows, finished[2])
-    out = tmp_path / "picture.svg"
-    assert plot.main([str(rows), "--out", str(out)]) == 0
-    text = out.read_text(encoding="utf-8")
-    assert text.count("<svg") == 1
-    assert out.stat().st_size < 100_000
-    assert plot.main([str(tmp_path / "none.json"), "--out", str(out)]) == 2
-    assert "none.json" in capsys.readouterr().err

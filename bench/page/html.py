@@ -75,9 +75,9 @@ def facts(pairs: Iterable[tuple[str, Any]]) -> str:
 
 
 def document(content: Row, hide: Sequence[str]) -> str:
-    """Measurements of any form: single values as facts, lists of rows as tables, the rest as JSON.
+    """Measurements of any form: values as facts, rows as tables, sentences as lists, else JSON.
 
-    hide: top-level fields that the page shows elsewhere.
+    hide: fields, of the document and of its rows, that the page shows elsewhere or not at all.
     """
     parts, single = [], []
     for name, value in content.items():
@@ -85,9 +85,12 @@ def document(content: Row, hide: Sequence[str]) -> str:
             continue
         flat = isinstance(value, list) and value and all(isinstance(v, dict) for v in value)
         if flat:
-            heads = list(dict.fromkeys(key for row in value for key in row))
+            heads = list(dict.fromkeys(key for row in value for key in row if key not in hide))
             columns = [Column(head, _plain(head)) for head in heads]
             parts.append(f"<h4>{escape(name)}</h4>{table(columns, value, lambda _: False)}")
+        elif value and isinstance(value, list) and all(isinstance(v, str) for v in value):
+            items = "".join(f"<li>{escape(each)}</li>" for each in value)
+            parts.append(f"<h4>{escape(name)}</h4><ul>{items}</ul>")
         elif isinstance(value, (dict, list)):
             text = escape(json.dumps(value, ensure_ascii=False))
             parts.append(f"<details><summary>{escape(name)}</summary><code>{text}</code></details>")

@@ -89,7 +89,7 @@ def _accuracy(rows: Sequence[Row], terms: str, width: int) -> Plot:
     plot = Plot(width, 470, f"Quoted accuracy against measured images/s, {terms}")
     shown = [each for each in FAMILIES if any(family(row) == each for row in known)]
     top = plot.legend([(f"{FAMILIES[f][0]} fill", FAMILIES[f][1], f) for f in shown], 4, 34)
-    x = Scale(*around([speed(r) for r in filled + hollow], log=True), 38, width - 8, log=True)
+    x = Scale(*around([speed(r) for r in filled + hollow], log=True), 38, width - 16, log=True)
     y = Scale(*around([r["quoted_top1"] for r in known], log=False), 424, top + 6)
     plot.axes(x, y, "images/s, measured (log scale)", "ImageNet top-1, %, quoted")
     for each, style in ((hollow, "open"), (filled, "fill")):
@@ -185,9 +185,9 @@ def by_operator(document: Row) -> Picture:
     operators = list(dict.fromkeys(row["operator"] for row in document["rows"]))
     bars: dict[str, list[Row]] = {}
     for row in document["rows"]:
-        if row["calls"] and row["contender"] in (row["ours"], row["best"]):
-            who = "ours" if row["contender"] == row["ours"] else "PyTorch's best"
-            bars.setdefault(f"{row['arch']} {row['direction']}, {who}", []).append(row)
+        for who, name in (("ours", row["ours"]), ("PyTorch's best", row["best"])):
+            if row["calls"] and row["contender"] == name:
+                bars.setdefault(f"{row['arch']} {row['direction']}, {who}", []).append(row)
     draw = functools.partial(_stacks, bars, operators)
     return Picture("operators", "Time by operator", caption, draw)
 
@@ -243,7 +243,7 @@ def _roofline(document: Row, width: int) -> Plot:
     rate = lambda row: row["flops"] / row["seconds"] / 1e9
     knee = peak / copy
     ends = around([*map(intensity, rows), knee / 4, knee * 4], log=True)
-    x = Scale(*ends, 46, width - 8, log=True)
+    x = Scale(*ends, 46, width - 16, log=True)
     y = Scale(*around([*map(rate, rows), peak / 1e9], log=True), 424, top + 6, log=True)
     plot.axes(x, y, "FLOP a byte (log scale)", "GFLOP/s (log scale)")
     start = max(x.low, y.low * 1e9 / copy)
@@ -290,7 +290,8 @@ def _sweep(rows: Sequence[Row], across: str, width: int) -> Plot:
     plot = Plot(width, 360, f"Images/s against {across}")
     styles = {name: f"c{i}" for i, name in enumerate(contenders)}
     top = plot.legend([(f"{styles[name]} fill", "o", name) for name in contenders], 4, 34)
-    x = Scale(*around([row["x"] for row in rows], log=True), 50, width - 12, log=True)
+    values = sorted({float(row["x"]) for row in rows})
+    x = Scale(*around(values, log=True), 50, width - 16, log=True, at=tuple(values))
     ends = [v for row in rows for v in (row["img_per_s_low"], row["img_per_s_high"])]
     y = Scale(*around(ends, log=True), 314, top + 6, log=True)
     plot.axes(x, y, f"{across} (log scale)", "images/s (log scale)")

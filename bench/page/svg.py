@@ -24,6 +24,7 @@ class Scale:
     start: float
     end: float
     log: bool = False
+    at: tuple[float, ...] = ()  # where the ticks stand; not given: at round values
 
     def __call__(self, value: float) -> float:
         if self.log:
@@ -35,6 +36,8 @@ class Scale:
     def ticks(self) -> list[float]:
         """Round values within the scale, as many as have 60 px (x) or 24 px (y) each."""
         most = max(2, int(abs(self.end - self.start) / (60 if self.end > self.start else 24)))
+        if self.at:
+            return list(self.at[:: -(-len(self.at) // most)])
         if not self.log:
             return _linear_ticks(self.low, self.high, most)
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))

@@ -1,47 +1,28 @@
 """Every operator beside PyTorch's best and beside what the device could do at most.
 
-Device time: each contender's calls are captured in a CUDA graph over several sets of inputs, more
-than L2 holds, so that neither Python nor a warm cache is measured; where capturing fails the
-plain calls are timed, and the row says so. Contenders are interleaved in rounds.
+How it is timed: operator_race.py. Here are the shapes, and what is kept of them.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qualification.context import Context
 
-SAMPLE_SECONDS = 2e-3  # of device time a sample: 2000 times the resolution of CUDA events
+if TYPE_CHECKING:
+    from operator_race import Ceilings, Prepared
+
 ROUNDS = 15
 # In this order while time lasts. The losses take logits, whatever D.
 WIDTHS = (768, 192, 384)
 COMPILED = (768,)  # compiling the reference takes seconds each
 
 
-@dataclass
-class Ceilings:
-    """What this device did at best: bytes copied a second (read and written), bf16 FLOP/s."""
-
-    bytes_per_s: float
-    flops_per_s: float
-
-    def roofline(self, traffic: float, flops: float) -> float:
-        """Seconds that the bytes and the products take at least."""
-        return max(traffic / self.bytes_per_s, flops / self.flops_per_s)
-
-
 def speed(context: Context) -> None:
     """Rows an operator, direction, width and contender; the most telling first."""
     from qualification.calls import INFERENCE, OPERATORS
 
-    if not context.dry:
-        import torch._functorch.config as functorch
-
-        functorch.donated_buffer = False  # the compiled backward runs more than once
     ceilings = measure_ceilings(context)
     for dim in WIDTHS[: 1 if context.dry else None]:
         for backward in (False, True):
@@ -63,22 +44,19 @@ _DRY = ("layer_norm", "attention")
 
 
 def measure_ceilings(context: Context) -> Ceilings:
-    """A copy of 1 GiB and a bf16 product of 8192 a side, the best of 20; tiny in a dry run."""
+    """What the device does at best, kept as a row."""
+    import operator_race
     import torch
-    from timing import Clock
 
-    clock, count, side = Clock(context.device), *((2**16, 64) if context.dry else (2**29, 8192))
-    source = torch.randn(count, device=context.device).bfloat16()
-    target = torch.empty_like(source)
-    a, b = (torch.randn(side, side, device=context.device).bfloat16() for _ in range(2))
-    for _ in range(3):
-        target.copy_(source)
-        a @ b
-    copy = min(clock.time(lambda: target.copy_(source), 3) for _ in range(20))
-    product = min(clock.time(lambda: a @ b, 3) for _ in range(20))
-    found = Ceilings(2 * source.numel() * source.element_size() / copy, 2 * side**3 / product)
-    context.row(ceilings={"copy_bytes_per_s": found.bytes_per_s, "copy_bytes": 2 * count,
-                          "bf16_flops_per_s": found.flops_per_s, "product_side": side})  # fmt: skip
+    found = operator_race.measure_ceilings(context.device, torch.bfloat16, small=context.dry)
+    context.row(
+        ceilings={
+            "copy_bytes_per_s": found.bytes_per_s,
+            "copy_bytes": found.copy_bytes,
+            "bf16_flops_per_s": found.flops_per_s,
+            "product": found.product,
+        }
+    )
     context.note(f"copy {found.bytes_per_s / 1e12:.2f} TB/s, bf16 product "
                  f"{found.flops_per_s / 1e12:.0f} TFLOP/s")  # fmt: skip
     return found
@@ -87,8 +65,9 @@ def measure_ceilings(context: Context) -> Ceilings:
 def _operator(
     context: Context, operator: str, dim: int, backward: bool, ceilings: Ceilings
 ) -> None:
+    import operator_race
     import torch
-    from timing import interleave, paired_ratio, spread
+    from timing import paired_ratio, spread
 
     from qualification import calls
 
@@ -99,28 +78,21 @@ def _operator(
     build = functools.partial(calls.build, operator, dtype, context.device, epilogue=False, **sizes)
     sets = [build(seed=1)]
     size = calls.traffic(sets[0], [], backward)
-    sets += [build(seed=2 + i) for i in range(_copies(context, size) - 1)]
-    steps, seconds, how = {}, {}, {}
-    for name, function in contenders(context, sets[0], backward).items():
-        prepare = functools.partial(_prepare, context, function, sets, backward)
-        try:
-            steps[name], seconds[name], how[name] = prepare()
-        except Exception as error:  # a backend that cannot take this shape, say
-            text = f"{operator} D {dim}: {name} did not run: {type(error).__name__}: {error}"
-            ours = name in ("triton", "cuda", "cpu")
-            (context.fail if ours else context.note)(" ".join(text.split())[:300])
-    outputs = _outputs(calls.function(sets[0], "reference")(sets[0].inputs))
+    many = (
+        2 if context.dry else operator_race.copies(size, operator_race.cache_bytes(context.device))
+    )
+    sets += [build(seed=2 + i) for i in range(many - 1)]
+    prepared = _prepared(context, sets, dim, backward)
+    outputs = operator_race.outputs(calls.function(sets[0], "reference")(sets[0].inputs))
     traffic, flops = (
         calls.traffic(sets[0], outputs, backward),
         calls.flops(sets[0], backward),
     )
-    rounds = 3 if context.dry else ROUNDS
-    timed = [lambda _, step=step: step() for step in steps.values()]
     enough = lambda done: done >= 5 and context.left() < 0
-    samples = dict(zip(steps, interleave(timed, rounds, enough=enough), strict=True))
-    best = min((n for n in samples if n not in ("triton", "cuda", "cpu")),
+    samples = operator_race.rounds(prepared, 3 if context.dry else ROUNDS, enough)
+    best = min((n for n in samples if not operator_race.is_ours(n)),
                key=lambda n: spread(samples[n]).median)  # fmt: skip
-    floor = ceilings.roofline(traffic, flops)
+    floor = ceilings.seconds(traffic, flops)
     for name, found in samples.items():
         middle, ratio = spread(found), paired_ratio(samples[best], found)
         context.row(
@@ -129,7 +101,7 @@ def _operator(
             dtype="fp32" if context.dry else "bf16",
             **sizes,
             contender=name,
-            timed=how[name],
+            timed=prepared[name].how,
             input_sets=len(sets),
             n=middle.n,
             microseconds=middle.median * 1e6,
@@ -146,113 +118,22 @@ def _operator(
         )
 
 
-def _copies(context: Context, size: float) -> int:
-    """Sets of inputs whose sum is three times L2, eight at most."""
-    import torch
+def _prepared(context: Context, sets: list[Any], dim: int, backward: bool) -> dict[str, Prepared]:
+    """The contenders that run; what fails is a failure if it is ours, else a note."""
+    import operator_race
 
-    if context.dry:
-        return 2
-    l2 = torch.cuda.get_device_properties(context.device).L2_cache_size
-    return int(min(8, max(1, -(-3 * l2 // size))))
-
-
-def contenders(context: Context, call: Any, backward: bool) -> dict[str, Callable[..., Any]]:
-    """Name -> the operator on tensors by name: our implementations that run, and PyTorch's."""
-    import numerics
-    import torch
-
-    import deit.kernels
-    from qualification import calls
-
-    reasons = deit.kernels.explain(call.operator, **call.inputs, **call.options).reasons
-    ours = [n for n in ("triton", "cuda", "cpu") if not reasons[n]]
-    if backward:
-        ours = [n for n in ours if numerics.differentiable(call, n)]
-    if context.dry:  # the interpreter's time means nothing
-        ours = [n for n in ours if n != "triton"]
-    found = {name: calls.function(call, name) for name in ours}
-    if call.operator == "vit_block":
-        found |= {f"{name}, by parts": calls.by_parts(call, name) for name in ours}
-    reference = calls.function(call, "reference")
-    found["eager"] = reference
-    if not context.dry and _width(call) in COMPILED:
-        found["compiled"] = torch.compile(reference, dynamic=False)
-    if call.operator == "attention" and not context.dry:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        def backend(which: Any, inputs: dict[str, Any]) -> Any:
-            with sdpa_kernel(which):
-                return reference(inputs)
-
-        for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
-            label = "sdpa " + name.split("_")[0].lower()
-            found[label] = functools.partial(backend, getattr(SDPBackend, name))
-    return found
-
-
-def _width(call: Any) -> int:
-    """D; for the losses, which have none, the first that is measured."""
-    if call.operator == "attention":
-        return int(call.inputs["qkv"].shape[-1]) // 3
-    for name in ("x", "pos_embed"):
-        if name in call.inputs:
-            return int(call.inputs[name].shape[-1])
-    return COMPILED[0]
-
-
-def _outputs(found: Any) -> list[Any]:
-    import torch
-
-    return [found] if isinstance(found, torch.Tensor) else list(found)
-
-
-def _prepare(
-    context: Context, function: Callable[..., Any], sets: list[Any], backward: bool
-) -> tuple[Callable[[], float], float, str]:
-    """(a timed sample in seconds a call, the first estimate of it, "graph" or "calls")."""
-    import torch
-    from timing import Clock
-
-    stream = None if context.dry else torch.cuda.Stream()
-    with torch.cuda.stream(stream):  # None: no change
-        steps = [_step(function, call, backward) for call in sets]
-        for step in steps:
-            step()
-            step()
-    if stream is not None:
-        stream.synchronize()
-    run: Callable[[], object] = lambda: [step() for step in steps]
-    how = "calls"
-    if stream is not None:
+    # In a dry run the interpreter's time means nothing, and compiling takes too long.
+    ours = ("cpu",) if context.dry else operator_race.OURS
+    compiled = dim in COMPILED and not context.dry
+    found = {}
+    functions = operator_race.contenders(sets[0], backward, ours, compiled=compiled)
+    for name, function in functions.items():
         try:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
-                kept = run()
-            # The graph's memory is the tensors' that were captured: they stay.
-            run, how = functools.partial(lambda graph, kept: graph.replay(), graph, kept), "graph"
-        except Exception as error:
-            warnings.warn(f"not captured: {error}", stacklevel=1)
-            torch.cuda.synchronize()
-    clock = Clock(context.device)
-    run()
-    once = min(clock.time(run) for _ in range(2))
-    passes = 1 if context.dry else max(1, round(SAMPLE_SECONDS / max(once, 1e-7)))
-    return lambda: clock.time(run, passes) / len(sets), once / len(sets), how
-
-
-def _step(function: Callable[..., Any], call: Any, backward: bool) -> Callable[[], object]:
-    """One call; in the backward, the gradients of one forward that was done before."""
-    import torch
-
-    if not backward:
-
-        def forward() -> object:
-            with torch.no_grad():
-                return function(call.inputs)
-
-        return forward
-    leaves = {n: call.inputs[n].detach().requires_grad_() for n in call.gradients}
-    outputs = _outputs(function(call.inputs | leaves))
-    seeds = [torch.randn_like(t) for t in outputs]
-    wanted = list(leaves.values())
-    return lambda: torch.autograd.grad(outputs, wanted, seeds, retain_graph=True, allow_unused=True)
+            found[name] = operator_race.prepare(function, sets, backward)
+        except Exception as error:  # a backend that cannot take this shape, say
+            text = (
+                f"{sets[0].operator} D {dim}: {name} did not run: {type(error).__name__}: {error}"
+            )
+            report = context.fail if operator_race.is_ours(name) else context.note
+            report(" ".join(text.split())[:300])
+    return found

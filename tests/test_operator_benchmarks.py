@@ -1,0 +1,181 @@
+"""bench/operators and bench/operator_race.py: what is timed, what is kept, what is guarded."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench" / "operators"))
+
+import checks
+import conftest
+import operator_cases
+import operator_race
+import report
+import test_operators as suite
+from numerics_cases import Call
+from operator_race import Prepared
+
+import deit
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+def command(*options: str) -> subprocess.CompletedProcess[str]:
+    """The suite as a user starts it, on the smallest case."""
+    flags = ["--archs", "deit_ti", "--bs", "1", "--rounds", "7", "--no-compiled", "--threads", "1"]
+    flags += [
+        "--device",
+        "cpu",
+        "-k",
+        "layer_norm and forward and not add",
+        "-p",
+        "no:cacheprovider",
+    ]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "bench/operators", *flags, *options],
+        capture_output=True, text=True, cwd=ROOT, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_a_run_leaves_evidence_and_guards_its_ratio(tmp_path: Path) -> None:
+    rows_file, storage = tmp_path / "rows.json", ["--benchmark-storage", str(tmp_path)]
+    done = command("--rows", str(rows_file), *storage, "--benchmark-save=base")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "time in shares of PyTorch's" in done.stdout
+    document = json.loads(rows_file.read_text())
+    assert document["kind"] == "operators"
+    assert str(tmp_path) not in document["command"]
+    rows = {row["contender"]: row for row in document["rows"]}
+    for row in rows.values():
+        assert row["flops"] == 8 * 197 * 192
+        assert row["bytes"] == 4 * (2 * 197 * 192 + 2 * 192)
+        assert row["share"] > 0
+        assert row["low"] <= row["seconds"] <= row["high"]
+        assert row["sets"] * row["bytes"] / 2 > 32e6 or row["sets"] == operator_race.MOST_SETS
+    assert rows["eager"]["ratio"] == 1.0
+    (saved,) = tmp_path.rglob("*_base.json")
+    kept = json.loads(saved.read_text())
+    (case,) = kept["benchmarks"]
+    mine = rows[rows["eager"]["ours"]]
+    assert case["stats"]["median"] == pytest.approx(
+        1 / mine["ratio"], rel=0.2
+    )  # medians of a/b, b/a
+    assert case["extra_info"]["contender"] == rows["eager"]["ours"]
+    # Had the ratio been a hundredth of today's, today's would be a regression.
+    for name in ("min", "max", "mean", "median"):
+        case["stats"][name] /= 100
+    saved.write_text(json.dumps(kept))
+    again = command(*storage, "--benchmark-compare", "--benchmark-compare-fail=median:50%")
+    assert again.returncode != 0
+    assert "Performance has regressed" in again.stdout + again.stderr
+    # And the page takes the rows.
+    assert report.main([str(rows_file), "--out", str(tmp_path / "page.html")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"impl": "fast"}, "--impl: expected one of auto, triton, cuda, cpu; got 'fast'"),
+        ({"rounds": 0}, "--rounds: expected at least 1; got 0"),
+        ({"bs": -1}, "--bs: expected at least 1; got -1"),
+        ({"archs": "resnet"}, "arch: unknown name 'resnet'"),
+    ],
+)
+def test_bad_terms(change: dict[str, Any], why: str) -> None:
+    terms = {"archs": "deit_ti", "bs": None, "dtype": None, "device": "cpu", "impl": "auto",
+             "threads": None, "rounds": 7, "no_compiled": True}  # fmt: skip
+    config = types.SimpleNamespace(getoption=terms.__getitem__)
+    assert conftest.settle(config).batch == 16
+    terms |= change
+    with pytest.raises(ValueError, match=re.escape(why)):
+        conftest.settle(config)
+
+
+def test_plain_pytest_does_not_collect_benchmarks(pytestconfig: pytest.Config) -> None:
+    assert pytestconfig.getini("testpaths") == ["tests"]
+
+
+@pytest.mark.parametrize("case", operator_cases.CASES, ids=lambda case: case.name)
+def test_cases_are_a_deits_and_cost_something(case: operator_cases.Case) -> None:
+    config = deit.config("deit_ti", img_size=32)
+    call = case.build(config, 2, torch.float32, CPU, seed=1)
+    again = case.build(config, 2, torch.float32, CPU, seed=2)
+    for name, tensor in call.inputs.items():
+        if tensor.is_floating_point() and "row_stats" not in name:
+            assert not torch.equal(tensor, again.inputs[name])
+            assert tensor.std() > 0  # never zeros
+    assert operator_cases.flops(call, False) > 0
+    if call.gradients:
+        assert operator_cases.flops(call, True) > 0
+    suite.calls.function(call, "reference")(call.inputs)
+
+
+def test_products_of_a_block_are_the_networks_flops() -> None:
+    """Counted by operator and call, a forward has the FLOPs that the config states."""
+    config = deit.config("deit_ti")
+    total = sum(
+        case.forward_calls(config) * operator_cases.flops(call, False)
+        for case in operator_cases.CASES
+        if case.forward_calls(config)
+        and (call := case.build(config, 1, torch.float32, CPU, 1)).operator != "layer_norm"
+    )
+    head = 2 * config.embed_dim * config.num_classes
+    assert total + head == config.flops
+
+
+def test_inputs_exceed_the_cache() -> None:
+    assert operator_race.copies(1e6, 32 << 20) == 101
+    assert operator_race.copies(1e9, 32 << 20) == 2
+    assert operator_race.copies(10, 32 << 20) == operator_race.MOST_SETS
+    assert operator_race.cache_bytes(CPU) >= 32 << 20
+
+
+def test_every_set_is_called_in_a_pass() -> None:
+    seen: list[float] = []
+
+    def function(inputs: dict[str, Any]) -> torch.Tensor:
+        seen.append(float(inputs["x"]))
+        return inputs["x"]
+
+    sets = [Call("layer_norm", {"x": torch.tensor(float(i))}, {}, ()) for i in range(3)]
+    prepared = operator_race.prepare(function, sets, backward=False)
+    assert prepared.how == "calls"
+    seen.clear()
+    assert prepared.sample() > 0
+    assert seen[:6] == [0.0, 1.0, 2.0] * 2
+
+
+def test_seconds_are_of_one_call() -> None:
+    sets = [Call("layer_norm", {"x": torch.zeros(1)}, {}, ()) for _ in range(4)]
+    sleep = lambda inputs: time.sleep(0.005) or inputs["x"]
+    assert 0.005 <= operator_race.prepare(sleep, sets, backward=False).sample() < 0.015
+
+
+def test_a_wrong_contender_is_refused() -> None:
+    right = torch.randn(100)
+    eager = Prepared(lambda: 1.0, "calls", [right])
+    off = Prepared(lambda: 1.0, "calls", [right * 1.001])
+    suite.agree({"eager": eager, "cpu": eager}, torch.float32)
+    with pytest.raises(checks.WrongOutputs, match=r"cpu is off by 1\.0e-03"):
+        suite.agree({"eager": eager, "cpu": off}, torch.float32)
+    suite.agree({"eager": eager, "cpu": off}, torch.bfloat16)
+
+
+def test_ceilings_are_of_this_device() -> None:
+    found = operator_race.measure_ceilings(CPU, torch.float32, small=True)
+    assert found.copy_bytes == 2 * 4 * 2**16
+    assert min(found.bytes_per_s, found.flops_per_s) > 1e6
+    ceilings = operator_race.Ceilings(100.0, 1000.0, 1, "")
+    assert (ceilings.seconds(200, 1000), ceilings.seconds(100, 5000)) == (2.0, 5.0)
