@@ -47,6 +47,7 @@ MEASURED: dict[str, dict[str, tuple[str, ...]]] = {
         "gelu_mlp_bwd": ("cpu",),
         "layer_norm_bwd": ("cpu",),
         "linear_bwd": ("cpu",),
+        "vit_block": ("cpu",),
         "int8_linear": ("cpu",),
         "int8_gelu_mlp": ("cpu",),
     },
@@ -145,7 +146,11 @@ def _cpu_isa() -> str:
 
 def run(operator: Operator, arguments: Arguments, impl: str) -> Any:
     """Execute `operator` on prepared `arguments` by the implementation that `impl` names."""
-    name = choose(operator, arguments, impl)
+    return run_chosen(operator, arguments, choose(operator, arguments, impl))
+
+
+def run_chosen(operator: Operator, arguments: Arguments, name: str) -> Any:
+    """Execute `operator` on prepared `arguments` by `name`, which `choose` gave for them."""
     if name != "reference":
         if needs_gradient(arguments):
             assert operator.train is not None  # `reasons` has said so otherwise

@@ -150,6 +150,7 @@ KERNELS: dict[str, frozenset[str]] = {
             "linear",
             "linear_bwd",
             "linear_fwd",
+            "vit_block",
         }
     )
     | int8_schemas.FAKES.keys(),

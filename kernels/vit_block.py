@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -75,6 +78,47 @@ def vit_block(
         gamma1=gamma1, gamma2=gamma2, key_bias=key_bias, row_stats=row_stats,
     )  # fmt: skip
     return dispatch.run(_VIT_BLOCK, arguments, impl)
+
+
+def vit_blocks(x: Tensor, blocks: Sequence[Mapping[str, Any]]) -> Tensor:
+    """`vit_block` after `vit_block`, each given the row statistics of the one before.
+
+    All are validated, and their implementations chosen, before the first one runs.
+
+    Args:
+        x: [B, N, D], as for `vit_block`.
+        blocks: the other arguments of each `vit_block` by name, without row_stats.
+
+    Returns:
+        y [B, N, D] of the last one; x itself where there are none.
+
+    Raises:
+        As `vit_block` does, before anything has run.
+    """
+    calls = []
+    for block in blocks:
+        given = dict(block)
+        impl = given.pop("impl", "auto")
+        arguments = _prepare(x, **given)
+        calls.append((arguments, dispatch.choose(_VIT_BLOCK, arguments, impl)))
+    row_stats = None
+    for (_, _, *others), name in calls:
+        x, row_stats = dispatch.run_chosen(_VIT_BLOCK, (x, row_stats, *others), name)
+    return x
+
+
+def served(x: Tensor, qkv_weight: Tensor) -> bool:
+    """Whether "auto" runs a kernel for `vit_block` in inference on this stream and weight."""
+    kernels = dispatch.measured("vit_block", x.device.type, x.device.index)
+    if kernels != ("cpu",):
+        return bool(kernels)
+    products = dispatch.autocast_dtype("cpu") or qkv_weight.dtype
+    return (
+        x.dtype == products
+        and x.dtype in dispatch.KERNEL_DTYPES
+        and not dispatch.product_limits("cpu", x)
+        and not dispatch.environment("cpu", "cpu", None)
+    )
 
 
 def _prepare(
@@ -177,9 +221,15 @@ def _limits(
     implementation: str, x: Tensor, _: Tensor | None, *weights_and_numbers: object
 ) -> list[str]:
     qkv_weight, num_heads = weights_and_numbers[2], weights_and_numbers[15]
+    proj_weight, w1, w2 = (weights_and_numbers[i] for i in (4, 9, 11))
     assert isinstance(qkv_weight, Tensor)
     assert isinstance(num_heads, int)
-    found = dispatch.interpreter_limits(implementation, qkv_weight)
+    found = dispatch.product_limits(implementation, qkv_weight, proj_weight, w1, w2)
+    if implementation == "cpu":
+        if x.numel() == 0:
+            found.append("an empty axis")
+        if x.dtype != qkv_weight.dtype:
+            found.append(f"a stream in {x.dtype} beside products in {qkv_weight.dtype}")
     head_dim = x.shape[-1] // num_heads
     if implementation == "triton" and head_dim not in TRITON_HEAD_DIMS:
         found.append(f"head dimension {head_dim} (served: {TRITON_HEAD_DIMS})")

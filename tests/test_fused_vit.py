@@ -13,6 +13,11 @@ import deit
 from deit import fused_vit
 from deit.fused_vit import Report, fuse, fused, unfuse
 from deit.fused_vit.modules import Fused, original_class
+from deit.kernels import native, ops
+
+needs_library = pytest.mark.skipif(
+    bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))
+)
 
 
 def ours(**options):
@@ -111,7 +116,7 @@ def test_idempotent_and_impl_may_change(model):
     classes = [type(m) for m in model.modules()]
     second = fuse(model, impl="reference")
     assert [type(m) for m in model.modules()] == classes
-    assert first.rows == second.rows
+    assert (first.fused, first.left) == (second.fused, second.left)
     assert set(second.operators.values()) == {"reference"}
 
 
@@ -385,15 +390,41 @@ def test_ddp_trains_a_fused_model(tmp_path):
         dist.destroy_process_group()
 
 
-def test_a_whole_block_without_a_kernel_runs_by_its_parts_and_says_so(model):
-    """On a CPU there is no vit_block kernel: asking for it changes the report, and nothing else."""
-    fuse(model)
+def block_calls(monkeypatch):
+    """Counts the calls of the CPU's vit_block."""
+    calls, kernel = [], ops.COMPILED["cpu"]["vit_block"]
+    count = lambda *arguments: calls.append(1) or kernel(*arguments)
+    monkeypatch.setitem(ops.COMPILED["cpu"], "vit_block", count)
+    return calls
+
+
+@needs_library
+@pytest.mark.parametrize("block", ["auto", "whole"])
+def test_on_a_cpu_blocks_run_whole_with_the_bits_of_their_parts(model, block, monkeypatch):
+    fuse(model, block="parts")
     with torch.no_grad():
         want = model(IMAGES)
-        report = fuse(model, block="whole")
+        report = fuse(model, block=block)
+        calls = block_calls(monkeypatch)
         assert torch.equal(model(IMAGES), want)
-    assert "by its parts: no vit_block kernel is measured on this device" in str(report)
-    assert "vit_block" not in report.operators
+    assert len(calls) == len(model.blocks) - 1  # the last one is for the prefix alone
+    assert "whole in inference" in str(report)
+    assert report.operators["vit_block"] == "cpu"
+
+
+@needs_library
+def test_what_no_whole_kernel_serves_runs_by_parts(model, monkeypatch):
+    fuse(model)
+    calls = block_calls(monkeypatch)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(IMAGES)  # an fp32 stream beside bf16 products
+    model(IMAGES)  # gradients are wanted
+    assert not calls
+
+
+def test_int8_and_the_reference_have_no_whole_blocks(model):
+    for options in ({"dtype": "int8"}, {"impl": "reference"}, {"block": "parts"}):
+        assert "vit_block" not in fuse(model, **options).operators
 
 
 def test_an_unknown_form_of_block(model):

@@ -5,10 +5,32 @@ import torch
 from torch import nn
 
 import deit
-from deit.kernels import reference, vit_block
+from deit.kernels import attention, gelu_mlp, layer_norm, linear, native, reference, vit_block
+from deit.kernels.vit_block import vit_blocks
 
+needs_library = pytest.mark.skipif(
+    bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))
+)
 B, N, D, M, HEADS = 2, 5, 64, 96, 2
 X = torch.randn(B, N, D, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
+def isa(request):
+    """Each instruction set that runs here; bf16 products, too, whatever `auto` would say."""
+    try:
+        native.select_cpu_isa(request.param)
+    except (RuntimeError, ValueError) as reason:
+        pytest.skip(str(reason))
+    yield request.param
+    native.select_cpu_isa(None)
+
+
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def tensors(dtype=torch.float32):
@@ -87,9 +109,94 @@ def test_bad_values(change, why):
         vit_block(**tensors() | {"num_heads": HEADS} | change)
 
 
-def test_no_kernel_on_the_cpu_is_a_reason():
-    with pytest.raises(NotImplementedError, match="it has no vit_block kernel"):
-        vit_block(**tensors(), num_heads=HEADS, impl="cpu")
+@needs_library
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"x": X}, "a stream in torch.float32 beside products in torch.bfloat16"),
+        ({"x": X.bfloat16()[:0]}, "an empty axis"),
+    ],
+)
+def test_what_the_cpu_kernel_cannot_take_is_a_reason(change, why):
+    given = tensors(torch.bfloat16) | change
+    if change["x"].dtype == torch.float32:
+        for name in ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias"):
+            given[name] = given[name].float()
+    with pytest.raises(NotImplementedError, match=why):
+        vit_block(**given, num_heads=HEADS, impl="cpu")
+
+
+def by_operators(x, given, heads, scale=None, eps=1e-6):
+    """The block by the CPU's operators, one after another."""
+    norm = lambda x, i: layer_norm(
+        x, given[f"norm{i}_weight"], given[f"norm{i}_bias"], eps, impl="cpu"
+    )
+    qkv = linear(norm(x, 1), given["qkv_weight"], given["qkv_bias"], impl="cpu")
+    mixed = attention(qkv, heads, scale=scale, key_bias=given.get("key_bias"), impl="cpu")
+    stream = linear(
+        mixed,
+        given["proj_weight"],
+        given["proj_bias"],
+        residual=x,
+        gamma=given.get("gamma1"),
+        impl="cpu",
+    )
+    return gelu_mlp(
+        norm(stream, 2),
+        *(given[name] for name in ("w1", "b1", "w2", "b2")),
+        residual=stream,
+        gamma=given.get("gamma2"),
+        impl="cpu",
+    )
+
+
+@needs_library
+@pytest.mark.parametrize("images", [3, 4, 9])  # by operators, image by image, uneven
+@pytest.mark.parametrize(
+    ("dtype", "dim", "hidden", "heads"),
+    [(torch.float32, 64, 96, 2), (torch.float32, 200, 390, 5), (torch.bfloat16, 104, 790, 2)],
+)
+def test_the_cpu_kernel_gives_the_operators_bits_at_any_number_of_threads(
+    isa, set_threads, images, dtype, dim, hidden, heads
+):
+    generator = torch.Generator().manual_seed(images)
+    draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)
+    given = {
+        "norm1_weight": 1 + 0.1 * draw(dim),
+        "norm1_bias": draw(dim),
+        "qkv_weight": draw(3 * dim, dim) * dim**-0.5,
+        "qkv_bias": None if images == 3 else draw(3 * dim),
+        "proj_weight": draw(dim, dim) * dim**-0.5,
+        "proj_bias": draw(dim),
+        "norm2_weight": 1 + 0.1 * draw(dim),
+        "norm2_bias": None if images == 9 else draw(dim),
+        "w1": draw(hidden, dim) * dim**-0.5,
+        "b1": draw(hidden),
+        "w2": draw(dim, hidden) * hidden**-0.5,
+        "b2": None if images == 4 else draw(dim),
+    }
+    if images > 3:
+        given |= {"gamma1": draw(dim), "gamma2": draw(dim).float()}
+        given["key_bias"] = draw(images, 11)
+    x = draw(11, images, dim).transpose(0, 1)  # not contiguous
+    want = by_operators(x, given, heads)
+    for threads in (1, 2, 8):
+        set_threads(threads)
+        y, row_stats = vit_block(x, **given, num_heads=heads, impl="cpu")
+        assert torch.equal(y, want)
+        torch.testing.assert_close(row_stats, reference.row_stats(y))
+
+
+@needs_library
+def test_blocks_in_a_row_are_vit_block_after_vit_block():
+    given = tensors()
+    x = given.pop("x")
+    block = given | {"num_heads": HEADS, "impl": "cpu"}
+    want = vit_block(vit_block(x, **block)[0], **block)[0]
+    assert torch.equal(vit_blocks(x, [block, block]), want)
+    assert vit_blocks(x, []) is x
+    with pytest.raises(ValueError, match="w2: expected shape"):
+        vit_blocks(x, [block, block | {"w2": given["w1"]}])
 
 
 def test_the_stream_may_be_fp32_beside_half_precision_products():

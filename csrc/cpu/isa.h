@@ -49,6 +49,7 @@ struct AttentionArgs {
 struct ProductArgs {
   const void* x;         // [rows, depth]
   const void* weight;    // [width, depth]
+  const float* packed;   // the same by pack_weight, [panels, depth, columns]; null: packed in the call
   const float* bias;     // [width] or null
   const float* gamma;    // [width] or null
   const float* keep;     // [(first_row + rows) / rows_per_sample] or null
@@ -61,6 +62,17 @@ struct ProductArgs {
   int64_t first_row, rows_per_sample;
   int64_t row_block;  // rows of one task
   int64_t panels, tasks;
+};
+
+// A pre-norm block in inference (kernels/vit_block.py), an image after another: everything between
+// x and out stays in the thread's workspace. What differs from image to image is null here.
+struct BlockArgs {
+  const void* x;          // [images, tokens, channels], contiguous
+  void* out;              // the same
+  float* row_stats;       // [images, tokens, 2, ceil(channels / 64)]
+  LayerNormArgs norm[2];  // weight, bias, eps and channels
+  ProductArgs qkv, proj, fc1, fc2;  // all of one type; packed, and planned for an image by one thread
+  AttentionArgs attention;          // of one image, planned
 };
 
 // One instruction set's kernels. Ranges are [begin, end): of rows, and of tasks.
@@ -76,6 +88,14 @@ struct Kernels {
   void (*plan_product)(ProductArgs&, int64_t threads);  // sets row_block, panels and tasks
   size_t (*product_workspace)(const ProductArgs&);
   void (*product)(const ProductArgs&, float* workspace, int64_t begin, int64_t end);
+  int64_t panel;  // columns of a packed panel
+  void (*pack_weight)(const ProductArgs&, float* packed, int64_t begin, int64_t end);  // of panels
+  size_t (*block_workspace)(const BlockArgs&);
+  void (*block)(const BlockArgs&, float* workspace, int64_t begin, int64_t end);  // of images
+  // Rows [begin, end) of x [rows, channels] -> [rows, 2, ceil(channels / 64)]: of every 64 columns
+  // the mean and the sum of squares about it.
+  void (*row_stats)(const void* x, Scalar type, int64_t channels, float* stats, int64_t begin,
+                    int64_t end);
   TrainingKernels training;
 };
 

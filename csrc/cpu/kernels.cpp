@@ -14,6 +14,7 @@ namespace {
 #include "attention.inl"
 #include "layer_norm.inl"
 #include "product.inl"
+#include "block.inl"
 
 // Training, over what those define. clang-format off
 #include "lanes.inl"
@@ -36,6 +37,11 @@ const Kernels DEIT_TABLE(DEIT_ISA) = {
     DEIT_ISA::products::plan_product,
     DEIT_ISA::products::product_workspace,
     DEIT_ISA::products::product,
+    DEIT_ISA::products::kCols,
+    DEIT_ISA::products::pack_weight,
+    DEIT_ISA::blocks::block_workspace,
+    DEIT_ISA::blocks::block,
+    DEIT_ISA::blocks::row_stats,
     {
         DEIT_ISA::kPanel,
         DEIT_ISA::kRowTile,

@@ -47,6 +47,10 @@ inline Activation activation_of(const std::optional<std::string>& name) {
   return *name == "gelu" ? Activation::gelu : Activation::gelu_tanh;
 }
 
+// The kernels, split over threads.
+void run_layer_norm(const LayerNormArgs& args, int64_t rows);
+void run_attention(AttentionArgs args);  // plans it
+
 // What a LayerNorm's forward saves, or nothing in inference: fp32 statistics of every row.
 struct Statistics {
   Tensor mean, rstd;

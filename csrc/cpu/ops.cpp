@@ -5,19 +5,10 @@
 #include <tuple>
 #include <vector>
 
-#include "launch.h"
+#include "launch_product.h"
 
 namespace deit {
 namespace {
-
-void run_layer_norm(const LayerNormArgs& args, int64_t rows) {
-  const Kernels& set = kernels();
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, args.channels));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    const Buffer workspace = allocate(set.layer_norm_workspace(args));
-    set.layer_norm(args, workspace.get(), begin, end);
-  });
-}
 
 void save_statistics(const Tensor& x, Statistics* saved, LayerNormArgs& args) {
   if (saved == nullptr) return;
@@ -29,6 +20,28 @@ void save_statistics(const Tensor& x, Statistics* saved, LayerNormArgs& args) {
 }
 
 }  // namespace
+
+void run_layer_norm(const LayerNormArgs& args, int64_t rows) {
+  const Kernels& set = kernels();
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, args.channels));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    const Buffer workspace = allocate(set.layer_norm_workspace(args));
+    set.layer_norm(args, workspace.get(), begin, end);
+  });
+}
+
+void run_product(ProductArgs args) {
+  if (args.rows == 0 || args.width == 0) return;
+  const Kernels& set = kernels();
+  set.plan_product(args, torch::stable::get_num_threads());
+  // A task's multiply-adds against those of an elementwise operation's grain.
+  const int64_t work = args.row_block * args.depth * args.width / args.panels / 4;
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work));
+  torch::stable::parallel_for(0, args.tasks, grain, [&](int64_t begin, int64_t end) {
+    const Buffer workspace = allocate(set.product_workspace(args));
+    set.product(args, workspace.get(), begin, end);
+  });
+}
 
 Tensor layer_norm_of(Tensor x, Tensor weight, std::optional<Tensor> bias, double eps,
                      Statistics* saved) {
@@ -80,6 +93,20 @@ std::tuple<Tensor, Tensor> add_layer_norm_of(Tensor x, Tensor residual, Tensor w
   return {out, sum};
 }
 
+void run_attention(AttentionArgs args) {
+  const Kernels& set = kernels();
+  set.plan_attention(args);
+  const size_t floats = set.attention_workspace(args);
+  // A task's multiply-adds against those of an elementwise operation's grain.
+  const int64_t work = 2 * args.query_tile * args.tokens * args.head_dim;
+  const int64_t grain = std::max<int64_t>(1, 4 * kGrain / work);
+  const int64_t tasks = args.batch * args.heads * args.tiles;
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    const Buffer workspace = allocate(floats);
+    set.attention(args, workspace.get(), begin, end);
+  });
+}
+
 Tensor attention_of(Tensor qkv, int64_t num_heads, double scale, std::optional<Tensor> key_bias,
                     Tensor* lse) {
   STD_TORCH_CHECK(qkv.dim() == 3 && num_heads > 0 && qkv.size(2) % (3 * num_heads) == 0,
@@ -105,18 +132,63 @@ Tensor attention_of(Tensor qkv, int64_t num_heads, double scale, std::optional<T
   args.out = out.mutable_data_ptr();
   args.stride_batch = qkv.stride(0);
   args.stride_token = qkv.stride(1);
-  const Kernels& set = kernels();
-  set.plan_attention(args);
-  const size_t floats = set.attention_workspace(args);
-  // A task's multiply-adds against those of an elementwise operation's grain.
-  const int64_t work = 2 * args.query_tile * args.tokens * args.head_dim;
-  const int64_t grain = std::max<int64_t>(1, 4 * kGrain / work);
-  const int64_t tasks = args.batch * args.heads * args.tiles;
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    const Buffer workspace = allocate(floats);
-    set.attention(args, workspace.get(), begin, end);
-  });
+  run_attention(args);
   return out;
+}
+
+Tensor linear_of(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                 Activation activation, const std::optional<Tensor>& residual,
+                 const std::optional<Tensor>& gamma, const std::optional<Tensor>& keep) {
+  Product product(x, weight, bias);
+  product.add_epilogue(x, residual, gamma, keep);
+  product.args.activation = activation;
+  product.allocate_out(x);
+  run_product(product.args);
+  return product.out;
+}
+
+namespace {
+
+// Rows of the MLP that go through both products before the next ones: their hidden layer, 9.4 MB
+// in fp32 at 3072 channels, stays in the last-level cache, and no more is ever allocated.
+constexpr int64_t kMlpRows = 800;
+
+// `first` into its out, a buffer of `block` rows, and `second` from there, block by block.
+void run_mlp(ProductArgs first, ProductArgs second, int64_t block, int64_t rows) {
+  const char* x = static_cast<const char*>(first.x);
+  const char* residual = static_cast<const char*>(second.residual);
+  char* out = static_cast<char*>(second.out);
+  const int64_t in_row = first.depth * static_cast<int64_t>(sizeof(float));
+  const int64_t out_row = second.width * (second.out_type == Scalar::f32 ? 4 : 2);
+  second.x = first.out;
+  for (int64_t row = 0; row < rows; row += block) {
+    first.rows = second.rows = std::min(block, rows - row);
+    first.x = x + row * in_row;
+    if (residual) second.residual = residual + row * out_row;
+    second.out = out + row * out_row;
+    second.first_row = row;
+    run_product(first);
+    run_product(second);
+  }
+}
+
+}  // namespace
+
+Tensor gelu_mlp_of(const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1,
+                   const Tensor& w2, const std::optional<Tensor>& b2,
+                   const std::optional<Tensor>& residual, const std::optional<Tensor>& gamma,
+                   const std::optional<Tensor>& keep) {
+  Product first(x, w1, b1);
+  const int64_t rows = first.args.rows, block = std::min(rows, kMlpRows);
+  Tensor hidden = torch::stable::new_empty(x, {block, first.args.width});
+  Product second(hidden, w2, b2);
+  first.args.activation = Activation::gelu;
+  first.args.out = hidden.mutable_data_ptr();
+  second.args.rows = rows;
+  second.add_epilogue(x, residual, gamma, keep);
+  second.allocate_out(x);
+  run_mlp(first.args, second.args, block, rows);
+  return second.out;
 }
 
 namespace {
@@ -136,120 +208,16 @@ Tensor attention(Tensor qkv, int64_t num_heads, double scale, std::optional<Tens
   return attention_of(qkv, num_heads, scale, key_bias, nullptr);
 }
 
-// A matrix as the products read it: contiguous, its rows whole words.
-const void* matrix(const char* name, Tensor& value, ScalarType type) {
-  STD_TORCH_CHECK(value.scalar_type() == type, name, ": expected the product's dtype");
-  if (!value.is_contiguous()) value = torch::stable::contiguous(value);
-  return value.const_data_ptr();
-}
-
-void run_product(ProductArgs args) {
-  if (args.rows == 0 || args.width == 0) return;
-  const Kernels& set = kernels();
-  set.plan_product(args, torch::stable::get_num_threads());
-  // A task's multiply-adds against those of an elementwise operation's grain.
-  const int64_t work = args.row_block * args.depth * args.width / args.panels / 4;
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work));
-  torch::stable::parallel_for(0, args.tasks, grain, [&](int64_t begin, int64_t end) {
-    const Buffer workspace = allocate(set.product_workspace(args));
-    set.product(args, workspace.get(), begin, end);
-  });
-}
-
-// One product's description, and the tensors that its pointers point into.
-struct Product {
-  ProductArgs args{};
-  Tensor x, weight, residual, held[3], out;
-
-  Product(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias)
-      : x(x_in), weight(weight_in), out(x_in) {
-    STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2 && x.size(x.dim() - 1) == weight.size(1),
-                    "weight: expected [M, K] for x [..., K]");
-    STD_TORCH_CHECK(weight.size(1) > 0, "x: expected a depth of at least 1");
-    args.type = args.out_type = scalar_of("x", x);
-    STD_TORCH_CHECK(args.type != Scalar::f16, "x: expected fp32 or bf16");
-    const int64_t inputs_a_word = args.type == Scalar::bf16 ? 2 : 1;
-    STD_TORCH_CHECK(weight.size(1) % inputs_a_word == 0, "x: expected an even depth in bf16");
-    args.depth = weight.size(1) / inputs_a_word;
-    args.width = weight.size(0);
-    args.rows = 1;
-    for (int64_t d = 0; d + 1 < x.dim(); ++d) args.rows *= x.size(d);
-    const ScalarType type = x.scalar_type();
-    args.x = matrix("x", x, type);
-    args.weight = matrix("weight", weight, type);
-    args.bias = parameter("bias", bias, args.width, x, held[0]);
-  }
-
-  void add_epilogue(const Tensor& like, const std::optional<Tensor>& residual_in,
-                    const std::optional<Tensor>& gamma, const std::optional<Tensor>& keep) {
-    args.gamma = parameter("gamma", gamma, args.width, like, held[1]);
-    if (keep.has_value()) {
-      args.keep = parameter("keep", keep, like.size(0), like, held[2]);
-      args.rows_per_sample = args.rows / std::max<int64_t>(1, like.size(0));
-    }
-    if (residual_in.has_value()) {
-      STD_TORCH_CHECK(residual_in->numel() == args.rows * args.width,
-                      "residual: expected the output's shape");
-      residual = *residual_in;
-      args.out_type = scalar_of("residual", residual);
-      STD_TORCH_CHECK(args.out_type == args.type || args.out_type == Scalar::f32,
-                      "residual: expected x's dtype or fp32");
-      args.residual = matrix("residual", residual, residual.scalar_type());
-    }
-  }
-
-  // [..., width] for `like` [..., K], in the residual's dtype where there is one.
-  void allocate_out(const Tensor& like) {
-    std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
-    sizes.back() = args.width;
-    out = torch::stable::new_empty(args.residual ? residual : like, sizes);
-    args.out = out.mutable_data_ptr();
-  }
-};
-
 Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias,
               std::optional<std::string> activation, std::optional<Tensor> residual,
               std::optional<Tensor> gamma, std::optional<Tensor> keep) {
-  Product product(x, weight, bias);
-  product.add_epilogue(x, residual, gamma, keep);
-  product.args.activation = activation_of(activation);
-  product.allocate_out(x);
-  run_product(product.args);
-  return product.out;
+  return linear_of(x, weight, bias, activation_of(activation), residual, gamma, keep);
 }
-
-// Rows of the MLP that go through both products before the next ones: their hidden layer, 9.4 MB
-// in fp32 at 3072 channels, stays in the last-level cache, and no more is ever allocated.
-constexpr int64_t kMlpRows = 800;
 
 Tensor gelu_mlp(Tensor x, Tensor w1, std::optional<Tensor> b1, Tensor w2,
                 std::optional<Tensor> b2, std::optional<Tensor> residual,
                 std::optional<Tensor> gamma, std::optional<Tensor> keep) {
-  Product first(x, w1, b1);
-  const int64_t rows = first.args.rows, block = std::min(rows, kMlpRows);
-  Tensor hidden = torch::stable::new_empty(x, {block, first.args.width});
-  Product second(hidden, w2, b2);
-  first.args.activation = Activation::gelu;
-  first.args.out = hidden.mutable_data_ptr();
-  second.args.rows = rows;
-  second.add_epilogue(x, residual, gamma, keep);
-  second.allocate_out(x);
-  const int64_t word = sizeof(float);
-  const int64_t out_row = second.args.width * (second.args.out_type == Scalar::f32 ? 4 : 2);
-  const char* from = static_cast<const char*>(first.args.x);
-  for (int64_t row = 0; row < rows; row += block) {
-    first.args.rows = second.args.rows = std::min(block, rows - row);
-    first.args.x = from + row * first.args.depth * word;
-    second.args.out = static_cast<char*>(second.out.mutable_data_ptr()) + row * out_row;
-    if (second.args.residual) {
-      second.args.residual =
-          static_cast<const char*>(second.residual.const_data_ptr()) + row * out_row;
-    }
-    second.args.first_row = row;
-    run_product(first.args);
-    run_product(second.args);
-  }
-  return second.out;
+  return gelu_mlp_of(x, w1, b1, w2, b2, residual, gamma, keep);
 }
 
 }  // namespace

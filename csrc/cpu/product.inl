@@ -2,11 +2,12 @@
 // Included by kernels.cpp.
 //
 // A task is a block of rows times one panel of kCols output channels. kDepth words of input at a
-// time, the panel's weights are transposed into a buffer that stays in the second-level cache
+// time, the panel's weights are transposed into a buffer that stays in the first-level cache
 // while all rows of the block pass by it. So weights are packed in the call, and nothing of them
 // is kept after it: no change of a weight can be missed and no memory is held. A packed word
 // serves 2 * 197 operations at the least batch of a DeiT; prefetching the next weights meanwhile
-// is worth 0 to 11 % there.
+// is worth 0 to 11 % there. Where a call multiplies one image after another by the same weights
+// (block.inl), they are packed once before.
 //
 // The inner loop keeps kRows x kVectors sums in registers. One step of it loads kVectors vectors
 // of weights and broadcasts kRows inputs: 11 loads for 24 multiply-adds with AVX-512, where two of
@@ -26,8 +27,9 @@ constexpr int kRows = 4, kVectors = 2;
 #endif
 constexpr int kCols = kVectors * kWidth;
 // Sums run over kDepth words and are then added up: in one chain, the error at 3072 inputs was 3.5
-// times that of PyTorch's product. A packed panel is 48 KB with AVX-512.
-constexpr int64_t kDepth = 256;
+// times that of PyTorch's product. A packed step is 36 KB with AVX-512, which leaves 12 KB of the
+// first-level cache to the inputs; DeiT's depths are multiples of it, and it is one of kCols.
+constexpr int64_t kDepth = 192;
 constexpr int64_t kMaxRowBlock = 800;
 constexpr int kLineWords = 16;
 
@@ -37,6 +39,7 @@ struct Tile {
   int64_t row, rows;        // of the output
   int64_t column, columns;  // the columns from here to the panel's end or the output's
   int64_t k, depth;         // the words of this step
+  bool first;               // the sums begin with this step
 };
 
 // sums += x wT for one word of each of R rows and kCols channels, `depth` times.
@@ -71,13 +74,12 @@ void multiply_rows(const ProductArgs& args, const float* panel, const Tile& tile
   }
   const float* x = static_cast<const float*>(args.x) + tile.row * args.depth + tile.k;
   multiply<T>(x, args.depth, panel, tile.depth, held);
-  const bool first = tile.k == 0;
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) {
       float* sum = sums + r * kCols + v * kWidth;
-      store(sum, first ? held[r][v] : load(sum) + held[r][v]);
+      store(sum, tile.first ? held[r][v] : load(sum) + held[r][v]);
     }
   }
 }
@@ -169,7 +171,9 @@ DEIT_INLINE void pack_block(const float* weight, int64_t stride, int64_t channel
   }
   transpose(block);
 #pragma GCC unroll 16
-  for (int i = 0; i < kWidth; ++i) store(panel + i * kCols, block[i]);
+  for (int i = 0; i < kWidth; ++i) {
+    if (kWhole || i < count) store(panel + i * kCols, block[i]);
+  }
 }
 
 // [kCols, depth] of the weights -> [depth, kCols]. Channel group by channel group: 16 streams of
@@ -215,6 +219,8 @@ class Prefetch {
   int64_t row_ = 0, k_ = 0;
 };
 
+DEIT_INLINE int64_t tiles_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
+
 // The weights that follow those of `tile`: the panel's next step, or another panel's first.
 Prefetch prefetch_next(const ProductArgs& args, const Tile& tile, int64_t tiles, bool another) {
   int64_t column = tile.column, k = tile.k + tile.depth;
@@ -228,30 +234,102 @@ Prefetch prefetch_next(const ProductArgs& args, const Tile& tile, int64_t tiles,
                   smaller(kDepth, args.depth - k), tiles);
 }
 
+// The same of packed weights, whose steps lie one after another.
+DEIT_INLINE Prefetch prefetch_packed(const float* next, int64_t depth, int64_t tiles) {
+  return Prefetch(next, 0, 1, depth * kCols, tiles);
+}
+
+// Rows [begin, end) of one panel over one step of inputs; `last` steps end in the output.
+// sums: [kRows, kCols] where one step is all, else [end - begin, kCols].
+template <class T>
+DEIT_INLINE void multiply_step(const ProductArgs& args, const float* panel, Tile tile,
+                               int64_t begin, int64_t end, bool last, Prefetch prefetch,
+                               float* sums) {
+  const bool kept = !tile.first || !last;
+  for (tile.row = begin; tile.row < end; tile.row += kRows) {
+    prefetch.next_lines();
+    tile.rows = smaller(kRows, end - tile.row);
+    float* here = kept ? sums + (tile.row - begin) * kCols : sums;
+    multiply_rows_for<T>(tile.rows)(args, panel, tile, here);
+    if (last) finish(args, tile, here);
+  }
+}
+
 // One panel's channels for a block of rows. `another`: this thread goes on to the next panel.
 template <class T>
 void multiply_panel(const ProductArgs& args, float* workspace, int64_t first_row, int64_t column,
                     bool another) {
-  float* panel = workspace;
-  float* sums = workspace + kDepth * kCols;
-  const bool one_step = args.depth <= kDepth;
   const int64_t end = smaller(args.rows, first_row + args.row_block);
-  const int64_t tiles = (end - first_row + kRows - 1) / kRows;
+  const int64_t tiles = tiles_of(end - first_row);
   Tile tile{};
   tile.column = column;
   tile.columns = smaller(kCols, args.width - column);
   for (tile.k = 0; tile.k < args.depth; tile.k += kDepth) {
     tile.depth = smaller(kDepth, args.depth - tile.k);
+    tile.first = tile.k == 0;
+    const bool last = tile.k + tile.depth == args.depth;
+    if (args.packed) {
+      const float* panel = args.packed + column * args.depth + tile.k * kCols;
+      const int64_t next = last && !another ? 0 : smaller(kDepth, args.depth);
+      multiply_step<T>(args, panel, tile, first_row, end, last,
+                       prefetch_packed(panel + tile.depth * kCols, next, tiles), workspace);
+      continue;
+    }
+    float* panel = workspace;
     pack_panel(static_cast<const float*>(args.weight) + column * args.depth + tile.k, args.depth,
                tile.columns, tile.depth, panel);
-    const bool last = tile.k + tile.depth == args.depth;
-    Prefetch prefetch = prefetch_next(args, tile, tiles, another);
-    for (tile.row = first_row; tile.row < end; tile.row += kRows) {
-      prefetch.next_lines();
-      tile.rows = smaller(kRows, end - tile.row);
-      float* here = one_step ? sums : sums + (tile.row - first_row) * kCols;
-      multiply_rows_for<T>(tile.rows)(args, panel, tile, here);
-      if (last) finish(args, tile, here);
+    multiply_step<T>(args, panel, tile, first_row, end, last,
+                     prefetch_next(args, tile, tiles, another), workspace + kDepth * kCols);
+  }
+}
+
+// Panels [begin, end) of the weights, for `packed` of a later product.
+void pack_weight(const ProductArgs& args, float* packed, int64_t begin, int64_t end) {
+  for (int64_t column = begin * kCols; column < end * kCols; column += kCols) {
+    pack_panel(static_cast<const float*>(args.weight) + column * args.depth, args.depth,
+               smaller(kCols, args.width - column), args.depth, packed + column * args.depth);
+  }
+}
+
+DEIT_INLINE int64_t sums_of_panel(int64_t rows) { return tiles_of(rows) * kRows * kCols; }
+
+// Floats of `sums` for feed_forward: of all panels of `second`, and of one of `first`.
+DEIT_INLINE int64_t feed_forward_sums(const ProductArgs& second) {
+  return ((second.width + kCols - 1) / kCols + 1) * sums_of_panel(second.rows);
+}
+
+// second(first(x)), packed both, a step of `second` at a time: the columns of `first` that make
+// it, into `hidden` [rows, kDepth words], then that step of all panels of `second`, whose sums
+// wait in `sums`. second.residual and second.out may be the same.
+template <class T>
+void feed_forward(const ProductArgs& first, const ProductArgs& second, float* hidden,
+                  float* sums) {
+  constexpr int64_t kElements = static_cast<int64_t>(sizeof(float) / sizeof(T));  // of a word
+  const int64_t rows = first.rows, tiles = tiles_of(rows), padded = sums_of_panel(rows);
+  const int64_t panels = (second.width + kCols - 1) / kCols;
+  for (int64_t k = 0; k < second.depth; k += kDepth) {
+    ProductArgs part = first, step = second;
+    step.depth = smaller(kDepth, second.depth - k);
+    part.width = step.depth * kElements;
+    part.packed += k * kElements * first.depth;
+    if (part.bias) part.bias += k * kElements;
+    part.row_block = rows;
+    part.out = hidden;
+    step.x = hidden;
+    for (int64_t column = 0; column < part.width; column += kCols) {
+      multiply_panel<T>(part, sums + panels * padded, 0, column, true);
+    }
+    Tile tile{};
+    tile.depth = step.depth;
+    tile.first = k == 0;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      tile.column = panel * kCols;
+      tile.columns = smaller(kCols, step.width - tile.column);
+      const float* weights = second.packed + (panel * second.depth + k) * kCols;
+      const int64_t next = panel + 1 < panels ? step.depth : 0;
+      multiply_step<T>(step, weights, tile, 0, rows, k + step.depth == second.depth,
+                       prefetch_packed(weights + second.depth * kCols, next, tiles),
+                       sums + panel * padded);
     }
   }
 }
@@ -270,7 +348,7 @@ void plan_product(ProductArgs& args, int64_t threads) {
 
 size_t product_workspace(const ProductArgs& args) {
   const int64_t rows = args.depth <= kDepth ? kRows : args.row_block;
-  return static_cast<size_t>((kDepth + rows) * kCols);
+  return static_cast<size_t>(((args.packed ? 0 : kDepth) + rows) * kCols);
 }
 
 void product(const ProductArgs& args, float* workspace, int64_t begin, int64_t end) {

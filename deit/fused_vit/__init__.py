@@ -33,7 +33,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 LAST_BLOCK = ("auto", "full")
-BLOCK = ("parts", "whole")
+BLOCK = ("auto", "parts", "whole")
 
 
 def fuse(
@@ -41,7 +41,7 @@ def fuse(
     impl: str = "auto",
     *,
     last_block: str = "auto",
-    block: str = "parts",
+    block: str = "auto",
     dtype: str | None = None,
 ) -> Report:
     """Put the fused operators under `model`, in place, and report on every module.
@@ -61,9 +61,9 @@ def fuse(
             rounding): for deit.DeiT and timm's VisionTransformer pooled by "token". "full"
             computes every token always.
         block: "parts" runs LayerNorm, attention and MLP as operators of their own. "whole" runs
-            a block in inference as one `deit.kernels.vit_block`, its LayerNorms folded into its
-            products, where that has a kernel (the report says where not). No GPU has measured
-            "whole", so "parts" is the default.
+            a block in inference as one `deit.kernels.vit_block` by `impl`, where that has a kernel
+            (the report says where not). "auto" does so where `vit_block` was measured and found
+            faster: on a CPU, and on no GPU so far. On a CPU the two give the same bits.
         dtype: None for the model's own; "int8" for the products of every fused block in 8-bit
             integers (weights by output channel, activations by token, nothing calibrated) in eval
             mode, for an fp32 model on a CPU. Its outputs are close, not the same: docs/numerics.md.
@@ -92,11 +92,7 @@ def fuse(
         if block == "whole":
             raise ValueError("block: 'whole' has no 8-bit form; expected 'parts' with dtype='int8'")
         int8.refuse(model)
-    impls = {
-        operator: impl if impl == "reference" or operator in ops.KERNELS.get(impl, ()) else "auto"
-        for operator in (*ops.SCHEMAS, *(int8.OPERATORS if dtype == "int8" else ()))
-        if operator != "vit_block" or block == "whole"
-    }
+    impls = _implementations(impl, block, dtype)
     families = _families()
     notes: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -117,6 +113,21 @@ def fuse(
     return report
 
 
+def _implementations(impl: str, block: str, dtype: str | None) -> dict[str, str]:
+    """Operator -> the implementation that runs it; no vit_block where blocks run by parts."""
+    impls = {
+        operator: impl if impl == "reference" or operator in ops.KERNELS.get(impl, ()) else "auto"
+        for operator in (*ops.SCHEMAS, *(int8.OPERATORS if dtype == "int8" else ()))
+    }
+    if block == "auto" and impl in ("auto", "cpu"):
+        impls["vit_block"] = "auto"
+    elif block != "whole":
+        del impls["vit_block"]
+    if dtype == "int8":
+        impls.pop("vit_block", None)
+    return impls
+
+
 def unfuse(model: Model) -> Model:
     """Give every fused module in `model` its original class back; returns the model."""
     if not isinstance(model, nn.Module):
@@ -133,7 +144,7 @@ def fused(
     impl: str = "auto",
     *,
     last_block: str = "auto",
-    block: str = "parts",
+    block: str = "auto",
     dtype: str | None = None,
 ) -> Iterator[Report]:
     """Within the block, `model` runs fused; afterwards every module is what it was before."""

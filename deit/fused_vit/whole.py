@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from deit.kernels import dispatch, vit_block
+from deit.kernels.vit_block import served
 
 
 class Whole:
-    """What `fuse(model, block="whole")` adds to a block; a mix-in for a FusedBlock.
+    """What `fuse(model, block="auto")` and "whole" add to a block; a mix-in for a FusedBlock.
 
     Asked for where `fused_impls` names an implementation of vit_block.
     """
@@ -46,6 +47,9 @@ class Whole:
         block: Any = self
         if block.why_parts(x.device) is not None or block.training:
             return False
+        weight, _ = block.parts()[1].projection()
+        if block.fused_impls["vit_block"] == "auto" and not served(x, weight):
+            return False
         drops = (block._modules.get(name) for name in block.DROP_PATHS)
         if any(drop is not None and drop.training for drop in drops):
             return False
@@ -58,31 +62,32 @@ class Whole:
         self, x: Tensor, row_stats: Tensor | None = None, key_bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The block's output and its row statistics, from x and those that came with it."""
+        return vit_block(x, **self.arguments(), row_stats=row_stats, key_bias=key_bias)
+
+    def arguments(self) -> dict[str, Any]:
+        """What `vit_block` is told of this block."""
         block: Any = self
         norm1, attn, norm2, mlp = block.parts()
         qkv_weight, qkv_bias = attn.projection()
         proj, (heads, scale) = attn.output(), attn.geometry()
         fc1, fc2 = (mlp._modules[name] for name in mlp.LINEARS)
-        return vit_block(
-            x,
-            norm1.weight,
-            norm1.bias,
-            qkv_weight,
-            qkv_bias,
-            proj.weight,
-            proj.bias,
-            norm2.weight,
-            norm2.bias,
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
-            heads,
-            scale=scale,
-            eps=norm1.eps,
-            gamma1=block.gamma(0),
-            gamma2=block.gamma(1),
-            key_bias=key_bias,
-            row_stats=row_stats,
-            impl=block.fused_impls["vit_block"],
-        )
+        return {
+            "norm1_weight": norm1.weight,
+            "norm1_bias": norm1.bias,
+            "qkv_weight": qkv_weight,
+            "qkv_bias": qkv_bias,
+            "proj_weight": proj.weight,
+            "proj_bias": proj.bias,
+            "norm2_weight": norm2.weight,
+            "norm2_bias": norm2.bias,
+            "w1": fc1.weight,
+            "b1": fc1.bias,
+            "w2": fc2.weight,
+            "b2": fc2.bias,
+            "num_heads": heads,
+            "scale": scale,
+            "eps": norm1.eps,
+            "gamma1": block.gamma(0),
+            "gamma2": block.gamma(1),
+            "impl": block.fused_impls["vit_block"],
+        }

@@ -10,6 +10,7 @@ class Random;
 void fuzz_layer_norm(Random& random, const deit::Kernels& set);
 void fuzz_attention(Random& random, const deit::Kernels& set);
 void fuzz_product(Random& random, const deit::Kernels& set);
+void fuzz_block(Random& random, const deit::Kernels& set);
 void fuzz_int8(Random& random, const deit::Kernels& set);
 void fuzz_attention_gradient(Random& random, const deit::Kernels& set);
 void fuzz_weight_gradient(Random& random, const deit::Kernels& set);

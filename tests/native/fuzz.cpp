@@ -28,6 +28,7 @@ constexpr Case kCases[] = {
     {"layer_norm", fuzz_layer_norm},
     {"attention", fuzz_attention},
     {"product", fuzz_product},
+    {"block", fuzz_block},
     {"int8", fuzz_int8},
     {"attention_gradient", fuzz_attention_gradient},
     {"weight_gradient", fuzz_weight_gradient},
@@ -36,7 +37,7 @@ constexpr Case kCases[] = {
     {"layer_norm_gradient", fuzz_layer_norm_gradient},
 };
 static_assert(sizeof(deit::TrainingKernels) == 2 * sizeof(int64_t) + 10 * sizeof(void*) &&
-                  sizeof(deit::Kernels) == 9 * sizeof(void*) + sizeof(deit::TrainingKernels),
+                  sizeof(deit::Kernels) == 14 * sizeof(void*) + sizeof(deit::TrainingKernels),
               "Kernels has a new entry: give it a case above, then its new size here");
 
 // A sanitizer that does not ring is no sanitizer: sanitize.py sets each off first.
