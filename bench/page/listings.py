@@ -37,11 +37,17 @@ def models(rows: Sequence[Row], stale: Stale) -> str:
         Column("peak\nMB", lambda row: row["memory_bytes"] and row["memory_bytes"] / 1e6),
         Column("params, M", lambda row: row.get("parameters") and row["parameters"] / 1e6),
         keyed("top-1, %\nquoted", "quoted_top1", quoted=True),
-        keyed("V100 img/s\nquoted", "quoted_v100_img_per_s", quoted=True),
+        Column("V100 img/s\nquoted", _v100, quoted=True),
         Column("state", _state(stale)),
         Column("run again", lambda row: row["command"], code=True),
     ]
     return html.table(columns, rows, stale)
+
+
+def _v100(row: Row) -> str | None:
+    """As printed."""
+    quoted = row["quoted_v100_img_per_s"]
+    return None if quoted is None else f"{quoted:g}"
 
 
 def _of_peak(row: Row) -> float | None:
@@ -103,7 +109,7 @@ def paper(rows: Sequence[Row], stale: Stale) -> str:
             "network": paper_table.label(quoted),
             "params": quoted.params_m,
             "top1": " / ".join(f"{recipe.top1}" for recipe in paper_table.recipes(quoted)),
-            "v100": quoted.v100_img_s,
+            "v100": f"{quoted.v100_img_s:g}",
             "gflop": same[0]["gflop_per_image"] if same else None,
             "stale": any(map(stale, same)),
         }
