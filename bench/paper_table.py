@@ -79,6 +79,12 @@ def networks() -> tuple[Quoted, ...]:
     return tuple(first.values())
 
 
+def label(row: Quoted) -> str:
+    """The network's name, ⚗ for distilled, ↑ where the image size is not 224."""
+    size = "" if row.img_size == 224 else f"↑{row.img_size}"
+    return row.model + ("⚗" if row.distilled else "") + size
+
+
 def recipes(network: Quoted) -> list[Quoted]:
     """Every row of a network: one architecture, trained in several ways."""
     same = lambda row: (row.model, row.img_size, row.distilled)

@@ -19,8 +19,7 @@ from typing import Any
 import evidence
 import paper_table
 import tyro
-from page import html, pictures
-from page.html import Column, keyed
+from page import html, listings, pictures
 from page.pictures import Picture
 
 Row = dict[str, Any]
@@ -131,82 +130,6 @@ def _by_dtype(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     return [(kind, [row for row in rows if row["dtype"] == kind]) for kind in kinds]
 
 
-# Tables -----------------------------------------------------------------------------------------
-
-
-def models(found: Found) -> str:
-    """Every evidence row."""
-    columns = [
-        keyed("network", "network"),
-        keyed("contender", "contender"),
-        keyed("mode", "mode"),
-        keyed("protocol", "protocol"),
-        keyed("dtype", "dtype"),
-        keyed("batch", "batch"),
-        Column("images/s", pictures.speed),
-        keyed("first\nquartile", "img_per_s_low"),
-        keyed("third\nquartile", "img_per_s_high"),
-        keyed("n", "n"),
-        keyed("GFLOP\nan image", "gflop_per_image"),
-        keyed("GFLOP/s", "gflop_per_s"),
-        Column("% of the\npeak", _of_peak),
-        Column("peak\nMB", lambda row: row["memory_bytes"] and row["memory_bytes"] / 1e6),
-        Column("params, M", lambda row: row.get("parameters") and row["parameters"] / 1e6),
-        keyed("top-1, %\nquoted", "quoted_top1", quoted=True),
-        keyed("V100 img/s\nquoted", "quoted_v100_img_per_s", quoted=True),
-        Column("state", lambda row: "stale" if found.stale(row) else "as measured"),
-        Column("run again", lambda row: row["command"], code=True),
-    ]
-    return html.table(columns, found.rows, found.stale)
-
-
-def _of_peak(row: Row) -> float | None:
-    if "int8" in row["contender"]:  # the peak is of the run's dtype
-        return None
-    return float(100 * row["gflop_per_s"] / row["peak_gflop_per_s"])
-
-
-def operators(document: Row) -> str:
-    """Every timed operator of a document."""
-    columns = [
-        Column("operator", lambda row: f"{row['arch']} {row['operator']}"),
-        keyed("direction", "direction"),
-        keyed("contender", "contender"),
-        Column("µs", lambda row: 1e6 * row["seconds"]),
-        Column("PyTorch's best\nover this", lambda row: row["ratio"]),
-        keyed("95 %\nfrom", "ratio_low"),
-        keyed("to", "ratio_high"),
-        Column("GB/s", lambda row: row["bytes"] / row["seconds"] / 1e9),
-        Column("GFLOP/s", lambda row: row["flops"] / row["seconds"] / 1e9),
-        Column("% of its\nceiling", lambda row: 100 * row["share"]),
-        keyed("n", "n"),
-        keyed("input\nsets", "sets"),
-    ]
-    return html.table(columns, document["rows"], lambda _: False)
-
-
-def runs(found: Found) -> str:
-    """Every command, when it ran, and whether its rows still hold."""
-    by_command: dict[tuple[str, str, str], list[Row]] = {}
-    named = [row | {"file": name} for name, row in found.documents.items()]
-    for row in [*found.rows, *named]:
-        key = (row["file"], row.get("command", "not recorded"), row.get("date", "not recorded"))
-        by_command.setdefault(key, []).append(row)
-    lines = [
-        {"file": file, "command": command, "date": date, "rows": len(rows),
-         "kernels_sha256": max(r.get("kernels_sha256") or "" for r in rows) or None}
-        for (file, command, date), rows in by_command.items()
-    ]  # fmt: skip
-    columns = [
-        keyed("file", "file"),
-        Column("date (UTC)", lambda row: row["date"][:16].replace("T", " ")),
-        keyed("rows", "rows"),
-        Column("state", lambda row: "stale" if found.stale(row) else "as measured"),
-        Column("run again", lambda row: row["command"], code=True),
-    ]
-    return html.table(columns, lines, found.stale)
-
-
 # The page ---------------------------------------------------------------------------------------
 
 MACHINE = ("device", "cpu", "cores", "threads", "cpu_capability", "driver", "python", "torch",
@@ -232,20 +155,23 @@ def section(device: str, found: Found) -> str:
     """One device: machine, pictures, tables, what is stale."""
     parts = [f"<h2>{escape(device)}</h2>", machine(found)]
     parts += [picture.html() for picture in drawn(found)]
+    if table5 := listings.paper(found.rows, found.stale):
+        parts.append(f"<h3>Table 5 of the paper, beside this device</h3>{table5}")
     if found.rows:
-        parts.append("<h3>Networks</h3>" + models(found))
+        parts.append("<h3>Networks</h3>" + listings.models(found.rows, found.stale))
     for name, document in found.documents.items():
         title = f"<h3>{escape(document.get('title', name))}</h3>"
         if found.stale(document):
             title += '<p class="quiet">Stale: the kernels have changed since.</p>'
         if document.get("kind") == "operators":
-            parts.append(title + operators(document))
+            parts.append(title + listings.operators(document))
         else:
             parts.append(title + html.document(document, HIDDEN))
-    stale = sum(map(found.stale, [*found.rows, *found.documents.values()]))
-    total = len(found.rows) + len(found.documents)
-    parts.append(f"<h3>Runs</h3><p>{stale} of {total} results are stale: the kernels have changed "
-                 "since they were measured.</p>" + runs(found))  # fmt: skip
+    named = [each | {"file": name} for name, each in found.documents.items()]
+    results = [*found.rows, *named]
+    said = f"{sum(map(found.stale, results))} of {len(results)} results are stale"
+    why = "the kernels have changed since they were measured."
+    parts.append(f"<h3>Runs</h3><p>{said}: {why}</p>{listings.runs(results, found.stale)}")
     return f"<section>{''.join(parts)}</section>"
 
 

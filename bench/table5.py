@@ -84,7 +84,7 @@ def results_path(facts: Row) -> Path:
 
 def chosen(only: Sequence[str]) -> list[Quoted]:
     """The rows of Table 5 to measure; ValueError for a name that no label is or begins with."""
-    by_label = {label(row): row for row in paper_table.networks()}
+    by_label = {paper_table.label(row): row for row in paper_table.networks()}
     names = [name for each in only for name in each.split(",") if name]
     found: set[str] = set()
     for name in names:
@@ -93,12 +93,6 @@ def chosen(only: Sequence[str]) -> list[Quoted]:
             raise ValueError(f"only: expected beginnings of {', '.join(by_label)}; got {name!r}")
         found |= meant
     return [row for each, row in by_label.items() if not names or each in found]
-
-
-def label(row: Quoted) -> str:
-    """A network's name as Network.label gives it, without building it."""
-    size = "" if row.img_size == 224 else f"↑{row.img_size}"
-    return row.model + ("⚗" if row.distilled else "") + size
 
 
 def finished(rows: Sequence[Row], name: str, protocol: str, facts: Row, batch: int) -> bool:
@@ -162,7 +156,7 @@ def run(options: Options, networks: Sequence[Quoted], path: Path, facts: Row) ->
     jobs = [(row, protocol) for protocol in options.protocols for row in networks]
     failed = []
     for i, (quoted, protocol) in enumerate(jobs):
-        name = label(quoted)
+        name = paper_table.label(quoted)
         if not options.again and finished(rows, name, protocol, facts, options.bs):
             continue
         network = field_of.quoted_network(quoted)
@@ -187,7 +181,7 @@ def table(rows: Sequence[Row], networks: Sequence[Quoted], protocol: str) -> Tab
         quoted_here = "quoted" in head
         shown.add_column(head, justify="right", style="dim" if quoted_here else "")
     for quoted in networks:
-        same = of(rows, label(quoted), protocol)
+        same = of(rows, paper_table.label(quoted), protocol)
         shown.add_row(*cells(quoted, same, protocol))
     return shown
 
@@ -195,7 +189,7 @@ def table(rows: Sequence[Row], networks: Sequence[Quoted], protocol: str) -> Tab
 def cells(quoted: Quoted, rows: Sequence[Row], protocol: str) -> list[str]:
     """One network's line; a star for a stale figure, dashes where it was not measured."""
     top1 = " / ".join(f"{row.top1}" for row in paper_table.recipes(quoted))
-    heads = [label(quoted), f"{quoted.params_m:g}", "-", top1, f"{quoted.v100_img_s:g}"]
+    heads = [paper_table.label(quoted), f"{quoted.params_m:g}", "-", top1, f"{quoted.v100_img_s:g}"]
     if not rows:
         return [*heads, "-", "-", "-", "-"]
     speed = lambda row: row["img_per_s_mean" if protocol == "deit2021" else "img_per_s"]

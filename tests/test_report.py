@@ -39,8 +39,7 @@ def throughput_rows(kernels: str) -> list[Row]:
     rows = []
     for quoted in paper_table.networks():
         convnet = quoted.model in paper_table.CONVNETS
-        name = quoted.model + "⚗" * quoted.distilled
-        name += "" if quoted.img_size == 224 else f"↑{quoted.img_size}"
+        name = paper_table.label(quoted)
         ways = {"eager, channels_last": 1.0} if convnet else {"fused": 2.2, "eager": 1.0}
         for contender, gain in ways.items():
             speed = gain * quoted.v100_img_s / 50
@@ -159,12 +158,14 @@ def test_structure(page: Path) -> None:
     assert outline.open == []
     # accuracy, speed-up, operators, roofline, batch: each for wide and for narrow windows
     assert (outline.count("figure"), outline.count("svg")) == (5, 10)
-    assert outline.count("table") == 6  # networks, operators, sweeps, fits, the others, runs
+    assert (
+        outline.count("table") == 7
+    )  # Table 5, networks, operators, sweeps, fits, the others, runs
     words = " ".join(outline.words)
     for part in ("Accuracy (quoted)", "Speed-up", "Time by operator", "Roofline", "batch size",
                  "efficientnet_b8↑800", "quoted", "AVX2", "Sample <CPU>", "seconds ~ x^0.90",
                  "python bench/table5.py --only deit_b⚗↑384", "0 of 39 results are stale",
-                 "2.20x"):  # fmt: skip
+                 "2.20x", "83.4 / 84.2", "2536.5", "V100 img/s"):  # fmt: skip
         assert part in words, part
 
 
@@ -186,8 +187,8 @@ def test_a_row_of_other_kernels_is_stale(
     text = out.read_text(encoding="utf-8")
     fused = sum(not q.model.startswith(("res", "reg", "eff")) for q in paper_table.networks())
     assert f"{fused + 3} of 39 results are stale" in text
-    # in the table of networks; and in that of runs, with the documents'
-    assert text.count('<tr class="stale">') == fused + fused + 3
+    # in Table 5, in the table of networks, and in that of runs, with the documents'
+    assert text.count('<tr class="stale">') == 3 * fused + 3
     assert f"{fused} stale" in capsys.readouterr().out
     assert f"Measured 2026-01-02. Stale, measured with other kernels: {fused} of 36" in text
 

@@ -38,7 +38,7 @@ def test_every_network_of_the_table_can_be_built() -> None:
     assert sum(len(paper_table.recipes(row)) for row in rows) == len(paper_table.rows()) == 32
     for row in rows:
         network = contenders.quoted_network(row)
-        assert network.label == table5.label(row)
+        assert network.label == paper_table.label(row)
         assert network.quoted == row
         with torch.device("meta"):
             parameters = sum(p.numel() for p in network.build().parameters()) / 1e6

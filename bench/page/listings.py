@@ -1,0 +1,141 @@
+"""The page's tables of evidence: networks, the paper's Table 5, operators, runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import paper_table
+
+from page import html, pictures
+from page.html import Column, keyed
+
+Row = dict[str, Any]
+Stale = Callable[[Row], bool]
+
+
+def _state(stale: Stale) -> Callable[[Row], str]:
+    return lambda row: "stale" if stale(row) else "as measured"
+
+
+def models(rows: Sequence[Row], stale: Stale) -> str:
+    """Every evidence row."""
+    columns = [
+        keyed("network", "network"),
+        keyed("contender", "contender"),
+        keyed("mode", "mode"),
+        keyed("protocol", "protocol"),
+        keyed("dtype", "dtype"),
+        keyed("batch", "batch"),
+        Column("images/s", pictures.speed),
+        keyed("first\nquartile", "img_per_s_low"),
+        keyed("third\nquartile", "img_per_s_high"),
+        keyed("n", "n"),
+        keyed("GFLOP\nan image", "gflop_per_image"),
+        keyed("GFLOP/s", "gflop_per_s"),
+        Column("% of the\npeak", _of_peak),
+        Column("peak\nMB", lambda row: row["memory_bytes"] and row["memory_bytes"] / 1e6),
+        Column("params, M", lambda row: row.get("parameters") and row["parameters"] / 1e6),
+        keyed("top-1, %\nquoted", "quoted_top1", quoted=True),
+        Column("V100 img/s\nquoted", _v100, quoted=True),
+        Column("state", _state(stale)),
+        Column("run again", lambda row: row["command"], code=True),
+    ]
+    return html.table(columns, rows, stale)
+
+
+def _v100(row: Row) -> str | None:
+    """As printed."""
+    quoted = row["quoted_v100_img_per_s"]
+    return None if quoted is None else f"{quoted:g}"
+
+
+def _of_peak(row: Row) -> float | None:
+    if "int8" in row["contender"]:  # the peak is of the run's dtype
+        return None
+    return float(100 * row["gflop_per_s"] / row["peak_gflop_per_s"])
+
+
+def operators(document: Row) -> str:
+    """Every timed operator of a document."""
+    columns = [
+        Column("operator", lambda row: f"{row['arch']} {row['operator']}"),
+        keyed("direction", "direction"),
+        keyed("contender", "contender"),
+        Column("µs", lambda row: 1e6 * row["seconds"]),
+        Column("PyTorch's best\nover this", lambda row: row["ratio"]),
+        keyed("95 %\nfrom", "ratio_low"),
+        keyed("to", "ratio_high"),
+        Column("GB/s", lambda row: row["bytes"] / row["seconds"] / 1e9),
+        Column("GFLOP/s", lambda row: row["flops"] / row["seconds"] / 1e9),
+        Column("% of its\nceiling", lambda row: 100 * row["share"]),
+        keyed("n", "n"),
+        keyed("input\nsets", "sets"),
+    ]
+    return html.table(columns, document["rows"], lambda _: False)
+
+
+def runs(results: Sequence[Row], stale: Stale) -> str:
+    """Every command, when it ran, and whether its rows still hold; results name their `file`."""
+    by_command: dict[tuple[str, str, str], list[Row]] = {}
+    for row in results:
+        key = (row["file"], row.get("command", "not recorded"), row.get("date", "not recorded"))
+        by_command.setdefault(key, []).append(row)
+    lines = [
+        {"file": file, "command": command, "date": date, "rows": len(rows),
+         "kernels_sha256": max(r.get("kernels_sha256") or "" for r in rows) or None}
+        for (file, command, date), rows in by_command.items()
+    ]  # fmt: skip
+    columns = [
+        keyed("file", "file"),
+        Column("date (UTC)", lambda row: row["date"][:16].replace("T", " ")),
+        keyed("rows", "rows"),
+        Column("state", _state(stale)),
+        Column("run again", lambda row: row["command"], code=True),
+    ]
+    return html.table(columns, lines, stale)
+
+
+def paper(rows: Sequence[Row], stale: Stale) -> str:
+    """The paper's Table 5, quoted, beside what was measured; "" where no network of it was.
+
+    Every measured figure is of inference; of a network measured in several runs the fastest.
+    A line that draws on a stale row is marked.
+    """
+    lines = []
+    for quoted in paper_table.networks():
+        same = [row for row in rows if row["mode"] == "inference" and _is(row, quoted)]
+        line: Row = {
+            "network": paper_table.label(quoted),
+            "params": quoted.params_m,
+            "top1": " / ".join(f"{recipe.top1}" for recipe in paper_table.recipes(quoted)),
+            "v100": f"{quoted.v100_img_s:g}",
+            "gflop": same[0]["gflop_per_image"] if same else None,
+            "stale": any(map(stale, same)),
+        }
+        for protocol in PROTOCOLS:
+            of_it = [row for row in same if row["protocol"] == protocol]
+            for fused in (True, False):
+                best = pictures.of_each_network(of_it, fused=fused)
+                line[f"{protocol} {fused}"] = pictures.speed(best[0]) if best else None
+        lines.append(line)
+    if not any(line["gflop"] for line in lines):
+        return ""
+    columns = [
+        keyed("network", "network"),
+        keyed("params, M\nquoted", "params", quoted=True),
+        keyed("GFLOP", "gflop"),
+        keyed("top-1, %\nquoted", "top1", quoted=True),
+        keyed("V100 img/s\nquoted", "v100", quoted=True),
+    ]
+    for protocol in PROTOCOLS:
+        columns.append(keyed(f"{protocol}:\nfused img/s", f"{protocol} True"))
+        columns.append(keyed(f"{protocol}:\nPyTorch img/s", f"{protocol} False"))
+    return html.table(columns, lines, lambda line: line["stale"])
+
+
+PROTOCOLS = ("modern", "deit2021")
+
+
+def _is(row: Row, quoted: paper_table.Quoted) -> bool:
+    return bool(row["network"] == paper_table.label(quoted))
