@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench" / "operators"))
 
 import checks
-import conftest
 import operator_cases
 import operator_race
 import report
@@ -97,10 +96,10 @@ def test_bad_terms(change: dict[str, Any], why: str) -> None:
     terms = {"archs": "deit_ti", "bs": None, "dtype": None, "device": "cpu", "impl": "auto",
              "threads": None, "rounds": 7, "no_compiled": True}  # fmt: skip
     config = types.SimpleNamespace(getoption=terms.__getitem__)
-    assert conftest.settle(config).batch == 16
+    assert terms.settle(config).batch == 16
     terms |= change
     with pytest.raises(ValueError, match=re.escape(why)):
-        conftest.settle(config)
+        terms.settle(config)
 
 
 def test_plain_pytest_does_not_collect_benchmarks(pytestconfig: pytest.Config) -> None:

@@ -17,10 +17,10 @@ import operator_race
 import pytest
 import tables
 import torch
-from conftest import Run
 from operator_cases import CASES, Case
 from operator_race import Prepared
 from qualification import calls
+from terms import Run
 from timing import compare, spread
 
 import deit
