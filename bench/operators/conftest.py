@@ -5,9 +5,8 @@ from __future__ import annotations
 import datetime
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,13 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import devices
 import evidence
-import operator_race
 import tables
 import torch
-
-import deit
+from operator_terms import Run, settle
 
 NAMES = ("archs", "bs", "dtype", "device", "impl", "threads", "rounds", "no_compiled")
+RUN = pytest.StashKey[Run]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,67 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rows", type=Path, help="write the evidence into this file, for the report")
 
 
-@dataclass
-class Run:
-    """What the benchmarks of one run share."""
-
-    archs: list[deit.Config]
-    batch: int
-    dtype: torch.dtype
-    device: torch.device
-    impl: str
-    rounds: int
-    compiled: bool
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    ceilings: operator_race.Ceilings | None = None
-
-    def measured_ceilings(self) -> operator_race.Ceilings:
-        """The device's, measured when first asked for."""
-        if self.ceilings is None:
-            self.ceilings = operator_race.measure_ceilings(self.device, self.dtype)
-        return self.ceilings
-
-    def finish(self) -> None:
-        """Measure the ceilings once more: a ceiling is the best seen, early or late in the run."""
-        early, late = (
-            self.measured_ceilings(),
-            operator_race.measure_ceilings(self.device, self.dtype),
-        )
-        self.ceilings = early.best(late)
-        for row in self.rows:
-            row["share"] = self.ceilings.seconds(row["bytes"], row["flops"]) / row["seconds"]
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """Settle the terms; bad ones end the run with one line."""
     try:
-        config.stash[RUN] = settle(config)
+        config.stash[RUN] = settle(config.getoption)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
-
-
-RUN = pytest.StashKey[Run]()
-
-
-def settle(config: pytest.Config) -> Run:
-    """The options as terms; ValueError for what cannot be had."""
-    option = config.getoption
-    device = devices.resolve(option("device"))
-    gpu = device.type == "cuda"
-    archs = [deit.config(name) for name in option("archs").split(",")]
-    batch = option("bs") if option("bs") is not None else 256 if gpu else 16
-    for name, value in (("bs", batch), ("rounds", option("rounds"))):
-        if value < 1:
-            raise ValueError(f"--{name}: expected at least 1; got {value}")
-    if option("impl") not in ("auto", *operator_race.OURS):
-        known = ", ".join(("auto", *operator_race.OURS))
-        raise ValueError(f"--impl: expected one of {known}; got {option('impl')!r}")
-    if option("threads"):
-        torch.set_num_threads(option("threads"))
-    torch.backends.cuda.matmul.allow_tf32 = False
-    dtype = tables.DTYPES[option("dtype") or ("bf16" if gpu else "fp32")]
-    compiled = not option("no_compiled")
-    return Run(archs, batch, dtype, device, option("impl"), option("rounds"), compiled)
 
 
 @pytest.fixture
@@ -128,8 +71,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     run.finish()
     given = session.config.getoption
-    chosen = [f"--{name.replace('_', '-')}={given(name)}" for name in NAMES
-              if given(name) not in (None, False)]  # fmt: skip
+    chosen = [
+        f"--{name.replace('_', '-')}" + ("" if given(name) is True else f"={given(name)}")
+        for name in NAMES
+        if given(name) not in (None, False)
+    ]
     evidence.save(
         path,
         {

@@ -17,9 +17,9 @@ import operator_race
 import pytest
 import tables
 import torch
-from conftest import Run
 from operator_cases import CASES, Case
 from operator_race import Prepared
+from operator_terms import Run
 from qualification import calls
 from timing import compare, spread
 

@@ -1,0 +1,65 @@
+"""The terms of a run of the operators' benchmarks, and what its cases share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import devices
+import operator_race
+import tables
+import torch
+
+import deit
+
+
+@dataclass
+class Run:
+    """What the benchmarks of one run share."""
+
+    archs: list[deit.Config]
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+    impl: str
+    rounds: int
+    compiled: bool
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    ceilings: operator_race.Ceilings | None = None
+
+    def measured_ceilings(self) -> operator_race.Ceilings:
+        """The device's, measured when first asked for."""
+        if self.ceilings is None:
+            self.ceilings = operator_race.measure_ceilings(self.device, self.dtype)
+        return self.ceilings
+
+    def finish(self) -> None:
+        """Measure the ceilings once more: a ceiling is the best seen, early or late in the run."""
+        early, late = (
+            self.measured_ceilings(),
+            operator_race.measure_ceilings(self.device, self.dtype),
+        )
+        self.ceilings = early.best(late)
+        for row in self.rows:
+            row["share"] = self.ceilings.seconds(row["bytes"], row["flops"]) / row["seconds"]
+
+
+def settle(option: Callable[[str], Any]) -> Run:
+    """The options as terms; ValueError for what cannot be had."""
+    device = devices.resolve(option("device"))
+    gpu = device.type == "cuda"
+    archs = [deit.config(name) for name in option("archs").split(",")]
+    batch = option("bs") if option("bs") is not None else 256 if gpu else 16
+    for name, value in (("bs", batch), ("rounds", option("rounds"))):
+        if value < 1:
+            raise ValueError(f"--{name}: expected at least 1; got {value}")
+    if option("impl") not in ("auto", *operator_race.OURS):
+        known = ", ".join(("auto", *operator_race.OURS))
+        raise ValueError(f"--impl: expected one of {known}; got {option('impl')!r}")
+    if option("threads"):
+        torch.set_num_threads(option("threads"))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    dtype = tables.DTYPES[option("dtype") or ("bf16" if gpu else "fp32")]
+    compiled = not option("no_compiled")
+    return Run(archs, batch, dtype, device, option("impl"), option("rounds"), compiled)
