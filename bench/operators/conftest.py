@@ -84,7 +84,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             **devices.describe(run.device),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "command": " ".join(["pytest bench/operators", *chosen, f"--rows {path.name}"]),
-            "kernels_sha256": evidence.kernels_sha256(),
+            "kernels_sha256": run.kernels_sha256,
             "gpu_state": devices.gpu_query(run.device, "clocks.sm,clocks.mem,power.draw"),
             "ceilings": asdict(run.measured_ceilings()),
             "rows": run.rows,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import devices
+import evidence
 import operator_race
 import tables
 import torch
@@ -27,6 +28,7 @@ class Run:
     compiled: bool
     rows: list[dict[str, Any]] = field(default_factory=list)
     ceilings: operator_race.Ceilings | None = None
+    kernels_sha256: str = field(default_factory=evidence.kernels_sha256)  # as the run begins
 
     def measured_ceilings(self) -> operator_race.Ceilings:
         """The device's, measured when first asked for."""
