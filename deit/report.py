@@ -50,17 +50,24 @@ def history(run: Path) -> History:
 
 
 def table(histories: list[History]) -> Any:
-    """A rich table: runs by heads, last top-1 in percent."""
+    """A rich table: runs, and what each keeps (model, average), by heads; last top-1 in percent."""
+    from rich import box
     from rich.table import Table
 
-    heads = list(dict.fromkeys(head for h in histories for head in h.last))
-    shown = Table(
-        "run", *heads, "teacher", "unreadable", title="held-out top-1, %, last evaluation"
-    )
+    names = [tuple(name.split(", ")) for h in histories for name in h.last]
+    heads = list(dict.fromkeys(head for _, head in names))
+    title = "held-out top-1, %, last evaluation"
+    columns = ("run", "weights", *heads, "teacher", "unreadable")
+    shown = Table(*columns, title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     for h in histories:
-        cells = [f"{h.last[head]:.2f}" if head in h.last else "" for head in heads]
         teacher = "" if h.teacher is None else f"{h.teacher:.2f}"
-        shown.add_row(h.name, *cells, teacher, str(h.unreadable))
+        about = [h.name, teacher, str(h.unreadable)]
+        for which in ("model", "average"):
+            found = [h.last.get(f"{which}, {head}") for head in heads]
+            if any(value is not None for value in found) or which == "model":
+                cells = ["" if value is None else f"{value:.2f}" for value in found]
+                shown.add_row(about[0], which, *cells, *about[1:])
+                about = ["", "", ""]
     return shown
 
 

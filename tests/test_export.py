@@ -88,10 +88,10 @@ def test_explain_image_writes_a_picture(weights, tmp_path):
     assert Image.open(out).size == (2 * 228 - 4, 224)  # 32 pixels are shown sevenfold
 
 
-def test_reports_read_the_log(tmp_path, capsys):
+def test_reports_read_the_log(tmp_path, capsys, monkeypatch):
     run = RunFolder(tmp_path / "a")
     run.begin({})
-    scores = {"top1": {"class": 50.0, "softmax-sum": 60.0}}
+    scores = {"top1": {"class": 50.0, "distillation": 55.0, "softmax-sum": 60.0}}
     pace = {"images_per_s": 10.0, "waited_percent": 1.0}
     run.log(update=0, teacher={"top1": {"class": 90.0}})
     for update in (1, 2):
@@ -100,12 +100,16 @@ def test_reports_read_the_log(tmp_path, capsys):
     run.log(update=2, unreadable="x.png", reason="broken")
     found = history(tmp_path / "a")
     assert found.losses == [(1, 2.0), (2, 1.0)]
-    assert found.last == {"model, class": 50.0, "model, softmax-sum": 60.0}
+    expected = {"model, class": 50.0, "model, distillation": 55.0, "model, softmax-sum": 60.0}
+    assert found.last == expected
     assert (found.teacher, found.unreadable) == (90.0, 1)
     pytest.importorskip("matplotlib")
     draw([found], tmp_path / "curves.svg")
     assert "held-out top-1" in (tmp_path / "curves.svg").read_text()
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["report", str(tmp_path / "a")]) == 0
-    assert "60.00" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    for word in ("60.00", "90.00", "distillation", "softmax-sum", "unreadable"):
+        assert word in shown
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     assert json.loads((tmp_path / "a" / "run.json").read_text()) == {}

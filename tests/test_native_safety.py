@@ -97,7 +97,11 @@ CALLS: dict[str, Call] = _TRAINING | {
     "attention": lambda: OPS["attention"](make(3, 197, 576), 3, 0.125, None),
     "linear": lambda: OPS["linear"](X, FC1, None, "gelu", None, None, None),
     "gelu_mlp": lambda: OPS["gelu_mlp"](X, FC1, None, FC2, W, X, None, None),
-}
+    "vit_block": lambda: OPS["vit_block"](
+        X, None, W, W, make(576, 192, seed=7) / 14, None, make(192, 192, seed=8) / 14, W, W,
+        W, W, FC1, None, FC2, W, None, None, 3, 0.125, 1e-6,
+    ),
+}  # fmt: skip
 
 
 def test_every_cpu_operator_has_a_call() -> None:

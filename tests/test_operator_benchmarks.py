@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench" / "operators"))
 import checks
 import operator_cases
 import operator_race
+import operator_terms
 import report
-import test_operators as suite
+import test_each_operator as suite
 from numerics_cases import Call
 from operator_race import Prepared
 
@@ -55,7 +55,8 @@ def test_a_run_leaves_evidence_and_guards_its_ratio(tmp_path: Path) -> None:
     assert "time in shares of PyTorch's" in done.stdout
     document = json.loads(rows_file.read_text())
     assert document["kind"] == "operators"
-    assert str(tmp_path) not in document["command"]
+    terms = "--rounds=7 --no-compiled --rows rows.json"
+    assert document["command"].endswith(terms)
     rows = {row["contender"]: row for row in document["rows"]}
     for row in rows.values():
         assert row["flops"] == 8 * 197 * 192
@@ -95,11 +96,10 @@ def test_a_run_leaves_evidence_and_guards_its_ratio(tmp_path: Path) -> None:
 def test_bad_terms(change: dict[str, Any], why: str) -> None:
     terms = {"archs": "deit_ti", "bs": None, "dtype": None, "device": "cpu", "impl": "auto",
              "threads": None, "rounds": 7, "no_compiled": True}  # fmt: skip
-    config = types.SimpleNamespace(getoption=terms.__getitem__)
-    assert terms.settle(config).batch == 16
+    assert operator_terms.settle(terms.__getitem__).batch == 16
     terms |= change
     with pytest.raises(ValueError, match=re.escape(why)):
-        terms.settle(config)
+        operator_terms.settle(terms.__getitem__)
 
 
 def test_plain_pytest_does_not_collect_benchmarks(pytestconfig: pytest.Config) -> None:

@@ -1,4 +1,4 @@
-"""Options of the operators' benchmarks, and the evidence that they leave."""
+"""Options of the operators' benchmarks, what their runs share, and the evidence they leave."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ import devices
 import evidence
 import tables
 import torch
-from terms import Run, settle
+from operator_terms import Run, settle
 
 NAMES = ("archs", "bs", "dtype", "device", "impl", "threads", "rounds", "no_compiled")
+RUN = pytest.StashKey[Run]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,12 +40,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Settle the terms; bad ones end the run with one line."""
     try:
-        config.stash[RUN] = settle(config)
+        config.stash[RUN] = settle(config.getoption)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
-
-
-RUN = pytest.StashKey[Run]()
 
 
 @pytest.fixture
@@ -73,8 +71,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     run.finish()
     given = session.config.getoption
-    chosen = [f"--{name.replace('_', '-')}={given(name)}" for name in NAMES
-              if given(name) not in (None, False)]  # fmt: skip
+    chosen = [
+        f"--{name.replace('_', '-')}" + ("" if given(name) is True else f"={given(name)}")
+        for name in NAMES
+        if given(name) not in (None, False)
+    ]
     evidence.save(
         path,
         {
@@ -83,7 +84,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             **devices.describe(run.device),
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "command": " ".join(["pytest bench/operators", *chosen, f"--rows {path.name}"]),
-            "kernels_sha256": evidence.kernels_sha256(),
+            "kernels_sha256": run.kernels_sha256,
             "gpu_state": devices.gpu_query(run.device, "clocks.sm,clocks.mem,power.draw"),
             "ceilings": asdict(run.measured_ceilings()),
             "rows": run.rows,

@@ -195,28 +195,25 @@ void pack_panel(const float* weight, int64_t stride, int64_t columns, int64_t de
   }
 }
 
-// Weights on their way from memory while the rows before them are multiplied, a few lines a tile.
+// Weights on their way from memory while the rows before them are multiplied, some of their rows a
+// tile: two instructions a line.
 class Prefetch {
  public:
   Prefetch(const float* weight, int64_t stride, int64_t rows, int64_t depth, int64_t tiles)
-      : weight_(weight), stride_(stride), depth_(depth), rows_(weight ? rows : 0),
-        lines_((rows * ((depth + kLineWords - 1) / kLineWords) + tiles - 1) / tiles) {}
+      : weight_(weight), stride_(stride), depth_(depth), left_(weight ? rows : 0),
+        each_((rows + tiles - 1) / tiles) {}
 
-  DEIT_INLINE void next_lines() {
-    for (int64_t i = 0; i < lines_ && row_ < rows_; ++i) {
-      __builtin_prefetch(weight_ + row_ * stride_ + k_);
-      k_ += kLineWords;
-      if (k_ >= depth_) {
-        k_ = 0;
-        ++row_;
-      }
+  DEIT_INLINE void next_rows() {
+    for (int64_t row = smaller(each_, left_); row > 0; --row) {
+      for (int64_t k = 0; k < depth_; k += kLineWords) __builtin_prefetch(weight_ + k);
+      weight_ += stride_;
+      --left_;
     }
   }
 
  private:
   const float* weight_;
-  int64_t stride_, depth_, rows_, lines_;
-  int64_t row_ = 0, k_ = 0;
+  int64_t stride_, depth_, left_, each_;
 };
 
 DEIT_INLINE int64_t tiles_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
@@ -236,7 +233,8 @@ Prefetch prefetch_next(const ProductArgs& args, const Tile& tile, int64_t tiles,
 
 // The same of packed weights, whose steps lie one after another.
 DEIT_INLINE Prefetch prefetch_packed(const float* next, int64_t depth, int64_t tiles) {
-  return Prefetch(next, 0, 1, depth * kCols, tiles);
+  const int64_t share = (depth * kCols + tiles - 1) / tiles;
+  return Prefetch(next, share, tiles, share, tiles);
 }
 
 // Rows [begin, end) of one panel over one step of inputs; `last` steps end in the output.
@@ -247,7 +245,7 @@ DEIT_INLINE void multiply_step(const ProductArgs& args, const float* panel, Tile
                                float* sums) {
   const bool kept = !tile.first || !last;
   for (tile.row = begin; tile.row < end; tile.row += kRows) {
-    prefetch.next_lines();
+    prefetch.next_rows();
     tile.rows = smaller(kRows, end - tile.row);
     float* here = kept ? sums + (tile.row - begin) * kCols : sums;
     multiply_rows_for<T>(tile.rows)(args, panel, tile, here);

@@ -1,13 +1,14 @@
-"""On what terms the operators are measured, and what the benchmarks of one run share."""
+"""The terms of a run of the operators' benchmarks, and what its cases share."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import devices
+import evidence
 import operator_race
-import pytest
 import tables
 import torch
 
@@ -27,6 +28,7 @@ class Run:
     compiled: bool
     rows: list[dict[str, Any]] = field(default_factory=list)
     ceilings: operator_race.Ceilings | None = None
+    kernels_sha256: str = field(default_factory=evidence.kernels_sha256)  # as the run begins
 
     def measured_ceilings(self) -> operator_race.Ceilings:
         """The device's, measured when first asked for."""
@@ -45,9 +47,8 @@ class Run:
             row["share"] = self.ceilings.seconds(row["bytes"], row["flops"]) / row["seconds"]
 
 
-def settle(config: pytest.Config) -> Run:
+def settle(option: Callable[[str], Any]) -> Run:
     """The options as terms; ValueError for what cannot be had."""
-    option = config.getoption
     device = devices.resolve(option("device"))
     gpu = device.type == "cuda"
     archs = [deit.config(name) for name in option("archs").split(",")]

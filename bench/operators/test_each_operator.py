@@ -1,0 +1,143 @@
+"""Every operator, forward and backward, beside PyTorch's best: pytest bench/operators.
+
+What pytest-benchmark records of a case is the ratio of our seconds to those of PyTorch's best in
+the same round, not the seconds: another machine, or the same one under other load, moves both, so
+that `--benchmark-compare --benchmark-compare-fail=median:10%` guards the kernels and not the
+weather. Seconds, bytes, FLOPs and the share of the device's measured ceiling stand in extra_info.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import checks
+import operator_cases
+import operator_race
+import pytest
+import tables
+import torch
+from operator_cases import CASES, Case
+from operator_race import Prepared
+from operator_terms import Run
+from qualification import calls
+from timing import compare, spread
+
+import deit
+from deit.kernels import explain
+
+# Of outputs and gradients against eager's, relative L2 distance: what rounding explains, not an
+# accuracy test, which is bench/numerics.py.
+ALLOWED = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+class RatioClock:
+    """A timer for pytest-benchmark that advances by ratios measured before."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.waiting: list[float] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self) -> None:
+        """One round's ratio passes."""
+        self.now += self.waiting.pop(0)
+
+
+CLOCK = RatioClock()
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
+@pytest.mark.benchmark(timer=CLOCK, disable_gc=True)
+def test_operator(benchmark: Any, run: Run, arch: deit.Config, case: Case, direction: str) -> None:
+    """One row of the report for each contender, and the ratio for pytest-benchmark."""
+    backward = direction == "backward"
+    if backward and case.operator in calls.INFERENCE:
+        pytest.skip(f"{case.operator} is for inference")
+    sets, functions, ours = contenders(run, arch, case, backward)
+    prepared = {
+        name: operator_race.prepare(function, sets, backward)
+        for name, function in functions.items()
+    }
+    agree(prepared, run.dtype)
+    samples = operator_race.rounds(prepared, run.rounds)
+    best = min((name for name in samples if not operator_race.is_ours(name)),
+               key=lambda name: spread(samples[name]).median)  # fmt: skip
+    terms = {
+        "operator": case.name,
+        "direction": direction,
+        "arch": arch.label,
+        "batch": run.batch,
+        "dtype": next(name for name, dtype in tables.DTYPES.items() if dtype == run.dtype),
+        "calls": case.forward_calls(arch),
+        "ours": best if ours == "eager" else ours,
+        "best": best,
+        "sets": len(sets),
+    }
+    rows = [terms | row for row in measured(run, sets[0], backward, samples, best, prepared)]
+    run.rows += rows
+    mine = next(row for row in rows if row["contender"] == terms["ours"])
+    benchmark.extra_info.update(mine)
+    CLOCK.waiting = [a / b for a, b in zip(samples[terms["ours"]], samples[best], strict=True)]
+    benchmark.pedantic(CLOCK.advance, rounds=len(CLOCK.waiting))
+
+
+def contenders(
+    run: Run, arch: deit.Config, case: Case, backward: bool
+) -> tuple[list[Any], dict[str, operator_race.Function], str]:
+    """Sets of inputs past the cache, who runs them, and which of those is ours.
+
+    Skips the case where nothing of ours runs and the network's own time does not need it.
+    """
+    build = lambda seed: case.build(arch, run.batch, run.dtype, run.device, seed)
+    first = build(1)
+    wanted = operator_race.OURS if run.impl == "auto" else (run.impl,)
+    functions = operator_race.contenders(first, backward, wanted, compiled=run.compiled)
+    if run.impl == "auto":
+        leaves = {n: first.inputs[n].clone().requires_grad_() for n in first.gradients}
+        given = first.inputs | leaves if backward else first.inputs
+        ours = explain(case.operator, **given, **first.options).chosen
+        ours = "eager" if ours == "reference" else ours
+    else:
+        ours = run.impl if run.impl in functions else "eager"
+    if ours == "eager" and not case.forward_calls(arch):
+        pytest.skip(f"{case.operator}: nothing but PyTorch runs here")
+    size = calls.traffic(first, [], backward)
+    count = operator_race.copies(size, operator_race.cache_bytes(run.device))
+    return [first, *(build(2 + i) for i in range(count - 1))], functions, ours
+
+
+def agree(prepared: Mapping[str, Prepared], dtype: torch.dtype) -> None:
+    """Nobody is timed who computes something else than eager does."""
+    for name, each in prepared.items():
+        for found, expected in zip(each.results, prepared["eager"].results, strict=True):
+            error = checks.distance(found, expected)
+            if not error <= ALLOWED[dtype]:
+                raise checks.WrongOutputs(f"{name} is off by {error:.1e} (relative) from eager")
+
+
+def measured(
+    run: Run,
+    call: Any,
+    backward: bool,
+    samples: Mapping[str, Sequence[float]],
+    best: str,
+    prepared: Mapping[str, Prepared],
+) -> list[dict[str, Any]]:
+    """Each contender's time, the arithmetic and the bytes it stands for, and its ratio."""
+    made = operator_race.outputs(calls.function(call, "reference")(call.inputs))
+    flops, traffic = operator_cases.flops(call, backward), calls.traffic(call, made, backward)
+    floor = run.measured_ceilings().seconds(traffic, flops)
+    rows = []
+    for name, taken in samples.items():
+        middle, ratio = spread(taken), compare(taken, samples[best])
+        rows.append({
+            "contender": name, "timed": prepared[name].how, "n": middle.n,
+            "seconds": middle.median, "low": middle.low, "high": middle.high,
+            "bytes": traffic, "flops": flops, "share": floor / middle.median,
+            "ratio": ratio.ratio, "ratio_low": ratio.low, "ratio_high": ratio.high,
+        })  # fmt: skip
+    return rows
