@@ -112,7 +112,7 @@ def served(x: Tensor, qkv_weight: Tensor) -> bool:
     kernels = dispatch.measured("vit_block", x.device.type, x.device.index)
     if kernels != ("cpu",):
         return bool(kernels)
-    products = dispatch.autocast_dtype("cpu") or qkv_weight.dtype
+    products = dispatch.autocast_dtype(x) or qkv_weight.dtype
     return (
         x.dtype == products
         and x.dtype in dispatch.KERNEL_DTYPES

@@ -100,7 +100,7 @@ def test_key_bias_is_taken_from_strides_alone():
 def test_register_refuses(monkeypatch):
     with pytest.raises(ValueError, match="impl: expected 'auto' or one of"):
         register_hf(impl="tpu")
-    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    monkeypatch.setattr("transformers.__version__", "4.57.1")  # the module of that name today
     with pytest.raises(ImportError, match=r"version 5 or later; got 4\.57\.1"):
         register_hf()
 

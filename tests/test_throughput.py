@@ -84,7 +84,7 @@ def test_rows_say_what_ran(finished: tuple[str, str, list[dict]]) -> None:
     rows = finished[2]
     assert [row["contender"] for row in rows] == ["fused", "eager"]
     fused, eager = rows
-    assert {"attention", "gelu_mlp"} <= set(fused["operators"])
+    assert {"vit_block", "gelu_mlp"} <= set(fused["operators"])  # the last block runs by parts
     assert fused["kernels_sha256"] == evidence.kernels_sha256()
     assert eager["operators"] is None
     assert eager["kernels_sha256"] is None
@@ -281,7 +281,7 @@ def test_operators_are_watched_as_they_run(train: bool) -> None:
     made = contenders.fused(base, "auto", train=train)
     step = contenders.make_step(made, torch.float32, train=train)
     seen = contenders.operators_in(lambda: step(images))
-    assert {"attention", "gelu_mlp"} <= set(seen)
+    assert {"attention" if train else "vit_block", "gelu_mlp"} <= set(seen)
     assert set(" ".join(seen.values()).split()) <= {*dispatch.IMPLEMENTATIONS, "and"}
     assert contenders.operators_in(lambda: None) == {}  # the watch was called off
 
