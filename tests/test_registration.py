@@ -84,6 +84,13 @@ def test_any_memory_layout_gives_the_same_values(name, layout):
     draws = [prepared(name, lambda tensor: arranged(drawn(tensor))) for _ in range(8)]
     tensors = [a for draw in draws for a in draw if isinstance(a, torch.Tensor)]
     before = [a.clone() for a in tensors]
+    if name == "vit_block":  # six operators in a row, each held to the rule by itself
+        for draw in draws:
+            packed = (a.contiguous() if isinstance(a, torch.Tensor) else a for a in draw)
+            want = ops.COMPILED["cpu"][name](*packed)
+            assert all(map(torch.equal, ops.COMPILED["cpu"][name](*draw), want))
+        assert all(map(torch.equal, tensors, before))
+        return
 
     def of_packed(*arguments):  # PyTorch's own attention misreads an overlapping mask
         return getattr(reference, name)(
