@@ -218,12 +218,10 @@ def _check_stream(
 
 
 def _limits(
-    implementation: str, x: Tensor, _: Tensor | None, *weights_and_numbers: object
+    implementation: str, x: Tensor, _: Tensor | None, *weights_and_numbers: Any
 ) -> list[str]:
     qkv_weight, num_heads = weights_and_numbers[2], weights_and_numbers[15]
     proj_weight, w1, w2 = (weights_and_numbers[i] for i in (4, 9, 11))
-    assert isinstance(qkv_weight, Tensor)
-    assert isinstance(num_heads, int)
     found = dispatch.product_limits(implementation, qkv_weight, proj_weight, w1, w2)
     if implementation == "cpu":
         if x.numel() == 0:
