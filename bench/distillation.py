@@ -26,6 +26,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import devices
+import evidence
 import torch
 import tyro
 
@@ -262,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         row = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": f"python bench/distillation.py {' '.join(given)}".rstrip(),
+            "command": evidence.command_line(given, "distillation.py"),
             **devices.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
             "student": " ".join(STUDENT),
             "images": options.images,
