@@ -73,7 +73,7 @@ def accuracy(rows: Sequence[Row], terms: str) -> Picture:
     caption = (
         f"Accuracies are quoted ({paper_table.SOURCE}; of several recipes the first), speeds "
         "measured. Filled: fused, and convnets at their fastest; open: the same DeiT at its "
-        "fastest in PyTorch."
+        "fastest by any other runtime, none in 8 bits."
     )
     draw = functools.partial(_accuracy, rows, terms)
     return Picture("accuracy", f"Accuracy (quoted) against images/s: {terms}", caption, draw)
@@ -127,12 +127,14 @@ class Versus:
 
 
 def comparisons(rows: Sequence[Row]) -> list[Versus]:
-    """Every fused row beside the others of its network and run."""
+    """Every fused row beside the others of its network and run: 8 bits beside 8 bits alone."""
     run = lambda row: tuple(row[k] for k in ("network", "date", "command", "protocol", "mode"))
     found = []
-    for fused in rows:
-        for other in rows if fused["contender"] == "fused" else ():
-            if other is not fused and run(other) == run(fused):
+    ours = {"fused": False, "fused int8": True}
+    for fused in (row for row in rows if row["contender"] in ours):
+        for other in (row for row in rows if row["contender"] not in ours):
+            alike = ("int8" in other["contender"]) == ours[fused["contender"]]
+            if alike and run(other) == run(fused):
                 mine, theirs = ([s / r["batch"] for s in r["seconds"]] for r in (fused, other))
                 if len(mine) == len(theirs):
                     found.append(Versus(fused, other, timing.compare(mine, theirs)))
