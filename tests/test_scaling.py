@@ -6,7 +6,6 @@ import json
 import sys
 import time
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,7 @@ QUICK = ["--arch", TINY, "--bs", "2", "--budget", "0", "--seconds", "0.2", "--th
 FEW = {"arch": TINY, "bs": 2, "budget": 0.0, "seconds": 0.2, "device": "cpu"}
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")  # --threads sets the whole process's
 
 
 # Sweeps -----------------------------------------------------------------------------------------

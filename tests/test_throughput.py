@@ -7,7 +7,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,12 +41,7 @@ QUICK = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """--threads sets the whole process's."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")  # --threads sets the whole process's
 
 
 # The whole command ------------------------------------------------------------------------------

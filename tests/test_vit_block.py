@@ -15,24 +15,6 @@ B, N, D, M, HEADS = 2, 5, 64, 96, 2
 X = torch.randn(B, N, D, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "portable"])
-def isa(request):
-    """Each instruction set that runs here; bf16 products, too, whatever `auto` would say."""
-    try:
-        native.select_cpu_isa(request.param)
-    except (RuntimeError, ValueError) as reason:
-        pytest.skip(str(reason))
-    yield request.param
-    native.select_cpu_isa(None)
-
-
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def tensors(dtype=torch.float32):
     """The public function's tensors by name."""
     generator = torch.Generator().manual_seed(1)
@@ -157,7 +139,7 @@ def by_operators(x, given, heads, scale=None, eps=1e-6):
     [(torch.float32, 64, 96, 2), (torch.float32, 200, 390, 5), (torch.bfloat16, 104, 790, 2)],
 )
 def test_the_cpu_kernel_gives_the_operators_bits_at_any_number_of_threads(
-    isa, set_threads, images, dtype, dim, hidden, heads
+    isa, threads, images, dtype, dim, hidden, heads
 ):
     generator = torch.Generator().manual_seed(images)
     draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)
@@ -180,8 +162,8 @@ def test_the_cpu_kernel_gives_the_operators_bits_at_any_number_of_threads(
         given["key_bias"] = draw(images, 11)
     x = draw(11, images, dim).transpose(0, 1)  # not contiguous
     want = by_operators(x, given, heads)
-    for threads in (1, 2, 8):
-        set_threads(threads)
+    for number in (1, 2, 8):
+        threads(number)
         y, row_stats = vit_block(x, **given, num_heads=heads, impl="cpu")
         assert torch.equal(y, want)
         torch.testing.assert_close(row_stats, reference.row_stats(y))
