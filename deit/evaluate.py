@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,14 +118,10 @@ def evaluate(
 
 def run(command: Eval) -> int:
     """`deit eval`: prints the scores; returns 0."""
-    from deit import checkpoint, networks
+    from deit import networks
     from deit.data.augment import evaluation_transform
 
-    about: dict[str, Any] = {}
-    if networks.weights_of(command.weights) is not None:
-        model, about = networks.restore(command.weights, command.img_size)
-    else:
-        model = checkpoint.load(command.weights, img_size=command.img_size)
+    model, about = networks.opened(command.weights, command.img_size)
     source = open_source(command.data, "val", limit=command.limit)
     size = command.img_size or (
         model.config.img_size if isinstance(model, DeiT) else about["network"]["img_size"]

@@ -37,14 +37,29 @@ Input: RGB in [0, 1], resized bicubically to a short side of {short} pixels, cen
 then (x - mean) / std with mean {mean} and std {std}.
 
 {training}
-Load it with `deit.load("{file}")`, or name it to `deit predict --weights` and `deit eval`.
+Classes: {names}.
+
+Load it with `deit.load("{file}")`, or name it to `deit predict --weights` and `deit eval`, which
+prepare images in this way.
 """
 
 
 def to_safetensors(model: DeiT, about: dict[str, Any], out: Path) -> None:
-    """Weights with their Config, and a model card beside them (README.md)."""
-    checkpoint.save(model, out)
+    """Weights with their Config and what is known of their images, and a model card (README.md).
+
+    Raises ValueError where a README.md that is no card of ours would be overwritten.
+    """
+    readme = out.with_name("README.md")
+    begins = _CARD.partition("\n#")[0]
+    if readme.exists() and not readme.read_text(errors="replace").startswith(begins):
+        raise ValueError(
+            f"out: the model card would overwrite {readme}, which is none; name a folder for it"
+        )
+    known = {name: about[name] for name in ("classes", "mean", "std") if name in about}
     size, options = model.config.img_size, about.get("options")
+    if options:
+        known["options"] = {name: options[name] for name in ("data", "recipe")}
+    checkpoint.save(model, out, known)
     training = ""
     if options:
         lines = ", ".join(f"{name} {value}" for name, value in options["recipe"].items())
@@ -58,9 +73,10 @@ def to_safetensors(model: DeiT, about: dict[str, Any], out: Path) -> None:
         mean=about.get("mean", "ImageNet's"),
         std=about.get("std", "ImageNet's"),
         training=training,
+        names=", ".join(about.get("classes", ())) or "ImageNet's, if a thousand; else not known",
         file=out.name,
     )
-    out.with_name("README.md").write_text(card)
+    readme.write_text(card)
 
 
 def to_program(model: nn.Module, images: Tensor, out: Path) -> Callable[[Tensor], Tensor]:
@@ -122,11 +138,7 @@ def run(command: Export) -> int:
 
     Raises ValueError where they differ by more than TOLERANCE.
     """
-    about: dict[str, Any] = {}
-    if networks.weights_of(command.weights) is not None:
-        model, about = networks.restore(command.weights)
-    else:
-        model = checkpoint.load(command.weights)
+    model, about = networks.opened(command.weights)
     if not isinstance(model, DeiT):
         raise ValueError(f"weights: expected a DeiT; got a {type(model).__name__}")
     size = model.config.img_size

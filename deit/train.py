@@ -195,6 +195,7 @@ class Trainer:
         draws = [list(draw) for batch in parts for draw in batch.draws]
         path = self.folder.root / f"not-finite-{self.update:08d}-rank{self.world.rank}.json"
         facts = {"update": self.update, "loss": str(value), "images": names, "draws": draws}
+        path.parent.mkdir(parents=True, exist_ok=True)  # another node may not have the folder
         write_atomically(path, json.dumps(facts, indent=1))
         message = f"loss: {value} at update {self.update}; its images are named in {path}"
         if self.options.on_nan == "stop":

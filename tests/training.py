@@ -99,6 +99,7 @@ def main() -> None:
     from deit import evaluate, train
 
     data, out, *pairs = sys.argv[1:]
+    out = out.replace("RANK", os.environ.get("RANK", "0"))  # a folder of each process's own
     changes: dict[str, Any] = {}
     for key, value in (pair.split("=") for pair in pairs):
         changes[key] = int(value) if value.isdigit() else value
