@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 class Trackers:
     """Passes the numbers of a log entry on, by their update."""
 
-    def __init__(self, names: Sequence[str], out: Path) -> None:
-        """`names`: of "tensorboard", "wandb", "mlflow".
+    def __init__(self, names: Sequence[str], out: Path, update: int = 0) -> None:
+        """`names`: of "tensorboard", "wandb", "mlflow". `update`: that the run goes on after.
 
-        Raises ValueError for another name, or a package that is not installed.
+        A run that goes on is the same one there, too. Raises ValueError for another name, or a
+        package that is not installed.
         """
         known = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
         self.sinks: list[Callable[[dict[str, float], int], None]] = []
@@ -21,9 +23,11 @@ class Trackers:
             if name not in known:
                 raise ValueError(f"track: expected one of {', '.join(known)}; got {name!r}")
             try:
-                self.sinks.append(known[name](out))
+                self.sinks.append(known[name](out, update))
             except ImportError as error:
-                raise ValueError(f"track: {name} needs its package: {error}") from None
+                raise ValueError(
+                    f"track: {name} needs its package (pip install {name}): {error}"
+                ) from None
 
     def add(self, entry: dict[str, Any]) -> None:
         """Nested names are joined: model/top1/class."""
@@ -41,10 +45,11 @@ def _numbers(entry: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
             yield prefix + name, float(value)
 
 
-def _tensorboard(out: Path) -> Callable[[dict[str, float], int], None]:
+def _tensorboard(out: Path, update: int) -> Callable[[dict[str, float], int], None]:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(out / "tensorboard"))
+    # What a killed run wrote of later updates is not shown.
+    writer = SummaryWriter(str(out / "tensorboard"), purge_step=update + 1 if update else None)
 
     def add(numbers: dict[str, float], update: int) -> None:
         for name, value in numbers.items():
@@ -54,15 +59,19 @@ def _tensorboard(out: Path) -> Callable[[dict[str, float], int], None]:
     return add
 
 
-def _wandb(out: Path) -> Callable[[dict[str, float], int], None]:
+def _wandb(out: Path, update: int) -> Callable[[dict[str, float], int], None]:
     import wandb
 
-    run = wandb.init(project="fused-deit", name=out.name, dir=str(out))
+    own = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+    run = wandb.init(project="fused-deit", name=out.name, dir=str(out), id=own, resume="allow")
     return lambda numbers, update: run.log(numbers, step=update)
 
 
-def _mlflow(out: Path) -> Callable[[dict[str, float], int], None]:
+def _mlflow(out: Path, update: int) -> Callable[[dict[str, float], int], None]:
     import mlflow
 
-    mlflow.start_run(run_name=out.name)
+    kept = out / "mlflow-run.txt"
+    before = kept.read_text().strip() if update and kept.exists() else None
+    run = mlflow.start_run(run_id=before, run_name=out.name)
+    kept.write_text(run.info.run_id + "\n")
     return lambda numbers, update: mlflow.log_metrics(numbers, step=update)

@@ -93,7 +93,7 @@ class Trainer:
         self.optimizer = assemble.optimizer(scale.plain(self.network), self.recipe, world.device)
         self.schedule = assemble.schedule(self.optimizer, self.recipe, self.plan.updates)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=options.dtype == "fp16")
-        self.trackers = Trackers(options.track if world.first else (), options.out)
+        self.trackers = Trackers((), options.out)
         self.update, self.total = 0, self.recipe.epochs * self.plan.updates
         self.scored = 0
         self.scores: dict[str, Any] = {}
@@ -241,6 +241,8 @@ class Trainer:
             keeping.describe(self)
         self.world.wait()
         keeping.resume(self)
+        if self.world.first:
+            self.trackers = Trackers(self.options.track, self.options.out, self.update)
         options, plan = self.options, self.plan
         self.watch.say(
             f"{options.arch}, {self.size:,} parameters; {len(self.source):,} images of "
@@ -272,7 +274,8 @@ class Trainer:
         left = (self.total - self.update) * row.pop("seconds_an_update")
         self.watch.update(
             f"epoch {self.update / self.plan.updates:.2f} of {self.recipe.epochs}, update "
-            f"{self.update}: loss {row['loss']:.4f}, lr {lr:.2e}, {row['images_per_s']:.0f} "
+            f"{self.update}: loss {row['loss']:.4f}{scoring.latest(self)}, lr {lr:.2e}, "
+            f"{row['images_per_s']:.0f} "
             f"images/s (loader {row['loader_images_per_s']:.0f}, waited for "
             f"{row['waited_percent']:.0f} %), about {human(left)} left"
         )

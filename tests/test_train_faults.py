@@ -10,7 +10,7 @@ import pytest
 import small_disk
 import torch
 import training
-from training import PROGRAM, losses, same
+from training import PROGRAM, losses, same, signalled
 
 from deit.data.loader import WorkerDied
 from deit.data.sources import Folder
@@ -23,21 +23,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_a_killed_run_goes_on_to_the_same_weights(number, whole, data, tmp_path):
     out = tmp_path / "run"
     command = [*PROGRAM, str(data), str(out)]
-    running = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"DELAY": "0.3"},
-    )
-    for line in running.stdout:
-        if "update 4 " in line:
-            running.send_signal(number)
-            break
-    _, errors = running.communicate(timeout=120)
+    status, _, errors = signalled(command, number, at="update 4 ", DELAY="0.3")
     if number == signal.SIGTERM:
-        assert running.returncode == 0, errors
+        assert status == 0, errors
         assert "stopped by a signal after update" in errors
+    else:
+        assert status == -signal.SIGKILL
     assert not (out / "model.safetensors").exists()
     again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     # SIGTERM saved where it stopped, SIGKILL falls back to the end of the epoch.
@@ -117,19 +108,8 @@ def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes(whole, tmp_path
     many = training.images(tmp_path / "data", val=32)  # 6 batches, of the network and its average
     out = tmp_path / "run"
     command = [*PROGRAM, str(many), str(out)]
-    running = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"EVALUATION": "0.5"},
-    )
-    for line in running.stdout:
-        if line.startswith("evaluating"):
-            running.send_signal(signal.SIGTERM)
-            break
-    after, errors = running.communicate(timeout=120)
-    assert running.returncode == 0, errors
+    status, after, errors = signalled(command, signal.SIGTERM, at="^evaluating", EVALUATION="0.5")
+    assert status == 0, errors
     assert "stopped by a signal after update 3" in errors
     assert after.count("evaluating") < 11
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["00000003"]

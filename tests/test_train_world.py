@@ -2,14 +2,13 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 
 import pytest
 import torch
 import training
-from training import PROGRAM, TORCHRUN, losses, same
+from training import PROGRAM, TORCHRUN, losses, same, signalled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,21 +96,23 @@ def test_a_signal_to_one_process_ends_the_evaluation_of_both(tmp_path):
     many = training.images(tmp_path / "data", val=32)  # 6 batches of each process
     out = tmp_path / "run"
     command = [*TORCHRUN, PROGRAM[1], str(many), str(out), "recipe_epochs=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "EVALUATION": "1"}
-    running = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    status, after, errors = signalled(
+        command,
+        signal.SIGTERM,
+        at=r"^evaluating in process (\d+)",
+        EVALUATION="1",
+        OMP_NUM_THREADS="1",
     )
-    for line in running.stdout:
-        if found := re.match(r"evaluating in process (\d+)", line):
-            os.kill(int(found[1]), signal.SIGTERM)
-            break
-    after, errors = running.communicate(timeout=300)
-    assert running.returncode == 0, errors[-3000:]
+    assert status == 0, errors[-3000:]
     assert "stopped by a signal after update 3" in errors
     assert after.count("evaluating") < 12  # of 24: two processes, the network and its average
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["00000003"]
     again = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=environment | {"EVALUATION": "0"}
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert again.returncode == 0, again.stderr[-3000:]
     assert min(losses(again.stdout)) == 3

@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -89,6 +90,28 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[
 def losses(text: str) -> dict[int, float]:
     """Update -> loss, from what `main` prints."""
     return {int(u): float(x) for u, x in re.findall(r"update (\d+) loss (\S+)", text)}
+
+
+def signalled(command: list[str], number: int, at: str, **environment: str) -> tuple[int, str, str]:
+    """Run a command that gets a signal at the first line it prints in which `at` is found.
+
+    A group in `at` is the process it goes to. Returns the exit status, what was printed after that
+    line, and stderr.
+    """
+    running = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+    )
+    assert running.stdout is not None
+    for line in running.stdout:
+        if found := re.search(at, line):
+            os.kill(int(found[1]) if found.lastindex else running.pid, number)
+            break
+    after, errors = running.communicate(timeout=300)
+    return running.returncode, after, errors
 
 
 def main() -> None:
