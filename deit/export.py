@@ -3,7 +3,8 @@
 safetensors   the weights and a model card
 torch         torch.export's program (.pt2), of PyTorch's own operators
 onnx          plain operators, with the package onnxscript
-aoti          AOTInductor's compiled package (.pt2), with the fused operators inside
+aoti          AOTInductor's compiled package (.pt2), which calls the fused operators: run it by
+              deit.export.load_package
 """
 
 from __future__ import annotations
@@ -108,9 +109,9 @@ def to_onnx(model: nn.Module, images: Tensor, out: Path) -> Callable[[Tensor], T
 
 
 def to_aoti(model: nn.Module, images: Tensor, out: Path) -> Callable[[Tensor], Tensor]:
-    """The fused network compiled by AOTInductor for this kind of device; returns the loaded one.
+    """The fused network compiled by AOTInductor for this kind of processor; returns the loaded one.
 
-    The package calls the fused operators by name: a program that loads it imports deit.kernels.
+    The package calls the fused operators by name: another program loads it by `load_package`.
     """
     from deit.fused_vit import fuse
 
@@ -118,7 +119,19 @@ def to_aoti(model: nn.Module, images: Tensor, out: Path) -> Callable[[Tensor], T
     fuse(fused)
     program = _program(fused, images)
     torch._inductor.aoti_compile_and_package(program, package_path=str(out))
-    return torch._inductor.aoti_load_package(str(out))
+    return load_package(out)
+
+
+def load_package(path: str | Path) -> Callable[[Tensor], Tensor]:
+    """A package of `to_aoti`, ready to run, with the library of the operators that it calls.
+
+    Images [B, C, H, W], fp32 on the CPU -> logits [B, classes]. Raises RuntimeError for a file
+    that is none; where the C++ library is not built here, the first call does.
+    """
+    from deit.kernels import native
+
+    native.why_not("cpu")  # loads the library, without which the operators' names mean nothing
+    return torch._inductor.aoti_load_package(str(path))
 
 
 def _program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+# Takes an update's numbers by name; ends.
+Sink = tuple[Callable[[dict[str, float], int], None], Callable[[], object]]
+
 
 class Trackers:
     """Passes the numbers of a log entry on, by their update."""
@@ -18,7 +21,7 @@ class Trackers:
         package that is not installed.
         """
         known = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
-        self.sinks: list[Callable[[dict[str, float], int], None]] = []
+        self.sinks: list[Sink] = []
         for name in names:
             if name not in known:
                 raise ValueError(f"track: expected one of {', '.join(known)}; got {name!r}")
@@ -33,8 +36,13 @@ class Trackers:
         """Nested names are joined: model/top1/class."""
         numbers = dict(_numbers(entry, ""))
         update = int(numbers.pop("update", 0))
-        for sink in self.sinks:
-            sink(numbers, update)
+        for add, _ in self.sinks:
+            add(numbers, update)
+
+    def close(self) -> None:
+        """Hand over what is still held back; the run ends there, too."""
+        for _, end in self.sinks:
+            end()
 
 
 def _numbers(entry: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
@@ -45,7 +53,7 @@ def _numbers(entry: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
             yield prefix + name, float(value)
 
 
-def _tensorboard(out: Path, update: int) -> Callable[[dict[str, float], int], None]:
+def _tensorboard(out: Path, update: int) -> Sink:
     from torch.utils.tensorboard import SummaryWriter
 
     # What a killed run wrote of later updates is not shown.
@@ -56,22 +64,22 @@ def _tensorboard(out: Path, update: int) -> Callable[[dict[str, float], int], No
             writer.add_scalar(name, value, update)
         writer.flush()
 
-    return add
+    return add, writer.close
 
 
-def _wandb(out: Path, update: int) -> Callable[[dict[str, float], int], None]:
+def _wandb(out: Path, update: int) -> Sink:
     import wandb
 
     own = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
     run = wandb.init(project="fused-deit", name=out.name, dir=str(out), id=own, resume="allow")
-    return lambda numbers, update: run.log(numbers, step=update)
+    return lambda numbers, update: run.log(numbers, step=update), run.finish
 
 
-def _mlflow(out: Path, update: int) -> Callable[[dict[str, float], int], None]:
+def _mlflow(out: Path, update: int) -> Sink:
     import mlflow
 
     kept = out / "mlflow-run.txt"
     before = kept.read_text().strip() if update and kept.exists() else None
     run = mlflow.start_run(run_id=before, run_name=out.name)
     kept.write_text(run.info.run_id + "\n")
-    return lambda numbers, update: mlflow.log_metrics(numbers, step=update)
+    return lambda numbers, update: mlflow.log_metrics(numbers, step=update), mlflow.end_run

@@ -51,11 +51,14 @@ def train(options: Options) -> dict[str, Any]:
         cannot be written.
     """
     with scale.join(options.device) as world:
-        watch = Watch(world.first)
+        watch, trainer = Watch(world.first), None
         try:
-            return Trainer(options, world, watch).run()
+            trainer = Trainer(options, world, watch)
+            return trainer.run()
         finally:
             watch.close()
+            if trainer is not None:
+                trainer.trackers.close()
 
 
 class Trainer:
