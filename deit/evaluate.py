@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deit import devices
 from deit.commands import Eval
-from deit.data.loader import Batch, Loader, in_order
+from deit.data.loader import Batch, Loader, in_order, naming_lost_workers
 from deit.data.sources import open_source
 from deit.distill import check_classes
 from deit.model import DeiT, combine_heads
@@ -140,7 +140,8 @@ def run(command: Eval) -> int:
         workers=command.workers,
         device=device,
     )
-    scores = evaluate(model, loader, precision=lambda: devices.autocast(device, command.dtype))
+    with naming_lost_workers():
+        scores = evaluate(model, loader, precision=lambda: devices.autocast(device, command.dtype))
     assert scores is not None  # only a stop makes it None
     text = f"{scores.text()} of {scores.images:,} images right, {scores.images_per_s:.0f} images/s"
     if scores.unreadable:

@@ -56,7 +56,9 @@ def to_safetensors(model: DeiT, about: dict[str, Any], out: Path) -> None:
         raise ValueError(
             f"out: the model card would overwrite {readme}, which is none; name a folder for it"
         )
-    known = {name: about[name] for name in ("classes", "mean", "std") if name in about}
+    known: dict[str, Any] = {
+        name: about[name] for name in ("classes", "mean", "std") if name in about
+    }
     size, options = model.config.img_size, about.get("options")
     if options:
         known["options"] = {name: options[name] for name in ("data", "recipe")}

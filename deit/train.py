@@ -20,7 +20,7 @@ from torch import nn
 
 from deit import assemble, devices, keeping, networks, scale, scoring
 from deit.data.augment import mix, training_transform
-from deit.data.loader import Batch, Loader
+from deit.data.loader import Batch, Loader, naming_lost_workers
 from deit.data.sampling import Batches, Plan, stream
 from deit.data.sources import Source, open_source
 from deit.distill import Objective
@@ -48,9 +48,9 @@ def train(options: Options) -> dict[str, Any]:
 
     Raises:
         ValueError: bad options or data; NotFinite; TooManyUnreadable. OSError: the folder
-        cannot be written.
+        cannot be written; WorkerDied.
     """
-    with scale.join(options.device) as world:
+    with scale.join(options.device) as world, naming_lost_workers():
         watch, trainer = Watch(world.first), None
         try:
             trainer = Trainer(options, world, watch)

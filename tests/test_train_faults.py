@@ -1,9 +1,11 @@
 """Interrupted runs: signals, full disks, broken files, NaN, lost workers."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,26 @@ def test_a_killed_worker_ends_the_run_with_a_message(data, tmp_path, monkeypatch
     monkeypatch.setattr(Folder, "read", killed)
     with pytest.raises(WorkerDied, match=r"workers: DataLoader worker .*(killed|exited)"):
         train(training.options(data, tmp_path, workers=1, recipe_repeats=1))
+
+
+def test_a_worker_killed_while_the_network_computes_is_named_too(data, tmp_path, monkeypatch):
+    read, reads = Folder.read, itertools.count()
+
+    def killed(self, index):
+        if torch.utils.data.get_worker_info() is not None and next(reads) == 16:
+            time.sleep(1.0)  # the first batch is on its way
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, index)
+
+    def slow(self, batch):
+        time.sleep(60)  # the death of a child ends it
+        pytest.fail("the network's step ended before the worker did")
+
+    monkeypatch.setattr(Folder, "read", killed)
+    monkeypatch.setattr(Trainer, "_loss", slow)
+    with pytest.raises(WorkerDied, match=r"workers: DataLoader worker .*(killed|exited)"):
+        train(training.options(data, tmp_path, workers=1, recipe_repeats=1))
+    subprocess.run(["true"], check=True)  # another child's end: torch has forgotten the worker
 
 
 def test_another_network_does_not_take_up_a_run(whole, data):
