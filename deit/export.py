@@ -159,6 +159,7 @@ def run(command: Export) -> int:
     size = model.config.img_size
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3, model.config.in_chans, size, size, generator=generator)
+    command.out.parent.mkdir(parents=True, exist_ok=True)
     exported: Any
     if command.format == "safetensors":
         to_safetensors(model, about, command.out)

@@ -115,7 +115,6 @@ def test_an_exported_run_keeps_how_its_images_are_prepared(tmp_path):
         json.dumps(about | {"network": {"arch": "small", "img_size": 32}, "versions": {}})
     )
     exported = tmp_path / "boots" / "boots.safetensors"
-    exported.parent.mkdir()
     assert main(["export", str(run), "--out", str(exported)]) == 0
     assert main(["export", str(run), "--out", str(exported)]) == 0  # a card of ours is replaced
     assert "Classes: boot, bag." in (exported.parent / "README.md").read_text()

@@ -37,6 +37,16 @@ def test_a_run_reports_and_keeps_what_it_did(whole):
     assert about["options"]["recipe"]["mixup"] == 0.8
 
 
+def test_the_average_is_evaluated_by_its_own_weights(whole, data, capsys):
+    last = [json.loads(line) for line in (whole[0] / "log.jsonl").read_text().splitlines()][-1]
+    for name in ("model", "average"):
+        weights = str(whole[0] / f"{name}.safetensors")
+        assert main(["eval", weights, "--data", str(data), "--json", "--workers", "0"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["loss"] == pytest.approx(last[name]["loss"], rel=1e-5)
+    assert last["average"]["loss"] != pytest.approx(last["model"]["loss"], rel=1e-3)
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(whole, data, tmp_path):
     train(training.options(data, tmp_path / "a", workers=2))
     assert same(training.weights(whole[0]), training.weights(tmp_path / "a")) == []

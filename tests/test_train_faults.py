@@ -73,6 +73,10 @@ def test_a_nan_loss_may_be_skipped_by_name(data, tmp_path, monkeypatch):
     poisoned(monkeypatch, at=4)
     result = train(training.options(data, tmp_path, on_nan="skip"))
     assert result["finished"]
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [e["update"] for e in entries if "skipped" in e] == [4]
+    facts = json.loads((tmp_path / "not-finite-00000004-rank0.json").read_text())
+    assert len(facts["images"]) == 16
     assert all(w.isfinite().all() for w in training.weights(tmp_path).values())
 
 
