@@ -7,6 +7,8 @@ hard distillation, and with the distillation token, some seeds each: the same im
 recipe. Then each seed's plain and token-distilled student is fine-tuned at a higher resolution,
 the teacher brought there by FixRes. Every run is a `deit train` of its own that goes on where it
 was stopped, so this program does, too. About two hours on two cores by default.
+
+The result's picture: python bench/report.py --pictures docs --named distillation
 """
 
 from __future__ import annotations
@@ -262,6 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = summarise(options)
     if options.json:
         row = {
+            "kind": "distillation",
+            "title": "Distillation on Fashion-MNIST",
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": evidence.command_line(given, "distillation.py"),
             **devices.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu")),

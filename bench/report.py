@@ -19,7 +19,7 @@ from typing import Any
 import evidence
 import paper_table
 import tyro
-from page import html, listings, pictures
+from page import distillation, html, listings, pictures
 from page.pictures import Picture
 
 Row = dict[str, Any]
@@ -104,6 +104,7 @@ def drawn(found: Found) -> list[Picture]:
         if pictures.comparisons(rows):
             made.append(_dated(pictures.speedups(rows, terms), rows, found))
     for document in found.documents.values():
+        made += [_dated(each, [document], found) for each in distillation.drawn(document)]
         if document.get("kind") == "operators":
             shown = [pictures.by_operator(document), pictures.roofline(document)]
             made += [_dated(each, [document], found) for each in shown]

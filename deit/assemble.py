@@ -11,6 +11,7 @@ from torch import nn
 from deit import checkpoint, networks
 from deit.data.sources import Source
 from deit.distill import Teacher, check_classes, statistics
+from deit.images import IMAGENET_MEAN, IMAGENET_STD
 from deit.model import DeiT
 from deit.options import Options
 from deit.recipes import Recipe
@@ -32,9 +33,9 @@ def network(options: Options, classes: int) -> nn.Module:
             layer_scale=recipe.layer_scale,
             shape=options.shape,
         )
-    source: Any = networks.weights_of(Path(options.weights)) or options.weights
     if options.arch.startswith(networks.TIMM):
-        return networks.restore(Path(options.weights), options.img_size)[0]
+        return _timm(options.weights, options, classes)
+    source: Any = networks.weights_of(Path(options.weights)) or options.weights
     own = checkpoint.load(source, drop_path=recipe.drop_path)
     return checkpoint.load(
         source,
@@ -47,6 +48,20 @@ def network(options: Options, classes: int) -> nn.Module:
     )
 
 
+def _timm(weights: str, options: Options, classes: int) -> nn.Module:
+    """timm's network from a run or from "timm:NAME[=FILE]", with a fresh head for other classes."""
+    name, drop_path = weights.partition("=")[0], options.recipe.drop_path
+    if not name.startswith(networks.TIMM):
+        model: Any = networks.restore(Path(weights), options.img_size, drop_path=drop_path)[0]
+    elif name == options.arch:
+        model = networks.pretrained(weights, options.img_size, drop_path)
+    else:
+        raise ValueError(f"weights: expected those of arch {options.arch}; got {weights}")
+    if model.num_classes != classes:
+        model.reset_classifier(classes)
+    return model
+
+
 def average(model: nn.Module, recipe: Recipe) -> Any:
     """timm's exponential moving average of the weights; None where the recipe has none."""
     if recipe.ema is None:
@@ -57,26 +72,22 @@ def average(model: nn.Module, recipe: Recipe) -> Any:
 
 
 def teacher(options: Options, source: Source, device: torch.device) -> Teacher | None:
-    """The teacher that the options name: a run's folder, "timm:NAME", or a DeiT's weights.
+    """The teacher that the options name: a run's folder, "timm:NAME[=FILE]", or a DeiT's weights.
+
+    Its images get its own statistics: a run's, timm's, or ImageNet's where a file names none.
 
     Raises ValueError for one that is not there, or has other classes than the data.
     """
     name = options.teacher
     if name is None:
         return None
-    stats: Any = None
-    if networks.weights_of(Path(name)) is not None:
-        model, about = networks.restore(Path(name))
-        stats = tuple(about["mean"]), tuple(about["std"])
-    elif name.startswith(networks.TIMM):
-        import timm
-
-        model = timm.create_model(name[len(networks.TIMM) :], pretrained=True)
-        stats = statistics(model)
+    if name.startswith(networks.TIMM):
+        model = networks.pretrained(name, options.img_size)
+        mean, std = statistics(model) or (IMAGENET_MEAN, IMAGENET_STD)
     else:
-        model = checkpoint.load(name)
-        stats = None
-    mean, std = stats or (source.mean, source.std)
+        model, about = networks.opened(Path(name))
+        mean = tuple(about.get("mean", IMAGENET_MEAN))
+        std = tuple(about.get("std", IMAGENET_STD))
     if isinstance(model, DeiT) and model.config.img_size != options.img_size:
         raise ValueError(
             f"teacher: expected one for {options.img_size} pixels; got {model.config.img_size}"

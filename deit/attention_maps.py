@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from deit import checkpoint, networks
+from deit import networks
 from deit.commands import ExplainImage
 from deit.images import IMAGENET_MEAN, IMAGENET_STD, Prepare, load_image
 from deit.model import DeiT
@@ -81,11 +81,7 @@ def picture(photograph: Image.Image, maps: Tensor, heads: bool) -> Image.Image:
 
 def run(command: ExplainImage) -> int:
     """Write the picture; returns 0."""
-    about: dict[str, Any] = {}
-    if networks.weights_of(command.weights) is not None:
-        model, about = networks.restore(command.weights)
-    else:
-        model = checkpoint.load(command.weights)
+    model, about = networks.opened(command.weights)
     if not isinstance(model, DeiT):
         raise ValueError(f"weights: expected a DeiT; got a {type(model).__name__}")
     mean, std = about.get("mean", IMAGENET_MEAN), about.get("std", IMAGENET_STD)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from deit.configs import VARIANTS, Config, config
 from deit.layouts import UNKNOWN, Converted, convert, describe, infer, sample, strip_wrappers
 from deit.model import DeiT
-from deit.readers import METADATA_KEY, Weights, read
+from deit.readers import ABOUT_KEY, METADATA_KEY, Weights, read
 from deit.runs import write_tensors
 
 # The published files, by network (github.com/facebookresearch/deit).
@@ -119,23 +120,32 @@ def load_into(
     return model
 
 
-def save(model: DeiT, path: str | os.PathLike[str]) -> None:
+def save(model: DeiT, path: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> None:
     """Write the weights, and the Config as metadata, to `path`, a .safetensors file.
 
+    `about`: what a run says of its images and recipe (`deit.networks.opened`), kept as metadata.
     Atomic: the file is complete on disk under its name, or not there (or as it was before).
     Raises ValueError for another suffix, TypeError for another kind of model, OSError.
     """
     if not isinstance(model, DeiT):
         raise TypeError(f"model: expected a deit.DeiT; got {type(model).__name__}")
-    save_state(model.state_dict(), model.config, path)
+    save_state(model.state_dict(), model.config, path, about)
 
 
-def save_state(state: Mapping[str, Tensor], config: Config, path: str | os.PathLike[str]) -> None:
+def save_state(
+    state: Mapping[str, Tensor],
+    config: Config,
+    path: str | os.PathLike[str],
+    about: Mapping[str, Any] | None = None,
+) -> None:
     """`save` for the state dict of a DeiT of `config`, such as one gathered from many processes."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path: expected a name ending in .safetensors; got {path.name!r}")
-    write_tensors(state, path, {"format": "pt", METADATA_KEY: json.dumps(asdict(config))})
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(asdict(config))}
+    if about:
+        metadata[ABOUT_KEY] = json.dumps(about)
+    write_tensors(state, path, metadata)
 
 
 def resize_positions(pos_embed: Tensor, grid: int, prefix_tokens: int) -> Tensor:

@@ -53,7 +53,8 @@ class Predict:
     images: Paths
     """Photographs, or folders of them."""
     weights: OptionalPath = None
-    """The trained weights: an official .pth, a .safetensors, or a Hugging Face model folder."""
+    """The trained weights: a run's folder, an official .pth, a .safetensors, or a Hugging Face
+    model folder."""
     arch: OptionalName = None
     """The network, such as deit_b or deit_tiny_distilled_patch16_224; left out: the weights'."""
     img_size: OptionalInt = None
@@ -63,7 +64,7 @@ class Predict:
     topk: int = 5
     """Classes to print for each photograph."""
     classes: OptionalPath = None
-    """A text file with one class name a line, for weights of other classes than ImageNet's."""
+    """A text file with one class name a line; a run's own classes or ImageNet's if left out."""
     device: str = "auto"
     """A torch device; auto is the first GPU, or the CPU where there is none."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -77,7 +77,8 @@ class Train:
     distill: Literal["none", "soft", "hard"] = "none"
     """What is learned from the teacher: nothing, its probabilities, or its choice."""
     teacher: OptionalName = None
-    """A run's folder, timm:NAME (its pretrained weights), or a DeiT's weights."""
+    """A run's folder, timm:NAME (its pretrained weights; timm:NAME=FILE: a file's), or a DeiT's
+    weights."""
     distilled: bool = False
     """With the distillation token, which learns from the teacher through a head of its own."""
     alpha: OptionalFloat = None
@@ -87,7 +88,8 @@ class Train:
     kl_reduction: Literal["batchmean", "numel"] = "batchmean"
     """numel divides the soft loss by the classes too, as the official code does."""
     weights: OptionalName = None
-    """Start from these, not afresh: a run's folder, or any file that `deit predict` takes."""
+    """Start from these, not afresh: a run's folder, timm:NAME[=FILE] (as for the teacher) for that
+    arch, or any file that `deit predict` takes."""
     img_size: int = 224
     """Pixels along a side; position embeddings of `weights` are resized to it."""
     train_only: Literal["all", "classifier"] = "all"

@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deit import devices
 from deit.commands import Eval
-from deit.data.loader import Batch, Loader, in_order
+from deit.data.loader import Batch, Loader, in_order, naming_lost_workers
 from deit.data.sources import open_source
 from deit.distill import check_classes
 from deit.model import DeiT, combine_heads
@@ -119,14 +118,10 @@ def evaluate(
 
 def run(command: Eval) -> int:
     """`deit eval`: prints the scores; returns 0."""
-    from deit import checkpoint, networks
+    from deit import networks
     from deit.data.augment import evaluation_transform
 
-    about: dict[str, Any] = {}
-    if networks.weights_of(command.weights) is not None:
-        model, about = networks.restore(command.weights, command.img_size)
-    else:
-        model = checkpoint.load(command.weights, img_size=command.img_size)
+    model, about = networks.opened(command.weights, command.img_size)
     source = open_source(command.data, "val", limit=command.limit)
     size = command.img_size or (
         model.config.img_size if isinstance(model, DeiT) else about["network"]["img_size"]
@@ -145,7 +140,8 @@ def run(command: Eval) -> int:
         workers=command.workers,
         device=device,
     )
-    scores = evaluate(model, loader, precision=lambda: devices.autocast(device, command.dtype))
+    with naming_lost_workers():
+        scores = evaluate(model, loader, precision=lambda: devices.autocast(device, command.dtype))
     assert scores is not None  # only a stop makes it None
     text = f"{scores.text()} of {scores.images:,} images right, {scores.images_per_s:.0f} images/s"
     if scores.unreadable:

@@ -3,7 +3,8 @@
 safetensors   the weights and a model card
 torch         torch.export's program (.pt2), of PyTorch's own operators
 onnx          plain operators, with the package onnxscript
-aoti          AOTInductor's compiled package (.pt2), with the fused operators inside
+aoti          AOTInductor's compiled package (.pt2), which calls the fused operators: run it by
+              deit.export.load_package
 """
 
 from __future__ import annotations
@@ -37,14 +38,31 @@ Input: RGB in [0, 1], resized bicubically to a short side of {short} pixels, cen
 then (x - mean) / std with mean {mean} and std {std}.
 
 {training}
-Load it with `deit.load("{file}")`, or name it to `deit predict --weights` and `deit eval`.
+Classes: {names}.
+
+Load it with `deit.load("{file}")`, or name it to `deit predict --weights` and `deit eval`, which
+prepare images in this way.
 """
 
 
 def to_safetensors(model: DeiT, about: dict[str, Any], out: Path) -> None:
-    """Weights with their Config, and a model card beside them (README.md)."""
-    checkpoint.save(model, out)
+    """Weights with their Config and what is known of their images, and a model card (README.md).
+
+    Raises ValueError where a README.md that is no card of ours would be overwritten.
+    """
+    readme = out.with_name("README.md")
+    begins = _CARD.partition("\n#")[0]
+    if readme.exists() and not readme.read_text(errors="replace").startswith(begins):
+        raise ValueError(
+            f"out: the model card would overwrite {readme}, which is none; name a folder for it"
+        )
+    known: dict[str, Any] = {
+        name: about[name] for name in ("classes", "mean", "std") if name in about
+    }
     size, options = model.config.img_size, about.get("options")
+    if options:
+        known["options"] = {name: options[name] for name in ("data", "recipe")}
+    checkpoint.save(model, out, known)
     training = ""
     if options:
         lines = ", ".join(f"{name} {value}" for name, value in options["recipe"].items())
@@ -58,9 +76,10 @@ def to_safetensors(model: DeiT, about: dict[str, Any], out: Path) -> None:
         mean=about.get("mean", "ImageNet's"),
         std=about.get("std", "ImageNet's"),
         training=training,
+        names=", ".join(about.get("classes", ())) or "ImageNet's, if a thousand; else not known",
         file=out.name,
     )
-    out.with_name("README.md").write_text(card)
+    readme.write_text(card)
 
 
 def to_program(model: nn.Module, images: Tensor, out: Path) -> Callable[[Tensor], Tensor]:
@@ -92,9 +111,9 @@ def to_onnx(model: nn.Module, images: Tensor, out: Path) -> Callable[[Tensor], T
 
 
 def to_aoti(model: nn.Module, images: Tensor, out: Path) -> Callable[[Tensor], Tensor]:
-    """The fused network compiled by AOTInductor for this kind of device; returns the loaded one.
+    """The fused network compiled by AOTInductor for this kind of processor; returns the loaded one.
 
-    The package calls the fused operators by name: a program that loads it imports deit.kernels.
+    The package calls the fused operators by name: another program loads it by `load_package`.
     """
     from deit.fused_vit import fuse
 
@@ -102,7 +121,19 @@ def to_aoti(model: nn.Module, images: Tensor, out: Path) -> Callable[[Tensor], T
     fuse(fused)
     program = _program(fused, images)
     torch._inductor.aoti_compile_and_package(program, package_path=str(out))
-    return torch._inductor.aoti_load_package(str(out))
+    return load_package(out)
+
+
+def load_package(path: str | Path) -> Callable[[Tensor], Tensor]:
+    """A package of `to_aoti`, ready to run, with the library of the operators that it calls.
+
+    Images [B, C, H, W], fp32 on the CPU -> logits [B, classes]. Raises RuntimeError for a file
+    that is none; where the C++ library is not built here, the first call does.
+    """
+    from deit.kernels import native
+
+    native.why_not("cpu")  # loads the library, without which the operators' names mean nothing
+    return torch._inductor.aoti_load_package(str(path))
 
 
 def _program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
@@ -122,16 +153,13 @@ def run(command: Export) -> int:
 
     Raises ValueError where they differ by more than TOLERANCE.
     """
-    about: dict[str, Any] = {}
-    if networks.weights_of(command.weights) is not None:
-        model, about = networks.restore(command.weights)
-    else:
-        model = checkpoint.load(command.weights)
+    model, about = networks.opened(command.weights)
     if not isinstance(model, DeiT):
         raise ValueError(f"weights: expected a DeiT; got a {type(model).__name__}")
     size = model.config.img_size
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3, model.config.in_chans, size, size, generator=generator)
+    command.out.parent.mkdir(parents=True, exist_ok=True)
     exported: Any
     if command.format == "safetensors":
         to_safetensors(model, about, command.out)

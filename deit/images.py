@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -176,15 +176,20 @@ class Prepare:
         return self.steps(image)
 
 
-def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """[..., 3, H, W] uint8 -> the same shape in `dtype`: ImageNet's mean 0 and deviation 1.
+def normalise(
+    images: Tensor,
+    dtype: torch.dtype = torch.float32,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Tensor:
+    """[..., 3, H, W] uint8 -> the same shape in `dtype`: (x / 255 - mean) / std by channel.
 
     Computed in fp32 on the images' own device. Raises TypeError for another dtype than uint8.
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images: expected torch.uint8; got {images.dtype}")
     scaled = v2.functional.to_dtype(images, torch.float32, scale=True)
-    return v2.functional.normalize(scaled, IMAGENET_MEAN, IMAGENET_STD, inplace=True).to(dtype)
+    return v2.functional.normalize(scaled, list(mean), list(std), inplace=True).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -241,6 +246,8 @@ class PhotoLoader:
         *,
         workers: int | None = None,
         ratio: float | None = None,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -252,6 +259,7 @@ class PhotoLoader:
             workers: decoding processes; 0 decodes in this one. None: one a usable core, at most
                 8 and no more than there are batches.
             ratio: crop ratio; None for the paper's (see `crop_ratio`).
+            mean, std: of the channels, in [0, 1].
             device, dtype: of the images given out.
 
         Raises ValueError for no paths, a batch_size below 1 or negative workers.
@@ -268,6 +276,7 @@ class PhotoLoader:
         self.device = torch.device(device)
         self.dtype = dtype
         self.prepare = Prepare(size, ratio)
+        self.mean, self.std = mean, std
         self.workers = self._default_workers() if workers is None else workers
         self.unreadable: list[Unreadable] = []
         self.read = 0
@@ -311,7 +320,8 @@ class PhotoLoader:
         )
 
     def _finish(self, images: Tensor) -> Tensor:
-        return normalise(images.to(self.device, non_blocking=True), self.dtype)
+        there = images.to(self.device, non_blocking=True)
+        return normalise(there, self.dtype, self.mean, self.std)
 
     def summary(self, limit: int = 10) -> str:
         """How many of the last pass's files were read, and the first `limit` that were not."""

@@ -78,27 +78,44 @@ def save(trainer: Trainer) -> None:
 
 
 def resume(trainer: Trainer) -> None:
-    """Take up the newest whole checkpoint, if there is any."""
+    """Take up the newest whole checkpoint, if there is any.
+
+    The first process reads, and the others get from it what they need: a node without the folder
+    takes part, too.
+    """
+    world, network = trainer.world, trainer.network
+    state = _read_newest(trainer) if world.first else None
+    rest = None if state is None else {**state.rest, "optimizer": None, "update": state.update}
+    rest = world.share(rest)
+    if rest is None:
+        return
+    state = state or State(rest["update"], {}, {}, {"optimizer": {}})
+    scale.restore_model(network, state.model, world)
+    if trainer.average is not None:
+        scale.restore_model(trainer.average.module, state.average or {}, world)
+    scale.restore_optimizer(network, trainer.optimizer, state.rest["optimizer"], world)
+    trainer.scaler.load_state_dict(rest["scaler"])
+    trainer.update, trainer.unreadable = rest["update"], rest["unreadable"]
+    trainer.scored, trainer.scores = rest["scored"], rest["scores"]
+
+
+def _read_newest(trainer: Trainer) -> State | None:
+    """The newest whole checkpoint, and what the log says of it; what comes after is dropped."""
     path = trainer.folder.newest(trainer.watch.say)
     if path is None:
-        return
+        return None
     state = load_state(path)
-    scale.restore_model(trainer.network, state.model, trainer.world)
-    if trainer.average is not None:
-        if state.average is None:
-            raise ValueError(f"ema: {path} has no averaged weights; expected --ema None")
-        scale.restore_model(trainer.average.module, state.average, trainer.world)
-    moments = state.rest["optimizer"]
-    scale.restore_optimizer(trainer.network, trainer.optimizer, moments, trainer.world)
-    trainer.scaler.load_state_dict(state.rest["scaler"])
-    trainer.update, trainer.unreadable = state.update, state.rest["unreadable"]
+    if trainer.average is not None and state.average is None:
+        raise ValueError(f"ema: {path} has no averaged weights; expected --ema None")
+    trainer.folder.rewind(state.update)
+    scored, scores = 0, {}
     for entry in trainer.folder.entries():
-        if "model" in entry and entry["update"] <= trainer.update:
-            trainer.scored = entry["update"]
-            trainer.scores = {name: entry[name] for name in ("model", "average") if name in entry}
-    if trainer.world.first:
-        trainer.folder.rewind(trainer.update)
-    trainer.watch.say(f"going on after update {trainer.update} ({path})")
+        if "model" in entry:
+            scored = entry["update"]
+            scores = {name: entry[name] for name in ("model", "average") if name in entry}
+    state.rest |= {"scored": scored, "scores": scores}
+    trainer.watch.say(f"going on after update {state.update} ({path})")
+    return state
 
 
 def finish(trainer: Trainer) -> None:

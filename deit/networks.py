@@ -14,6 +14,7 @@ from deit.checkpoint import load
 from deit.configs import Config, config
 from deit.model import DeiT
 from deit.options import Shape
+from deit.readers import about_of, read
 
 RUN_FILE = "run.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -50,7 +51,12 @@ def create(
     if arch.startswith(TIMM):
         if distilled or (shape and shape.changes()):
             raise ValueError(f"arch: {arch} takes no distillation token and no other shape")
-        return _timm(arch[len(TIMM) :], img_size, num_classes, drop_path, layer_scale)
+        options: dict[str, Any] = {"num_classes": num_classes}
+        if drop_path:
+            options["drop_path_rate"] = drop_path
+        if layer_scale is not None:
+            options["init_values"] = layer_scale
+        return _timm(arch[len(TIMM) :], img_size, **options)
     settings = resolve(
         arch,
         img_size=img_size,
@@ -61,19 +67,38 @@ def create(
     return DeiT(replace(settings, layer_scale=layer_scale), drop_path=drop_path)
 
 
-def _timm(
-    name: str, img_size: int, num_classes: int, drop_path: float, layer_scale: float | None
-) -> nn.Module:
+def pretrained(name: str, img_size: int, drop_path: float = 0.0) -> nn.Module:
+    """The network of "timm:NAME" with its published weights, or of "timm:NAME=FILE" with a file's.
+
+    A file's classes are its own; it holds a state dict, or a checkpoint with one, and runs no code.
+    Raises ValueError for an unknown name or weights that do not fit, OSError where there are none.
+    """
+    name, _, file = name.removeprefix(TIMM).partition("=")
+    how: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+    if not file:
+        return _timm(name, img_size, pretrained=True, **how).eval()
+    state = read(Path(file)).state
+    model: Any = _timm(name, img_size, **how)
+    classifier = state.get(f"{model.pretrained_cfg['classifier']}.weight")
+    if classifier is not None:
+        model.reset_classifier(len(classifier))
+    _fill(model, state, file)
+    return model.eval()
+
+
+def _fill(model: nn.Module, state: dict[str, Any], name: object) -> None:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _timm(name: str, img_size: int, **options: Any) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name}*")[:5]) or "see timm.list_models()"
         raise ValueError(f"arch: timm has no model {name!r} (near: {near})")
-    options: dict[str, Any] = {"num_classes": num_classes}
-    if drop_path:
-        options["drop_path_rate"] = drop_path
-    if layer_scale is not None:
-        options["init_values"] = layer_scale
     try:  # networks with position embeddings are made for one size, convnets for any
         return timm.create_model(name, img_size=img_size, **options)
     except TypeError:
@@ -98,12 +123,13 @@ def weights_of(run: Path) -> Path | None:
     return weights if weights.is_file() and (weights.parent / RUN_FILE).is_file() else None
 
 
-def restore(run: Path, img_size: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def restore(run: Path, img_size: int | None = None, **how: Any) -> tuple[nn.Module, dict[str, Any]]:
     """The network that a run trained, in evaluation mode, and what `run.json` says of it.
 
     Args:
         run: the run's folder, or a weights' file in it (`average.safetensors`).
         img_size: for another image size than the run's.
+        how: options of `deit.load`; a timm network has drop_path alone of them.
 
     Raises:
         ValueError: no finished run there, or weights that do not fit.
@@ -115,15 +141,35 @@ def restore(run: Path, img_size: int | None = None) -> tuple[nn.Module, dict[str
     network = about["network"]
     size = network["img_size"] if img_size is None else img_size
     if not network["arch"].startswith(TIMM):
-        return load(weights, img_size=size), about
+        return load(weights, img_size=size, **how), about
     from safetensors.torch import load_file
 
-    model = create(network["arch"], img_size=size, num_classes=len(about["classes"]))
-    try:
-        model.load_state_dict(load_file(weights))
-    except RuntimeError as error:
-        raise ValueError(f"{weights}: {error}") from error
+    drop = how.get("drop_path", 0.0)
+    model = create(
+        network["arch"], img_size=size, num_classes=len(about["classes"]), drop_path=drop
+    )
+    _fill(model, load_file(weights), weights)
     return model.eval(), about
+
+
+def opened(
+    weights: Path, img_size: int | None = None, **how: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a run or of a DeiT's weights, and what is known of its images.
+
+    Args:
+        weights: a run's folder, a weights' file in it, or any file that `deit.load` takes.
+        img_size, how: as for `restore`.
+
+    Returns:
+        The network in evaluation mode, and `run.json`, or what an exported run says ("classes",
+        "mean", "std", "options"), or nothing: {}, where ImageNet's statistics are meant.
+
+    Raises ValueError and OSError as `restore` and `deit.load` do.
+    """
+    if weights_of(weights) is None:
+        return load(weights, img_size=img_size, **how), about_of(weights)
+    return restore(weights, img_size, **how)
 
 
 def crop_of(about: dict[str, Any]) -> float | None:

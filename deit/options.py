@@ -84,5 +84,3 @@ class Options:
                 "teacher: expected a teacher with soft or hard distillation, and none without; "
                 f"got teacher {self.teacher} and distillation {self.distillation.kind}"
             )
-        if self.device.startswith("cpu") and self.dtype == "fp16":
-            raise ValueError("dtype: fp16 trains on a GPU only; expected fp32 or bf16 on a CPU")

@@ -8,13 +8,20 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deit import devices
-from deit.checkpoint import OFFICIAL_FILES, load
-from deit.images import NothingReadable, PhotoLoader, Unreadable, find_images
+from deit import devices, networks
+from deit.checkpoint import OFFICIAL_FILES
+from deit.images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    NothingReadable,
+    PhotoLoader,
+    Unreadable,
+    find_images,
+)
 from deit.model import DeiT
 
 if TYPE_CHECKING:
@@ -98,8 +105,11 @@ def run(options: Predict) -> int:
     """
     paths, failed = _find(options.images)
     device = devices.named(options.device)
-    model = _load(options).to(device, devices.DTYPES[options.dtype])
-    names = class_names(model.config.num_classes, options.classes)
+    loaded, about = _load(options)
+    model = loaded.to(device, devices.DTYPES[options.dtype])
+    names = about.get("classes")
+    if names is None or options.classes is not None:
+        names = class_names(model.config.num_classes, options.classes)
     if options.fuse:
         from deit.fused_vit import fuse
 
@@ -111,7 +121,14 @@ def run(options: Predict) -> int:
     predictions: list[Prediction] = []
     if paths:
         loader = PhotoLoader(
-            paths, size, options.batch_size, device=device, dtype=devices.DTYPES[options.dtype]
+            paths,
+            size,
+            options.batch_size,
+            ratio=networks.crop_of(about),
+            mean=about.get("mean", IMAGENET_MEAN),
+            std=about.get("std", IMAGENET_STD),
+            device=device,
+            dtype=devices.DTYPES[options.dtype],
         )
         batches = predict(model, loader, names, options.topk)
         with contextlib.suppress(NothingReadable):  # each file is named below
@@ -127,16 +144,20 @@ def run(options: Predict) -> int:
     return 1 if failed else 0
 
 
-def _load(options: Predict) -> DeiT:
+def _load(options: Predict) -> tuple[DeiT, dict[str, Any]]:
+    """The network, and how a run here prepared its images; see `networks.opened`."""
     if options.weights is None:
         files = ", ".join(OFFICIAL_FILES.values())
         raise ValueError(
             "--weights: expected a file, for random weights predict nothing. The official ones, "
             f"published at github.com/facebookresearch/deit, are {files}"
         )
-    return load(
-        options.weights, options.arch, img_size=options.img_size, test_head=options.test_head
+    model, about = networks.opened(
+        options.weights, options.img_size, arch=options.arch, test_head=options.test_head
     )
+    if not isinstance(model, DeiT):
+        raise ValueError(f"weights: expected a DeiT; got a {type(model).__name__}")
+    return model, about
 
 
 def _find(given: Sequence[Path]) -> tuple[list[Path], list[Unreadable]]:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 # Where our own files keep their configuration, in safetensors' metadata.
 METADATA_KEY = "deit.config"
+# Beside it, what a run says of its images: classes, statistics, recipe.
+ABOUT_KEY = "deit.about"
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,30 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt", device="cpu") as file:
             keys = file.keys()
             return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from None
+
+
+def about_of(path: Path) -> dict[str, Any]:
+    """What a file that `deit export` wrote says of its images; {} for any other file or folder.
+
+    Raises ValueError naming a file whose metadata is damaged.
+    """
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    text = _read_metadata(path).get(ABOUT_KEY, "{}")
+    try:
+        return dict(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its metadata {ABOUT_KEY!r} is damaged ({error})") from None
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from None
 

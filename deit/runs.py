@@ -175,10 +175,18 @@ def write_atomically(path: Path, text: str) -> None:
 def write_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """`write_atomically` for a safetensors file."""
+    """`write_atomically` for a safetensors file.
+
+    Raises ValueError where a value is not finite: a checkpoint of that would be the newest one.
+    """
     from safetensors.torch import save_file
 
     dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if wild := [name for name, tensor in dense.items() if not tensor.isfinite().all()]:
+        raise ValueError(
+            f"weights: NaN or infinity in {len(wild)} of {len(dense)} tensors, such as {wild[0]}; "
+            f"{path} is not written"
+        )
     with _replacing(path) as partial:
         save_file(dense, partial, metadata)
 

@@ -54,6 +54,14 @@ class World:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
+    def share(self, what: Any) -> Any:
+        """What the first process has, in every process; a collective."""
+        if self.size == 1:
+            return what
+        box = [what]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.size > 1:

@@ -41,6 +41,14 @@ def score(trainer: Trainer) -> None:
     trainer.watch.say(f"{line} of {row['model']['images']:,} held-out images right")
 
 
+def latest(trainer: Trainer) -> str:
+    """For the display: top-1 at the last evaluation, of the average where one is kept."""
+    if not trainer.scores:
+        return ""
+    row = trainer.scores.get("average") or trainer.scores["model"]
+    return f", top-1 {list(row['top1'].values())[-1]:.2f} %"
+
+
 def score_teacher(trainer: Trainer) -> None:
     """What the teacher is worth, before anything is learned from it."""
     scores = None if trainer.teacher is None else _scores(trainer, trainer.teacher, "teacher")

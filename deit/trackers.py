@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+# Takes an update's numbers by name; ends.
+Sink = tuple[Callable[[dict[str, float], int], None], Callable[[], object]]
 
 
 class Trackers:
     """Passes the numbers of a log entry on, by their update."""
 
-    def __init__(self, names: Sequence[str], out: Path) -> None:
-        """`names`: of "tensorboard", "wandb", "mlflow".
+    def __init__(self, names: Sequence[str], out: Path, update: int = 0) -> None:
+        """`names`: of "tensorboard", "wandb", "mlflow". `update`: that the run goes on after.
 
-        Raises ValueError for another name, or a package that is not installed.
+        A run that goes on is the same one there, too. Raises ValueError for another name, or a
+        package that is not installed.
         """
         known = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
-        self.sinks: list[Callable[[dict[str, float], int], None]] = []
+        self.sinks: list[Sink] = []
         for name in names:
             if name not in known:
                 raise ValueError(f"track: expected one of {', '.join(known)}; got {name!r}")
             try:
-                self.sinks.append(known[name](out))
+                self.sinks.append(known[name](out, update))
             except ImportError as error:
-                raise ValueError(f"track: {name} needs its package: {error}") from None
+                raise ValueError(
+                    f"track: {name} needs its package (pip install {name}): {error}"
+                ) from None
 
     def add(self, entry: dict[str, Any]) -> None:
         """Nested names are joined: model/top1/class."""
         numbers = dict(_numbers(entry, ""))
         update = int(numbers.pop("update", 0))
-        for sink in self.sinks:
-            sink(numbers, update)
+        for add, _ in self.sinks:
+            add(numbers, update)
+
+    def close(self) -> None:
+        """Hand over what is still held back; the run ends there, too."""
+        for _, end in self.sinks:
+            end()
 
 
 def _numbers(entry: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
@@ -41,28 +53,33 @@ def _numbers(entry: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
             yield prefix + name, float(value)
 
 
-def _tensorboard(out: Path) -> Callable[[dict[str, float], int], None]:
+def _tensorboard(out: Path, update: int) -> Sink:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(out / "tensorboard"))
+    # What a killed run wrote of later updates is not shown.
+    writer = SummaryWriter(str(out / "tensorboard"), purge_step=update + 1 if update else None)
 
     def add(numbers: dict[str, float], update: int) -> None:
         for name, value in numbers.items():
             writer.add_scalar(name, value, update)
         writer.flush()
 
-    return add
+    return add, writer.close
 
 
-def _wandb(out: Path) -> Callable[[dict[str, float], int], None]:
+def _wandb(out: Path, update: int) -> Sink:
     import wandb
 
-    run = wandb.init(project="fused-deit", name=out.name, dir=str(out))
-    return lambda numbers, update: run.log(numbers, step=update)
+    own = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+    run = wandb.init(project="fused-deit", name=out.name, dir=str(out), id=own, resume="allow")
+    return lambda numbers, update: run.log(numbers, step=update), run.finish
 
 
-def _mlflow(out: Path) -> Callable[[dict[str, float], int], None]:
+def _mlflow(out: Path, update: int) -> Sink:
     import mlflow
 
-    mlflow.start_run(run_name=out.name)
-    return lambda numbers, update: mlflow.log_metrics(numbers, step=update)
+    kept = out / "mlflow-run.txt"
+    before = kept.read_text().strip() if update and kept.exists() else None
+    run = mlflow.start_run(run_id=before, run_name=out.name)
+    kept.write_text(run.info.run_id + "\n")
+    return lambda numbers, update: mlflow.log_metrics(numbers, step=update), mlflow.end_run

@@ -20,7 +20,7 @@ from torch import nn
 
 from deit import assemble, devices, keeping, networks, scale, scoring
 from deit.data.augment import mix, training_transform
-from deit.data.loader import Batch, Loader
+from deit.data.loader import Batch, Loader, naming_lost_workers
 from deit.data.sampling import Batches, Plan, stream
 from deit.data.sources import Source, open_source
 from deit.distill import Objective
@@ -48,14 +48,17 @@ def train(options: Options) -> dict[str, Any]:
 
     Raises:
         ValueError: bad options or data; NotFinite; TooManyUnreadable. OSError: the folder
-        cannot be written.
+        cannot be written; WorkerDied.
     """
-    with scale.join(options.device) as world:
-        watch = Watch(world.first)
+    with scale.join(options.device) as world, naming_lost_workers():
+        watch, trainer = Watch(world.first), None
         try:
-            return Trainer(options, world, watch).run()
+            trainer = Trainer(options, world, watch)
+            return trainer.run()
         finally:
             watch.close()
+            if trainer is not None:
+                trainer.trackers.close()
 
 
 class Trainer:
@@ -93,7 +96,7 @@ class Trainer:
         self.optimizer = assemble.optimizer(scale.plain(self.network), self.recipe, world.device)
         self.schedule = assemble.schedule(self.optimizer, self.recipe, self.plan.updates)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=options.dtype == "fp16")
-        self.trackers = Trackers(options.track if world.first else (), options.out)
+        self.trackers = Trackers((), options.out)
         self.update, self.total = 0, self.recipe.epochs * self.plan.updates
         self.scored = 0
         self.scores: dict[str, Any] = {}
@@ -195,6 +198,7 @@ class Trainer:
         draws = [list(draw) for batch in parts for draw in batch.draws]
         path = self.folder.root / f"not-finite-{self.update:08d}-rank{self.world.rank}.json"
         facts = {"update": self.update, "loss": str(value), "images": names, "draws": draws}
+        path.parent.mkdir(parents=True, exist_ok=True)  # another node may not have the folder
         write_atomically(path, json.dumps(facts, indent=1))
         message = f"loss: {value} at update {self.update}; its images are named in {path}"
         if self.options.on_nan == "stop":
@@ -240,6 +244,8 @@ class Trainer:
             keeping.describe(self)
         self.world.wait()
         keeping.resume(self)
+        if self.world.first:
+            self.trackers = Trackers(self.options.track, self.options.out, self.update)
         options, plan = self.options, self.plan
         self.watch.say(
             f"{options.arch}, {self.size:,} parameters; {len(self.source):,} images of "
@@ -271,7 +277,8 @@ class Trainer:
         left = (self.total - self.update) * row.pop("seconds_an_update")
         self.watch.update(
             f"epoch {self.update / self.plan.updates:.2f} of {self.recipe.epochs}, update "
-            f"{self.update}: loss {row['loss']:.4f}, lr {lr:.2e}, {row['images_per_s']:.0f} "
+            f"{self.update}: loss {row['loss']:.4f}{scoring.latest(self)}, lr {lr:.2e}, "
+            f"{row['images_per_s']:.0f} "
             f"images/s (loader {row['loader_images_per_s']:.0f}, waited for "
             f"{row['waited_percent']:.0f} %), about {human(left)} left"
         )

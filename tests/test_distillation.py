@@ -1,6 +1,7 @@
 """bench/distillation.py: its commands are ones that `deit` takes, and its statistics are right."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import distillation
+import report
+from page import distillation as drawing
 
 from deit.cli import Command
 
@@ -71,3 +74,56 @@ def test_a_failed_run_is_named_with_its_last_words(tmp_path):
     run = distillation.Run("broken", "train", ("--data", str(tmp_path / "nowhere")))
     with pytest.raises(RuntimeError, match=r"deit train .*\n.*\n*.*nowhere"):
         distillation.perform(run, tmp_path, 1)
+
+
+@pytest.fixture
+def document(tmp_path):
+    """A result of two seeds, written by the program itself from logs that runs may leave."""
+    scores = {
+        "none": (70.0, 72.0),
+        "soft": (71.0, 72.5),
+        "hard": (73.0, 71.0),
+        "token": (75.0, 76.0),
+    }
+    options = distillation.Options(out=tmp_path, seeds=2, images=100, epochs=4, finetune_epochs=1)
+    for run in distillation.plan(options):
+        arm, _, seed = run.name.rpartition("-")
+        top1 = scores.get(arm.removesuffix("-up"), (80.0, 81.0))[int(seed) if seed.isdigit() else 0]
+        heads = dict.fromkeys(("class", "distillation", "softmax-sum"), top1)
+        (tmp_path / run.name).mkdir()
+        entry = {"update": 4, "model": {"top1": heads}, "average": {"top1": heads}}
+        (tmp_path / run.name / "log.jsonl").write_text(json.dumps(entry) + "\n")
+        (tmp_path / run.name / "model.safetensors").touch()  # found: nothing is trained
+    path = tmp_path / "result.json"
+    flags = f"--out {tmp_path} --json {path} --seeds 2 --images 100 --epochs 4 --finetune-epochs 1"
+    assert distillation.main(flags.split()) == 0
+    return path
+
+
+@pytest.mark.parametrize("width", [356, 900])
+def test_every_seed_is_drawn_beside_its_mean_interval_and_the_papers(document, width):
+    made = report.drawn(report.load([document]))
+    assert [picture.name for picture in made] == ["distillation", "distillation-up"]
+    text = made[0].draw(width).svg()
+    marks = re.findall(r'<(?:circle|polygon) class="(\w+ \w+)"[^>]*><title>([^<]*)', text)
+    seeds = [tip for style, tip in marks if style == "c1 open" and "seed " in tip]
+    assert seeds[:4] == [
+        "usual (soft), seed 0: 71.00 %, +1.00",
+        "usual (soft), seed 1: 72.50 %, +0.50",
+        "hard label, seed 0: 73.00 %, +3.00",
+        "hard label, seed 1: 71.00 %, -1.00",
+    ]
+    assert len(seeds) == 2 * 5
+    # The mean 0.75 and t(1) = 12.706 times 0.3536 / sqrt(2): 3.18 at each side.
+    assert ("c0 fill", "usual (soft): +0.75, -2.43 to +3.93") in marks
+    assert ("c6 open", "hard label: 74.3 % in the paper, +2.1") in marks
+    at = [float(x) for x in re.findall(r'<circle class="c1 open" cx="([\d.]+)', text)[1:]]
+    assert at[2] > at[0] > at[1] > at[3]  # +3.00, +1.00, +0.50, -1.00
+    assert all(0 < x < width for x in at)
+    untold = {**json.loads(document.read_text()), "kind": "else"}
+    assert drawing.drawn(untold) == []
+
+
+def test_the_committed_result_has_its_picture():
+    found = report.load([report.RESULTS / "distillation.json"])
+    assert "distillation" in [picture.name for picture in report.drawn(found)]

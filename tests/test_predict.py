@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import deit
+from deit.checkpoint import save
 from deit.cli import main
 from deit.images import Prepare, load_image, normalise
 from deit.predict import class_names
@@ -48,6 +49,23 @@ def small(tmp_path_factory):
     model = randomised("deit_ti", img_size=32, num_classes=10)
     torch.save(model.state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on images of other statistics and another crop than ImageNet's."""
+    folder = tmp_path_factory.mktemp("run")
+    model = randomised("deit_ti", img_size=32, num_classes=3)
+    save(model, folder / "model.safetensors")
+    about = {
+        "network": {"arch": "deit_ti", "img_size": 32},
+        "classes": ["boot", "bag", "coat"],
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.5, 0.6, 0.7],
+        "options": {"recipe": {"eval_crop": 1.0}},
+    }
+    (folder / "run.json").write_text(json.dumps(about))
+    return folder
 
 
 def predict(capsys, *arguments):
@@ -208,3 +226,21 @@ def test_an_output_that_is_not_finite_is_an_error(capsys, tmp_path):
     code, _, err = predict(capsys, PHOTOS[0], "--weights", tmp_path / "huge.pth")
     assert code == 2
     assert "the network's output is not finite" in err
+
+
+def test_a_run_prepares_and_names_as_it_was_trained(run, capsys):
+    code, out, _ = predict(capsys, PHOTOS[0], "--weights", run, "--topk", 3, "--json")
+    assert code == 0
+    top = json.loads(out)["predictions"][0]["top"]
+    pixels = Prepare(32, 1.0)(load_image(PHOTOS[0])).double() / 255
+    mean, std = torch.tensor([[0.1, 0.2, 0.3], [0.5, 0.6, 0.7]], dtype=torch.float64).view(
+        2, 3, 1, 1
+    )
+    model = deit.load(run / "model.safetensors").double()
+    with torch.no_grad():
+        wanted = model(((pixels - mean) / std)[None]).softmax(-1)[0]
+    found = torch.empty(3, dtype=torch.float64)
+    for guess in top:
+        assert guess["name"] == ("boot", "bag", "coat")[guess["index"]]
+        found[guess["index"]] = guess["probability"]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)

@@ -43,6 +43,14 @@ def test_only_the_newest_are_kept(folder):
     ]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_no_checkpoint(folder, value):
+    folder.save(state(1))
+    with pytest.raises(ValueError, match=r"weights: NaN or infinity in 1 of 1 tensors, such as w;"):
+        folder.save(state(2, value))
+    assert [p.name for p in folder.checkpoints.iterdir()] == ["00000001"]
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "manifest.json"])
 @pytest.mark.parametrize("fault", ["truncated", "flipped", "missing", "empty"])
 def test_a_damaged_checkpoint_is_passed_over_with_a_message(folder, name, fault):

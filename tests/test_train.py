@@ -1,16 +1,23 @@
 """Whole runs: what they report, keep and compute."""
 
+import itertools
 import json
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
+import timm
 import torch
 import training
+from PIL import Image
+from safetensors.torch import load_file
 from training import same
 
-from deit import load
+from deit import assemble, load, networks
 from deit.cli import main
 from deit.fused_vit.modules import FusedBlock
+from deit.options import Shape
 from deit.recipes import recipe
 from deit.train import Trainer, train
 
@@ -28,6 +35,16 @@ def test_a_run_reports_and_keeps_what_it_did(whole):
     about = json.loads((out / "run.json").read_text())
     assert about["classes"] == ["blue", "green", "red"]
     assert about["options"]["recipe"]["mixup"] == 0.8
+
+
+def test_the_average_is_evaluated_by_its_own_weights(whole, data, capsys):
+    last = [json.loads(line) for line in (whole[0] / "log.jsonl").read_text().splitlines()][-1]
+    for name in ("model", "average"):
+        weights = str(whole[0] / f"{name}.safetensors")
+        assert main(["eval", weights, "--data", str(data), "--json", "--workers", "0"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["loss"] == pytest.approx(last[name]["loss"], rel=1e-5)
+    assert last["average"]["loss"] != pytest.approx(last["model"]["loss"], rel=1e-3)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(whole, data, tmp_path):
@@ -101,6 +118,23 @@ def test_bf16_is_close_and_not_the_same(short, tmp_path, monkeypatch):
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
 
 
+def test_fp16_scales_its_loss_and_skips_an_overflow(short, tmp_path, monkeypatch):
+    expected, _ = short_run(short(tmp_path / "fp32"), monkeypatch)
+    found, _ = short_run(short(tmp_path / "fp16", dtype="fp16"), monkeypatch)
+    assert found != expected
+    assert found == pytest.approx(expected, rel=5e-3)
+    # 2**40 is infinite in fp16: no update is made, and the scale falls by half each time.
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**40))
+    options = short(tmp_path / "over", dtype="fp16")
+    train(options)
+    torch.manual_seed(options.seed)
+    start = {f"model.{k}": v for k, v in assemble.network(options, 3).state_dict().items()}
+    ended = training.weights(options.out)
+    assert same(start, {name: ended[name] for name in start}) == []
+    saved = torch.load(options.out / "checkpoints" / "00000003" / "training.pt")
+    assert saved["scaler"]["scale"] == 2.0**37
+
+
 def test_distillation_with_a_token_reports_three_heads(whole, data, tmp_path, capfd):
     result = train(
         training.options(
@@ -118,6 +152,50 @@ def test_fine_tuning_at_a_higher_resolution(whole, data, tmp_path):
     assert result["finished"]
     found = training.weights(tmp_path)
     assert found["model.pos_embed"].shape == (1, 17, 64)
+
+
+def test_transfer_to_other_classes_starts_their_heads_afresh(whole, tmp_path):
+    rng, other = np.random.default_rng(1), tmp_path / "data"
+    for split, name in itertools.product(("train", "val"), ("dark", "light")):
+        (other / split / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = rng.integers(0, 100, (20, 20, 3), dtype=np.uint8) + 100 * (name == "light")
+            Image.fromarray(pixels.astype(np.uint8)).save(other / split / name / f"{i}.png")
+    result = train(
+        training.options(
+            other, tmp_path / "run", weights=str(whole[0]), recipe_lr=1e-6, recipe_epochs=1
+        )
+    )
+    assert result["model"]["images"] == 16
+    before, after = training.weights(whole[0]), training.weights(tmp_path / "run")
+    assert after["model.head.weight"].shape == (2, 64)
+    name = "model.blocks.0.mlp.fc1.weight"
+    torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-4)
+
+
+def test_a_timm_network_starts_and_teaches_from_a_file(data, tmp_path):
+    torch.manual_seed(0)
+    published = timm.create_model("test_resnet", num_classes=5).eval()
+    images = torch.randn(2, 3, 32, 32)
+    torch.save({"model": published.state_dict()}, tmp_path / "resnet.pth")
+    name = f"timm:test_resnet={tmp_path / 'resnet.pth'}"
+    torch.testing.assert_close(networks.pretrained(name, 32)(images), published(images))
+    own = {"arch": "timm:test_resnet", "shape": Shape(), "recipe_epochs": 1, "recipe_ema": None}
+    options = training.options(data, tmp_path / "run", weights=name, recipe_lr=1e-9, **own)
+    result = train(options)  # three classes, by a fresh head
+    assert result["finished"]
+    found = training.weights(tmp_path / "run")
+    torch.testing.assert_close(found["model.conv1.0.weight"], published.conv1[0].weight.detach())
+    with pytest.raises(ValueError, match="weights: expected those of arch timm:resnet18; got timm"):
+        train(replace(options, arch="timm:resnet18", out=tmp_path / "other"))
+    taught = training.options(
+        data, tmp_path / "taught", distill="soft", teacher=name, recipe_epochs=1
+    )
+    with pytest.raises(ValueError, match=r"teacher: expected logits of shape \(2, 3\).*\(2, 5\)"):
+        train(taught)
+    torch.save(load_file(tmp_path / "run" / "model.safetensors"), tmp_path / "three.pth")
+    teacher = f"timm:test_resnet={tmp_path / 'three.pth'}"
+    assert train(replace(taught, teacher=teacher))["finished"]
 
 
 def test_fixres_changes_the_classifier_alone(whole, data, tmp_path):

@@ -1,16 +1,18 @@
 """Interrupted runs: signals, full disks, broken files, NaN, lost workers."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import small_disk
 import torch
 import training
-from training import PROGRAM, losses, same
+from training import PROGRAM, losses, same, signalled
 
 from deit.data.loader import WorkerDied
 from deit.data.sources import Folder
@@ -23,21 +25,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_a_killed_run_goes_on_to_the_same_weights(number, whole, data, tmp_path):
     out = tmp_path / "run"
     command = [*PROGRAM, str(data), str(out)]
-    running = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"DELAY": "0.3"},
-    )
-    for line in running.stdout:
-        if "update 4 " in line:
-            running.send_signal(number)
-            break
-    _, errors = running.communicate(timeout=120)
+    status, _, errors = signalled(command, number, at="update 4 ", DELAY="0.3")
     if number == signal.SIGTERM:
-        assert running.returncode == 0, errors
+        assert status == 0, errors
         assert "stopped by a signal after update" in errors
+    else:
+        assert status == -signal.SIGKILL
     assert not (out / "model.safetensors").exists()
     again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     # SIGTERM saved where it stopped, SIGKILL falls back to the end of the epoch.
@@ -80,6 +73,10 @@ def test_a_nan_loss_may_be_skipped_by_name(data, tmp_path, monkeypatch):
     poisoned(monkeypatch, at=4)
     result = train(training.options(data, tmp_path, on_nan="skip"))
     assert result["finished"]
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [e["update"] for e in entries if "skipped" in e] == [4]
+    facts = json.loads((tmp_path / "not-finite-00000004-rank0.json").read_text())
+    assert len(facts["images"]) == 16
     assert all(w.isfinite().all() for w in training.weights(tmp_path).values())
 
 
@@ -108,6 +105,26 @@ def test_a_killed_worker_ends_the_run_with_a_message(data, tmp_path, monkeypatch
         train(training.options(data, tmp_path, workers=1, recipe_repeats=1))
 
 
+def test_a_worker_killed_while_the_network_computes_is_named_too(data, tmp_path, monkeypatch):
+    read, reads = Folder.read, itertools.count()
+
+    def killed(self, index):
+        if torch.utils.data.get_worker_info() is not None and next(reads) == 16:
+            time.sleep(1.0)  # the first batch is on its way
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, index)
+
+    def slow(self, batch):
+        time.sleep(60)  # the death of a child ends it
+        pytest.fail("the network's step ended before the worker did")
+
+    monkeypatch.setattr(Folder, "read", killed)
+    monkeypatch.setattr(Trainer, "_loss", slow)
+    with pytest.raises(WorkerDied, match=r"workers: DataLoader worker .*(killed|exited)"):
+        train(training.options(data, tmp_path, workers=1, recipe_repeats=1))
+    subprocess.run(["true"], check=True)  # another child's end: torch has forgotten the worker
+
+
 def test_another_network_does_not_take_up_a_run(whole, data):
     with pytest.raises(ValueError, match="holds a run with img_size 16; got 32"):
         train(training.options(data, whole[0], img_size=32))
@@ -117,19 +134,8 @@ def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes(whole, tmp_path
     many = training.images(tmp_path / "data", val=32)  # 6 batches, of the network and its average
     out = tmp_path / "run"
     command = [*PROGRAM, str(many), str(out)]
-    running = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"EVALUATION": "0.5"},
-    )
-    for line in running.stdout:
-        if line.startswith("evaluating"):
-            running.send_signal(signal.SIGTERM)
-            break
-    after, errors = running.communicate(timeout=120)
-    assert running.returncode == 0, errors
+    status, after, errors = signalled(command, signal.SIGTERM, at="^evaluating", EVALUATION="0.5")
+    assert status == 0, errors
     assert "stopped by a signal after update 3" in errors
     assert after.count("evaluating") < 11
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["00000003"]

@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -91,6 +92,28 @@ def losses(text: str) -> dict[int, float]:
     return {int(u): float(x) for u, x in re.findall(r"update (\d+) loss (\S+)", text)}
 
 
+def signalled(command: list[str], number: int, at: str, **environment: str) -> tuple[int, str, str]:
+    """Run a command that gets a signal at the first line it prints in which `at` is found.
+
+    A group in `at` is the process it goes to. Returns the exit status, what was printed after that
+    line, and stderr.
+    """
+    running = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+    )
+    assert running.stdout is not None
+    for line in running.stdout:
+        if found := re.search(at, line):
+            os.kill(int(found[1]) if found.lastindex else running.pid, number)
+            break
+    after, errors = running.communicate(timeout=300)
+    return running.returncode, after, errors
+
+
 def main() -> None:
     """Train; DELAY seconds are slept after each update, so that a signal arrives within the run.
 
@@ -99,6 +122,7 @@ def main() -> None:
     from deit import evaluate, train
 
     data, out, *pairs = sys.argv[1:]
+    out = out.replace("RANK", os.environ.get("RANK", "0"))  # a folder of each process's own
     changes: dict[str, Any] = {}
     for key, value in (pair.split("=") for pair in pairs):
         changes[key] = int(value) if value.isdigit() else value

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 import time
+import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -21,6 +23,20 @@ from deit.images import UnreadableImage
 
 class WorkerDied(OSError):
     """A process that reads images was killed, by the system for its memory as a rule."""
+
+
+@contextmanager
+def naming_lost_workers() -> Iterator[None]:
+    """Within: a worker's death, which torch reports wherever this process is, is a WorkerDied."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        # While the loader lives, in a frame of the traceback, torch raises again at the next end of
+        # any child.
+        traceback.clear_frames(error.__traceback__)
+        raise WorkerDied(f"workers: {error}") from None
 
 
 @dataclass
@@ -94,6 +110,7 @@ def _begin_worker(_: int) -> None:
 class Loader:
     """Iterates over the batches of `batches`, once; `waited` is how long the caller stood still.
 
+    To be used within `naming_lost_workers`, whatever runs between the batches included.
     The same samples come out for any number of workers.
     """
 
@@ -128,12 +145,7 @@ class Loader:
         batches = iter(self.data)
         while True:
             start = time.perf_counter()
-            try:
-                batch = next(batches, None)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise WorkerDied(f"workers: {error}") from error
+            batch = next(batches, None)
             self.waited += time.perf_counter() - start
             if batch is None:
                 return
