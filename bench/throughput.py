@@ -68,8 +68,8 @@ class Options:
     """deit2021: fp32 with TF32 off, eager, the largest batch that fits, the mean of 30 runs."""
     peers: tuple[str, ...] = ("default",)
     """What else runs the DeiTs, eager apart: `default` (torch.compile; convnets are then compiled,
-    too), `all`, `none`, or names, as README.md has them (compile-max, onnxruntime, jax, ...). What does
-    not run here or is not installed is left out, with the reason or the command."""
+    too), `all`, `none`, or names, as README.md has them (onnxruntime, jax, ...). What does not run
+    here or is not installed is left out, with the reason or the command."""
     latency: bool = False
     """Single calls at batch 1 instead of images/s: p50 and p99 in ms."""
     images: Path | None = None
