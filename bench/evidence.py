@@ -23,7 +23,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "date": _TEXT,  # UTC, ISO 8601
     "command": _TEXT,
     "protocol": _TEXT,  # "modern" or "deit2021"
-    "mode": _TEXT,  # "inference", "latency" (batch 1, one call a sample) or "training"
+    "mode": _TEXT,  # "inference", "latency" (one call a sample) or "training"
     "network": _TEXT,
     "contender": _TEXT,  # "fused", "eager", a peer's name; of convnets with the memory format
     "img_size": (int,),

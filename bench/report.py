@@ -10,7 +10,7 @@ marked; beside every row stands the command that makes it anew.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -151,14 +151,34 @@ def machine(found: Found) -> str:
     return html.facts((name, ", ".join(each)) for name, each in values.items())
 
 
+PEAK = "Of the peak: GFLOP/s over the matrix product of that dtype measured in the same run"
+MODES: dict[str, tuple[str, str, Callable[..., str]]] = {  # evidence's modes -> how they are shown
+    "inference": ("Networks", f"Medians of interleaved rounds. {PEAK}.", listings.models),
+    "latency": (
+        "Latency",
+        "Single calls, one after another, each network's contenders in turn.",
+        listings.latencies,
+    ),
+    "training": (
+        "Training steps",
+        "Forward, loss, backward and AdamW; GFLOP counted as three forwards, the backward being "
+        f"two. {PEAK}: the model's FLOP utilisation, MFU.",
+        listings.models,
+    ),
+}
+
+
 def section(device: str, found: Found) -> str:
     """One device: machine, pictures, tables, what is stale."""
     parts = [f"<h2>{escape(device)}</h2>", machine(found)]
     parts += [picture.html() for picture in drawn(found)]
     if table5 := listings.paper(found.rows, found.stale):
         parts.append(f"<h3>Table 5 of the paper, beside this device</h3>{table5}")
-    if found.rows:
-        parts.append("<h3>Networks</h3>" + listings.models(found.rows, found.stale))
+    parts += [
+        f"<h3>{title}</h3><p class='quiet'>{said}</p>{listing(rows, found.stale)}"
+        for mode, (title, said, listing) in MODES.items()
+        if (rows := [row for row in found.rows if row["mode"] == mode])
+    ]
     for name, document in found.documents.items():
         title = f"<h3>{escape(document.get('title', name))}</h3>"
         if found.stale(document):

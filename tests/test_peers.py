@@ -207,10 +207,14 @@ def test_latency_plan() -> None:
     assert planning.plan_latency([0.01, 0.1], 20.0, left=2.2).rounds == 10
 
 
-def test_latency_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("batch", [1, 2])
+def test_latency_from_the_command_line(
+    batch: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = tmp_path / "rows.json"
     options = ["--arch", "deit_ti", "--img-size", "32", "--against", "none", "--device", "cpu"]
     options += ["--latency", "--peers", "timm", "--seconds", "0.3", "--threads", "1"]
+    options += ["--bs", "2"] if batch == 2 else []  # not given: one image
     threads = torch.get_num_threads()
     try:
         assert throughput.main([*options, "--json", str(rows)]) == 0
@@ -223,7 +227,7 @@ def test_latency_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     found = evidence.read([rows])
     assert [row["contender"] for row in found] == ["fused", "eager", "timm eager"]
     for row in found:
-        assert (row["mode"], row["batch"], row["calls_per_sample"]) == ("latency", 1, 1)
+        assert (row["mode"], row["batch"], row["calls_per_sample"]) == ("latency", batch, 1)
     assert found[2]["peer"].startswith("timm ")
     assert found[0]["peer"] is None
 
