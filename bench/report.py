@@ -47,11 +47,12 @@ class Found:
 
     rows: list[Row]
     documents: dict[str, Row]
-    kernels: str  # the hash of today's kernels
+    kernels: dict[str | None, str]  # scope -> the hash of today's kernels
 
     def stale(self, row: Row) -> bool:
         """Have the kernels changed since? Never for what runs none of them."""
-        return row.get("kernels_sha256") not in (None, self.kernels)
+        today = self.kernels[row.get("kernels_scope")]
+        return row.get("kernels_sha256") not in (None, today)
 
     def devices(self) -> list[str]:
         """Every device something was measured on, in the files' order."""
@@ -77,7 +78,8 @@ def load(paths: Sequence[Path]) -> Found:
             documents[path.name] = content
     if not rows and not documents:
         raise ValueError("results: expected files of results; got none")
-    return Found(rows, documents, evidence.kernels_sha256())
+    scopes = {each.get("kernels_scope") for each in (*rows, *documents.values())}
+    return Found(rows, documents, {each: evidence.kernels_sha256(scope=each) for each in scopes})
 
 
 # Pictures ---------------------------------------------------------------------------------------
@@ -134,7 +136,8 @@ def _by_dtype(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 MACHINE = ("device", "cpu", "cores", "threads", "cpu_capability", "driver", "python", "torch",
            "cuda", "triton", "timm", "gpu_state")  # fmt: skip
-HIDDEN = (*MACHINE, "kind", "schema", "title", "command", "date", "kernels_sha256", "seconds")
+HIDDEN = (*MACHINE, "kind", "schema", "title", "command", "date", "kernels_sha256",
+          "kernels_scope", "seconds")  # fmt: skip
 
 
 def machine(found: Found) -> str:

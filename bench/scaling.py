@@ -268,7 +268,8 @@ def attempt(work: Callable[[Progress], Any], title: str) -> Any:
 def measure(options: Options, settings: Settings, console: Console) -> Row:
     """Every sweep, printed as it is finished, and all of it as a document."""
     facts = devices.describe(settings.device)
-    kernels = evidence.kernels_sha256()
+    scope = evidence.scope_of(settings.device.type, int8=False)
+    kernels = evidence.kernels_sha256(scope=scope)
     rows: list[Row] = []
     found: list[Row] = []
     model: Row = {}
@@ -293,6 +294,7 @@ def measure(options: Options, settings: Settings, console: Console) -> Row:
         **facts,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "kernels_sha256": kernels,
+        "kernels_scope": scope,
         "dtype": str(settings.dtype).removeprefix("torch."),
         "rows": rows,
         "fits": found,

@@ -102,17 +102,17 @@ def runs(results: Sequence[Row], stale: Stale) -> str:
         by_command.setdefault(key, []).append(row)
     lines = [
         {"file": file, "command": command, "date": date, "rows": len(rows),
-         "kernels_sha256": max(r.get("kernels_sha256") or "" for r in rows) or None}
+         "stale": any(map(stale, rows))}
         for (file, command, date), rows in by_command.items()
     ]  # fmt: skip
     columns = [
         keyed("file", "file"),
         Column("date (UTC)", lambda row: row["date"][:16].replace("T", " ")),
         keyed("rows", "rows"),
-        Column("state", _state(stale)),
+        Column("state", _state(lambda line: line["stale"])),
         Column("run again", lambda row: row["command"], code=True),
     ]
-    return html.table(columns, lines, stale)
+    return html.table(columns, lines, lambda line: line["stale"])
 
 
 def paper(rows: Sequence[Row], stale: Stale) -> str:
