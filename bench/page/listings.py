@@ -87,7 +87,7 @@ def operators(document: Row) -> str:
         keyed("to", "ratio_high"),
         Column("GB/s", lambda row: row["bytes"] / row["seconds"] / 1e9),
         Column("GFLOP/s", lambda row: row["flops"] / row["seconds"] / 1e9),
-        Column("% of its\nceiling", lambda row: 100 * row["share"]),
+        Column("% of its\nceiling", lambda row: row["share"] and 100 * row["share"]),
         keyed("n", "n"),
         keyed("input\nsets", "sets"),
     ]
