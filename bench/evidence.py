@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "date": _TEXT,  # UTC, ISO 8601
     "command": _TEXT,
     "protocol": _TEXT,  # "modern" or "deit2021"
-    "mode": _TEXT,  # "inference", "latency" (batch 1, one call a sample) or "training"
+    "mode": _TEXT,  # "inference", "latency" (one call a sample) or "training"
     "network": _TEXT,
     "contender": _TEXT,  # "fused", "eager", a peer's name; of convnets with the memory format
     "img_size": (int,),
@@ -68,30 +69,54 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "quoted_source": (str, type(None)),
     "photographs": (dict, type(None)),
     "peer": (str, type(None)),  # another runtime's version and settings
+    "kernels_scope": (str, type(None)),  # what the hash covers; None for all
 }
-LATER = {"peer", "parameters"}  # fields that the oldest rows lack; None there
+LATER = {"peer", "parameters", "kernels_scope"}  # fields that the oldest rows lack; None there
+
+# Sources that never run on a device: a change of theirs leaves its figures as they were.
+ELSEWHERE = {"cpu": ("kernels/triton/", "csrc/cuda/"), "cuda": ("csrc/cpu/",)}
+INT8 = re.compile(r"(^|/)(int8|quantize)[^/]*$")  # what products in 8 bits alone are made of
 
 
-def sources(root: Path = ROOT) -> list[Path]:
+def scope_of(device: str, *, int8: bool) -> str:
+    """Which sources a contender can run, in words: "cpu", "cuda int8", ...
+
+    device: a torch device's type. Raises ValueError for one of which nothing is known.
+    """
+    if device not in ELSEWHERE:
+        raise ValueError(f"device: expected {' or '.join(ELSEWHERE)}; got {device!r}")
+    return device + " int8" * int8
+
+
+def sources(root: Path = ROOT, scope: str | None = None) -> list[Path]:
     """The files that decide what the kernels compute and how fast, sorted.
 
-    Raises ValueError where there are none: a hash of nothing would never go stale.
+    scope: of `scope_of`: only those which that contender can run; None for all. Raises ValueError
+    where there are none: a hash of nothing would never go stale.
     """
+    device, _, int8 = (scope or "").partition(" ")
+    elsewhere = ELSEWHERE[device] if scope else ()
+
+    def counts(path: Path) -> bool:
+        name = path.relative_to(root).as_posix()
+        ours = not name.startswith(elsewhere) and (not scope or bool(int8) or not INT8.search(name))
+        return ours and path.is_file() and path.suffix not in (".so", ".o", ".pyc", ".md")
+
     found = sorted(
         path
         for folder, pattern in (("kernels", "*.py"), ("csrc", "*"))
         for path in (root / folder).rglob(pattern)
-        if path.is_file() and path.suffix not in (".so", ".o", ".pyc", ".md")
+        if counts(path)
     )
     if not found:
         raise ValueError(f"root: expected a tree with kernels/ and csrc/; got {root}")
     return found
 
 
-def kernels_sha256(root: Path = ROOT) -> str:
-    """SHA-256 over the name and the bytes of every kernel source."""
+def kernels_sha256(root: Path = ROOT, scope: str | None = None) -> str:
+    """SHA-256 over the name and the bytes of every kernel source within the scope."""
     total = hashlib.sha256()
-    for path in sources(root):
+    for path in sources(root, scope):
         content = path.read_bytes()
         total.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
         total.update(content)
@@ -100,8 +125,8 @@ def kernels_sha256(root: Path = ROOT) -> str:
 
 def is_stale(row: dict[str, Any], root: Path = ROOT) -> bool:
     """Have the kernels that this row measured changed since? Never for rows without kernels."""
-    recorded = row["kernels_sha256"]
-    return recorded is not None and recorded != kernels_sha256(root)
+    recorded = row.get("kernels_sha256")
+    return recorded is not None and recorded != kernels_sha256(root, row.get("kernels_scope"))
 
 
 def check(row: dict[str, Any]) -> None:

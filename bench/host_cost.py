@@ -210,7 +210,8 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     facts = devices.describe(torch.device("cpu"))
     facts["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     facts["command"] = "python bench/host_cost.py"
-    facts["kernels_sha256"] = evidence.kernels_sha256()
+    facts["kernels_scope"] = scope = evidence.scope_of("cpu", int8=False)
+    facts["kernels_sha256"] = evidence.kernels_sha256(scope=scope)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 

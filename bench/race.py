@@ -25,7 +25,8 @@ from settings import Settings
 from timing import Clock, interleave, spread
 from torch import Tensor
 
-RESERVE = 12.0  # seconds of a budget kept for the second peak, the report and the exit
+RESERVE, RESERVED_SHARE = 12.0, 0.1  # seconds, or of a small budget that share, for what comes last
+SLOW = 1.0  # seconds: a call that takes longer is timed once, not three times, for planning
 COMPILE_SHARE = 0.45  # of a budget: seven compilations took 140 s of 540 s on two cores
 LEAST_COMPILE = 8.0  # seconds; DeiT-B alone takes 8 s on two idle cores
 PROBE = 2  # images, to learn speed and memory by; a first guess of what a batch will take
@@ -53,12 +54,14 @@ class Race:
         self.clock = Clock(settings.device)
         input_dtype = torch.float32 if settings.train else settings.dtype
         self.inputs = Inputs(settings.device, input_dtype)
-        self.peak = devices.Peak(settings.device, settings.dtype)
+        self.peak = settings.peak or devices.Peak(settings.device, settings.dtype)
+        self.reserve = min(RESERVE, RESERVED_SHARE * (settings.budget or math.inf))
         self.entries: list[Entry] = []
         self.finalists: list[Contender] = []
         self.batch = settings.batch
         self.notes: list[str] = []  # what was shortened, refused or left out, and why
-        self.kernels_sha256 = evidence.kernels_sha256()  # now: they may be edited meanwhile
+        scopes = (evidence.scope_of(settings.device.type, int8=int8) for int8 in (False, True))
+        self.kernels = {s: evidence.kernels_sha256(scope=s) for s in scopes}  # as the race begins
         self.refused = False  # some contender computed something else
 
     # What is left -------------------------------------------------------------------------
@@ -67,7 +70,7 @@ class Race:
         """Seconds of the budget that the race may still use."""
         if self.settings.budget is None:
             return math.inf
-        return self.settings.budget - self.progress.elapsed() - RESERVE - self.settings.keep
+        return self.settings.budget - self.progress.elapsed() - self.reserve - self.settings.keep
 
     def note(self, message: str) -> None:
         """A message that is printed now and again beneath the results."""
@@ -88,7 +91,7 @@ class Race:
         """
         networks = self.settings.networks
         self._prepare([network for network in networks if network.config])
-        if self.settings.budget is not None:
+        if self.settings.budget is not None and self.settings.early:
             self._preliminary([v for entry in self.entries for v in entry.variants])
         self._prepare([network for network in networks if not network.config])
 
@@ -154,11 +157,15 @@ class Race:
         """Seconds and bytes an image at a small batch, for planning only."""
         batch = min(self.settings.batch, PROBE)
         images = self.inputs.get(contender, batch)
-        self.call(contender, images)
+        if self.settings.train:  # its first step makes the moments; logits were made when checked
+            self.call(contender, images)
         taken = devices.step_bytes(lambda: self.call(contender, images), self.settings.device)
         contender.image_bytes = taken / batch + images[0].nbytes * self.inputs.count
         # The best of three: on a shared machine one call may take five times its usual time.
-        contender.image_seconds = min(self._measure(contender, images) for _ in range(3)) / batch
+        best = self._measure(contender, images)
+        if best < SLOW:
+            best = min(best, *(self._measure(contender, images) for _ in range(2)))
+        contender.image_seconds = best / batch
 
     def _measure(self, contender: Contender, images: Tensor, calls: int = 1) -> float:
         seconds = self.clock.time(lambda: self.call(contender, images), calls)
@@ -285,8 +292,9 @@ class Race:
     def final(self) -> None:
         """The rounds that are reported: all finalists interleaved."""
         s = self.settings
-        self.progress.doing("measuring the device's matrix-product peak")
-        self.peak.measure()
+        if s.peak is None:
+            self.progress.doing("measuring the device's matrix-product peak")
+            self.peak.measure()
         times = [c.image_seconds * c.batch for c in self.finalists]
         if s.protocol == "deit2021":
             cost = sum(times)
@@ -306,7 +314,8 @@ class Race:
         done = len(samples[0])
         if s.protocol == "deit2021" and done < s.rounds:
             self.note(f"the protocol's 30 runs were cut to {done} by the budget")
-        self.peak.measure()
+        if s.peak is None:
+            self.peak.measure()
 
     def rounds(
         self, contenders: Sequence[Contender], rounds: int, calls: Sequence[int], what: str
@@ -329,10 +338,10 @@ class Race:
         def enough(done: int) -> bool:
             each = (time.perf_counter() - began) / done
             if what == "timing":
-                self.progress.left(min(each * (rounds - done), self.left()) + RESERVE)
+                self.progress.left(min(each * (rounds - done), self.left()) + self.reserve)
             self.progress.doing(f"{what} {len(contenders)} contenders", f"round {done} of {rounds}")
             # Quartiles want three rounds, unless the run is about to overrun its budget badly.
-            return self.left() < each and (done >= 3 or self.left() < -2 * RESERVE)
+            return self.left() < each and (done >= 3 or self.left() < -2 * self.reserve)
 
         steps = [
             lambda turn, c=contender, n=count: sample(c, n, turn)

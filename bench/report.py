@@ -10,7 +10,7 @@ marked; beside every row stands the command that makes it anew.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -47,11 +47,12 @@ class Found:
 
     rows: list[Row]
     documents: dict[str, Row]
-    kernels: str  # the hash of today's kernels
+    kernels: dict[str | None, str]  # scope -> the hash of today's kernels
 
     def stale(self, row: Row) -> bool:
         """Have the kernels changed since? Never for what runs none of them."""
-        return row.get("kernels_sha256") not in (None, self.kernels)
+        today = self.kernels[row.get("kernels_scope")]
+        return row.get("kernels_sha256") not in (None, today)
 
     def devices(self) -> list[str]:
         """Every device something was measured on, in the files' order."""
@@ -77,7 +78,8 @@ def load(paths: Sequence[Path]) -> Found:
             documents[path.name] = content
     if not rows and not documents:
         raise ValueError("results: expected files of results; got none")
-    return Found(rows, documents, evidence.kernels_sha256())
+    scopes = {each.get("kernels_scope") for each in (*rows, *documents.values())}
+    return Found(rows, documents, {each: evidence.kernels_sha256(scope=each) for each in scopes})
 
 
 # Pictures ---------------------------------------------------------------------------------------
@@ -135,7 +137,8 @@ def _by_dtype(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 MACHINE = ("device", "cpu", "cores", "threads", "cpu_capability", "driver", "python", "torch",
            "cuda", "triton", "timm", "gpu_state")  # fmt: skip
-HIDDEN = (*MACHINE, "kind", "schema", "title", "command", "date", "kernels_sha256", "seconds")
+HIDDEN = (*MACHINE, "kind", "schema", "title", "command", "date", "kernels_sha256",
+          "kernels_scope", "seconds")  # fmt: skip
 
 
 def machine(found: Found) -> str:
@@ -152,14 +155,34 @@ def machine(found: Found) -> str:
     return html.facts((name, ", ".join(each)) for name, each in values.items())
 
 
+PEAK = "Of the peak: GFLOP/s over the matrix product of that dtype measured in the same run"
+MODES: dict[str, tuple[str, str, Callable[..., str]]] = {  # evidence's modes -> how they are shown
+    "inference": ("Networks", f"Medians of interleaved rounds. {PEAK}.", listings.models),
+    "latency": (
+        "Latency",
+        "Single calls, one after another, each network's contenders in turn.",
+        listings.latencies,
+    ),
+    "training": (
+        "Training steps",
+        "Forward, loss, backward and AdamW; GFLOP counted as three forwards, the backward being "
+        f"two. {PEAK}: the model's FLOP utilisation, MFU.",
+        listings.models,
+    ),
+}
+
+
 def section(device: str, found: Found) -> str:
     """One device: machine, pictures, tables, what is stale."""
     parts = [f"<h2>{escape(device)}</h2>", machine(found)]
     parts += [picture.html() for picture in drawn(found)]
     if table5 := listings.paper(found.rows, found.stale):
         parts.append(f"<h3>Table 5 of the paper, beside this device</h3>{table5}")
-    if found.rows:
-        parts.append("<h3>Networks</h3>" + listings.models(found.rows, found.stale))
+    parts += [
+        f"<h3>{title}</h3><p class='quiet'>{said}</p>{listing(rows, found.stale)}"
+        for mode, (title, said, listing) in MODES.items()
+        if (rows := [row for row in found.rows if row["mode"] == mode])
+    ]
     for name, document in found.documents.items():
         title = f"<h3>{escape(document.get('title', name))}</h3>"
         if found.stale(document):

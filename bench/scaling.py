@@ -1,4 +1,4 @@
-"""What scale costs: images/s against batch, resolution, depth and width, with fitted exponents.
+"""What scale costs: images/s against batch, resolution, depth, width and processes, with exponents.
 
     python bench/scaling.py --arch deit_ti
     python bench/scaling.py --sweeps resolution nodes --gbit-between 100
@@ -27,6 +27,7 @@ import devices
 import evidence
 import nodes
 import planning
+import processes
 import tables
 import throughput
 import torch
@@ -43,7 +44,7 @@ from timing import median_interval
 import deit
 
 Row = dict[str, Any]
-Sweep = Literal["batch", "resolution", "depth", "width", "nodes"]
+Sweep = Literal["batch", "resolution", "depth", "width", "processes", "nodes"]
 
 CPU_BUDGET = 240.0  # seconds a sweep
 POINTS: dict[str, tuple[int, ...]] = {
@@ -56,7 +57,9 @@ QUANTITY = {
     "resolution": "seconds an image ~ side",
     "depth": "seconds an image ~ blocks",
     "width": "seconds an image ~ channels",
+    "processes": "seconds an image ~ processes",
 }
+PROCESS_SECONDS = 10.0  # timed, of each number of processes and contender
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,8 @@ class Options:
 
     arch: str = "deit_ti"
     """The DeiT that is scaled."""
-    sweeps: tuple[Sweep, ...] = ("batch", "resolution", "depth", "width", "nodes")
-    """What to vary."""
+    sweeps: tuple[Sweep, ...] = ("batch", "resolution", "depth", "width", "processes", "nodes")
+    """What to vary; processes, which share the threads and one batch, on a CPU alone."""
     points: tuple[int, ...] = ()
     """Values instead of the usual ones; for a single sweep."""
     bs: int = 16
@@ -90,9 +93,7 @@ class Options:
 def settle(options: Options) -> Settings:
     """The terms of every sweep; ValueError for what cannot be had."""
     if options.points and (len(options.sweeps) != 1 or options.sweeps[0] == "nodes"):
-        raise ValueError(
-            "points: expected with a single sweep of batch, resolution, depth or width"
-        )
+        raise ValueError("points: expected with a single sweep, and not with nodes")
     if any(point < 1 for point in options.points):
         raise ValueError(f"points: expected positive numbers; got {options.points}")
     options.link.check()
@@ -131,6 +132,8 @@ def _create(config: deit.Config) -> deit.DeiT:
 
 def run_sweep(options: Options, settings: Settings, sweep: str, progress: Progress) -> list[Row]:
     """The rows of one sweep, each with its samples; RuntimeError where a contender was refused."""
+    if sweep == "processes":
+        return _processes(options, settings)
     if sweep == "batch":
         race, values = _batches(options, settings, progress)
     else:
@@ -147,6 +150,15 @@ def run_sweep(options: Options, settings: Settings, sweep: str, progress: Progre
         _row(options.arch, sweep, value, contender)
         for contender, value in zip(race.finalists, values, strict=True)
     ]
+
+
+def _processes(options: Options, settings: Settings) -> list[Row]:
+    """One batch over 1, 2, 4, ... processes; RuntimeError in half precision."""
+    if settings.dtype != torch.float32:
+        raise RuntimeError("processes: expected fp32; leave out --dtype")
+    counts = options.points or processes.points(torch.get_num_threads(), settings.batch)
+    seconds = settings.seconds or PROCESS_SECONDS
+    return processes.sweep(deit.config(options.arch), counts, settings.batch, seconds)
 
 
 def _batches(options: Options, settings: Settings, progress: Progress) -> tuple[Race, list[int]]:
@@ -268,7 +280,8 @@ def attempt(work: Callable[[Progress], Any], title: str) -> Any:
 def measure(options: Options, settings: Settings, console: Console) -> Row:
     """Every sweep, printed as it is finished, and all of it as a document."""
     facts = devices.describe(settings.device)
-    kernels = evidence.kernels_sha256()
+    scope = evidence.scope_of(settings.device.type, int8=False)
+    kernels = evidence.kernels_sha256(scope=scope)
     rows: list[Row] = []
     found: list[Row] = []
     model: Row = {}
@@ -293,6 +306,7 @@ def measure(options: Options, settings: Settings, console: Console) -> Row:
         **facts,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "kernels_sha256": kernels,
+        "kernels_scope": scope,
         "dtype": str(settings.dtype).removeprefix("torch."),
         "rows": rows,
         "fits": found,
@@ -315,6 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.threads:
         torch.set_num_threads(options.threads)
+    if settings.device.type != "cpu":  # a GPU is filled by one process
+        options = replace(options, sweeps=tuple(s for s in options.sweeps if s != "processes"))
     console = Console(highlight=False)
     console.width = min(120, max(100, console.width))
     document = measure(options, settings, console)

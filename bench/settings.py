@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import planning
 import torch
 from contenders import Network
+from devices import Peak
 from peers import Peer
 
 
@@ -28,6 +29,9 @@ class Settings:
     seconds: float | None = None
     budget: float | None = None
     keep: float = 0.0  # seconds of the budget that what follows the rounds will take
+    early: bool = True  # with a budget: a first figure of the DeiTs before convnets are built
+    formats: int = 2  # memory formats in which a convnet is compiled: 1 leaves them to Inductor
+    peak: Peak | None = None  # measured before; not given: in this race, ahead of its rounds
 
     @property
     def rounds(self) -> int:

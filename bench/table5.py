@@ -43,7 +43,12 @@ from rich.table import Table
 Row = dict[str, Any]
 Protocol = Literal["modern", "deit2021"]
 
-CPU_LIMIT = 120.0  # seconds a network, most of them for torch.compile on two cores
+# Seconds a network on a CPU, more for each GFLOP of an image, and for what compiles long: on two
+# cores 8 s go into a DeiT, and 50 and 60 s of processor time into EfficientNet-B0 and B4.
+CPU_LIMIT = {"modern": 40.0, "deit2021": 20.0}
+CPU_LIMIT_PER_GFLOP = 0.25
+CPU_COMPILING = {"EfficientNet": 30.0}
+CPU_SECONDS = 6.0  # timed, for each contender of the modern protocol: 7 rounds and more
 OVERRUN = 3.0  # times the limit after which a network is given up
 
 
@@ -59,8 +64,8 @@ class Options:
     bs: int = 256
     """Images in a batch; on a CPU less, as memory and the limit demand, and the table says so."""
     limit: float | None = None
-    """Seconds for one network and protocol; 0 for none. Not given: 120 on a CPU, none on a
-    GPU."""
+    """Seconds for one network and protocol; 0 for none. Not given: none on a GPU; on a CPU 40 (an
+    EfficientNet 70), of deit2021 20, and 0.25 for each GFLOP of an image: 41 minutes at most."""
     peers: tuple[str, ...] = ("default",)
     """What else runs the networks under the modern protocol: as of bench/throughput.py."""
     device: str = "auto"
@@ -112,14 +117,18 @@ def of(rows: Sequence[Row], name: str, protocol: str) -> list[Row]:
 
 def measure(network: Network, protocol: str, options: Options, progress: Progress) -> list[Row]:
     """The rows of one network; RuntimeError with what was noted where it gave no sound ones."""
-    limit = options.limit
-    if limit is None:
-        limit = CPU_LIMIT if devices.resolve(options.device).type == "cpu" else 0.0
+    on_cpu = devices.resolve(options.device).type == "cpu"
+    limit = limit_of(network, protocol, options)
     terms = throughput.Options(
         arch="deit_ti", against=("none",), bs=options.bs, device=options.device,
         protocol=protocol, budget=limit, peers=options.peers,
+        seconds=CPU_SECONDS if on_cpu else None,
     )  # fmt: skip
-    settings = replace(throughput.settle(terms), networks=[network])
+    settings = throughput.settle(terms)
+    settings = replace(
+        settings, networks=[network], early=False, formats=1 if limit else 2,
+        peak=peak(settings.device, settings.dtype),
+    )  # fmt: skip
     with compiling.limit(OVERRUN * limit if limit else None):
         race, _ = throughput.measure(settings, [], progress)
     if race.refused or not race.finalists:
@@ -131,6 +140,24 @@ def measure(network: Network, protocol: str, options: Options, progress: Progres
     again += [] if options.peers == ("default",) else ["--peers", *options.peers]
     facts = devices.describe(settings.device)
     return tables.rows(race, facts, again, {}, script="table5.py")
+
+
+def limit_of(network: Network, protocol: str, options: Options) -> float:
+    """Seconds for one network under one protocol; 0 for no limit."""
+    if options.limit is not None:
+        return options.limit
+    if devices.resolve(options.device).type != "cpu":
+        return 0.0
+    compiling = CPU_COMPILING.get(network.family, 0.0) * (protocol == "modern")
+    return CPU_LIMIT[protocol] + compiling + CPU_LIMIT_PER_GFLOP * network.flops / 1e9
+
+
+@functools.cache
+def peak(device: torch.device, dtype: torch.dtype) -> devices.Peak:
+    """The device's matrix product at its best: measured once a run, not for each network."""
+    found = devices.Peak(device, dtype)
+    found.measure(3.0)
+    return found
 
 
 def attempt(work: Callable[[Progress], list[Row]], title: str) -> list[Row]:

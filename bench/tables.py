@@ -245,6 +245,8 @@ def _row(
     photos = photographs.get(network.label)
     work = gflop(contender, race.settings.train)
     quoted = network.quoted
+    int8 = contender.precision == "int8"
+    scope = evidence.scope_of(race.settings.device.type, int8=int8)
     return {
         "network": network.label,
         "contender": contender.variant,
@@ -266,7 +268,8 @@ def _row(
         "logits_error": contender.logits_error,
         "tried": contender.tried,
         "operators": contender.operators,
-        "kernels_sha256": race.kernels_sha256 if contender.is_fused else None,
+        "kernels_sha256": race.kernels[scope] if contender.is_fused else None,
+        "kernels_scope": scope if contender.is_fused else None,
         "quoted_top1": quoted.top1 if quoted else None,
         "quoted_v100_img_per_s": quoted.v100_img_s if quoted else None,
         "quoted_source": paper_table.SOURCE if quoted else None,

@@ -46,8 +46,9 @@ class Options:
     against: tuple[str, ...] = ()
     """Convnets of Table 5 by name, or `all`, or `none`. Not given: of each family the one nearest
     in quoted speed."""
-    bs: int = 256
-    """Images in a batch; shortened, with a message, where memory or the budget demand it."""
+    bs: int | None = None
+    """Images in a batch; shortened, with a message, where memory or the budget demand it. Not
+    given: 256, or 1 with --latency."""
     img_size: int | None = None
     """Pixels of the DeiT's images, a multiple of 16; convnets keep the paper's sizes."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -68,10 +69,10 @@ class Options:
     """deit2021: fp32 with TF32 off, eager, the largest batch that fits, the mean of 30 runs."""
     peers: tuple[str, ...] = ("default",)
     """What else runs the DeiTs, eager apart: `default` (torch.compile; convnets are then compiled,
-    too), `all`, `none`, or names: compile, compile-max, timm, transformers, onnxruntime, openvino,
-    openvino-int8, fused-int8. What is not installed is left out, with the command to install it."""
+    too), `all`, `none`, or names, as README.md has them (onnxruntime, jax, ...). What does not run
+    here or is not installed is left out, with the reason or the command."""
     latency: bool = False
-    """Single calls at batch 1 instead of images/s: p50 and p99 in ms."""
+    """Single calls instead of images/s: p50 and p99 in ms."""
     images: Path | None = None
     """A folder of photographs: report the loader, the model, and both end to end on them."""
     json: Path | None = None
@@ -130,7 +131,7 @@ def settle(options: Options) -> Settings:
         budget = CPU_BUDGET if device.type == "cpu" else 0.0
     return Settings(
         networks=networks(options),
-        batch=1 if options.latency else options.bs,
+        batch=options.bs or (1 if options.latency else 256),
         dtype=tables.DTYPES[dtype],
         device=device,
         impl=options.impl,

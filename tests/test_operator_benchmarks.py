@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench" / "operators"))
 
 import checks
 import operator_cases
+import operator_int8
 import operator_race
 import operator_terms
 import report
@@ -178,3 +179,43 @@ def test_ceilings_are_of_this_device() -> None:
     assert min(found.bytes_per_s, found.flops_per_s) > 1e6
     ceilings = operator_race.Ceilings(100.0, 1000.0, 1, "")
     assert (ceilings.seconds(200, 1000), ceilings.seconds(100, 5000)) == (2.0, 5.0)
+
+
+def test_int8_stands_beside_fp32_with_its_own_bytes_and_error() -> None:
+    config = deit.config("deit_ti")
+    cases = {case.name: case for case in operator_cases.CASES}
+    for name, expected in (
+        ("linear proj + residual", {"cpu int8", "oneDNN int8"}),
+        ("gelu_mlp + residual", {"cpu int8"}),
+        ("layer_norm", set()),
+    ):
+        calls = [cases[name].build(config, 1, torch.float32, CPU, seed) for seed in (1, 2)]
+        functions = operator_int8.contenders(calls[0], backward=False)
+        assert set(functions) == expected
+        assert operator_int8.contenders(calls[0], backward=True) == {}
+        for function in functions.values():
+            for call in [*calls, calls[0]]:  # sets rotate: each has its own weights
+                found = function(call.inputs)
+                wanted = suite.calls.function(call, "reference")(call.inputs)
+                assert checks.distance(found, wanted) < operator_int8.ALLOWED
+    dim = config.embed_dim
+    linear = cases["linear qkv"].build(config, 1, torch.float32, CPU, 1)
+    assert operator_int8.saved_bytes(linear) == 3 * 3 * dim * dim - 4 * 3 * dim
+    half = cases["linear qkv"].build(config, 1, torch.bfloat16, CPU, 1)
+    assert operator_int8.contenders(half, backward=False) == {}
+
+
+def test_an_int8_row_is_measured_against_pytorchs_fp32(tmp_path: Path) -> None:
+    rows_file = tmp_path / "rows.json"
+    done = command("--rows", str(rows_file), "-k", "linear_qkv and forward")
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads(rows_file.read_text())
+    assert document["kernels_scope"] == "cpu int8"
+    rows = {row["contender"]: row for row in document["rows"]}
+    assert {"eager", "cpu int8", "oneDNN int8"} <= set(rows)
+    assert {row["best"] for row in rows.values()} == {"eager"}
+    assert rows["cpu int8"]["share"] is None
+    assert rows["cpu int8"]["flops"] == rows["eager"]["flops"]
+    assert rows["cpu int8"]["bytes"] < rows["eager"]["bytes"]
+    assert report.main([str(rows_file), "--out", str(tmp_path / "page.html")]) == 0
+    assert "oneDNN int8" in (tmp_path / "page.html").read_text(encoding="utf-8")

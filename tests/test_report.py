@@ -60,7 +60,17 @@ def throughput_rows(kernels: str) -> list[Row]:
                 "quoted_top1": quoted.top1, "quoted_v100_img_per_s": quoted.v100_img_s,
                 "quoted_source": paper_table.SOURCE,
             })  # fmt: skip
-    return rows
+    return rows + other_modes([row for row in rows if row["network"] == "deit_ti"])
+
+
+def other_modes(pair: list[Row]) -> list[Row]:
+    """Two networks' single calls of 1 and 4 images, and training steps: six rows."""
+    calls = [
+        row | {"mode": "latency", "batch": batch, "command": f"latency {batch}",
+               "seconds": [batch * 0.01] * 98 + [0.5 * batch] * 2, "n": 100}
+        for batch in (1, 4) for row in pair
+    ]  # fmt: skip
+    return calls + [row | {"mode": "training", "command": "training"} for row in pair]
 
 
 def operators_document(kernels: str) -> Row:
@@ -159,12 +169,13 @@ def test_structure(page: Path) -> None:
     # accuracy, speed-up, operators, roofline, batch: each for wide and for narrow windows
     assert (outline.count("figure"), outline.count("svg")) == (5, 10)
     assert (
-        outline.count("table") == 7
-    )  # Table 5, networks, operators, sweeps, fits, the others, runs
+        outline.count("table") == 9
+    )  # Table 5, networks, latency, training, operators, sweeps, fits, the others, runs
     words = " ".join(outline.words)
     for part in ("Accuracy (quoted)", "Speed-up", "Time by operator", "Roofline", "batch size",
                  "efficientnet_b8↑800", "quoted", "AVX2", "Sample <CPU>", "seconds ~ x^0.90",
-                 "python bench/table5.py --only deit_b⚗↑384", "0 of 39 results are stale",
+                 "python bench/table5.py --only deit_b⚗↑384", "0 of 45 results are stale",
+                 "Training steps", "deit_ti vs eager, 4 images a call",
                  "2.20x", "83.4 / 84.2", "2536.5", "V100 img/s"):  # fmt: skip
         assert part in words, part
 
@@ -186,10 +197,10 @@ def test_a_row_of_other_kernels_is_stale(
     assert report.main([*files, "--out", str(out)]) == 0
     text = out.read_text(encoding="utf-8")
     fused = sum(not q.model.startswith(("res", "reg", "eff")) for q in paper_table.networks())
-    assert f"{fused + 3} of 39 results are stale" in text
-    # in Table 5, in the table of networks, and in that of runs, with the documents'
-    assert text.count('<tr class="stale">') == 3 * fused + 3
-    assert f"{fused} stale" in capsys.readouterr().out
+    assert f"{fused + 6} of 45 results are stale" in text
+    # in Table 5, in the tables of networks, latency and training, and in that of runs
+    assert text.count('<tr class="stale">') == 3 * fused + 3 + 3 + 3
+    assert f"{fused + 3} stale" in capsys.readouterr().out
     assert f"Measured 2026-01-02. Stale, measured with other kernels: {fused} of 36" in text
 
 
@@ -222,6 +233,16 @@ def test_what_only_pytorch_runs_counts_for_both() -> None:
     assert drawing.count("layer_norm by eager") == 4
 
 
+def test_latency_is_shown_by_its_middle_and_its_tail(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    table = text[text.index("<h3>Latency</h3>") : text.index("<h3>Training steps</h3>")]
+    shown = re.findall(r'data-v="([^"]*)"', table)
+    assert shown[:6] == ["deit_ti", "fused", "fp32", "1.0", "10.0", "500.0"]  # ms: p50, p99
+    assert table.count("<tr") == 1 + 4
+    networks = text[text.index("<h3>Networks</h3>") : text.index("<h3>Latency</h3>")]
+    assert "latency 1" not in networks
+
+
 def test_the_committed_results_make_a_page(tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     assert report.main(["--out", str(out)]) == 0
@@ -240,7 +261,7 @@ def test_what_is_no_result_is_named(
 
 def test_identical_contenders_show_no_difference() -> None:
     rows = throughput_rows("x")
-    pair = [dict(row) for row in rows if row["network"] == "deit_ti"]
+    pair = [dict(row) for row in rows if row["network"] == "deit_ti"][:2]
     pair[1]["seconds"] = pair[0]["seconds"]
     assert [each.found.verdict for each in pictures.comparisons(pair)] == ["no difference"]
     assert "no difference" in pictures.speedups(pair, "fp32").html()
@@ -267,6 +288,19 @@ def test_scale_maps_its_ends() -> None:
         scale = svg.Scale(2.0, 50.0, 10, 110, log=log)
         assert (scale(2.0), scale(50.0)) == (10, 110)
     assert svg.Scale(1, 100, 0, 100, log=True)(10) == 50
+
+
+def test_labels_do_not_cover_the_numbers_of_an_axis() -> None:
+    plot = svg.Plot(300, 200, "")
+    plot.axes(svg.Scale(0, 10, 40, 290), svg.Scale(0, 10, 160, 10), "x", "y")
+    ticks = list(plot.taken)
+    assert len(ticks) > 8
+    plot.mark(50, 62, "o", "", "")
+    plot.mark(62, 62, "o", "", "")  # no room on the right, and on the left stand numbers
+    before = len(plot.taken)
+    plot.label(50, 62, "a name", "c0")
+    assert len(plot.taken) == before + 1
+    assert not any(svg._overlap(plot.taken[-1], tick) for tick in ticks)
 
 
 def test_labels_do_not_cover_each_other() -> None:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import statistics
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import deit
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import nodes
+import planning
+import processes
 import report
 import scaling
+from page import pictures
 
 TINY = "deit_ti_32"
 QUICK = ["--arch", TINY, "--bs", "2", "--budget", "0", "--seconds", "0.2", "--threads", "1",
@@ -199,3 +207,54 @@ def test_gradient_bytes_are_counted() -> None:
     assert step.gradient_bytes == 4 * parameters
     assert step.images == 2
     assert step.seconds > 0
+
+
+# Processes --------------------------------------------------------------------------------------
+
+SMALL = deit.Config("deit_ti", embed_dim=64, num_heads=1, depth=1, img_size=32)
+
+
+def test_processes_that_share_evenly() -> None:
+    assert processes.points(2, 16) == (1, 2)
+    assert processes.points(12, 16) == (1, 2, 4)
+    assert processes.points(8, 2) == (1, 2)
+    for asked, threads, batch in ((3, 4, 12), (4, 8, 6), (0, 4, 4)):
+        with pytest.raises(ValueError, match=f"{threads} threads and {batch} images; got {asked}"):
+            processes.check([asked], threads, batch)
+
+
+def test_processes_run_the_same_images(threads: Callable[[int], None]) -> None:
+    threads(2)
+    rows = processes.sweep(SMALL, (1, 2), 4, 0.05)
+    assert [(row["contender"], row["x"]) for row in rows] == [
+        ("fused", 1), ("eager", 1), ("fused", 2), ("eager", 2)
+    ]  # fmt: skip
+    for row in rows:
+        assert row["batch"] == 4
+        assert len(row["seconds"]) == row["n"] >= planning.LEAST_ROUNDS
+        assert row["img_per_s"] == pytest.approx(4 / statistics.median(row["seconds"]))
+    assert multiprocessing.active_children() == []
+    fitted = scaling.fits(rows, "processes")
+    assert [fit["points"] for fit in fitted] == [2, 2]
+    assert fitted[0]["text"].startswith("fused: seconds an image ~ processes^")
+    assert "Throughput against processes" in pictures.sweep({"rows": rows, "fits": fitted},
+                                                            "processes").html()  # fmt: skip
+
+
+def test_a_worker_that_dies_is_an_error() -> None:
+    def killed() -> None:
+        with processes._workers(SMALL, 1, 1, 1) as pool:
+            (worker,) = multiprocessing.active_children()
+            worker.kill()
+            worker.join()
+            pool.ask("eager")
+
+    with pytest.raises(RuntimeError, match="a worker ended before it answered"):
+        killed()
+
+
+def test_a_worker_whose_logits_are_wrong_is_an_error() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    theirs.send("the fused logits are off")
+    with pytest.raises(RuntimeError, match="the fused logits are off"):
+        processes.Pool([ours], 1).ask("fused")

@@ -148,6 +148,41 @@ def test_a_network_that_fails_or_overruns_leaves_the_others(
     assert "given up" in err
 
 
+def test_limits_of_the_whole_table() -> None:
+    networks = [contenders.quoted_network(row) for row in paper_table.networks()]
+    options = table5.Options(device="cpu")
+    limits = {
+        protocol: [table5.limit_of(network, protocol, options) for network in networks]
+        for protocol in ("modern", "deit2021")
+    }
+    assert sum(limits["modern"]) + sum(limits["deit2021"]) < 42 * 60
+    assert min(limits["deit2021"]) >= 20
+    given = table5.Options(device="cpu", limit=5.0)
+    assert {table5.limit_of(network, "modern", given) for network in networks} == {5.0}
+
+
+def test_a_network_costs_no_more_than_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One peak for all, no early figure, a convnet compiled once; without a limit in both."""
+    measured: list[torch.dtype] = []
+    monkeypatch.setattr(table5.devices.Peak, "measure", lambda self, _: measured.append(self.dtype))
+    table5.peak.cache_clear()
+    seen = []
+
+    def stop(settings: Any, *_: Any) -> Any:
+        seen.append(settings)
+        raise RuntimeError("seen enough")
+
+    monkeypatch.setattr(table5.throughput, "measure", stop)
+    network = contenders.deit_network("deit_ti")
+    for limit in (30.0, 0.0):
+        with pytest.raises(RuntimeError, match="seen enough"):
+            table5.measure(network, "modern", table5.Options(device="cpu", limit=limit), None)
+    table5.peak.cache_clear()
+    assert measured == [torch.float32]
+    assert seen[0].peak is seen[1].peak is not None
+    assert [(each.formats, each.early) for each in seen] == [(1, False), (2, False)]
+
+
 def test_a_single_round_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     """A race that the limit cut short is run again with a larger one, not kept as finished."""
     network = contenders.deit_network("deit_ti")

@@ -85,6 +85,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "command": " ".join(["pytest bench/operators", *chosen, f"--rows {path.name}"]),
             "kernels_sha256": run.kernels_sha256,
+            "kernels_scope": run.kernels_scope,
             "gpu_state": devices.gpu_query(run.device, "clocks.sm,clocks.mem,power.draw"),
             "ceilings": asdict(run.measured_ceilings()),
             "rows": run.rows,

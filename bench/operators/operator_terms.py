@@ -28,7 +28,10 @@ class Run:
     compiled: bool
     rows: list[dict[str, Any]] = field(default_factory=list)
     ceilings: operator_race.Ceilings | None = None
-    kernels_sha256: str = field(default_factory=evidence.kernels_sha256)  # as the run begins
+
+    def __post_init__(self) -> None:
+        self.kernels_scope = evidence.scope_of(self.device.type, int8=True)
+        self.kernels_sha256 = evidence.kernels_sha256(scope=self.kernels_scope)  # as it begins
 
     def measured_ceilings(self) -> operator_race.Ceilings:
         """The device's, measured when first asked for."""
@@ -43,7 +46,7 @@ class Run:
             operator_race.measure_ceilings(self.device, self.dtype),
         )
         self.ceilings = early.best(late)
-        for row in self.rows:
+        for row in (row for row in self.rows if row["share"] is not None):
             row["share"] = self.ceilings.seconds(row["bytes"], row["flops"]) / row["seconds"]
 
 

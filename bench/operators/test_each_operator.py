@@ -13,6 +13,7 @@ from typing import Any
 
 import checks
 import operator_cases
+import operator_int8
 import operator_race
 import pytest
 import tables
@@ -64,8 +65,8 @@ def test_operator(benchmark: Any, run: Run, arch: deit.Config, case: Case, direc
     }
     agree(prepared, run.dtype)
     samples = operator_race.rounds(prepared, run.rounds)
-    best = min((name for name in samples if not operator_race.is_ours(name)),
-               key=lambda name: spread(samples[name]).median)  # fmt: skip
+    theirs = (n for n in samples if not operator_race.is_ours(n) and not operator_int8.is_int8(n))
+    best = min(theirs, key=lambda name: spread(samples[name]).median)
     terms = {
         "operator": case.name,
         "direction": direction,
@@ -103,6 +104,8 @@ def contenders(
         ours = "eager" if ours == "reference" else ours
     else:
         ours = run.impl if run.impl in functions else "eager"
+    if run.impl in ("auto", "cpu"):
+        functions |= operator_int8.contenders(first, backward)
     if ours == "eager" and not case.forward_calls(arch):
         pytest.skip(f"{case.operator}: nothing but PyTorch runs here")
     size = calls.traffic(first, [], backward)
@@ -115,7 +118,8 @@ def agree(prepared: Mapping[str, Prepared], dtype: torch.dtype) -> None:
     for name, each in prepared.items():
         for found, expected in zip(each.results, prepared["eager"].results, strict=True):
             error = checks.distance(found, expected)
-            if not error <= ALLOWED[dtype]:
+            allowed = operator_int8.ALLOWED if operator_int8.is_int8(name) else ALLOWED[dtype]
+            if not error <= allowed:
                 raise checks.WrongOutputs(f"{name} is off by {error:.1e} (relative) from eager")
 
 
@@ -134,10 +138,13 @@ def measured(
     rows = []
     for name, taken in samples.items():
         middle, ratio = spread(taken), compare(taken, samples[best])
+        int8 = operator_int8.is_int8(name)
+        saved = operator_int8.saved_bytes(call) if int8 else 0.0
         rows.append({
             "contender": name, "timed": prepared[name].how, "n": middle.n,
             "seconds": middle.median, "low": middle.low, "high": middle.high,
-            "bytes": traffic, "flops": flops, "share": floor / middle.median,
+            "bytes": traffic - saved, "flops": flops,
+            "share": None if int8 else floor / middle.median,  # the ceiling is of the dtype
             "ratio": ratio.ratio, "ratio_low": ratio.low, "ratio_high": ratio.high,
         })  # fmt: skip
     return rows

@@ -1,4 +1,4 @@
-"""The page's tables of evidence: networks, the paper's Table 5, operators, runs."""
+"""The page's tables of evidence: networks, latency, the paper's Table 5, operators, runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import paper_table
+import timing
 
 from page import html, pictures
 from page.html import Column, keyed
@@ -19,11 +20,10 @@ def _state(stale: Stale) -> Callable[[Row], str]:
 
 
 def models(rows: Sequence[Row], stale: Stale) -> str:
-    """Every evidence row."""
+    """Evidence rows of throughput: of inference, or of training steps."""
     columns = [
         keyed("network", "network"),
         keyed("contender", "contender"),
-        keyed("mode", "mode"),
         keyed("protocol", "protocol"),
         keyed("dtype", "dtype"),
         keyed("batch", "batch"),
@@ -42,6 +42,25 @@ def models(rows: Sequence[Row], stale: Stale) -> str:
         Column("run again", lambda row: row["command"], code=True),
     ]
     return html.table(columns, rows, stale)
+
+
+def latencies(rows: Sequence[Row], stale: Stale) -> str:
+    """Evidence rows of single calls: the middle and the tail."""
+    at = lambda percent: lambda row: 1e3 * timing.percentile(row["seconds"], percent)
+    columns = [
+        keyed("network", "network"),
+        keyed("contender", "contender"),
+        keyed("dtype", "dtype"),
+        keyed("batch", "batch"),
+        Column("p50, ms", at(50)),
+        Column("p99, ms", at(99)),
+        Column("images/s\nat p50", pictures.speed),
+        keyed("calls", "n"),
+        Column("peak\nMB", lambda row: row["memory_bytes"] and row["memory_bytes"] / 1e6),
+        Column("state", _state(stale)),
+        Column("run again", lambda row: row["command"], code=True),
+    ]
+    return html.table(columns, sorted(rows, key=lambda row: (row["network"], row["batch"])), stale)
 
 
 def _v100(row: Row) -> str | None:
@@ -68,7 +87,7 @@ def operators(document: Row) -> str:
         keyed("to", "ratio_high"),
         Column("GB/s", lambda row: row["bytes"] / row["seconds"] / 1e9),
         Column("GFLOP/s", lambda row: row["flops"] / row["seconds"] / 1e9),
-        Column("% of its\nceiling", lambda row: 100 * row["share"]),
+        Column("% of its\nceiling", lambda row: row["share"] and 100 * row["share"]),
         keyed("n", "n"),
         keyed("input\nsets", "sets"),
     ]
@@ -83,17 +102,17 @@ def runs(results: Sequence[Row], stale: Stale) -> str:
         by_command.setdefault(key, []).append(row)
     lines = [
         {"file": file, "command": command, "date": date, "rows": len(rows),
-         "kernels_sha256": max(r.get("kernels_sha256") or "" for r in rows) or None}
+         "stale": any(map(stale, rows))}
         for (file, command, date), rows in by_command.items()
     ]  # fmt: skip
     columns = [
         keyed("file", "file"),
         Column("date (UTC)", lambda row: row["date"][:16].replace("T", " ")),
         keyed("rows", "rows"),
-        Column("state", _state(stale)),
+        Column("state", _state(lambda line: line["stale"])),
         Column("run again", lambda row: row["command"], code=True),
     ]
-    return html.table(columns, lines, stale)
+    return html.table(columns, lines, lambda line: line["stale"])
 
 
 def paper(rows: Sequence[Row], stale: Stale) -> str:

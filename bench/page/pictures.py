@@ -120,7 +120,9 @@ class Versus:
 
     @property
     def label(self) -> str:
-        mode = {"inference": "", "latency": ", one image", "training": ", training"}
+        batch = self.fused["batch"]
+        images = "one image" if batch == 1 else f"{batch} images"
+        mode = {"inference": "", "latency": f", {images} a call", "training": ", training"}
         protocol = "" if self.fused["protocol"] == "modern" else ", deit2021"
         where = mode[self.fused["mode"]] + protocol
         return f"{self.fused['network']} vs {self.other['contender']}{where}"

@@ -121,17 +121,20 @@ class Plot:
         self.parts.append(f"{body}<title>{escape(tip)}</title>{end}")
         self.taken.append((x - r, y - r, x + r, y + r))
 
+    def _tick(self, x: float, y: float, text: str, anchor: str) -> None:
+        """A number of an axis: no label may cover it."""
+        self.text(x, y, text, "tick", anchor)
+        self.taken.append(_box(x, y, text, anchor))
+
     def label(self, x: float, y: float, text: str, style: str) -> None:
         """Name a mark beside it, where no other name or mark stands; nowhere if all is taken."""
-        wide, high = CHARACTER * len(text), FONT
         places = [
             (x + 8, y + 4, "start"), (x - 8, y + 4, "end"), (x, y - 9, "middle"),
             (x, y + 18, "middle"), (x + 7, y - 7, "start"), (x + 7, y + 15, "start"),
             (x - 7, y - 7, "end"), (x - 7, y + 15, "end"),
         ]  # fmt: skip
         for left, base, anchor in places:
-            shift = {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]
-            box = (left - shift, base - high + 2, left - shift + wide, base + 2)
+            box = _box(left, base, text, anchor)
             inside = box[0] >= 2 and box[2] <= self.width - 2 and box[1] >= 2
             if inside and not any(_overlap(box, other) for other in self.taken):
                 self.taken.append(box)
@@ -146,11 +149,11 @@ class Plot:
         for value in x.ticks():
             at = x(value)
             self.line([(at, y.start), (at, y.end)], "grid")
-            self.text(at, y.start + 16, number(value), "tick", "middle")
+            self._tick(at, y.start + 16, number(value), "middle")
         for value in y.ticks() if up else ():
             at = y(value)
             self.line([(x.start, at), (x.end, at)], "grid")
-            self.text(x.start - 6, at + 4, number(value), "tick", "end")
+            self._tick(x.start - 6, at + 4, number(value), "end")
         self.line([(x.start, y.end), (x.start, y.start), (x.end, y.start)], "axis")
         self.text((x.start + x.end) / 2, y.start + 34, across, "tick", "middle")
         self.text(4, 14, up, "tick")
@@ -180,6 +183,13 @@ class Plot:
             + "".join(self.parts)
             + "</svg>"
         )
+
+
+def _box(x: float, base: float, text: str, anchor: str) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a text whose baseline is at `base`."""
+    wide = CHARACTER * len(text)
+    left = x - {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]
+    return left, base - FONT + 2, left + wide, base + 2
 
 
 def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:

@@ -13,7 +13,18 @@ from peers.peer import Built, Call, Peer, Problem
 
 __all__ = ["PEERS", "Built", "Call", "Peer", "Problem", "chosen"]
 
-_ADAPTERS = ("torch_compile", "timm", "transformers", "onnxruntime", "openvino", "fused_int8")
+_ADAPTERS = (
+    "torch_compile",
+    "timm",
+    "transformers",
+    "torchvision",
+    "attention",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "fused_int8",
+    "jax",  # the last: once it runs, a process had better not fork, as others do
+)
 # By name, in the order of the tables.
 PEERS: dict[str, Peer] = {
     peer.name: peer

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 
 from deit.fused_vit import fuse
-from peers.peer import Built, Peer, Problem
+from peers.peer import Built, Peer, Problem, twin
 
 
 def _lacking() -> str:
@@ -15,8 +14,7 @@ def _lacking() -> str:
 
 
 def _build(problem: Problem) -> Built:
-    tensors = (*problem.module.parameters(), *problem.module.buffers())
-    module = copy.deepcopy(problem.module, {id(t): t for t in tensors})  # the weights are shared
+    module = twin(problem.module)
     fuse(module, dtype="int8")
     return Built(module, "fuse(model, dtype='int8')")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import io
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,8 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import deit
+from deit.layouts import LAYOUTS
 
 Call = Callable[[Tensor], Tensor]
+FP32 = (torch.float32,)
+HALVES = (torch.float16, torch.bfloat16)
+ALL = (*FP32, *HALVES)
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,36 @@ class Built:
 
     call: Call
     about: str
+
+
+def one_headed(problem: Problem) -> deit.Config:
+    """The configuration, for libraries whose network has one classifier.
+
+    Raises ValueError for a convnet and for a distilled network, whose two heads others join by
+    another rule or not at all.
+    """
+    config = problem.config
+    if config is None or config.distilled:
+        raise ValueError("network: expected a DeiT with one head: theirs joins two otherwise")
+    return config
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A copy whose modules may be changed, and whose weights are the same tensors."""
+    tensors = (*module.parameters(), *module.buffers())
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+def renamed(theirs: nn.Module, ours: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """Our tensors under their names: the rules that read their checkpoints, backwards."""
+    rules = next(each.rules for each in LAYOUTS if each.name == layout)
+    state = {}
+    for key in theirs.state_dict():
+        matches = ((re.fullmatch(pattern, key), name) for pattern, name in rules)
+        name = next(match.expand(name) for match, name in matches if match)
+        name, _, part = name.partition("@")  # "...qkv.weight@0/3": the first of three stacked
+        state[key] = ours[name].chunk(3)[int(part[0])] if part else ours[name]
+    return state
 
 
 @contextlib.contextmanager
@@ -69,7 +105,7 @@ class Peer:
     install: str = ""
     precision: str = "dtype"
     devices: tuple[str, ...] = ("cpu",)
-    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    dtypes: tuple[torch.dtype, ...] = FP32
     trains: bool = False
     compile_mode: str | None = None
     counted: bool = True  # is its memory torch's, so that it can be told from the others'?

@@ -1,16 +1,17 @@
-"""timm's own VisionTransformer, eager, on the same weights: its names are this package's."""
+"""timm's own VisionTransformer, eager, on the same weights: its names are this package's.
+
+On CUDA not run yet.
+"""
 
 from __future__ import annotations
 
-from peers.peer import Built, Peer, Problem
+from peers.peer import ALL, Built, Peer, Problem, one_headed
 
 
 def _build(problem: Problem) -> Built:
     import timm
 
-    config = problem.config
-    if config is None or config.distilled:
-        raise ValueError("network: expected a DeiT with one head: theirs joins two otherwise")
+    config = one_headed(problem)
     theirs = timm.models.VisionTransformer(
         img_size=config.img_size,
         patch_size=config.patch_size,
@@ -19,10 +20,21 @@ def _build(problem: Problem) -> Built:
         num_heads=config.num_heads,
         mlp_ratio=config.mlp_ratio,
         num_classes=config.num_classes,
+        init_values=config.layer_scale,
     )
     theirs.load_state_dict(problem.module.state_dict(), assign=True)
     theirs.eval()
     return Built(theirs, f"timm {timm.__version__}, eager")
 
 
-PEERS = (Peer("timm", "timm eager", _build, ("timm",), "pip install timm"),)
+PEERS = (
+    Peer(
+        "timm",
+        "timm eager",
+        _build,
+        ("timm",),
+        "pip install timm",
+        devices=("cpu", "cuda"),
+        dtypes=ALL,
+    ),
+)

@@ -1,34 +1,21 @@
-"""Hugging Face's ViT with its sdpa attention, eager, on the same weights."""
+"""Hugging Face's ViT, eager, on the same weights: its sdpa attention, and its flash ones.
+
+The flash implementations, and all of these on CUDA, have not been run on a GPU yet.
+"""
 
 from __future__ import annotations
 
-import re
+import functools
 
-from torch import Tensor, nn
-
-from deit.layouts import LAYOUTS
-from peers.peer import Built, Peer, Problem
+from peers.peer import ALL, HALVES, Built, Peer, Problem, one_headed, renamed
 
 
-def _theirs(module: nn.Module, ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors under their names: the rules that read their checkpoints, backwards."""
-    rules = next(layout.rules for layout in LAYOUTS if layout.name == "Hugging Face")
-    assert rules is not None
-    state = {}
-    for key in module.state_dict():
-        matches = ((re.fullmatch(pattern, key), name) for pattern, name in rules)
-        name = next(match.expand(name) for match, name in matches if match)
-        name, _, part = name.partition("@")  # "...qkv.weight@0/3": the first of three stacked
-        state[key] = ours[name].chunk(3)[int(part[0])] if part else ours[name]
-    return state
-
-
-def _build(problem: Problem) -> Built:
+def _build(problem: Problem, attention: str) -> Built:
     import transformers
 
-    config = problem.config
-    if config is None or config.distilled:
-        raise ValueError("network: expected a DeiT with one head: theirs joins two otherwise")
+    config = one_headed(problem)
+    if config.layer_scale is not None:
+        raise ValueError("network: expected one without LayerScale: their ViT has none")
     settings = transformers.ViTConfig(
         hidden_size=config.embed_dim,
         num_hidden_layers=config.depth,
@@ -37,16 +24,44 @@ def _build(problem: Problem) -> Built:
         image_size=config.img_size,
         num_labels=config.num_classes,
         layer_norm_eps=1e-6,
-        attn_implementation="sdpa",
+        attn_implementation=attention,
+        dtype=problem.images.dtype,  # it refuses flash attention in fp32
     )
     theirs = transformers.ViTForImageClassification(settings)
-    theirs.load_state_dict(_theirs(theirs, problem.module.state_dict()), assign=True)
+    state = renamed(theirs, problem.module.state_dict(), "Hugging Face")
+    theirs.load_state_dict(state, assign=True)
     theirs.eval()
-    about = f"transformers {transformers.__version__}, ViTForImageClassification, sdpa, eager"
+    version = f"transformers {transformers.__version__}"
+    about = f"{version}, ViTForImageClassification, {attention}, eager"
     return Built(lambda images: theirs(images).logits, about)
 
 
+def _flash(version: int, package: str, install: str) -> Peer:
+    return Peer(
+        f"transformers-flash{version}",
+        f"transformers eager, flash {version}",
+        functools.partial(_build, attention=f"flash_attention_{version}"),
+        ("transformers", package),
+        f"pip install transformers && {install}",
+        devices=("cuda",),
+        dtypes=HALVES,
+    )
+
+
 PEERS = (
-    Peer("transformers", "transformers eager", _build, ("transformers",),
-         "pip install transformers"),
-)  # fmt: skip
+    Peer(
+        "transformers",
+        "transformers eager",
+        functools.partial(_build, attention="sdpa"),
+        ("transformers",),
+        "pip install transformers",
+        devices=("cpu", "cuda"),
+        dtypes=ALL,
+    ),
+    _flash(2, "flash_attn", "pip install flash-attn --no-build-isolation"),
+    _flash(
+        3,
+        "flash_attn_interface",
+        "pip install 'git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper'",
+    ),
+)
