@@ -50,6 +50,7 @@ MEASURED: dict[str, dict[str, tuple[str, ...]]] = {
         "vit_block": ("cpu",),
         "int8_linear": ("cpu",),
         "int8_gelu_mlp": ("cpu",),
+        "int8_vit_block": ("cpu",),
     },
 }
 
