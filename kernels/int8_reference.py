@@ -95,6 +95,4 @@ def int8_vit_block(
         scores = scores + key_bias[:, None, None, :]
     mixed = (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
     stream = _joined(_product(mixed, proj_weight, proj_bias), x, gamma1)
-    return int8_gelu_mlp(
-        stream, w1, b1, w2, b2, norm2_weight, norm2_bias, eps, stream, gamma2
-    )
+    return int8_gelu_mlp(stream, w1, b1, w2, b2, norm2_weight, norm2_bias, eps, stream, gamma2)

@@ -16,7 +16,6 @@ from torch import Tensor
 _EPILOGUE = "Tensor? norm_weight, Tensor? norm_bias, float eps"
 
 
-
 def _block(projection: str, layer: str) -> str:
     """The schema of a whole block whose weights are spelled so by name."""
     return (
