@@ -140,8 +140,8 @@ def test_bad_input():
         int8_vit_block(x, *arguments[:2], arguments[2][1:], *arguments[3:])
     with pytest.raises(ValueError, match="eps: expected a number >= 0"):
         int8_vit_block(x, *arguments, eps=-1.0)
+    half = [a.bfloat16() if isinstance(a, torch.Tensor) else a for a in arguments]
     with pytest.raises(NotImplementedError, match="fp32 only"):
-        half = [a.bfloat16() if isinstance(a, torch.Tensor) else a for a in arguments]
         int8_vit_block(x.bfloat16(), *half, impl="cpu")
     with torch.enable_grad(), pytest.raises(NotImplementedError, match="requires grad"):
         int8_vit_block(x.requires_grad_(), *arguments)
