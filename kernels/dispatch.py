@@ -41,6 +41,7 @@ MEASURED: dict[str, dict[str, tuple[str, ...]]] = {
         "attention": ("cpu",),
         "linear": ("cpu",),
         "gelu_mlp": ("cpu",),
+        "patch_embed": ("cpu",),
         # Forward and backward against autograd of the same: docs/performance.md, CPU training.
         "add_layer_norm_bwd": ("cpu",),
         "attention_bwd": ("cpu",),

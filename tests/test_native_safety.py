@@ -101,6 +101,9 @@ CALLS: dict[str, Call] = _TRAINING | {
     "attention": lambda: OPS["attention"](make(3, 197, 576), 3, 0.125, None),
     "linear": lambda: OPS["linear"](X, FC1, None, "gelu", None, None, None),
     "gelu_mlp": lambda: OPS["gelu_mlp"](X, FC1, None, FC2, W, X, None, None),
+    "patch_embed": lambda: OPS["patch_embed"](
+        make(3, 3, 64, 64), make(96, 3, 16, 16, seed=1), W[:96], make(1, 1, 96), make(1, 17, 96)
+    ),
     "vit_block": lambda: OPS["vit_block"](
         X, None, *BLOCK[1:], None, 3, 0.125, 1e-6
     ),
