@@ -8,7 +8,7 @@ else:
     from deit.kernels.attention import attention
     from deit.kernels.dispatch import Explanation, explain
     from deit.kernels.gelu_mlp import gelu_mlp
-    from deit.kernels.int8 import int8_gelu_mlp, int8_linear
+    from deit.kernels.int8 import int8_gelu_mlp, int8_linear, int8_vit_block
     from deit.kernels.layer_norm import add_layer_norm, layer_norm
     from deit.kernels.linear import linear
     from deit.kernels.losses import cross_entropy, distillation_loss
@@ -26,6 +26,7 @@ __all__ = [
     "gelu_mlp",
     "int8_gelu_mlp",
     "int8_linear",
+    "int8_vit_block",
     "layer_norm",
     "linear",
     "patch_embed",

@@ -41,6 +41,7 @@ MEASURED: dict[str, dict[str, tuple[str, ...]]] = {
         "attention": ("cpu",),
         "linear": ("cpu",),
         "gelu_mlp": ("cpu",),
+        "patch_embed": ("cpu",),
         # Forward and backward against autograd of the same: docs/performance.md, CPU training.
         "add_layer_norm_bwd": ("cpu",),
         "attention_bwd": ("cpu",),
@@ -50,6 +51,7 @@ MEASURED: dict[str, dict[str, tuple[str, ...]]] = {
         "vit_block": ("cpu",),
         "int8_linear": ("cpu",),
         "int8_gelu_mlp": ("cpu",),
+        "int8_vit_block": ("cpu",),
     },
 }
 

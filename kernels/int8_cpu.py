@@ -48,3 +48,26 @@ def int8_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 def int8_gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, *rest: Any) -> Tensor:
     """`deit.kernels.int8_gelu_mlp`, by its schema's arguments."""
     return torch.ops.deit_cpu.int8_gelu_mlp_packed(x, *_kept(w1), b1, *_kept(w2), *rest)
+
+
+def int8_vit_block(
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    gamma1: Tensor | None,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    *rest: Any,
+) -> Tensor:
+    """`deit.kernels.int8_vit_block`, by its schema's arguments."""
+    return torch.ops.deit_cpu.int8_vit_block_packed(
+        x, norm1_weight, norm1_bias, *_kept(qkv_weight), qkv_bias, *_kept(proj_weight), proj_bias,
+        gamma1, norm2_weight, norm2_bias, *_kept(w1), b1, *_kept(w2), *rest,
+    )  # fmt: skip

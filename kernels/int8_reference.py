@@ -64,3 +64,35 @@ def int8_gelu_mlp(
     """residual + gamma * (gelu(LN(x) w1T + b1) w2T + b2), both products in 8 bits."""
     hidden = F.gelu(_product(_normalised(x, norm_weight, norm_bias, eps), w1, b1))
     return _joined(_product(hidden, w2, b2), residual, gamma)
+
+
+def int8_vit_block(
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    gamma1: Tensor | None,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    gamma2: Tensor | None,
+    key_bias: Tensor | None,
+    num_heads: int,
+    scale: float,
+    eps: float,
+) -> Tensor:
+    """s = x + gamma1 * proj(attention(qkv(LN(x)))); s + gamma2 * fc2(gelu(fc1(LN(s))))."""
+    qkv = _product(_normalised(x, norm1_weight, norm1_bias, eps), qkv_weight, qkv_bias)
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    scores = (q * scale) @ k.transpose(-2, -1)
+    if key_bias is not None:
+        scores = scores + key_bias[:, None, None, :]
+    mixed = (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+    stream = _joined(_product(mixed, proj_weight, proj_bias), x, gamma1)
+    return int8_gelu_mlp(stream, w1, b1, w2, b2, norm2_weight, norm2_bias, eps, stream, gamma2)

@@ -15,6 +15,18 @@ from torch import Tensor
 
 _EPILOGUE = "Tensor? norm_weight, Tensor? norm_bias, float eps"
 
+
+def _block(projection: str, layer: str) -> str:
+    """The schema of a whole block whose weights are spelled so by name."""
+    return (
+        f"(Tensor x, Tensor norm1_weight, Tensor? norm1_bias, {projection.format('qkv')}, "
+        f"Tensor? qkv_bias, {projection.format('proj')}, Tensor? proj_bias, Tensor? gamma1, "
+        f"Tensor norm2_weight, Tensor? norm2_bias, {layer.format('w1')}, Tensor? b1, "
+        f"{layer.format('w2')}, Tensor? b2, Tensor? gamma2, Tensor? key_bias, int num_heads, "
+        "float scale, float eps) -> Tensor"
+    )
+
+
 SCHEMAS: dict[str, str] = {
     "int8_linear": (
         f"(Tensor x, Tensor weight, Tensor? bias, {_EPILOGUE}, bool gelu, Tensor? residual, "
@@ -24,6 +36,7 @@ SCHEMAS: dict[str, str] = {
         f"(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, {_EPILOGUE}, "
         "Tensor? residual, Tensor? gamma) -> Tensor"
     ),
+    "int8_vit_block": _block("Tensor {0}_weight", "Tensor {0}"),
 }
 
 PACKED_SCHEMAS: dict[str, str] = {
@@ -36,6 +49,7 @@ PACKED_SCHEMAS: dict[str, str] = {
         f"Tensor scales2, Tensor sums2, Tensor? b2, {_EPILOGUE}, Tensor? residual, "
         "Tensor? gamma) -> Tensor"
     ),
+    "int8_vit_block_packed": _block(*2 * ("Tensor {0}, Tensor {0}_scales, Tensor {0}_sums",)),
 }
 
 ALL = SCHEMAS | PACKED_SCHEMAS
@@ -48,6 +62,8 @@ def _projected(x: Tensor, width: int) -> Tensor:
 FAKES: dict[str, Callable[..., object]] = {
     "int8_linear": lambda x, weight, *_: _projected(x, weight.shape[0]),
     "int8_gelu_mlp": lambda x, w1, b1, w2, *_: _projected(x, w2.shape[0]),
+    "int8_vit_block": lambda x, *_: x.new_empty(x.shape),
+    "int8_vit_block_packed": lambda x, *_: x.new_empty(x.shape),
     "int8_linear_packed": lambda x, packed, scales, *_: _projected(x, scales.shape[0]),
     "int8_gelu_mlp_packed": lambda x, packed1, scales1, sums1, b1, packed2, scales2, *_: _projected(
         x, scales2.shape[0]

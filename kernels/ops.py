@@ -150,6 +150,7 @@ KERNELS: dict[str, frozenset[str]] = {
             "linear",
             "linear_bwd",
             "linear_fwd",
+            "patch_embed",
             "vit_block",
         }
     )

@@ -92,6 +92,8 @@ def _train(implementation: str, *arguments: Any) -> Tensor:
     return _PatchEmbed.apply(implementation, *arguments)
 
 
-_PATCH_EMBED = dispatch.Operator(
-    "patch_embed", _prepare, dispatch.interpreter_limits, _train, {0: "images"}
-)
+def _limits(implementation: str, images: Tensor, weight: Tensor, *_: Any) -> list[str]:
+    return dispatch.product_limits(implementation, images, weight.flatten(1))
+
+
+_PATCH_EMBED = dispatch.Operator("patch_embed", _prepare, _limits, _train, {0: "images"})

@@ -12,7 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deit.kernels.fakes import STATS_COLUMNS
-from deit.kernels.int8_reference import int8_gelu_mlp, int8_linear  # noqa: F401
+from deit.kernels.int8_reference import (  # noqa: F401
+    int8_gelu_mlp,
+    int8_linear,
+    int8_vit_block,
+)
 
 
 def _add_residual(

@@ -29,6 +29,19 @@ def present(**values: object) -> None:
             raise TypeError(f"{name}: expected a Tensor; got NoneType")
 
 
+def heads(x: Tensor, num_heads: object) -> int:
+    """The channels of x [..., D], a positive multiple of a positive number of heads."""
+    if not isinstance(num_heads, int) or num_heads < 1:
+        raise ValueError(f"num_heads: expected a positive integer; got {num_heads!r}")
+    dim = x.shape[-1]
+    if dim % num_heads or dim == 0:
+        raise ValueError(
+            f"x: expected a last axis that is a multiple of num_heads={num_heads}; "
+            f"got shape {tuple(x.shape)}"
+        )
+    return dim
+
+
 def rows(name: str, value: object) -> int:
     """M of `value`, a weight [M, K]; its dtype is `parameters`' question."""
     if not isinstance(value, Tensor):

@@ -194,14 +194,7 @@ def _check_stream(
     x: Tensor, like: Tensor, row_stats: Tensor | None, num_heads: int, eps: float
 ) -> None:
     """x against the products' dtype and device, and what belongs to x."""
-    if not isinstance(num_heads, int) or num_heads < 1:
-        raise ValueError(f"num_heads: expected a positive integer; got {num_heads!r}")
-    dim = x.shape[-1]
-    if dim % num_heads or dim == 0:
-        raise ValueError(
-            f"x: expected a last axis that is a multiple of num_heads={num_heads}; "
-            f"got shape {tuple(x.shape)}"
-        )
+    validate.heads(x, num_heads)
     if x.dtype not in (like.dtype, torch.float32):
         raise TypeError(f"x: expected {like.dtype}, as qkv_weight's, or fp32; got {x.dtype}")
     if x.device != like.device:

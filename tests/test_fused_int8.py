@@ -86,9 +86,9 @@ def test_every_library_runs_in_int8_and_comes_back(build, images):
         report = fuse(model, dtype="int8")
         seen = ran(lambda: logits(model, images))
         out = logits(model, images)
-    assert {("int8_linear", "cpu"), ("int8_gelu_mlp", "cpu")} <= seen
-    assert not {name for name, _ in seen} & {"linear", "gelu_mlp"}
-    assert report.operators["int8_linear"] == "cpu"
+    assert ("int8_vit_block", "cpu") in seen
+    assert not {name for name, _ in seen} & {"linear", "gelu_mlp", "vit_block"}
+    assert report.operators["int8_vit_block"] == "cpu"
     assert "fc2 in int8" in str(report)
     error = (out - expected).norm() / expected.norm()
     assert 1e-6 < error < 0.03  # close, and not the fp32 path in disguise
@@ -98,6 +98,21 @@ def test_every_library_runs_in_int8_and_comes_back(build, images):
     unfuse(model)
     with torch.inference_mode():
         assert torch.equal(logits(model, images), expected)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_by_parts_when_asked(build, images):
+    model = BUILDERS[build]()
+    with torch.inference_mode():
+        fuse(model, dtype="int8", block="whole")
+        whole = logits(model, images)
+        report = fuse(model, dtype="int8", block="parts")
+        seen = {name for name, _ in ran(lambda: logits(model, images))}
+        parts = logits(model, images)
+    assert {"int8_linear", "int8_gelu_mlp", "attention"} <= seen
+    assert "int8_vit_block" not in seen
+    assert "int8_vit_block" not in report.operators
+    assert 0 < (parts - whole).norm() < 0.015 * whole.norm()  # bf16 and flipped integers
 
 
 def test_it_is_never_chosen_unasked(images):
@@ -118,9 +133,9 @@ def test_it_is_never_chosen_unasked(images):
 def test_the_last_block_for_the_rows_that_are_read(images):
     model = ours()
     with torch.inference_mode():
-        with fused(model, dtype="int8", last_block="full"):
+        with fused(model, dtype="int8", block="parts", last_block="full"):
             full = model(images)
-        with fused(model, dtype="int8"):
+        with fused(model, dtype="int8", block="parts"):
             short = model(images)
     torch.testing.assert_close(short, full, rtol=1e-4, atol=1e-5)
 
@@ -177,7 +192,7 @@ def test_export_holds_the_operators(images):
         expected = model(images)
         assert torch.equal(program.module()(images), expected)
     targets = {str(node.target) for node in program.graph.nodes}
-    assert "deit_cpu.int8_gelu_mlp.default" in targets
+    assert {"deit_cpu.int8_vit_block.default", "deit_cpu.int8_gelu_mlp.default"} <= targets
 
 
 def test_compile(images):

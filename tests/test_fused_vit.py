@@ -422,8 +422,8 @@ def test_what_no_whole_kernel_serves_runs_by_parts(model, monkeypatch):
     assert not calls
 
 
-def test_int8_and_the_reference_have_no_whole_blocks(model):
-    for options in ({"dtype": "int8"}, {"impl": "reference"}, {"block": "parts"}):
+def test_the_reference_has_no_whole_blocks(model):
+    for options in ({"impl": "reference"}, {"block": "parts"}):
         assert "vit_block" not in fuse(model, **options).operators
 
 

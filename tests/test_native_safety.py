@@ -86,20 +86,26 @@ _TRAINING |= {
     ),
 }  # fmt: skip
 NORM = (W, W, 1e-6)
+BLOCK = (X, W, W, make(576, 192, seed=7) / 14, None, make(192, 192, seed=8) / 14, W, W, W, W,
+         FC1, None, FC2, W, None)  # fmt: skip
 CALLS: dict[str, Call] = _TRAINING | {
     "int8_linear": lambda: OPS["int8_linear"](X, FC1, None, *NORM, True, None, None),
     "int8_gelu_mlp": lambda: OPS["int8_gelu_mlp"](X, FC1, None, FC2, W, *NORM, X, None),
-    # What those two run with weights they have packed.
+    # What those run with weights they have packed.
     "int8_linear_packed": lambda: OPS["int8_linear"](X, FC1, None, *NORM, False, None, None),
     "int8_gelu_mlp_packed": lambda: OPS["int8_gelu_mlp"](X, FC1, None, FC2, W, *NORM, X, W),
+    "int8_vit_block": lambda: OPS["int8_vit_block"](*BLOCK, None, 3, 0.125, 1e-6),
+    "int8_vit_block_packed": lambda: OPS["int8_vit_block"](*BLOCK, X[:, :, 0], 3, 0.125, 1e-6),
     "layer_norm": lambda: OPS["layer_norm"](X, W, W, 1e-6),
     "add_layer_norm": lambda: OPS["add_layer_norm"](X, X, W, W, 1e-6, W, None),
     "attention": lambda: OPS["attention"](make(3, 197, 576), 3, 0.125, None),
     "linear": lambda: OPS["linear"](X, FC1, None, "gelu", None, None, None),
     "gelu_mlp": lambda: OPS["gelu_mlp"](X, FC1, None, FC2, W, X, None, None),
+    "patch_embed": lambda: OPS["patch_embed"](
+        make(3, 3, 64, 64), make(96, 3, 16, 16, seed=1), W[:96], make(1, 1, 96), make(1, 17, 96)
+    ),
     "vit_block": lambda: OPS["vit_block"](
-        X, None, W, W, make(576, 192, seed=7) / 14, None, make(192, 192, seed=8) / 14, W, W,
-        W, W, FC1, None, FC2, W, None, None, 3, 0.125, 1e-6,
+        X, None, *BLOCK[1:], None, 3, 0.125, 1e-6
     ),
 }  # fmt: skip
 

@@ -24,8 +24,8 @@ constexpr int64_t kChain = kWidth == 4 ? 16 : 64;
 constexpr int64_t kFewKeys = 12;
 constexpr int64_t kShortChain = 16;
 
-// c[MR, NV * kWidth] (= or +=) a[MR, depth] * b[depth, NV * kWidth]
-template <int MR, int NV>
+// c[MR, NV * kWidth] (= or +=) a[MR, depth] * b[depth, NV * kWidth], of words that hold W.
+template <class W, int MR, int NV>
 DEIT_INLINE void product_block(const float* a, int64_t lda, const float* b, int64_t ldb,
                                int64_t depth, bool add, float* c, int64_t ldc) {
   Vec sums[MR][NV];
@@ -42,7 +42,7 @@ DEIT_INLINE void product_block(const float* a, int64_t lda, const float* b, int6
     for (int i = 0; i < MR; ++i) {
       const Vec factor = broadcast(a[i * lda + k]);
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) sums[i][j] = fma(factor, row[j], sums[i][j]);
+      for (int j = 0; j < NV; ++j) sums[i][j] = multiply_word<W>(factor, row[j], sums[i][j]);
     }
   }
 #pragma GCC unroll 8
@@ -55,39 +55,41 @@ DEIT_INLINE void product_block(const float* a, int64_t lda, const float* b, int6
   }
 }
 
-template <int MR>
+template <class W, int MR>
 DEIT_INLINE void product_rows(const float* a, int64_t lda, const float* b, int64_t ldb,
                               int64_t depth, int vectors, bool add, float* c, int64_t ldc) {
   switch (vectors) {
-    case 1: return product_block<MR, 1>(a, lda, b, ldb, depth, add, c, ldc);
-    case 2: return product_block<MR, 2>(a, lda, b, ldb, depth, add, c, ldc);
-    case 3: return product_block<MR, kCols < 3 ? kCols : 3>(a, lda, b, ldb, depth, add, c, ldc);
-    default: return product_block<MR, kCols>(a, lda, b, ldb, depth, add, c, ldc);
+    case 1: return product_block<W, MR, 1>(a, lda, b, ldb, depth, add, c, ldc);
+    case 2: return product_block<W, MR, 2>(a, lda, b, ldb, depth, add, c, ldc);
+    case 3: return product_block<W, MR, kCols < 3 ? kCols : 3>(a, lda, b, ldb, depth, add, c, ldc);
+    default: return product_block<W, MR, kCols>(a, lda, b, ldb, depth, add, c, ldc);
   }
 }
 
 // c[rows, vectors * kWidth] = (or +=) a[rows, depth] * b[depth, vectors * kWidth], where
 // vectors <= kCols, each sum one chain.
+template <class W>
 void product_chain(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows,
                    int64_t depth, int vectors, bool add, float* c, int64_t ldc) {
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows) {
-    product_rows<kRows>(a + i * lda, lda, b, ldb, depth, vectors, add, c + i * ldc, ldc);
+    product_rows<W, kRows>(a + i * lda, lda, b, ldb, depth, vectors, add, c + i * ldc, ldc);
   }
   for (; i + 2 <= rows; i += 2) {
-    product_rows<2>(a + i * lda, lda, b, ldb, depth, vectors, add, c + i * ldc, ldc);
+    product_rows<W, 2>(a + i * lda, lda, b, ldb, depth, vectors, add, c + i * ldc, ldc);
   }
   for (; i < rows; ++i) {
-    product_rows<1>(a + i * lda, lda, b, ldb, depth, vectors, add, c + i * ldc, ldc);
+    product_rows<W, 1>(a + i * lda, lda, b, ldb, depth, vectors, add, c + i * ldc, ldc);
   }
 }
 
 // The same for any depth, in chains of at most `chain` terms; `c` is overwritten.
+template <class W = float>
 void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows,
              int64_t depth, int64_t chain, int vectors, float* c, int64_t ldc) {
   for (int64_t k = 0; k < depth; k += chain) {
     const int64_t terms = depth - k < chain ? depth - k : chain;
-    product_chain(a + k, lda, b + k * ldb, ldb, rows, terms, vectors, k > 0, c, ldc);
+    product_chain<W>(a + k, lda, b + k * ldb, ldb, rows, terms, vectors, k > 0, c, ldc);
   }
 }
 
@@ -161,7 +163,9 @@ DEIT_INLINE void pack_keys(const T* keys, int64_t stride, int64_t tokens, int64_
 
 // Scores -> exp(score - largest), in place; returns 1 / their sum. A row whose every score is
 // -inf becomes zeros, as in PyTorch's scaled_dot_product_attention. `lse`, where it is asked for,
-// is log(sum(exp(scores))).
+// is log(sum(exp(scores))). kPaired: they become bf16, two a word, in the first half of the row;
+// `padded` is then a multiple of two vectors.
+template <bool kPaired = false>
 DEIT_INLINE float softmax_row(float* scores, const float* key_bias, int64_t tokens,
                               int64_t padded, float* lse = nullptr) {
   const float infinity = __builtin_inff();
@@ -190,7 +194,16 @@ DEIT_INLINE float softmax_row(float* scores, const float* key_bias, int64_t toke
   }
   const Vec base = broadcast(largest_score);
   Vec total = broadcast(0.0f);
-  for (j = 0; j < padded; j += kWidth) {
+  j = 0;
+#if defined(__AVX512BF16__)
+  for (; kPaired && j < padded; j += 2 * kWidth) {
+    const Vec p = exp_nonpositive(load(scores + j) - base);
+    const Vec next = exp_nonpositive(load(scores + j + kWidth) - base);
+    store(scores + j / 2, narrowed(p, next));
+    total = total + (p + next);
+  }
+#endif
+  for (; j < padded; j += kWidth) {
     const Vec p = exp_nonpositive(load(scores + j) - base);
     store(scores + j, p);
     total = total + p;
@@ -262,7 +275,10 @@ void attention_typed(const AttentionArgs& args, float* workspace, int64_t begin,
   }
 }
 
+#include "attention_bf16.inl"
+
 void attention(const AttentionArgs& args, float* workspace, int64_t begin, int64_t end) {
+  if (in_bf16(args)) return attention_in_bf16(args, workspace, begin, end);
   switch (args.type) {
     case Scalar::f32: return attention_typed<float>(args, workspace, begin, end);
     case Scalar::f16: return attention_typed<F16>(args, workspace, begin, end);
@@ -280,5 +296,6 @@ void plan_attention(AttentionArgs& args) {
 }
 
 size_t attention_workspace(const AttentionArgs& args) {
+  if (in_bf16(args)) return bf16_workspace(args);
   return static_cast<size_t>(lay_out(args, nullptr).end - static_cast<float*>(nullptr));
 }

@@ -40,6 +40,7 @@ struct AttentionArgs {
   int64_t batch, tokens, heads, head_dim;
   int64_t stride_batch, stride_token;  // of qkv, in elements
   float scale;
+  bool bf16_products;  // round q, k, v and p to bf16 where the set multiplies that faster; fp32 qkv
   int64_t query_tile;  // queries of one task; `tiles` tasks cover N
   int64_t tiles;
 };

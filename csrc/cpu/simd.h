@@ -77,6 +77,17 @@ DEIT_INLINE Vec multiply_pairs(Vec a, Vec b, Vec c) {
 #endif
 }
 
+#if defined(__AVX512BF16__)
+// Words of two bf16 each: of neighbours in (low, high) taken as one row of 32; and of the lanes of
+// `low` and `high`.
+DEIT_INLINE Vec narrowed(Vec low, Vec high) { return (Vec)_mm512_cvtne2ps_pbh(high, low); }
+DEIT_INLINE Vec interleaved(Vec low, Vec high) {
+  const __m512i even = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low));
+  const __m512i odd = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high));
+  return _mm512_castsi512_ps(_mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+}
+#endif
+
 // Rows become columns: 16 x 16 in four rounds of shuffles.
 DEIT_INLINE void transpose(Vec (&r)[16]) {
   Vec t[16];

@@ -63,7 +63,8 @@ def fuse(
         block: "parts" runs LayerNorm, attention and MLP as operators of their own. "whole" runs
             a block in inference as one `deit.kernels.vit_block` by `impl`, where that has a kernel
             (the report says where not). "auto" does so where `vit_block` was measured and found
-            faster: on a CPU, and on no GPU so far. On a CPU the two give the same bits.
+            faster: on a CPU, and on no GPU so far. On a CPU the two give the same bits; with
+            dtype="int8" whole blocks multiply in bf16 within attention where the CPU does.
         dtype: None for the model's own; "int8" for the products of every fused block in 8-bit
             integers (weights by output channel, activations by token, nothing calibrated) in eval
             mode, for an fp32 model on a CPU. Its outputs are close, not the same: docs/numerics.md.
@@ -75,7 +76,7 @@ def fuse(
 
     Raises:
         TypeError: `model` is not a module. ValueError: an unknown `impl`, `last_block`, `block` or
-            `dtype`; "int8" for a model that is not fp32 on a CPU, or with block="whole".
+            `dtype`; "int8" for a model that is not fp32 on a CPU.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
@@ -89,8 +90,6 @@ def fuse(
     if dtype not in (None, "int8"):
         raise ValueError(f"dtype: expected None or 'int8'; got {dtype!r}")
     if dtype == "int8":
-        if block == "whole":
-            raise ValueError("block: 'whole' has no 8-bit form; expected 'parts' with dtype='int8'")
         int8.refuse(model)
     impls = _implementations(impl, block, dtype)
     families = _families()
@@ -114,17 +113,18 @@ def fuse(
 
 
 def _implementations(impl: str, block: str, dtype: str | None) -> dict[str, str]:
-    """Operator -> the implementation that runs it; no vit_block where blocks run by parts."""
+    """Operator -> the implementation that runs it; no whole blocks where they run by parts."""
     impls = {
         operator: impl if impl == "reference" or operator in ops.KERNELS.get(impl, ()) else "auto"
         for operator in (*ops.SCHEMAS, *(int8.OPERATORS if dtype == "int8" else ()))
     }
-    if block == "auto" and impl in ("auto", "cpu"):
-        impls["vit_block"] = "auto"
-    elif block != "whole":
-        del impls["vit_block"]
     if dtype == "int8":
-        impls.pop("vit_block", None)
+        del impls["vit_block"]  # in training nothing runs whole
+    for whole in impls.keys() & {"vit_block", int8.WHOLE}:
+        if block == "auto" and impl in ("auto", "cpu"):
+            impls[whole] = "auto"
+        elif block != "whole":
+            del impls[whole]
     return impls
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deit.kernels import attention, int8_gelu_mlp, int8_linear
+from deit.kernels import attention, int8_gelu_mlp, int8_linear, int8_vit_block
 
-OPERATORS = ("int8_linear", "int8_gelu_mlp")
+WHOLE = "int8_vit_block"
+OPERATORS = ("int8_linear", "int8_gelu_mlp", WHOLE)
 REMARK = "in eval qkv, proj, fc1, fc2 in int8; norms, softmax, GELU, residual in fp32"
 
 
@@ -45,6 +46,8 @@ def advance(block: Any, x: Tensor, key_bias: Tensor | None, rows: int | None) ->
         )
     norm1, attn, norm2, mlp = block.parts()
     impls = block.fused_impls
+    if rows is None and WHOLE in impls and norm1.eps == norm2.eps:
+        return int8_vit_block(x, **block.arguments(WHOLE), key_bias=key_bias)
     norm = (norm1.weight, norm1.bias, norm1.eps)
 
     def project(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

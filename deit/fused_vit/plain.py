@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from deit import model
 from deit.fused_vit import modules
+from deit.fused_vit.embeds import Embeds
 from deit.fused_vit.last_block import PrefixOnly
 
 
@@ -32,17 +33,25 @@ class FusedBlock(modules.FusedBlock, model.Block):
         return self.drop_path.keep(x)
 
 
-class FusedDeiT(PrefixOnly, model.DeiT):
-    """deit.model.DeiT with the last block for the prefix tokens alone."""
+class FusedDeiT(Embeds, PrefixOnly, model.DeiT):
+    """deit.model.DeiT embedded by one operator, its last block for the prefix tokens alone."""
+
+    STEPS = ("embed", "prefix")
 
     def rows(self) -> int:
         return self.config.prefix_tokens
+
+    def prefix_tokens(self) -> Tensor:
+        return self.prefix()
+
+    def by_steps(self, images: Tensor) -> Tensor:
+        return self.embed(images)
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if not self.runs_fused(images):
             return super().forward(images)
         self._check(images)
-        return self.forward_head(self.prefix_features(self.embed(images)))
+        return self.forward_head(self.prefix_features(self.embedded(images)))
 
 
 LEAVES: dict[type[nn.Module], type[modules.Fused]] = {

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import timm.layers
+import torch
 from timm.models import deit, vision_transformer
 from torch import Tensor, nn
 
 from deit.fused_vit import modules
+from deit.fused_vit.embeds import Embeds
 from deit.fused_vit.last_block import PrefixOnly
+from deit.fused_vit.modules import hooked
 
 
 class FusedLayerNorm(modules.FusedLayerNorm, timm.layers.LayerNorm):
@@ -71,8 +74,46 @@ class FusedBlock(Masked, modules.FusedBlock, vision_transformer.Block):
         return keep.div_(1.0 - rate) if drop.scale_by_keep and rate < 1.0 else keep
 
 
-class ClassifiesByPrefix(PrefixOnly):
+class ClassifiesByPrefix(Embeds, PrefixOnly):
     """What timm's two vision transformers share."""
+
+    STEPS = ("_pos_embed",)
+
+    def prefix_tokens(self) -> Tensor:
+        module: Any = self
+        tokens = [module.cls_token]
+        if self.rows() == 2:
+            tokens.append(module.dist_token)
+        return tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
+
+    def by_steps(self, images: Tensor) -> Tensor:
+        module: Any = self
+        return module._pos_embed(module.patch_embed(images))
+
+    def why_steps(self) -> str | None:
+        module: Any = self
+        patches = module.patch_embed
+        if type(patches) is not timm.layers.PatchEmbed:
+            return f"patch_embed is a {type(patches).__name__}"
+        if module.cls_token is None or module.pos_embed is None or module.no_embed_class:
+            return "positions are not added to a class token"
+        if getattr(module, "reg_token", None) is not None:
+            return "it has register tokens"
+        if module.dynamic_img_size or patches.dynamic_img_pad or not patches.flatten:
+            return "it takes images of any size"
+        if type(patches.norm) is not nn.Identity:
+            return f"patch_embed.norm is a {type(patches.norm).__name__}"
+        dropped = module.pos_drop
+        if hooked(dropped) or (dropped.training and getattr(dropped, "p", 0.0) > 0.0):
+            return "pos_drop drops, or has a hook"
+        return super().why_steps()
+
+    def embedded(self, images: Tensor) -> Tensor:
+        module: Any = self
+        sizes = module.patch_embed.img_size
+        if images.dim() != 4 or sizes is None or tuple(images.shape[2:]) != tuple(sizes):
+            return self.by_steps(images)  # which says what is wrong with them
+        return super().embedded(images)
 
     def unsupported(self) -> str | None:
         if not _FEATURES_KNOWN:
@@ -95,7 +136,7 @@ class ClassifiesByPrefix(PrefixOnly):
         module: Any = self
         if not self.runs_fused(x):
             return super().forward(x)  # type: ignore[misc]
-        x = module.norm_pre(module.patch_drop(module._pos_embed(module.patch_embed(x))))
+        x = module.norm_pre(module.patch_drop(self.embedded(x)))
         return module.forward_head(self.prefix_features(x))
 
 

@@ -64,8 +64,8 @@ class Whole:
         """The block's output and its row statistics, from x and those that came with it."""
         return vit_block(x, **self.arguments(), row_stats=row_stats, key_bias=key_bias)
 
-    def arguments(self) -> dict[str, Any]:
-        """What `vit_block` is told of this block."""
+    def arguments(self, operator: str = "vit_block") -> dict[str, Any]:
+        """What `operator`, "vit_block" or "int8_vit_block", is told of this block."""
         block: Any = self
         norm1, attn, norm2, mlp = block.parts()
         qkv_weight, qkv_bias = attn.projection()
@@ -89,5 +89,5 @@ class Whole:
             "eps": norm1.eps,
             "gamma1": block.gamma(0),
             "gamma2": block.gamma(1),
-            "impl": block.fused_impls["vit_block"],
+            "impl": block.fused_impls[operator],
         }

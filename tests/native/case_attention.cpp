@@ -1,4 +1,4 @@
-// attention: padded rows, tokens before images, masked keys.
+// attention: padded rows, tokens before images, masked keys, products in bf16.
 #include "cases.h"
 #include "fence.h"
 
@@ -11,6 +11,7 @@ void fuzz_attention(Random& random, const deit::Kernels& set) {
   args.heads = random.between(1, 3);
   args.tokens = random.chance(0.1) ? random.size(300) : random.size(70);
   args.head_dim = random.chance(0.3) ? 64 : random.size(80);
+  args.bf16_products = args.type == deit::Scalar::f32 && random.chance(0.5);
   args.scale = 0.25f / std::sqrt(static_cast<float>(args.head_dim));
   const int64_t channels = args.heads * args.head_dim, gap = random.size(20) - 1;
   const bool tokens_first = random.chance(0.3);  // [N, B, 3 D] seen as [B, N, 3 D]
@@ -39,6 +40,7 @@ void fuzz_attention(Random& random, const deit::Kernels& set) {
         set.attention(args, workspace, begin, end);
       });
 
+  const deit::Scalar rounded = args.bf16_products ? deit::Scalar::bf16 : args.type;
   const std::vector<double> values = qkv.values();
   std::vector<double> p(static_cast<size_t>(args.tokens));
   for (int64_t task = 0; task < args.batch * args.heads * args.tokens; ++task) {
@@ -62,7 +64,7 @@ void fuzz_attention(Random& random, const deit::Kernels& set) {
       double y = 0.0;
       for (int64_t key = 0; key < args.tokens; ++key) y += p[static_cast<size_t>(key)] * at(key, 2, i);
       const int64_t index = (b * args.tokens + query) * channels + h * args.head_dim + i;
-      near("out", index, out.at(index), total > 0.0 ? y / total : 0.0, args.type);
+      near("out", index, out.at(index), total > 0.0 ? y / total : 0.0, rounded);
     }
   }
 }

@@ -1,0 +1,116 @@
+"""The C++ patch embedding against fp64: grids, layouts, bands, and what it refuses."""
+
+import oracle
+import pytest
+import torch
+
+from deit.kernels import explain, native, ops, patch_embed, reference
+
+pytestmark = pytest.mark.skipif(
+    bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))
+)
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def arguments(
+    images=2, size=(64, 48), patch=(16, 16), dim=96, prefix=1, dtype=torch.float32, family="random"
+):
+    tokens = prefix + size[0] // patch[0] * (size[1] // patch[1])
+    depth = 3 * patch[0] * patch[1]
+    return [
+        oracle.make(family, (images, 3, *size), dtype),
+        oracle.make("random", (dim, 3, *patch), dtype, seed=1, scale=depth**-0.5),
+        oracle.make("random", (dim,), dtype, seed=2),
+        oracle.make("random", (1, prefix, dim), dtype, seed=3),
+        oracle.make("random", (1, tokens, dim), dtype, seed=4),
+    ]
+
+
+def run(*given):
+    return ops.COMPILED["cpu"]["patch_embed"](*given)
+
+
+# 33 and 50 channels leave a rest in every panel; (2, 6) is a patch that is not square; 240 x 224
+# has 210 patches, two bands of an image.
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"prefix": 2, "size": (32, 32)},
+        {"size": (30, 60), "patch": (6, 10), "dim": 33},
+        {"size": (8, 12), "patch": (2, 6), "dim": 50, "images": 5},
+        {"size": (240, 224), "dim": 48, "images": 1},
+        {"size": (16, 16), "images": 1, "dim": 64, "prefix": 0},
+    ],
+)
+@pytest.mark.parametrize("family", oracle.FAMILIES)
+def test_values(isa, shape, family):
+    for dtype in DTYPES:
+        given = arguments(**shape, dtype=dtype, family=family)
+        oracle.check(run(*given), reference.patch_embed, given)
+        given[2] = None
+        oracle.check(run(*given), reference.patch_embed, given)
+
+
+def test_any_memory_layout_has_the_same_bits():
+    given = arguments(images=4)
+    expected = run(*given)
+    images = given[0]
+    wide = torch.full((4, 5, 66, 100), torch.nan)
+    wide[:, 1:4, 1:65, 2:98:2] = images
+    layouts = (
+        images.contiguous(memory_format=torch.channels_last),
+        images.transpose(0, 1).contiguous().transpose(0, 1),
+        wide[:, 1:4, 1:65, 2:98:2],
+        images[:1].expand(4, -1, -1, -1),
+    )
+    for layout in layouts[:3]:
+        assert torch.equal(run(layout, *given[1:]), expected)
+    assert torch.equal(run(layouts[3], *given[1:])[3], expected[0])
+    strided = [given[1].transpose(2, 3).contiguous().transpose(2, 3), *given[2:]]
+    assert torch.equal(run(images, *strided), expected)
+
+
+def test_an_image_has_the_same_bits_in_any_batch_and_by_any_threads(threads):
+    """Bands of images and packed weights: one image, fewer than threads, and many."""
+    given = arguments(images=9, size=(96, 96))
+    threads(1)
+    expected = run(*given)
+    for count in (2, 3, 8):
+        threads(count)
+        assert torch.equal(run(*given), expected)
+        assert torch.equal(run(given[0][:1], *given[1:]), expected[:1])
+        assert torch.equal(run(given[0][4:7], *given[1:]), expected[4:7])
+
+
+def test_what_is_not_finite_stays_in_its_token():
+    given = arguments()
+    given[0][1, 2, 17, 20] = torch.nan
+    out = run(*given)
+    spoilt = torch.zeros(out.shape[:2], dtype=torch.bool)
+    spoilt[1, 1 + 3 + 1] = True  # the second row of three patches, its second
+    assert out[spoilt].isnan().all()
+    assert out[~spoilt].isfinite().all()
+
+
+def test_no_image_at_all():
+    given = arguments()
+    assert run(given[0][:0], *given[1:]).shape == (0, 13, 96)
+    assert explain("patch_embed", given[0][:0], *given[1:]).chosen == "reference"
+
+
+def test_what_it_refuses_goes_to_the_reference():
+    with torch.no_grad():
+        assert explain("patch_embed", *arguments()).chosen == "cpu"
+        half = [a.half() for a in arguments()]
+        assert explain("patch_embed", *half).chosen == "reference"
+        with pytest.raises(NotImplementedError, match=r"torch\.float16"):
+            patch_embed(*half, impl="cpu")
+        odd = arguments(size=(9, 9), patch=(3, 3), dtype=torch.bfloat16)
+        with pytest.raises(NotImplementedError, match="odd depth"):
+            patch_embed(*odd, impl="cpu")
+    trained = arguments()
+    trained[1].requires_grad_()
+    assert explain("patch_embed", *trained).chosen == "reference"
+    patch_embed(*trained).sum().backward()
+    assert trained[1].grad is not None
