@@ -5,7 +5,7 @@
 #include <optional>
 #include <vector>
 
-#include "launch_int8.h"
+#include "int8_launch.h"
 
 namespace deit {
 namespace {

@@ -10,7 +10,7 @@
 #include <cpuid.h>
 #endif
 
-#include "launch_int8.h"
+#include "int8_launch.h"
 
 namespace deit {
 namespace {

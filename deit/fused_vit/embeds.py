@@ -21,7 +21,7 @@ class Embeds:
     watches one of them.
     """
 
-    OPERATORS = ("patch_embed",)
+    OPERATORS: ClassVar[tuple[str, ...]] = ("patch_embed",)
     # Methods of the original that the operator stands for.
     STEPS: ClassVar[tuple[str, ...]] = ()
 
