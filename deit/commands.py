@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_type_h
 
 import tyro
 
-from deit.options import Distillation, Options, Shape
+from deit.options import WORKERS, Distillation, Options, Shape
 from deit.recipes import RECIPES, Recipe
 
 
@@ -100,7 +100,7 @@ class Train:
     """A torch device; auto is this process's GPU, or the CPU where there is none."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What products are computed in (autocast); weights stay fp32."""
-    workers: int = 4
+    workers: int = WORKERS
     """Processes that read and augment images."""
     accumulate: int = 1
     """Parts of an update that each process takes one after another, to save memory."""
@@ -192,7 +192,7 @@ class Eval:
     """A torch device; auto is the first GPU, or the CPU where there is none."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What products are computed in (autocast)."""
-    workers: int = 4
+    workers: int = WORKERS
     """Processes that read images."""
     fuse: bool = True
     """Run on the fused operators."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from deit.recipes import DEIT, Recipe
+
+WORKERS = min(4, os.cpu_count() or 1)  # more than there are cores, and PyTorch warns
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Options:
     seed: int = 0
     device: str = "auto"
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    workers: int = 4
+    workers: int = WORKERS
     accumulate: int = 1
     parallel: Literal["ddp", "fsdp"] = "ddp"
     compile: bool = False
