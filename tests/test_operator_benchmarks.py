@@ -171,6 +171,10 @@ def test_a_wrong_contender_is_refused() -> None:
     with pytest.raises(checks.WrongOutputs, match=r"cpu is off by 1\.0e-03"):
         suite.agree({"eager": eager, "cpu": off}, torch.float32)
     suite.agree({"eager": eager, "cpu": off}, torch.bfloat16)
+    block = Prepared(lambda: 1.0, "calls", [right, right])  # with row statistics
+    suite.agree({"eager": block, "cpu": block, "cpu, by parts": eager}, torch.float32)
+    with pytest.raises(ValueError, match="zip"):
+        suite.agree({"eager": block, "cpu": eager}, torch.float32)
 
 
 def test_ceilings_are_of_this_device() -> None:

@@ -115,8 +115,10 @@ def contenders(
 
 def agree(prepared: Mapping[str, Prepared], dtype: torch.dtype) -> None:
     """Nobody is timed who computes something else than eager does."""
+    eager = prepared["eager"].results
     for name, each in prepared.items():
-        for found, expected in zip(each.results, prepared["eager"].results, strict=True):
+        expected_of = eager[:1] if name.endswith("by parts") else eager  # no row statistics
+        for found, expected in zip(each.results, expected_of, strict=True):
             error = checks.distance(found, expected)
             allowed = operator_int8.ALLOWED if operator_int8.is_int8(name) else ALLOWED[dtype]
             if not error <= allowed:
