@@ -57,6 +57,7 @@ def test_one_operator_gives_the_same_logits(name):
         assert embeds_by(model) == NATIVE
         assert report.operators["patch_embed"] == NATIVE
         assert not any(row.name.startswith("patch_embed") for row in report.rows)
+        assert "step by step" not in str(report)
         torch.testing.assert_close(model(IMAGES), expected, rtol=2e-5, atol=2e-6)
         unfuse(model)
         assert torch.equal(model(IMAGES), expected)
@@ -67,7 +68,9 @@ def test_what_it_does_not_compute_goes_step_by_step(name):
     model = build(VisionTransformer, **SMALL, **UNUSUAL[name])
     with torch.inference_mode():
         expected = model(IMAGES)
-        fuse(model)
+        report = fuse(model)
+        assert "embedded step by step: " in str(report)
+        assert "patch_embed" not in report.operators
         assert embeds_by(model) is None
         torch.testing.assert_close(model(IMAGES), expected, rtol=2e-5, atol=2e-6)
 

@@ -40,6 +40,13 @@ class Embeds:
             return inherited
         return [*inherited, root.patch_embed, root.patch_embed.proj]
 
+    def operators(self) -> tuple[str, ...]:
+        return () if self.why_steps() is not None else super().operators()  # type: ignore[misc]
+
+    def remark(self) -> str:
+        reason, inherited = self.why_steps(), super().remark()  # type: ignore[misc]
+        return inherited if reason is None else f"{inherited}; embedded step by step: {reason}"
+
     def why_steps(self) -> str | None:
         """Why the original's steps embed; None where the operator does."""
         root: Any = self

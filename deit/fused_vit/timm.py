@@ -99,7 +99,8 @@ class ClassifiesByPrefix(Embeds, PrefixOnly):
             return "positions are not added to a class token"
         if getattr(module, "reg_token", None) is not None:
             return "it has register tokens"
-        if module.dynamic_img_size or patches.dynamic_img_pad or not patches.flatten:
+        sized = not (module.dynamic_img_size or getattr(patches, "dynamic_img_pad", False))
+        if not sized or not patches.flatten:
             return "it takes images of any size"
         if type(patches.norm) is not nn.Identity:
             return f"patch_embed.norm is a {type(patches.norm).__name__}"
