@@ -209,10 +209,12 @@ def in_channels_last(base: Contender) -> Contender:
     return Contender(base.network, base.how, "channels_last", module, module)
 
 
-def by_peer(peer: Peer, base: Contender, images: Tensor, train: bool) -> Contender:
+def by_peer(
+    peer: Peer, base: Contender, images: Tensor, train: bool, impl: str = "auto"
+) -> Contender:
     """What a peer makes of the eager contender's network, for a batch like `images`."""
     module = copy.deepcopy(base.module) if train else base.module
-    problem = Problem(module, base.network.config, images, torch.get_num_threads())
+    problem = Problem(module, base.network.config, images, torch.get_num_threads(), impl)
     built = peer.build(problem)
     return Contender(
         base.network,

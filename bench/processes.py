@@ -1,14 +1,16 @@
 """Several processes beside each other on a CPU: the same images, the same threads, shared out.
 
-One process with all threads, two with half of them each, and so on. The workers of every point
-stay alive and wait without a thread running, so that all points share the rounds; a sample is the
-time from asking the workers of a point to the last one's answer.
+One process with all threads, two with half of them each, and so on: of inference each for itself,
+of training as one DistributedDataParallel over gloo. The workers of every point stay alive and
+wait without a thread running, so that all points share the rounds; a sample is the time from
+asking the workers of a point to the last one's answer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,19 +18,20 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import checks
+import contenders as field_of
 import planning
+import tables
 import torch
+import torch.distributed
 import torch.multiprocessing
-from peers.peer import twin
+from contenders import Contender, Network
+from inputs import Inputs
 from timing import interleave, spread
-
-import deit
-from deit.fused_vit import fuse
-from deit.model import DeiT
+from torch.nn.parallel import DistributedDataParallel
 
 Row = dict[str, Any]
 CONTENDERS = ("fused", "eager")
-ALLOWED = 1e-4  # of fused logits against eager's, relative L2 distance
+CPU = torch.device("cpu")
 REFRESH, STOP = "refresh", "stop"
 
 
@@ -70,17 +73,21 @@ def check(asked: Sequence[int], threads: int, batch: int) -> None:
             )
 
 
-def sweep(config: deit.Config, asked: Sequence[int], batch: int, seconds: float) -> list[Row]:
+def sweep(
+    network: Network, asked: Sequence[int], batch: int, seconds: float, train: bool = False
+) -> list[Row]:
     """A row a point and contender, with the samples of the same rounds.
 
-    seconds: of timed calls for each, as far as 7 rounds allow. Raises RuntimeError where a worker
+    seconds: of timed calls for each, as far as 7 rounds allow. train: steps with AdamW, their
+    gradients averaged over the processes, in place of inference. Raises RuntimeError where a worker
     fails, ValueError as `check`.
     """
     threads = torch.get_num_threads()
     check(asked, threads, batch)
     with contextlib.ExitStack() as stack:
         pools = {
-            n: stack.enter_context(_workers(config, n, threads // n, batch // n)) for n in asked
+            n: stack.enter_context(_workers(network, n, threads // n, batch // n, train))
+            for n in asked
         }
         runs = [(n, name) for n in asked for name in CONTENDERS]
         steps = [lambda _, n=n, name=name: pools[n].ask(name) for n, name in runs]
@@ -91,66 +98,100 @@ def sweep(config: deit.Config, asked: Sequence[int], batch: int, seconds: float)
                 pool.ask(REFRESH)
 
         samples = interleave(steps, plan.rounds, before=refresh)
+    name = "ddp" if train else "processes"
+    work = network.flops * (tables.TRAINING_FLOPS if train else 1) / 1e9
     return [
-        _row(config, n, name, batch, taken) for (n, name), taken in zip(runs, samples, strict=True)
-    ]
+        _row(network, n, how, batch, taken) | {"sweep": name, "gflop_per_image": work,
+            "gflop_per_s": work * batch / statistics.median(taken)}
+        for (n, how), taken in zip(runs, samples, strict=True)
+    ]  # fmt: skip
 
 
-def _row(config: deit.Config, n: int, name: str, batch: int, samples: list[float]) -> Row:
+def _row(network: Network, n: int, how: str, batch: int, samples: list[float]) -> Row:
     speed = spread([batch / taken for taken in samples])
-    work = config.flops / 1e9
     return {
-        "sweep": "processes", "network": config.label, "contender": name, "x": n, "batch": batch,
-        "n": speed.n, "img_per_s": speed.median, "img_per_s_low": speed.low,
-        "img_per_s_high": speed.high, "gflop_per_image": work,
-        "gflop_per_s": work * batch / statistics.median(samples), "memory_bytes": None,
-        "seconds": samples,
+        "network": network.label, "contender": how, "x": n, "batch": batch, "n": speed.n,
+        "img_per_s": speed.median, "img_per_s_low": speed.low, "img_per_s_high": speed.high,
+        "memory_bytes": None, "seconds": samples,
     }  # fmt: skip
 
 
 @contextlib.contextmanager
-def _workers(config: deit.Config, count: int, threads: int, images: int) -> Iterator[Pool]:
+def _workers(
+    network: Network, count: int, threads: int, images: int, train: bool
+) -> Iterator[Pool]:
     """`count` processes, ready to run; stopped at the end, whatever happened."""
     context = torch.multiprocessing.get_context("spawn")
     ends = [context.Pipe() for _ in range(count)]
-    running = [
-        context.Process(target=_work, args=(theirs, config, threads, images), daemon=True)
-        for _, theirs in ends
-    ]
-    for process, (_, theirs) in zip(running, ends, strict=True):
-        process.start()
-        theirs.close()  # its end is the worker's alone: a worker that dies closes it
-    pool = Pool([ours for ours, _ in ends], count * images)
-    try:
-        pool.ask(REFRESH)
-        yield pool
-    except (EOFError, ConnectionError) as error:
-        raise RuntimeError("a worker ended before it answered") from error
-    finally:
-        for pipe in pool.pipes:
-            with contextlib.suppress(OSError):
-                pipe.send(STOP)
-        for process in running:
-            process.join(10)
-            process.kill()
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = f"file://{folder}/meeting" if train else None
+        running = [
+            context.Process(
+                target=_work, args=(theirs, network, threads, images, meeting, rank, count),
+                daemon=True,
+            )
+            for rank, (_, theirs) in enumerate(ends)
+        ]  # fmt: skip
+        for process, (_, theirs) in zip(running, ends, strict=True):
+            process.start()
+            theirs.close()  # its end is the worker's alone: a worker that dies closes it
+        pool = Pool([ours for ours, _ in ends], count * images)
+        try:
+            pool.ask(REFRESH)
+            yield pool
+        except (EOFError, ConnectionError) as error:
+            raise RuntimeError("a worker ended before it answered") from error
+        finally:
+            for pipe in pool.pipes:
+                with contextlib.suppress(OSError):
+                    pipe.send(STOP)
+            for process in running:
+                process.join(10)
+                process.kill()
 
 
-def _work(pipe: Connection, config: deit.Config, threads: int, images: int) -> None:
-    """A worker: answers "" to what it has done, or what went wrong."""
+def _work(
+    pipe: Connection, network: Network, threads: int, images: int,
+    meeting: str | None, rank: int, count: int,
+) -> None:  # fmt: skip
+    """A worker: answers "" to what it has done, or what went wrong.
+
+    meeting: where those who train together find each other; None for inference.
+    """
     torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    eager = DeiT(config).eval()
-    modules = {"eager": eager, "fused": twin(eager)}
-    fuse(modules["fused"])
-    batch = torch.randn(images, config.in_chans, config.img_size, config.img_size)
-    wrong = ""
-    with torch.inference_mode():
-        error = checks.distance(modules["fused"](batch), modules["eager"](batch))
-        if not error <= ALLOWED:
-            wrong = f"the fused logits are off by {error:.1e} (relative) from eager's"
-        while (what := pipe.recv()) != STOP:
-            if what == REFRESH:
-                batch.normal_()
-            else:
-                modules[what](batch)
-            pipe.send(wrong)
+    torch.manual_seed(0)  # the same weights in every worker
+    train = meeting is not None
+    if train:
+        torch.distributed.init_process_group(
+            "gloo", init_method=meeting, rank=rank, world_size=count
+        )
+    base = field_of.eager(network, CPU, torch.float32, train)
+    entries = {"eager": base, "fused": field_of.fused(base, "auto", train)}
+    torch.manual_seed(1 + rank)  # other images
+    inputs = Inputs(CPU, torch.float32)
+    wrong = _why_wrong(entries["fused"], base, inputs.get(base, images), train)
+    if train and count > 1:
+        for each in entries.values():
+            each.call = DistributedDataParallel(each.module)
+    steps = {name: field_of.make_step(each, torch.float32, train) for name, each in entries.items()}
+    while (what := pipe.recv()) != STOP:
+        if what == REFRESH:
+            inputs.refresh(0)
+        else:
+            steps[what](inputs.get(base, images))
+        pipe.send(wrong)
+    if train:
+        torch.distributed.destroy_process_group()
+
+
+def _why_wrong(fused: Contender, base: Contender, images: torch.Tensor, train: bool) -> str:
+    """What tells the fused network's logits or gradients from eager's; "" where nothing does."""
+    try:
+        if train:
+            checks.verify_gradients(fused, base, images, torch.float32)
+        else:
+            with torch.inference_mode():
+                checks.Oracle(base, images).verify(fused, fused.call(images))
+    except checks.WrongOutputs as error:
+        return str(error)
+    return ""

@@ -1,4 +1,4 @@
-"""What scale costs: images/s against batch, resolution, depth, width and processes, with exponents.
+"""What scale costs: images/s against batch, resolution, depth, width, processes.
 
     python bench/scaling.py --arch deit_ti
     python bench/scaling.py --sweeps resolution nodes --gbit-between 100
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import compiling
 import contenders as field_of
@@ -44,7 +44,7 @@ from timing import median_interval
 import deit
 
 Row = dict[str, Any]
-Sweep = Literal["batch", "resolution", "depth", "width", "processes", "nodes"]
+Sweep = Literal["batch", "resolution", "depth", "width", "processes", "ddp", "nodes"]
 
 CPU_BUDGET = 240.0  # seconds a sweep
 POINTS: dict[str, tuple[int, ...]] = {
@@ -58,7 +58,9 @@ QUANTITY = {
     "depth": "seconds an image ~ blocks",
     "width": "seconds an image ~ channels",
     "processes": "seconds an image ~ processes",
+    "ddp": "seconds an image ~ processes",
 }
+BY_PROCESSES = ("processes", "ddp")
 PROCESS_SECONDS = 10.0  # timed, of each number of processes and contender
 
 
@@ -68,8 +70,9 @@ class Options:
 
     arch: str = "deit_ti"
     """The DeiT that is scaled."""
-    sweeps: tuple[Sweep, ...] = ("batch", "resolution", "depth", "width", "processes", "nodes")
-    """What to vary; processes, which share the threads and one batch, on a CPU alone."""
+    sweeps: tuple[Sweep, ...] = get_args(Sweep)
+    """What to vary. On a CPU alone: processes, which share the threads and one batch, and ddp, the
+    same in training, gradients averaged over gloo."""
     points: tuple[int, ...] = ()
     """Values instead of the usual ones; for a single sweep."""
     bs: int = 16
@@ -132,8 +135,8 @@ def _create(config: deit.Config) -> deit.DeiT:
 
 def run_sweep(options: Options, settings: Settings, sweep: str, progress: Progress) -> list[Row]:
     """The rows of one sweep, each with its samples; RuntimeError where a contender was refused."""
-    if sweep == "processes":
-        return _processes(options, settings)
+    if sweep in BY_PROCESSES:
+        return _processes(options, settings, train=sweep == "ddp")
     if sweep == "batch":
         race, values = _batches(options, settings, progress)
     else:
@@ -152,13 +155,14 @@ def run_sweep(options: Options, settings: Settings, sweep: str, progress: Progre
     ]
 
 
-def _processes(options: Options, settings: Settings) -> list[Row]:
+def _processes(options: Options, settings: Settings, train: bool) -> list[Row]:
     """One batch over 1, 2, 4, ... processes; RuntimeError in half precision."""
     if settings.dtype != torch.float32:
-        raise RuntimeError("processes: expected fp32; leave out --dtype")
+        raise RuntimeError("processes, ddp: expected fp32; leave out --dtype")
     counts = options.points or processes.points(torch.get_num_threads(), settings.batch)
     seconds = settings.seconds or PROCESS_SECONDS
-    return processes.sweep(deit.config(options.arch), counts, settings.batch, seconds)
+    (network,) = settings.networks
+    return processes.sweep(network, counts, settings.batch, seconds, train)
 
 
 def _batches(options: Options, settings: Settings, progress: Progress) -> tuple[Race, list[int]]:
@@ -330,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     if settings.device.type != "cpu":  # a GPU is filled by one process
-        options = replace(options, sweeps=tuple(s for s in options.sweeps if s != "processes"))
+        options = replace(options, sweeps=tuple(s for s in options.sweeps if s not in BY_PROCESSES))
     console = Console(highlight=False)
     console.width = min(120, max(100, console.width))
     document = measure(options, settings, console)

@@ -118,7 +118,7 @@ class Selection:
         race, train, batch = self.race, self.settings.train, base.batch
         images = race.inputs.get(base, batch)
         began = time.perf_counter()
-        made = field_of.by_peer(peer, base, images, train)
+        made = field_of.by_peer(peer, base, images, train, self.settings.impl)
         made._step = field_of.make_step(made, self.settings.dtype, train)
         made.image_seconds = entry.base.image_seconds
         if not train:

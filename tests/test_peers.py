@@ -55,7 +55,7 @@ def names(*asked: str, device: str = "cpu") -> list[str]:
 
 def test_peers_by_name() -> None:
     assert names("default") == ["compile"]
-    assert names("default", device="cuda") == ["compile-max"]
+    assert names("default", device="cuda") == ["compile-max", "fused-graph"]
     assert names("none") == names("eager") == names() == []
     assert names("all") == list(PEERS)
     assert names("openvino,compile", "timm") == ["compile", "timm", "openvino"]

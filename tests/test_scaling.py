@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-import deit
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
+import contenders
 import nodes
 import planning
 import processes
@@ -211,7 +210,7 @@ def test_gradient_bytes_are_counted() -> None:
 
 # Processes --------------------------------------------------------------------------------------
 
-SMALL = deit.Config("deit_ti", embed_dim=64, num_heads=1, depth=1, img_size=32)
+SMALL = scaling.scaled(TINY, "depth", 1)
 
 
 def test_processes_that_share_evenly() -> None:
@@ -223,9 +222,10 @@ def test_processes_that_share_evenly() -> None:
             processes.check([asked], threads, batch)
 
 
-def test_processes_run_the_same_images(threads: Callable[[int], None]) -> None:
+@pytest.mark.parametrize("name", ["processes", "ddp"])
+def test_processes_run_the_same_images(name: str, threads: Callable[[int], None]) -> None:
     threads(2)
-    rows = processes.sweep(SMALL, (1, 2), 4, 0.05)
+    rows = processes.sweep(SMALL, (1, 2), 4, 0.05, train=name == "ddp")
     assert [(row["contender"], row["x"]) for row in rows] == [
         ("fused", 1), ("eager", 1), ("fused", 2), ("eager", 2)
     ]  # fmt: skip
@@ -233,18 +233,20 @@ def test_processes_run_the_same_images(threads: Callable[[int], None]) -> None:
         assert row["batch"] == 4
         assert len(row["seconds"]) == row["n"] >= planning.LEAST_ROUNDS
         assert row["img_per_s"] == pytest.approx(4 / statistics.median(row["seconds"]))
+        assert row["sweep"] == name
     assert multiprocessing.active_children() == []
-    fitted = scaling.fits(rows, "processes")
+    fitted = scaling.fits(rows, name)
     assert [fit["points"] for fit in fitted] == [2, 2]
     assert fitted[0]["text"].startswith("fused: seconds an image ~ processes^")
-    assert "Throughput against processes" in pictures.sweep({"rows": rows, "fits": fitted},
-                                                            "processes").html()  # fmt: skip
+    page = pictures.sweep({"rows": rows, "fits": fitted}, name).html()
+    assert "Throughput against processes" in page
 
 
-def test_a_worker_that_dies_is_an_error() -> None:
+@pytest.mark.parametrize("train", [False, True])
+def test_a_worker_that_dies_is_an_error(train: bool) -> None:
     def killed() -> None:
-        with processes._workers(SMALL, 1, 1, 1) as pool:
-            (worker,) = multiprocessing.active_children()
+        with processes._workers(SMALL, 2, 1, 1, train) as pool:
+            worker = multiprocessing.active_children()[1]
             worker.kill()
             worker.join()
             pool.ask("eager")
@@ -253,7 +255,19 @@ def test_a_worker_that_dies_is_an_error() -> None:
         killed()
 
 
-def test_a_worker_whose_logits_are_wrong_is_an_error() -> None:
+@pytest.mark.parametrize(("train", "what"), [(False, "logits"), (True, "gradients")])
+def test_a_worker_finds_out_what_is_wrong(train: bool, what: str) -> None:
+    base = contenders.eager(SMALL, torch.device("cpu"), torch.float32, train)
+    fused = contenders.fused(base, "auto", train)
+    images = torch.randn(2, 3, 32, 32)
+    assert processes._why_wrong(fused, base, images, train) == ""
+    fused.module.blocks[0].mlp.fc2 = torch.nn.Linear(
+        *reversed(base.module.blocks[0].mlp.fc2.weight.shape)
+    )
+    assert f"its {what} are off by" in processes._why_wrong(fused, base, images, train)
+
+
+def test_a_worker_that_found_something_wrong_is_an_error() -> None:
     ours, theirs = multiprocessing.Pipe()
     theirs.send("the fused logits are off")
     with pytest.raises(RuntimeError, match="the fused logits are off"):

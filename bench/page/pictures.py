@@ -59,7 +59,7 @@ def of_each_network(rows: Sequence[Row], *, fused: bool) -> list[Row]:
     """A network's fastest row among its fused ones, or among all others; int8 is left out."""
     best: dict[str, Row] = {}
     for row in rows:
-        wanted = (row["contender"] == "fused") == fused and "int8" not in row["contender"]
+        wanted = row["contender"].startswith("fused") == fused and "int8" not in row["contender"]
         if wanted and (row["network"] not in best or speed(row) > speed(best[row["network"]])):
             best[row["network"]] = row
     return list(best.values())
@@ -125,17 +125,20 @@ class Versus:
         mode = {"inference": "", "latency": f", {images} a call", "training": ", training"}
         protocol = "" if self.fused["protocol"] == "modern" else ", deit2021"
         where = mode[self.fused["mode"]] + protocol
-        return f"{self.fused['network']} vs {self.other['contender']}{where}"
+        graph = self.fused["contender"].partition(", ")[2]  # "one CUDA graph"
+        mine = f"{self.fused['network']}{', ' * bool(graph)}{graph}"
+        return f"{mine} vs {self.other['contender']}{where}"
 
 
 def comparisons(rows: Sequence[Row]) -> list[Versus]:
     """Every fused row beside the others of its network and run: 8 bits beside 8 bits alone."""
     run = lambda row: tuple(row[k] for k in ("network", "date", "command", "protocol", "mode"))
     found = []
-    ours = {"fused": False, "fused int8": True}
-    for fused in (row for row in rows if row["contender"] in ours):
-        for other in (row for row in rows if row["contender"] not in ours):
-            alike = ("int8" in other["contender"]) == ours[fused["contender"]]
+    in_int8 = lambda row: "int8" in row["contender"]
+    ours = [row for row in rows if row["contender"].startswith("fused")]
+    for fused in ours:
+        for other in (row for row in rows if row not in ours):
+            alike = in_int8(other) == in_int8(fused)
             if alike and run(other) == run(fused):
                 mine, theirs = ([s / r["batch"] for s in r["seconds"]] for r in (fused, other))
                 if len(mine) == len(theirs):
@@ -274,6 +277,7 @@ SWEEPS = {
     "depth": "blocks",
     "width": "channels",
     "processes": "processes",
+    "ddp": "processes that train together",
 }
 
 
@@ -285,8 +289,8 @@ def sweep(document: Row, name: str) -> Picture:
     caption = f"{network} and its like. Whiskers: quartiles. Fitted: {said or 'nothing'}."
     rows = [row for row in document["rows"] if row["sweep"] == name]
     draw = functools.partial(_sweep, rows, SWEEPS[name])
-    title = {"batch": "Throughput against batch size"}.get(name, f"Throughput against {name}")
-    return Picture(f"sweep-{name}", title, caption, draw)
+    across = {"batch": "batch size", "ddp": "processes that train together"}.get(name, name)
+    return Picture(f"sweep-{name}", f"Throughput against {across}", caption, draw)
 
 
 def _sweep(rows: Sequence[Row], across: str, width: int) -> Plot:

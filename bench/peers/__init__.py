@@ -15,6 +15,7 @@ __all__ = ["PEERS", "Built", "Call", "Peer", "Problem", "chosen"]
 
 _ADAPTERS = (
     "torch_compile",
+    "graph",
     "timm",
     "transformers",
     "torchvision",
@@ -32,7 +33,7 @@ PEERS: dict[str, Peer] = {
     for peer in importlib.import_module(f"peers.{adapter}").PEERS
 }
 # What `default` stands for; eager always runs, as the yardstick of logits and of speed.
-DEFAULT = {"cpu": ("compile",), "cuda": ("compile-max",)}
+DEFAULT = {"cpu": ("compile",), "cuda": ("compile-max", "fused-graph")}
 
 
 def chosen(names: Sequence[str], device: str) -> list[Peer]:

@@ -28,12 +28,14 @@ class Problem:
     """What a peer is asked to run: a network in evaluation mode and the batch it will be given.
 
     module: the eager model, which the others share and nobody may change; images: [B, 3, S, S].
+    impl: which implementation of the fused operators was asked for.
     """
 
     module: nn.Module
     config: deit.Config | None  # None for convnets
     images: Tensor
     threads: int
+    impl: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def throughput(context: Context) -> None:
 
 
 def measure(context: Context, arch: str, impl: str) -> None:
-    """Fused and eager, interleaved; what is compiled takes minutes and is left to the script."""
+    """Fused, as a CUDA graph too, and eager; what is compiled takes minutes, left to the script."""
     import devices
     import tables
     import throughput
@@ -39,7 +39,7 @@ def measure(context: Context, arch: str, impl: str) -> None:
         device=str(context.device),
         seconds=0.05 if context.dry else 2.0,
         budget=4.0 if context.dry else 0.0,
-        peers=("none",),
+        peers=("fused-graph",),
     )
     with Progress(time.perf_counter()) as progress:
         settings = throughput.settle(options)
@@ -49,6 +49,6 @@ def measure(context: Context, arch: str, impl: str) -> None:
     if not race.finalists:
         context.fail(f"{arch} {impl}: nothing was timed")
         return
-    arguments = ["--arch", arch, "--impl", impl, "--against", "none", "--peers", "none"]
+    arguments = ["--arch", arch, "--impl", impl, "--against", "none", "--peers", "fused-graph"]
     for row in tables.rows(race, devices.describe(settings.device), arguments, {}):
         context.row(**{**row, "impl": impl})

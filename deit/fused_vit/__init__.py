@@ -2,7 +2,7 @@
 
 `fuse` puts the operators of `deit.kernels` under a model in place, `unfuse` takes them out, and
 `with fused(model):` does both. For `deit.DeiT`, the vision transformers of timm and torchvision,
-Hugging Face's DeiT and ViT, and torch's LayerNorm.
+Hugging Face's DeiT and ViT, and torch's LayerNorm. `compile_graph` makes a forward one CUDA graph.
 The eight DeiTs with published weights have constructors here that return them fused.
 """
 
@@ -21,13 +21,15 @@ from torch import Tensor, nn
 
 from deit import configs
 from deit.fused_vit import int8, plain
+from deit.fused_vit.graph import Graph, compile_graph
 from deit.fused_vit.last_block import PrefixOnly
 from deit.fused_vit.modules import Fused, original_class
 from deit.fused_vit.report import Report, Row
 from deit.kernels import dispatch, ops
 from deit.model import DeiT
 
-__all__ = ["Report", "Row", "fuse", "fused", "register_hf", "unfuse", *configs.PUBLISHED]
+__all__ = ["Graph", "Report", "Row", "compile_graph", "fuse", "fused", "register_hf", "unfuse",
+           *configs.PUBLISHED]  # fmt: skip
 
 Model = TypeVar("Model", bound=nn.Module)
 
