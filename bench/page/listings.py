@@ -22,7 +22,7 @@ def _state(stale: Stale) -> Callable[[Row], str]:
 def models(rows: Sequence[Row], stale: Stale) -> str:
     """Evidence rows of throughput: of inference, or of training steps."""
     columns = [
-        keyed("network", "network"),
+        Column("network", _taught),
         keyed("contender", "contender"),
         keyed("protocol", "protocol"),
         keyed("dtype", "dtype"),
@@ -42,6 +42,11 @@ def models(rows: Sequence[Row], stale: Stale) -> str:
         Column("run again", lambda row: row["command"], code=True),
     ]
     return html.table(columns, rows, stale)
+
+
+def _taught(row: Row) -> str:
+    teacher = row.get("teacher")
+    return row["network"] + (f", with {teacher}'s labels" if teacher else "")
 
 
 def latencies(rows: Sequence[Row], stale: Stale) -> str:
