@@ -10,6 +10,7 @@ marked; beside every row stands the command that makes it anew.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -38,7 +39,8 @@ class Options:
     pictures: Path | None = None
     """A folder for the pictures as files of their own, for a README."""
     named: tuple[str, ...] = ()
-    """Which pictures: accuracy, speedup, ...; not given: all."""
+    """Which pictures: accuracy, accuracy-2 (other terms or another device), speedup, ...; not
+    given: all."""
 
 
 @dataclass(frozen=True)
@@ -219,20 +221,18 @@ def save_pictures(folder: Path, named: Sequence[str], found: Found) -> None:
     style = (html.HERE / "style.css").read_text(encoding="utf-8")
     paper = f"<style>{style}</style><rect width='100%' height='100%' fill='var(--paper)'/>"
     files: dict[str, str] = {}
+    seen: Counter[str] = Counter()
     for device in found.devices():
         for picture in drawn(found.of(device)):
-            count = sum(name.partition("~")[0] == picture.name for name in files)
+            seen[picture.name] += 1
+            again = f"-{seen[picture.name]}" if seen[picture.name] > 1 else ""
             text = picture.draw(pictures.WIDE).svg().replace("</title>", f"</title>{paper}", 1)
-            files[f"{picture.name}~{count + 1}"] = text
-    known = {name.partition("~")[0] for name in files}
-    if wrong := sorted(set(named) - known):
-        raise ValueError(f"named: expected among {', '.join(sorted(known))}; got {wrong[0]!r}")
+            files[picture.name + again] = text
+    if wrong := sorted(set(named) - files.keys()):
+        raise ValueError(f"named: expected among {', '.join(sorted(files))}; got {wrong[0]!r}")
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        stem, _, number = name.partition("~")
-        if not named or stem in named:
-            path = folder / f"{stem}{'' if number == '1' else '-' + number}.svg"
-            path.write_text(text + "\n", encoding="utf-8")
+    for name in named or files:
+        (folder / f"{name}.svg").write_text(files[name] + "\n", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

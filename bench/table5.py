@@ -50,7 +50,7 @@ CPU_LIMIT_PER_GFLOP = 0.25
 CPU_COMPILING = {"EfficientNet": 110.0}
 # Images in a batch, at most. On a CPU more are slower: EfficientNet-B0, eager, two cores, 141
 # images/s at 32 and 42 at 128, whose activations are fresh pages in every layer.
-BATCH = {"cpu": 32, "cuda": 256}
+BATCH = {"cpu": 16, "cuda": 256}
 CPU_SECONDS = 6.0  # timed, for each contender of the modern protocol: 7 rounds and more
 OVERRUN = 3.0  # times the limit after which a network is given up
 
@@ -66,7 +66,7 @@ class Options:
     """Networks by label ("deit_b↑384"), or by its beginning ("resnet"); not given: all."""
     bs: int | None = None
     """Images in a batch; on a CPU less, as memory and the limit demand, and the table says so. Not
-    given: 256, on a CPU 32."""
+    given: 256, on a CPU 16."""
     limit: float | None = None
     """Seconds for one network and protocol; 0 for none. Not given: none on a GPU; on a CPU 40 (an
     EfficientNet 150), of deit2021 20, and 0.25 for each GFLOP of an image: 53 minutes at most."""
