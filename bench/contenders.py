@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import deit
+from deit.distill import Teacher
+from deit.images import IMAGENET_MEAN, IMAGENET_STD
 from deit.kernels import dispatch
 
 Step = Callable[[Tensor], Any]
+Labeller = Callable[[Tensor], Tensor]  # images -> a teacher's logits
 
 CLASSES = 1000
 
@@ -55,14 +58,14 @@ def deit_network(arch: str, img_size: int | None = None) -> Network:
     return Network(config.name, "DeiT", config.img_size, config.flops, build, row, config)
 
 
-def convnet(name: str) -> Network:
+def convnet(name: str, option: str = "against") -> Network:
     """A convnet of Table 5 from timm, at the paper's image size; ValueError for others."""
     import timm
 
-    row = paper_table.convnet(name)
+    row = paper_table.convnet(name, option)
     known = [each for each in paper_table.CONVNETS[row.model] if timm.is_model(each)]
     if not known:
-        raise ValueError(f"against: timm {timm.__version__} has no {row.model}")
+        raise ValueError(f"{option}: timm {timm.__version__} has no {row.model}")
     build = functools.partial(timm.create_model, known[0], num_classes=CLASSES)
     flops = forward_flops(build, row.img_size)
     return Network(row.model, paper_table.family(row.model), row.img_size, flops, build, row)
@@ -228,7 +231,16 @@ def by_peer(
     )
 
 
-def make_step(contender: Contender, dtype: torch.dtype, train: bool) -> Step:
+def labeller(network: Network, device: torch.device) -> Labeller:
+    """A convnet as the trainer's teacher: eager, channels last, in the step's autocast."""
+    model = network.build().to(device)
+    same = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    return Teacher(model, **same, student_mean=IMAGENET_MEAN, student_std=IMAGENET_STD).to(device)
+
+
+def make_step(
+    contender: Contender, dtype: torch.dtype, train: bool, teacher: Labeller | None = None
+) -> Step:
     """One step on a batch: logits in inference mode, or forward, loss, backward, AdamW step."""
     if not train:
 
@@ -243,7 +255,7 @@ def make_step(contender: Contender, dtype: torch.dtype, train: bool) -> Step:
 
     def train_step(images: Tensor) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        loss = training_loss(contender, images, dtype)
+        loss = training_loss(contender, images, dtype, teacher)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -252,10 +264,18 @@ def make_step(contender: Contender, dtype: torch.dtype, train: bool) -> Step:
     return train_step
 
 
-def training_loss(contender: Contender, images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cross-entropy with the classes 0, 1, 2, ...; both heads' mean for a distilled network."""
+def training_loss(
+    contender: Contender, images: Tensor, dtype: torch.dtype, teacher: Labeller | None = None
+) -> Tensor:
+    """Cross-entropy with the classes 0, 1, 2, ...; both heads' mean for a distilled network.
+
+    With a teacher, hard distillation (arXiv 2012.12877, eq. 3): the last head learns its classes.
+    """
     target = torch.arange(images.shape[0], device=images.device) % CLASSES
     with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        taught = target if teacher is None else teacher(images).argmax(-1)
         outputs = contender.call(images)
-        heads = outputs if isinstance(outputs, tuple) else (outputs,)
-        return torch.stack([F.cross_entropy(each, target) for each in heads]).mean()
+        first, last = outputs if isinstance(outputs, tuple) else (outputs, outputs)
+        if first is last and taught is target:
+            return F.cross_entropy(first, target)
+        return (F.cross_entropy(first, target) + F.cross_entropy(last, taught)) / 2

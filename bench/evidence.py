@@ -68,10 +68,11 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "quoted_v100_img_per_s": (int, float, type(None)),
     "quoted_source": (str, type(None)),
     "photographs": (dict, type(None)),
+    "teacher": (str, type(None)),  # whose labels a training step learns too
     "peer": (str, type(None)),  # another runtime's version and settings
     "kernels_scope": (str, type(None)),  # what the hash covers; None for all
 }
-LATER = {"peer", "parameters", "kernels_scope"}  # fields that the oldest rows lack; None there
+LATER = {"peer", "parameters", "kernels_scope", "teacher"}  # which the oldest rows lack: None
 
 # Sources that never run on a device: a change of theirs leaves its figures as they were.
 ELSEWHERE = {"cpu": ("kernels/triton/", "csrc/cuda/"), "cuda": ("csrc/cpu/",)}

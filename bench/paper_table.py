@@ -91,17 +91,15 @@ def recipes(network: Quoted) -> list[Quoted]:
     return [row for row in rows() if same(row) == same(network)]
 
 
-def convnet(name: str) -> Quoted:
+def convnet(name: str, option: str = "against") -> Quoted:
     """The row of a convnet of Table 5, by the paper's name or by timm's ("regnety_160").
 
-    Raises ValueError for an unknown name, listing the known ones.
+    Raises ValueError for an unknown name, listing the known ones; `option` is who asked.
     """
     for paper_name, timm_names in CONVNETS.items():
         if name == paper_name or name in timm_names:
             return next(row for row in rows() if row.model == paper_name)
-    raise ValueError(
-        f"against: unknown convnet {name!r}; known: {', '.join(CONVNETS)}, or 'all' or 'none'"
-    )
+    raise ValueError(f"{option}: unknown convnet {name!r}; known: {', '.join(CONVNETS)}")
 
 
 def family(model: str) -> str:

@@ -1,4 +1,6 @@
-"""Real photographs through the whole path: decode, resize, normalise, classify."""
+"""Real photographs through the whole path: decoded, resized, normalised and classified; or, in
+training, decoded, augmented by the paper's recipe and learnt from.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +8,22 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from contenders import Contender
 from race import Race
 from timing import Spread, interleave, spread
+from torch import Tensor
 
+from deit.data.augment import training_transform
+from deit.data.loader import Loader, in_order, naming_lost_workers
+from deit.data.sources import Folder
 from deit.images import PhotoLoader, find_images
+from deit.recipes import DEIT
 
 ROUNDS = 3
 MOST_BATCHES = 8  # in one pass; enough for decoding to run ahead of the model
@@ -30,6 +38,7 @@ class Photographs:
     images: int  # of one pass, repeats included
     unreadable: list[str]  # "name (reason)"
     workers: int
+    augmented: bool
     loader: Spread
     model: dict[str, Spread] = field(default_factory=dict)  # by the contender's variant
     end_to_end: dict[str, Spread] = field(default_factory=dict)
@@ -44,11 +53,37 @@ class Photographs:
             "images_a_pass": self.images,
             "unreadable": self.unreadable,
             "workers": self.workers,
+            "augmented": self.augmented,
             "n": self.loader.n,
             "loader_img_per_s": self.loader.median,
             "model_img_per_s": self.model[variant].median,
             "end_to_end_img_per_s": self.end_to_end[variant].median,
         }
+
+
+class TrainingLoader:
+    """The photographs by the trainer's own loader: any passes, each over all of them.
+
+    Its processes are as many as a PhotoLoader would have. Raises ValueError as that does.
+    """
+
+    def __init__(self, paths: Sequence[Path], size: int, batch: int, device: torch.device) -> None:
+        self.workers = PhotoLoader(paths, size, batch).workers
+        self.source = Folder(list(paths), [0] * len(paths), ("photograph",))
+        transform = training_transform(DEIT, size, self.source.mean, self.source.std)
+        self.loader = Loader(
+            self.source, transform, in_order(len(paths), batch),
+            seed=0, workers=self.workers, device=device,
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, list[str]]]:
+        """Batches [B, 3, size, size] of different views, and their files' names."""
+        with naming_lost_workers():
+            for batch in self.loader:
+                yield batch.images, [self.source.name(draw.image) for draw in batch.draws]
 
 
 def measure(race: Race, contenders: Sequence[Contender], paths: Sequence[Path]) -> Photographs:
@@ -72,7 +107,11 @@ def measure(race: Race, contenders: Sequence[Contender], paths: Sequence[Path]) 
     if len(good) < len(cycled):
         race.note(f"{len(good)} photographs are cycled through to make {len(cycled)} images")
     settings = race.settings
-    loader = PhotoLoader(cycled, size, batch, device=settings.device, dtype=settings.dtype)
+    loader: PhotoLoader | TrainingLoader
+    if settings.train:
+        loader = TrainingLoader(cycled, size, batch, settings.device)
+    else:
+        loader = PhotoLoader(cycled, size, batch, device=settings.device, dtype=settings.dtype)
     samples = _rounds(race, contenders, loader)
     speeds = [spread([len(cycled) / seconds for seconds in each]) for each in samples]
     names = [contender.variant for contender in contenders]
@@ -82,6 +121,7 @@ def measure(race: Race, contenders: Sequence[Contender], paths: Sequence[Path]) 
         images=len(cycled),
         unreadable=[f"{bad.path.name} ({bad.reason})" for bad in survey.unreadable],
         workers=loader.workers,
+        augmented=settings.train,
         loader=speeds[0],
         model=dict(zip(names, speeds[1::2], strict=True)),
         end_to_end=dict(zip(names, speeds[2::2], strict=True)),
@@ -100,7 +140,9 @@ def _batches(race: Race, contenders: Sequence[Contender], batch: int, decode: fl
     return max(2, int(wanted))  # with one, decoding could not run beside the model
 
 
-def _rounds(race: Race, contenders: Sequence[Contender], loader: PhotoLoader) -> list[list[float]]:
+def _rounds(
+    race: Race, contenders: Sequence[Contender], loader: PhotoLoader | TrainingLoader
+) -> list[list[float]]:
     """Seconds a pass: the loader, then for each contender its model alone and the whole path."""
     batches = len(loader)
     photographs, _ = next(iter(loader))

@@ -56,6 +56,7 @@ class Race:
         self.inputs = Inputs(settings.device, input_dtype)
         self.peak = settings.peak or devices.Peak(settings.device, settings.dtype)
         self.reserve = min(RESERVE, RESERVED_SHARE * (settings.budget or math.inf))
+        self.teacher = settings.teacher and field_of.labeller(settings.teacher, settings.device)
         self.entries: list[Entry] = []
         self.finalists: list[Contender] = []
         self.batch = settings.batch
@@ -117,7 +118,7 @@ class Race:
         elif s.protocol == "modern":
             others.append(field_of.in_channels_last(base))
         for contender in [base, *others]:
-            contender._step = field_of.make_step(contender, s.dtype, s.train)
+            contender._step = field_of.make_step(contender, s.dtype, s.train, self.teacher)
             try:
                 if contender is not base:
                     self.check(entry, contender, probe)

@@ -119,7 +119,7 @@ class Selection:
         images = race.inputs.get(base, batch)
         began = time.perf_counter()
         made = field_of.by_peer(peer, base, images, train, self.settings.impl)
-        made._step = field_of.make_step(made, self.settings.dtype, train)
+        made._step = field_of.make_step(made, self.settings.dtype, train, race.teacher)
         made.image_seconds = entry.base.image_seconds
         if not train:
             race.call(made, images)

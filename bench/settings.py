@@ -23,6 +23,7 @@ class Settings:
     impl: str = "auto"
     train: bool = False
     protocol: str = "modern"
+    teacher: Network | None = None  # a convnet that labels every batch of a training step
     peers: Sequence[Peer] = ()
     left_out: Sequence[str] = ()  # peers that cannot run here, and why
     latency: bool = False

@@ -125,6 +125,8 @@ def terms(race: Race, facts: Mapping[str, Any]) -> str:
     s = race.settings
     kind = str(s.dtype).removeprefix("torch.")
     mode = "training steps" if s.train else "single calls" if s.latency else "inference"
+    if s.teacher:
+        mode += f" with the labels of {s.teacher.label}"
     where = facts["device"]
     if s.device.type == "cpu":
         where += f", {facts['threads']} threads, {facts['cpu_capability']}"
@@ -183,15 +185,17 @@ def _footnotes(race: Race) -> str:
     return (
         f"quoted: {paper_table.SOURCE} (one V100, fp32, the largest batch), not measured here. "
         f"FLOPs: two a multiply-add, {each}. Peak MB: {memory}. "
+        f"{'The teacher counts in the time alone. ' * (race.settings.teacher is not None)}"
         "Convnets keep the paper's image sizes; of each, the fastest variant tried is shown."
     )
 
 
 def photo_lines(label: str, photos: Photographs) -> list[str]:
     """The photographs' figures and what could not be read."""
+    work = "decoding and augmenting" if photos.augmented else "decoding"
     lines = [
         f"photographs through {label}: {photos.used} files read, {photos.images} images a pass, "
-        f"{photos.workers} decoding processes",
+        f"{photos.workers} {work} processes",
         f"  the loader alone: {number(photos.loader.median)} img/s",
     ]
     for variant, model in photos.model.items():
@@ -228,6 +232,7 @@ def rows(
         "protocol": s.protocol,
         "mode": "training" if s.train else "latency" if s.latency else "inference",
         "batch_asked": s.batch,
+        "teacher": s.teacher.label if s.teacher else None,
         "dtype": next(name for name, dtype in DTYPES.items() if dtype == s.dtype),
         "tf32": False,
         "gpu_state": devices.gpu_query(s.device, "clocks.sm,clocks.mem,power.draw,temperature.gpu"),

@@ -65,6 +65,9 @@ class Options:
     540 on a CPU, no limit on a GPU."""
     train: bool = False
     """Time training steps (forward, loss, backward, AdamW) instead of inference."""
+    teacher: str | None = None
+    """A convnet of Table 5 (`regnety_16gf`, the paper's) that labels every batch of --train: hard
+    distillation."""
     protocol: Literal["modern", "deit2021"] = "modern"
     """deit2021: fp32 with TF32 off, eager, the largest batch that fits, the mean of 30 runs."""
     peers: tuple[str, ...] = ("default",)
@@ -74,7 +77,8 @@ class Options:
     latency: bool = False
     """Single calls instead of images/s: p50 and p99 in ms."""
     images: Path | None = None
-    """A folder of photographs: report the loader, the model, and both end to end on them."""
+    """A folder of photographs: report the loader, the model, and both end to end on them; with
+    --train the trainer's loader, which augments by the paper's recipe."""
     json: Path | None = None
     """Write one evidence row a contender into this file."""
     threads: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
@@ -111,8 +115,6 @@ def networks(options: Options) -> list[Network]:
 def settle(options: Options) -> Settings:
     """The options as terms of a race; ValueError for what cannot be had."""
     positive(options)
-    if options.train and options.images:
-        raise ValueError("images: photographs are for inference; leave out --train")
     device = devices.resolve(options.device)
     paper = options.protocol == "deit2021"
     if paper and options.dtype not in ("auto", "fp32"):
@@ -120,6 +122,8 @@ def settle(options: Options) -> Settings:
     dtype = options.dtype
     if dtype == "auto":
         dtype = "bf16" if device.type == "cuda" and not paper else "fp32"
+    if options.teacher and not options.train:
+        raise ValueError("teacher: it labels the batches of training; add --train")
     if options.latency and (options.train or options.images or paper):
         raise ValueError("latency: for inference by the modern protocol, without --images")
     asked = [] if paper else peers.chosen(options.peers, device.type)
@@ -136,6 +140,7 @@ def settle(options: Options) -> Settings:
         device=device,
         impl=options.impl,
         train=options.train,
+        teacher=field_of.convnet(options.teacher, "teacher") if options.teacher else None,
         protocol=options.protocol,
         peers=[peer for peer, reason in reasons.items() if not reason],
         left_out=[f"{peer.name}: left out: {reason}" for peer, reason in reasons.items() if reason],

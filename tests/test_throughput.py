@@ -32,6 +32,7 @@ import selection
 import settings as terms
 import tables
 import throughput
+from page import listings
 
 BENCH = Path(__file__).parents[1] / "bench"
 CPU = torch.device("cpu")
@@ -97,22 +98,27 @@ def test_rows_say_what_ran(finished: tuple[str, str, list[dict]]) -> None:
     assert rows[0]["command"].endswith("--json rows.json")
 
 
-def test_photographs_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("train", [False, True])
+def test_photographs_end_to_end(
+    train: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = pytest.importorskip("sklearn.datasets")
     for name, image in zip(("china", "flower"), data.load_sample_images().images, strict=True):
         Image.fromarray(image).save(tmp_path / f"{name}.jpg")
     (tmp_path / "notes.jpg").write_text("not a photograph")
     rows_path = tmp_path / "rows.json"
     options = [*QUICK, "--device", "cpu", "--images", str(tmp_path), "--json", str(rows_path)]
-    assert throughput.main(options) == 0
+    assert throughput.main([*options, *["--train"] * train]) == 0
     out = capsys.readouterr().out
     assert "2 files read, " in out
+    assert ("decoding and augmenting processes" in out) == train
     assert "1 unreadable, left out: notes.jpg (not an image in a known format)" in out
     assert "2 photographs are cycled through to make" in out
     for row in evidence.read([rows_path]):
         photographs = row["photographs"]
         assert (photographs["files"], photographs["used"]) == (3, 2)
         assert photographs["unreadable"] == ["notes.jpg (not an image in a known format)"]
+        assert photographs["augmented"] == train
         for key in ("loader", "model", "end_to_end"):
             assert photographs[f"{key}_img_per_s"] > 0
 
@@ -126,12 +132,13 @@ def test_photographs_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--seconds", "0"], "seconds: expected a positive number; got 0"),
         (["--budget", "-1"], "budget: expected seconds, or 0"),
         (["--img-size", "225"], "img_size: expected a positive multiple of the patch size 16"),
-        (["--against", "vgg16"], "unknown convnet 'vgg16'; known: resnet18, resnet50"),
+        (["--against", "vgg16"], "against: unknown convnet 'vgg16'; known: resnet18, resnet50"),
+        (["--teacher", "resnet18"], "teacher: it labels the batches of training; add --train"),
+        (["--train", "--teacher", "vgg16"], "teacher: unknown convnet 'vgg16'"),
         (["--device", "cuda:99"], "device: torch sees"),
         (["--device", "tpu"], "device: expected auto, cpu, cuda or cuda:N; got 'tpu'"),
         (["--protocol", "deit2021", "--dtype", "bf16"], "dtype: protocol deit2021 is fp32"),
         (["--images", "no/such/folder"], "images: expected a folder; got no/such/folder"),
-        (["--images", "x", "--train"], "photographs are for inference"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
@@ -290,6 +297,35 @@ def test_a_training_step_updates_the_weights() -> None:
     step = contenders.make_step(base, torch.float32, train=True)
     assert step(torch.randn(2, 3, 32, 32)).isfinite()
     assert not torch.equal(before, base.module.pos_embed)
+
+
+@pytest.mark.parametrize("arch", ["deit_ti", "deit_ti_distilled"])
+def test_a_teacher_labels_for_the_last_head(arch: str) -> None:
+    """Hard distillation, equation (3): half the labels' cross-entropy, half the teacher's."""
+    base = contenders.eager(contenders.deit_network(arch, 32), CPU, torch.float32, train=True)
+    images = torch.randn(4, 3, 32, 32)
+    taught = torch.tensor([9, 8, 7, 6])
+    teacher = lambda given: torch.nn.functional.one_hot(taught, 1000) * (1.0 + given.mean() * 0)
+    outputs = base.module(images)
+    heads = outputs if isinstance(outputs, tuple) else (outputs, outputs)
+    cross = lambda logits, labels: -logits.log_softmax(-1)[range(4), labels].mean()
+    expected = (cross(heads[0], range(4)) + cross(heads[1], taught)) / 2
+    found = contenders.training_loss(base, images, torch.float32, teacher)
+    torch.testing.assert_close(found, expected)
+
+
+def test_steps_with_a_teacher_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows_path = tmp_path / "rows.json"
+    options = [*QUICK, "--img-size", "32", "--device", "cpu", "--json", str(rows_path)]
+    assert throughput.main([*options, "--train", "--teacher", "resnet18"]) == 0
+    out = capsys.readouterr().out
+    assert "training steps with the labels of resnet18" in out
+    assert "The teacher counts in the time alone." in out
+    rows = evidence.read([rows_path])
+    assert {row["teacher"] for row in rows} == {"resnet18"}
+    assert "deit_ti↑32, with resnet18&#x27;s labels" in listings.models(rows, lambda _: False)
 
 
 # Verdicts ---------------------------------------------------------------------------------------

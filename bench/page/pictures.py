@@ -122,7 +122,8 @@ class Versus:
     def label(self) -> str:
         batch = self.fused["batch"]
         images = "one image" if batch == 1 else f"{batch} images"
-        mode = {"inference": "", "latency": f", {images} a call", "training": ", training"}
+        taught = f" with {self.fused['teacher']}" if self.fused.get("teacher") else ""
+        mode = {"inference": "", "latency": f", {images} a call", "training": f", training{taught}"}
         protocol = "" if self.fused["protocol"] == "modern" else ", deit2021"
         where = mode[self.fused["mode"]] + protocol
         graph = self.fused["contender"].partition(", ")[2]  # "one CUDA graph"
