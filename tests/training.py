@@ -119,14 +119,16 @@ def run(
         )
         watchdog = threading.Timer(2 * LIMIT, running.kill)
         watchdog.start()
-        assert running.stdout is not None
-        for line in running.stdout:
-            lines.append(line)
-            if send is not None and (found := re.search(at, line)):
-                os.kill(int(found[1]) if found.lastindex else running.pid, send)
-                send = None
-        ended, in_time = running.wait(), watchdog.is_alive()
-        watchdog.cancel()
+        try:
+            assert running.stdout is not None
+            for line in running.stdout:
+                lines.append(line)
+                if send is not None and (found := re.search(at, line)):
+                    os.kill(int(found[1]) if found.lastindex else running.pid, send)
+                    send = None
+            ended, in_time = running.wait(), watchdog.is_alive()
+        finally:
+            watchdog.cancel()
         errors.seek(0)
         out, err = "".join(lines), errors.read()
     if ended != status or not in_time:
@@ -136,34 +138,44 @@ def run(
 
 
 def main() -> None:
-    """Train, saying every update and every batch of an evaluation.
-
-    WAIT: a line in which this pattern is found is one to wait at for a signal. KILL: "rank,update",
-    where that process of torchrun kills itself, the first time it gets there. LATE: the process
-    that comes a second later than the others after a restart.
-    """
-    from deit import evaluate, train
+    """Train as the command line says, and be drilled as the environment does."""
+    from deit.train import train
 
     faulthandler.dump_traceback_later(LIMIT, exit=True)  # where it hangs, if it does
+    torch.set_num_threads(1)
     data, out, *pairs = sys.argv[1:]
     rank = int(os.environ.get("RANK", "0"))
-    out = out.replace("RANK", str(rank))  # a folder of each process's own
     changes: dict[str, Any] = {}
     for key, value in (pair.split("=") for pair in pairs):
         changes[key] = int(value) if value.isdigit() else value
-    victim = tuple(map(int, os.environ.get("KILL", "-1,-1").split(",")))
-    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    drill(rank)
+    own = Path(out.replace("RANK", str(rank)))  # a folder of each process's own
+    train(options(Path(data), own, **changes))
+
+
+def drill(rank: int) -> None:
+    """Have this process say every update and every batch of an evaluation, and by the environment
+
+    WAIT: wait for a signal at a line in which this pattern is found;
+    KILL: "rank,update", where that process of torchrun kills itself, before any restart;
+    LATE: the rank of the process that starts a second after the others, after a restart.
+    """
+    from deit import evaluate
+    from deit.train import Trainer
+
     wait, (heard, wake) = os.environ.get("WAIT"), os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
-    step, judge = train.Trainer.step, evaluate.heads_of
+    victim = tuple(map(int, os.environ.get("KILL", "-1,-1").split(",")))
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    step, judge = Trainer.step, evaluate.heads_of
 
     def say(line: str) -> None:
         os.write(1, f"{line}\n".encode())  # one write: several processes share the pipe
         if wait and re.search(wait, line):
-            select.select([heard], [], [], LIMIT)
+            select.select([heard], [], [])
 
-    def stepped(self: train.Trainer, *arguments: Any) -> Any:
+    def stepped(self: Trainer, *arguments: Any) -> Any:
         if first and victim == (rank, self.update):
             os.kill(os.getpid(), signal.SIGKILL)
         result = step(self, *arguments)
@@ -174,12 +186,10 @@ def main() -> None:
         say(f"evaluating, process {rank} is {os.getpid()}")
         return judge(model, images)
 
-    train.Trainer.step = stepped  # type: ignore[method-assign]
+    Trainer.step = stepped  # type: ignore[method-assign]
     evaluate.heads_of = judged
-    torch.set_num_threads(1)
     if not first and os.environ.get("LATE") == str(rank):
         time.sleep(1)
-    train.train(options(Path(data), Path(out), **changes))
 
 
 if __name__ == "__main__":
