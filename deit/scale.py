@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -83,11 +86,49 @@ def join(device: str) -> Iterator[World]:
     if size == 1:
         yield World(0, 1, place)
         return
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    store, *_ = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "nccl" if place.type == "cuda" else "gloo",
+        store=meet(store, rank, size),
+        rank=rank,
+        world_size=size,
+    )
     try:
         yield World(rank, size, place)
     finally:
         dist.destroy_process_group()
+
+
+def meet(
+    store: dist.Store, rank: int, size: int, patience: timedelta = timedelta(minutes=30)
+) -> dist.Store:
+    """The part of `store` that belongs to the `size` processes started together; waits for them.
+
+    torchrun keeps one store over its restarts, and gloo's addresses and NCCL's identity of the
+    processes before still stand in it: one that comes early takes them for its peers' own, and is
+    refused or waits for ever. Its restart count does not tell the starts apart, since every node
+    counts its own. So the first process draws a name for this start, and says it in answer to a
+    question that each of the others draws: an earlier start's is answered too, and heard by none.
+
+    Raises TimeoutError, or torch's DistStoreError, where one has not come after `patience`.
+    """
+    drawn = uuid4().hex
+    if rank > 0:
+        store.set(f"question {rank}", drawn)
+        store.wait([drawn], patience)
+        ours = dist.PrefixStore(store.get(drawn).decode(), store)
+        ours.add("arrived", 1)
+        return ours
+    ours, end = dist.PrefixStore(drawn, store), time.monotonic() + patience.total_seconds()
+    questions = [f"question {other}" for other in range(1, size)]
+    store.wait(questions, patience)
+    while (arrived := ours.add("arrived", 0)) < size - 1:
+        if time.monotonic() > end:
+            raise TimeoutError(f"{arrived + 1} of {size} processes came within {patience}")
+        for question in store.multi_get(questions):
+            store.set(question.decode(), drawn)
+        time.sleep(0.01)
+    return ours
 
 
 def shard(model: nn.Module, world: World, how: str) -> nn.Module:

@@ -6,20 +6,21 @@ process of its own, alone or under torchrun.
 
 from __future__ import annotations
 
-import functools
+import faulthandler
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 
 from deit.options import Distillation, Options, Shape
@@ -29,6 +30,7 @@ PROGRAM = [sys.executable, str(Path(__file__))]
 TORCHRUN = [
     *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"),
 ]
+LIMIT = 150  # seconds: a process that trains longer says where it hangs, and ends
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
 
@@ -92,72 +94,102 @@ def losses(text: str) -> dict[int, float]:
     return {int(u): float(x) for u, x in re.findall(r"update (\d+) loss (\S+)", text)}
 
 
-def signalled(command: list[str], number: int, at: str, **environment: str) -> tuple[int, str, str]:
-    """Run a command that gets a signal at the first line it prints in which `at` is found.
+def run(
+    command: list[str],
+    *,
+    status: int = 0,
+    send: int | None = None,
+    at: str = "",
+    **environment: str,
+) -> tuple[str, str]:
+    """Run a command to its end, and return what it printed on stdout and on stderr.
 
-    A group in `at` is the process it goes to. Returns the exit status, what was printed after that
-    line, and stderr.
+    `send`: a signal, at the first line of stdout in which `at` is found, where `main` waits for it;
+    a group in `at` is the process it goes to. Raises AssertionError with the ends of both where
+    the exit status is not `status`, or the command does not end.
     """
-    running = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | environment,
-    )
-    assert running.stdout is not None
-    for line in running.stdout:
-        if found := re.search(at, line):
-            os.kill(int(found[1]) if found.lastindex else running.pid, number)
-            break
-    after, errors = running.communicate(timeout=300)
-    return running.returncode, after, errors
+    lines: list[str] = []
+    with tempfile.TemporaryFile("w+") as errors:
+        running = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "WAIT": at} | environment,
+        )
+        watchdog = threading.Timer(2 * LIMIT, running.kill)
+        watchdog.start()
+        try:
+            assert running.stdout is not None
+            for line in running.stdout:
+                lines.append(line)
+                if send is not None and (found := re.search(at, line)):
+                    os.kill(int(found[1]) if found.lastindex else running.pid, send)
+                    send = None
+            ended, in_time = running.wait(), watchdog.is_alive()
+        finally:
+            watchdog.cancel()
+        errors.seek(0)
+        out, err = "".join(lines), errors.read()
+    if ended != status or not in_time:
+        outcome = f"exit status {ended}, not {status}" if in_time else f"killed: {2 * LIMIT} s"
+        raise AssertionError(f"{outcome}\nstdout: ...{out[-2000:]}\nstderr: ...{err[-8000:]}")
+    return out, err
 
 
 def main() -> None:
-    """Train; DELAY seconds are slept after each update, so that a signal arrives within the run.
+    """Train as the command line says, and be drilled as the environment does."""
+    from deit.train import train
 
-    EVALUATION seconds are slept before each batch of an evaluation, and a line says so.
-    """
-    from deit import evaluate, train
-
+    faulthandler.dump_traceback_later(LIMIT, exit=True)  # where it hangs, if it does
+    torch.set_num_threads(1)
     data, out, *pairs = sys.argv[1:]
-    out = out.replace("RANK", os.environ.get("RANK", "0"))  # a folder of each process's own
+    rank = int(os.environ.get("RANK", "0"))
     changes: dict[str, Any] = {}
     for key, value in (pair.split("=") for pair in pairs):
         changes[key] = int(value) if value.isdigit() else value
-    delay, step = float(os.environ.get("DELAY", "0")), train.Trainer.step
+    drill(rank)
+    own = Path(out.replace("RANK", str(rank)))  # a folder of each process's own
+    train(options(Path(data), own, **changes))
 
-    # "rank,update": that process of torchrun kills itself there, the first time it gets there.
+
+def drill(rank: int) -> None:
+    """Have this process say every update and every batch of an evaluation, and by the environment
+
+    WAIT: wait for a signal at a line in which this pattern is found;
+    KILL: "rank,update", where that process of torchrun kills itself, before any restart;
+    LATE: the rank of the process that starts a second after the others, after a restart.
+    """
+    from deit import evaluate
+    from deit.train import Trainer
+
+    wait, (heard, wake) = os.environ.get("WAIT"), os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)
     victim = tuple(map(int, os.environ.get("KILL", "-1,-1").split(",")))
     first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    step, judge = Trainer.step, evaluate.heads_of
 
-    def slow(self: train.Trainer, *arguments: Any) -> Any:
-        if first and victim == (self.world.rank, self.update):
+    def say(line: str) -> None:
+        os.write(1, f"{line}\n".encode())  # one write: several processes share the pipe
+        if wait and re.search(wait, line):
+            select.select([heard], [], [])
+
+    def stepped(self: Trainer, *arguments: Any) -> Any:
+        if first and victim == (rank, self.update):
             os.kill(os.getpid(), signal.SIGKILL)
         result = step(self, *arguments)
-        # One write a line: several processes share the pipe.
-        os.write(1, f"update {self.update} loss {result[0]!r}\n".encode())
-        time.sleep(delay)
+        say(f"update {self.update} loss {result[0]!r}")
         return result
 
-    pause, judge = float(os.environ.get("EVALUATION", "0")), evaluate.heads_of
-
-    def slowly(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        os.write(1, f"evaluating in process {os.getpid()}\n".encode())
-        time.sleep(pause)
+    def judged(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        say(f"evaluating, process {rank} is {os.getpid()}")
         return judge(model, images)
 
-    if pause:
-        evaluate.heads_of = slowly
-    train.Trainer.step = slow  # type: ignore[method-assign]
-    torch.set_num_threads(1)
-    # Two processes that torchrun started again wait for each other by gloo, now and then for ever:
-    # after its time they fail, and are started once more.
-    dist.init_process_group = functools.partial(
-        dist.init_process_group, timeout=timedelta(seconds=60)
-    )
-    train.train(options(Path(data), Path(out), **changes))
+    Trainer.step = stepped  # type: ignore[method-assign]
+    evaluate.heads_of = judged
+    if not first and os.environ.get("LATE") == str(rank):
+        time.sleep(1)
 
 
 if __name__ == "__main__":
