@@ -8,29 +8,35 @@ recipe. Then each seed's plain and token-distilled student is fine-tuned at a hi
 the teacher brought there by FixRes. Every run is a `deit train` of its own that goes on where it
 was stopped, so this program does, too. About two hours on two cores by default.
 
+On a GPU, all images in bf16, and the students of two ways once more in fp32 on PyTorch's own
+operators, their losses overlaid and their scores compared seed by seed:
+
+    python bench/distillation.py --images 60000 --epochs 24 --dtype bf16 --plain none token \\
+        --jobs 1 --workers 8 --json bench/results/distillation-gpu.json
+
 The result's picture: python bench/report.py --pictures docs --named distillation
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal
 
 import devices
 import evidence
 import torch
 import tyro
+from outcomes import STUDENT_T, curves, difference, score
 
 from deit.watch import human
 
@@ -69,9 +75,9 @@ HIGHER_ROWS = {
     "token, fine-tuned on labels": ("token-up-labels", "softmax-sum", None),
     "token, fine-tuned with the teacher": ("token-up", "softmax-sum", 84.5),
 }
-# 97.5 % quantiles of Student's t by degrees of freedom, for the interval of a mean difference.
-STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306,
-             9: 2.262}  # fmt: skip
+# An arm's students once more: fp32, and not fused, so eager and on PyTorch's operators alone.
+PLAIN = "-plain"
+STRICT = {"NVIDIA_TF32_OVERRIDE": "0"}  # cuDNN's convolutions take TF32 for fp32 by default
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,12 @@ class Options:
     """Runs of each kind."""
     jobs: int = 2
     """Runs at a time, one CPU thread each; 1 on a GPU."""
+    workers: int = 1
+    """Processes that read and augment images, of each run."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What the students' products are computed in; the teacher is trained in fp32."""
+    plain: tuple[Literal["none", "soft", "hard", "token"], ...] = ()
+    """Ways to learn whose students are also trained in fp32 on PyTorch's own operators."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,13 @@ class Run:
     verb: str
     flags: tuple[str, ...]
     after: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def name_of(arm: str, seed: int, options: Options) -> str:
+    """The folder of an arm's student: its dtype is in it, where that is not fp32."""
+    mark = "" if options.dtype == "fp32" or arm.endswith(PLAIN) else f"-{options.dtype}"
+    return f"{arm}{mark}-{seed}"
 
 
 def plan(options: Options) -> list[Run]:
@@ -111,32 +130,36 @@ def plan(options: Options) -> list[Run]:
     folder = lambda name: str(options.out / name)
 
     def run(name: str, verb: str, size: int, epochs: int, *flags: str, after: str = "") -> Run:
-        common = ("--data", options.data, "--limit-train", str(options.images), "--workers", "1")
+        common = ("--data", options.data, "--limit-train", str(options.images))
+        common += ("--workers", str(options.workers))
         last = ("--epochs", str(epochs), "--eval-every", str(epochs), "--img-size", str(size))
         return Run(name, verb, (*common, *last, *flags), tuple(after.split()))
 
-    recipe = ("--recipe", "fashion-mnist")
+    recipe, dtype = ("--recipe", "fashion-mnist"), ("--dtype", options.dtype)
     runs = [run("teacher", "train", SIZE, options.epochs, *TEACHER, *recipe)]
-    for seed in map(str, range(options.seeds)):
+    for seed in range(options.seeds):
         for arm, flags in ARMS.items():
             taught = (*flags, "--teacher", folder("teacher")) if flags else ()
-            own = (*STUDENT, *recipe, "--seed", seed, *taught)
-            runs.append(run(f"{arm}-{seed}", "train", SIZE, options.epochs, *own, after="teacher"))
+            own = (*STUDENT, *recipe, "--seed", str(seed), *taught)
+            student = run("", "train", SIZE, options.epochs, *own, after="teacher")
+            fused, plain = (name_of(name, seed, options) for name in (arm, arm + PLAIN))
+            runs.append(replace(student, name=fused, flags=(*student.flags, *dtype)))
+            if arm in options.plain:
+                flags = (*student.flags, "--no-fuse")
+                runs.append(replace(student, name=plain, flags=flags, environment=STRICT))
     if not options.finetune_epochs:
         return runs
     adapted = ("--weights", folder("teacher"), "--eval-crop", "1.0")
     runs.append(run("teacher-up", "fixres", HIGHER, 2, *TEACHER, *adapted, after="teacher"))
-    for seed in map(str, range(options.seeds)):
+    for seed in range(options.seeds):
         for name, (arm, flags) in HIGHER_ARMS.items():
             taught = ("--teacher", folder("teacher-up")) if "--distill" in flags else ()
-            start = ("--weights", folder(f"{arm}-{seed}"))
-            own = (*STUDENT, *recipe, *GENTLE, "--seed", seed, *start, *flags, *taught)
-            after = f"teacher-up {arm}-{seed}"
-            runs.append(
-                run(
-                    f"{name}-{seed}", "finetune", HIGHER, options.finetune_epochs, *own, after=after
-                )
-            )
+            before = name_of(arm, seed, options)
+            own = (*STUDENT, *recipe, *GENTLE, "--seed", str(seed), "--weights", folder(before))
+            own += (*flags, *taught, *dtype)
+            name, after = name_of(name, seed, options), f"teacher-up {before}"
+            epochs = options.finetune_epochs
+            runs.append(run(name, "finetune", HIGHER, epochs, *own, after=after))
     return runs
 
 
@@ -155,7 +178,7 @@ def perform(run: Run, out: Path, threads: int) -> float:
             command,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)} | dict(run.environment),
         )
     if ended.returncode:
         tail = "\n".join(words.read_text().splitlines()[-5:])
@@ -183,30 +206,16 @@ def perform_all(runs: list[Run], options: Options) -> None:
             print(f"{count} of {len(runs)}: {name} {said}", flush=True)
 
 
-def score(folder: Path, weights: str = "average") -> dict[str, float]:
-    """Held-out top-1 in percent by head, of a run's last evaluation."""
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    last = [entry for entry in entries if weights in entry][-1]
-    return last[weights]["top1"]
-
-
-def difference(treated: list[float], plain: list[float]) -> dict[str, Any]:
-    """Mean of the paired differences, with its 95 % interval by Student's t over the seeds."""
-    gains = [a - b for a, b in zip(treated, plain, strict=True)]
-    summary: dict[str, Any] = {"gains": [round(g, 2) for g in gains], "gain": round(mean(gains), 3)}
-    if len(gains) > 1:
-        half = STUDENT_T[min(len(gains) - 1, 9)] * stdev(gains) / math.sqrt(len(gains))
-        summary["interval"] = [round(mean(gains) - half, 3), round(mean(gains) + half, 3)]
-    return summary
-
-
 def table(
     rows: Mapping[str, tuple[str, str, float | None]], base: str, options: Options, weights: str
 ) -> list[dict[str, Any]]:
     """A result a row: top-1 of every seed, mean, spread, and what it has over row `base`."""
     results = []
     scores = {
-        name: [score(options.out / f"{arm}-{seed}", weights)[head] for seed in range(options.seeds)]
+        name: [
+            score(options.out / name_of(arm, seed, options), weights)[head]
+            for seed in range(options.seeds)
+        ]
         for name, (arm, head, _) in rows.items()
     }
     for name, (_, _, quoted) in rows.items():
@@ -218,6 +227,23 @@ def table(
             result |= difference(own, scores[base])
         results.append(result)
     return results
+
+
+def precision(options: Options) -> list[dict[str, Any]]:
+    """For each way of `options.plain` its students on PyTorch's operators, and the fused ones."""
+    results = []
+    heads = {arm: head for arm, head, _ in ROWS.values()}  # of several the last: the sum
+    for way in options.plain:
+        plain, fused = f"{way}: fp32, plain", f"{way}: {options.dtype}, fused"
+        rows = {plain: (way + PLAIN, heads[way], None), fused: (way, heads[way], None)}
+        results += table(rows, plain, options, "average")
+    return results
+
+
+def _curves(way: str, options: Options) -> dict[str, Any]:
+    """Training losses of the same students."""
+    folders = lambda arm: [options.out / name_of(arm, s, options) for s in range(options.seeds)]
+    return curves({"plain": folders(way + PLAIN), "fused": folders(way)})
 
 
 def show(title: str, results: list[dict[str, Any]], quoted: str) -> None:
@@ -250,7 +276,32 @@ def summarise(options: Options) -> dict[str, Any]:
         result["rows_up"] = table(HIGHER_ROWS, "labels, no token", options, "average")
         print(f"teacher by FixRes ({HIGHER} px): {result['teacher_up']:.2f} %")
         show(f"fine-tuned at {HIGHER} px", result["rows_up"], "DeiT-B↑384, quoted")
+    if options.plain:
+        result["precision"] = precision(options)
+        result["curves"] = {way: _curves(way, options) for way in options.plain}
+        show(f"{options.dtype} fused beside fp32 plain", result["precision"], "")
     return result
+
+
+def describe(options: Options, given: list[str]) -> dict[str, Any]:
+    """What was trained where, and by which kernels, where these are compared with PyTorch's."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about = {
+        "kind": "distillation",
+        "title": "Distillation on Fashion-MNIST",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": evidence.command_line(given, "distillation.py"),
+        **devices.describe(device),
+        "student": " ".join(STUDENT),
+        "images": options.images,
+        "epochs": options.epochs,
+        "finetune_epochs": options.finetune_epochs,
+        "dtype": options.dtype,
+    }
+    if options.plain:
+        scope = evidence.scope_of(device.type, int8=False)
+        about |= {"kernels_scope": scope, "kernels_sha256": evidence.kernels_sha256(scope=scope)}
+    return about
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -263,19 +314,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     perform_all(plan(options), options)
     result = summarise(options)
     if options.json:
-        row = {
-            "kind": "distillation",
-            "title": "Distillation on Fashion-MNIST",
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": evidence.command_line(given, "distillation.py"),
-            **devices.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-            "student": " ".join(STUDENT),
-            "images": options.images,
-            "epochs": options.epochs,
-            "finetune_epochs": options.finetune_epochs,
-            **result,
-        }
-        options.json.write_text(json.dumps(row, indent=1) + "\n")
+        document = describe(options, given) | result
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 
 

@@ -102,6 +102,8 @@ class Train:
     """What products are computed in (autocast); weights stay fp32."""
     workers: int = WORKERS
     """Processes that read and augment images."""
+    augment_on: Literal["workers", "device"] = "workers"
+    """device: workers only crop, and batches are augmented where the network is."""
     accumulate: int = 1
     """Parts of an update that each process takes one after another, to save memory."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -111,7 +113,7 @@ class Train:
     checkpoint_activations: bool = False
     """Recompute each block in the backward: less memory, a third more arithmetic."""
     fuse: bool = True
-    """Run on the fused operators."""
+    """Run on the fused operators; with --no-fuse the network and its loss are PyTorch's own."""
     limit_train: OptionalInt = None
     """Take this many training images, not all."""
     limit_val: OptionalInt = None

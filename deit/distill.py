@@ -15,11 +15,18 @@ class Objective:
     """The loss of a batch, from the student's outputs and the teacher's logits."""
 
     def __init__(
-        self, distillation: Distillation, *, label_smoothing: float = 0.0, loss: str = "ce"
+        self,
+        distillation: Distillation,
+        *,
+        label_smoothing: float = 0.0,
+        loss: str = "ce",
+        impl: str = "auto",
     ) -> None:
+        """`impl`: of the losses' operators, as those take it."""
         if loss == "bce" and distillation.kind != "none":
             raise ValueError("loss: distillation is defined for ce; got 'bce'")
         self.distillation, self.smoothing, self.loss = distillation, label_smoothing, loss
+        self.impl = impl
 
     def __call__(
         self, outputs: Tensor | tuple[Tensor, Tensor], target: Tensor, teacher: Tensor | None
@@ -47,11 +54,12 @@ class Objective:
             temperature=how.temperature,
             label_smoothing=self.smoothing,
             kl_reduction=how.kl_reduction,
+            impl=self.impl,
         )
 
     def _labels(self, logits: Tensor, target: Tensor) -> Tensor:
         if self.loss == "ce":
-            return cross_entropy(logits, target, label_smoothing=self.smoothing)
+            return cross_entropy(logits, target, label_smoothing=self.smoothing, impl=self.impl)
         if not target.is_floating_point():
             target = nn.functional.one_hot(target, logits.shape[-1]).float()
         classes = logits.shape[-1]

@@ -62,6 +62,7 @@ class Options:
     device: str = "auto"
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     workers: int = WORKERS
+    augment_on: Literal["workers", "device"] = "workers"
     accumulate: int = 1
     parallel: Literal["ddp", "fsdp"] = "ddp"
     compile: bool = False

@@ -78,4 +78,4 @@ def _held_out(trainer: Trainer) -> Loader:
     mine = in_order(len(source), max(1, trainer.plan.size), world.rank, world.size)
     mean, std = trainer.source.mean, trainer.source.std
     transform = evaluation_transform(options.img_size, options.recipe.eval_crop, mean, std)
-    return trainer.loader(source, transform, mine)
+    return trainer.loader(source, transform, None, mine)

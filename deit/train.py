@@ -20,7 +20,9 @@ from torch import nn
 
 from deit import assemble, devices, keeping, networks, scale, scoring
 from deit.data.augment import mix, training_transform
+from deit.data.drawn import split
 from deit.data.loader import Batch, Loader, naming_lost_workers
+from deit.data.on_device import Augmentation
 from deit.data.sampling import Batches, Plan, stream
 from deit.data.sources import Source, open_source
 from deit.distill import Objective
@@ -80,6 +82,7 @@ class Trainer:
         self.plan = Plan(
             len(self.source), self.recipe.batch_size, self.recipe.repeats, options.seed, pieces
         )
+        self.augment = self._augment()
         torch.manual_seed(options.seed)
         model = assemble.network(options, len(self.source.classes)).to(world.device)
         if options.train_only == "classifier":
@@ -90,6 +93,7 @@ class Trainer:
             options.distillation,
             label_smoothing=self.recipe.label_smoothing,
             loss=self.recipe.loss,
+            impl="auto" if options.fuse else "reference",
         )
         self.size = networks.parameters(model)
         self.network = self._prepare(model).train()
@@ -211,10 +215,14 @@ class Trainer:
         self.stopping = self.stopping or self.world.any(self.signalled)
         return self.stopping
 
+    def _augment(self) -> tuple[Any, Augmentation | None]:
+        """What the workers do to an image, and what is left to the device."""
+        how = (self.recipe, self.options.img_size, self.source.mean, self.source.std)
+        if self.options.augment_on == "workers":
+            return training_transform(*how), None
+        return split(*how, self.world.device)
+
     def _batches(self) -> Loader:
-        transform = training_transform(
-            self.recipe, self.options.img_size, self.source.mean, self.source.std
-        )
         batches = Batches(
             self.plan,
             self.recipe.epochs,
@@ -222,9 +230,11 @@ class Trainer:
             rank=self.world.rank,
             processes=self.world.size,
         )
-        return self.loader(self.source, transform, batches)
+        return self.loader(self.source, *self.augment, batches)
 
-    def loader(self, source: Source, transform: Any, batches: Any) -> Loader:
+    def loader(
+        self, source: Source, transform: Any, augmentation: Augmentation | None, batches: Any
+    ) -> Loader:
         """Reads `batches` of `source` on this process's share of the machine."""
         return Loader(
             source,
@@ -233,6 +243,7 @@ class Trainer:
             seed=self.options.seed,
             workers=self.options.workers,
             device=self.world.device,
+            augmentation=augmentation,
         )
 
     def precision(self) -> AbstractContextManager[Any]:

@@ -94,3 +94,10 @@ def test_a_teacher_goes_with_distillation(tmp_path):
         Options("d", tmp_path, distillation=Distillation("hard"))
     with pytest.raises(ValueError, match="got teacher x and distillation none"):
         Options("d", tmp_path, teacher="x")
+
+
+def test_the_losses_run_as_they_are_told():
+    with pytest.raises(NotImplementedError, match="cuda"):
+        Objective(Distillation(), impl="cuda")(logits(0), LABELS, None)
+    with pytest.raises(NotImplementedError, match="cuda"):
+        Objective(Distillation("hard"), impl="cuda")(logits(0), LABELS, logits(2))

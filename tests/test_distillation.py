@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import distillation
+import outcomes
 import report
 from page import distillation as drawing
 
@@ -53,6 +55,50 @@ def test_the_arms_differ_in_what_is_distilled_only():
     assert arms["token-up-labels-1"].distillation.kind == "none"
 
 
+def test_precision_is_compared_on_the_same_seeds_and_recipe():
+    given = distillation.Options(out=Path("runs"), seeds=2, dtype="bf16", plain=("none", "token"))
+    runs = {run.name: run for run in distillation.plan(given)}
+    arms = {name: parsed(run).options() for name, run in runs.items()}
+    for way in ("none", "token"):
+        plain, fused = arms[f"{way}-plain-1"], arms[f"{way}-bf16-1"]
+        assert (plain.dtype, plain.fuse) == ("fp32", False)
+        assert (fused.dtype, fused.fuse) == ("bf16", True)
+        same = {"out": None, "dtype": "fp32", "fuse": True}
+        assert replace(plain, **same) == replace(fused, **same)
+        # Not even cuDNN's convolutions of the plain one take TF32.
+        assert runs[f"{way}-plain-1"].environment == {"NVIDIA_TF32_OVERRIDE": "0"}
+        assert not runs[f"{way}-bf16-1"].environment
+    assert "soft-plain-0" not in runs
+    assert (arms["teacher"].dtype, arms["soft-bf16-0"].dtype) == ("fp32", "bf16")
+    up = arms["token-up-bf16-1"]
+    assert (up.dtype, Path(up.weights).name) == ("bf16", "token-bf16-1")
+    # In fp32 the commands, and so the folders of earlier runs, are as they were.
+    assert "token-1" in {run.name for run in distillation.plan(OPTIONS)}
+
+
+def log(folder, lines):
+    folder.mkdir(exist_ok=True)
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_curves_are_means_over_the_same_updates(tmp_path):
+    # Updates 1 to 4 have the losses 8, 4, 2, 2: logged by twos, and otherwise.
+    one = [{"update": 2, "loss": 6.0}, {"update": 2, "unreadable": "x"}, {"update": 4, "loss": 2.0}]
+    other = [{"update": 1, "loss": 8.0}, {"update": 3, "loss": 3.0}, {"update": 4, "loss": 2.0}]
+    log(tmp_path / "one", one)
+    log(tmp_path / "other", other)
+    found = outcomes.curves({"plain": [tmp_path / "one"], "fused": [tmp_path / "other"]})
+    # Of the line over updates 2 and 3 half is taken.
+    assert found == {"updates": [2.0, 4.0], "plain": [[6.0, 2.0]], "fused": [[5.5, 2.5]]}
+
+
+def test_long_logs_make_short_curves(tmp_path):
+    log(tmp_path / "run", [{"update": 5 * n, "loss": 1.0} for n in range(1, 1000)])
+    found = outcomes.curves({"plain": [tmp_path / "run"]})
+    assert len(found["updates"]) == len(found["plain"][0]) == outcomes.POINTS
+    assert set(found["plain"][0]) == {1.0}
+
+
 def test_differences_are_paired_by_seed():
     # Gains 1, 2, 3: mean 2, deviation 1, and t(2) = 4.303: half the interval is 4.303 / sqrt(3).
     found = distillation.difference([81.0, 72.0, 93.0], [80.0, 70.0, 90.0])
@@ -76,26 +122,33 @@ def test_a_failed_run_is_named_with_its_last_words(tmp_path):
         distillation.perform(run, tmp_path, 1)
 
 
-@pytest.fixture
-def document(tmp_path):
-    """A result of two seeds, written by the program itself from logs that runs may leave."""
+@pytest.fixture(params=["fp32", "bf16"])
+def document(request, tmp_path):
+    """A result of two seeds, written by the program itself from logs that runs may leave.
+
+    That in bf16 holds students trained in fp32, too.
+    """
+    how = {"dtype": "bf16", "plain": ("token",)} if request.param == "bf16" else {}
     scores = {
         "none": (70.0, 72.0),
         "soft": (71.0, 72.5),
         "hard": (73.0, 71.0),
         "token": (75.0, 76.0),
     }
-    options = distillation.Options(out=tmp_path, seeds=2, images=100, epochs=4, finetune_epochs=1)
+    options = distillation.Options(
+        out=tmp_path, seeds=2, images=100, epochs=4, finetune_epochs=1, **how
+    )
     for run in distillation.plan(options):
-        arm, _, seed = run.name.rpartition("-")
+        arm, _, seed = run.name.replace("-bf16", "").rpartition("-")
         top1 = scores.get(arm.removesuffix("-up"), (80.0, 81.0))[int(seed) if seed.isdigit() else 0]
         heads = dict.fromkeys(("class", "distillation", "softmax-sum"), top1)
-        (tmp_path / run.name).mkdir()
         entry = {"update": 4, "model": {"top1": heads}, "average": {"top1": heads}}
-        (tmp_path / run.name / "log.jsonl").write_text(json.dumps(entry) + "\n")
+        loss = 1.5 if "plain" in run.name else 1.53
+        log(tmp_path / run.name, [{"update": 2, "loss": 2.0}, {"update": 4, "loss": loss}, entry])
         (tmp_path / run.name / "model.safetensors").touch()  # found: nothing is trained
     path = tmp_path / "result.json"
     flags = f"--out {tmp_path} --json {path} --seeds 2 --images 100 --epochs 4 --finetune-epochs 1"
+    flags += " --dtype bf16 --plain token" * bool(how)
     assert distillation.main(flags.split()) == 0
     return path
 
@@ -103,7 +156,8 @@ def document(tmp_path):
 @pytest.mark.parametrize("width", [356, 900])
 def test_every_seed_is_drawn_beside_its_mean_interval_and_the_papers(document, width):
     made = report.drawn(report.load([document]))
-    assert [picture.name for picture in made] == ["distillation", "distillation-up"]
+    names = [picture.name for picture in made]
+    assert names[:2] == ["distillation", "distillation-up"]
     text = made[0].draw(width).svg()
     marks = re.findall(r'<(?:circle|polygon) class="(\w+ \w+)"[^>]*><title>([^<]*)', text)
     seeds = [tip for style, tip in marks if style == "c1 open" and "seed " in tip]
@@ -120,8 +174,34 @@ def test_every_seed_is_drawn_beside_its_mean_interval_and_the_papers(document, w
     at = [float(x) for x in re.findall(r'<circle class="c1 open" cx="([\d.]+)', text)[1:]]
     assert at[2] > at[0] > at[1] > at[3]  # +3.00, +1.00, +0.50, -1.00
     assert all(0 < x < width for x in at)
-    untold = {**json.loads(document.read_text()), "kind": "else"}
-    assert drawing.drawn(untold) == []
+    content = json.loads(document.read_text())
+    assert names[2:] == (["precision-token"] if content["dtype"] == "bf16" else [])
+    assert drawing.drawn({**content, "kind": "else"}) == []
+
+
+@pytest.mark.parametrize("document", ["bf16"], indirect=True)
+@pytest.mark.parametrize("width", [356, 900])
+def test_losses_of_two_precisions_are_drawn_over_each_other(document, width):
+    content = json.loads(document.read_text())
+    plain, fused = content["precision"]
+    assert (plain["row"], fused["row"]) == ("token: fp32, plain", "token: bf16, fused")
+    # The plain students' logs say 80 and 81 %, the fused ones' 75 and 76.
+    assert (fused["gains"], fused["gain"]) == ([-5.0, -5.0], -5.0)
+    assert content["kernels_sha256"]
+    picture = report.drawn(report.load([document]))[2]
+    assert "differ by 2 % at most" in picture.caption
+    assert "80.50 % in fp32" in picture.caption
+    assert "-5.00 points (-5.00 to -5.00" in picture.caption
+    text = picture.draw(width).svg()
+    solid, dashed = (
+        re.findall(rf'<polyline class="{style}" points="([^"]+)', text)[1:]
+        for style in (drawing.PLAIN, drawing.FUSED)
+    )
+    points = [[tuple(map(float, p.split(","))) for p in line.split()] for line in solid + dashed]
+    assert len(solid) == len(dashed) == 2  # a line a seed, and the legend's
+    assert all(0 < x < width for line in points for x, _ in line)
+    (first, last), (_, above) = points[0], points[-1]
+    assert first[1] < above[1] < last[1]  # losses of 2.0, 1.53 and 1.5: y grows downwards
 
 
 def test_the_committed_result_has_its_picture():

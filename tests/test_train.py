@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from training import same
 
-from deit import assemble, load, networks
+from deit import assemble, distill, load, networks
 from deit.cli import main
 from deit.fused_vit.modules import FusedBlock
 from deit.options import Shape
@@ -116,6 +116,24 @@ def test_bf16_is_close_and_not_the_same(short, tmp_path, monkeypatch):
     assert found != expected
     assert found == pytest.approx(expected, rel=2e-2)
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_without_fusing_the_network_and_its_loss_are_pytorchs(dtype, short, tmp_path, monkeypatch):
+    expected, _ = short_run(short(tmp_path / "fused", dtype=dtype), monkeypatch)
+    asked = []
+    for name in ("cross_entropy", "distillation_loss"):
+        loss = getattr(distill, name)
+
+        def watched(*arguments, loss=loss, **options):
+            asked.append(options["impl"])
+            return loss(*arguments, **options)
+
+        monkeypatch.setattr(distill, name, watched)
+    monkeypatch.setattr(FusedBlock, "advance", None)
+    found, _ = short_run(short(tmp_path / "plain", dtype=dtype, fuse=False), monkeypatch)
+    assert asked == ["reference"] * 3
+    assert found == pytest.approx(expected, rel=2e-5 if dtype == "fp32" else 2e-2)
 
 
 def test_fp16_scales_its_loss_and_skips_an_overflow(short, tmp_path, monkeypatch):

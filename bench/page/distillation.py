@@ -1,4 +1,7 @@
-"""What bench/distillation.py measured, as pictures: every seed's gain over the student untaught."""
+"""What bench/distillation.py measured, as pictures.
+
+Every seed's gain over the student untaught, and the losses of two precisions over each other.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,21 @@ from page.pictures import Picture
 from page.svg import Plot, Scale, around
 
 Row = dict[str, Any]
+PLAIN, FUSED = "c1 curve", "c0 curve dashed"
 MEAN, SEED, QUOTED = ("c0 fill", "D"), ("c1 open", "o"), ("c6 open", "s")
 
 
 def drawn(document: Row) -> list[Picture]:
-    """A picture of the ways to distil, and one of the fine-tuned students; none of other kinds."""
+    """A picture of the ways to distil, and one of the fine-tuned students; none of other kinds.
+
+    Where students were trained plainly, too, one of each such way: a document may have none.
+    """
     if document.get("kind") != "distillation":
         return []
     found = [_picture("distillation", "Distillation", document["rows"]["average"], document)]
     if "rows_up" in document:
         found.append(_picture("distillation-up", "Fine-tuned", document["rows_up"], document))
-    return found
+    return [*found, *(_overlay(way, document) for way in document.get("curves", ()))]
 
 
 def _picture(name: str, what: str, rows: Sequence[Row], document: Row) -> Picture:
@@ -75,3 +82,41 @@ def _quoted(row: Row, base: Row) -> float | None:
     if row["quoted"] is None or base["quoted"] is None:
         return None
     return round(row["quoted"] - base["quoted"], 1)
+
+
+def _overlay(way: str, document: Row) -> Picture:
+    """The training losses of one way's students, plain and fused, over each other."""
+    curves = document["curves"][way]
+    plain, fused = (row for row in document["precision"] if row["row"].startswith(f"{way}: "))
+    pairs = zip(curves["plain"], curves["fused"], strict=True)
+    apart = [abs(f / p - 1) for ours, theirs in pairs for p, f in zip(ours, theirs, strict=True)]
+    low, high = fused.get("interval", (None, None))
+    within = f" ({low:+.2f} to {high:+.2f}, 95 % by Student's t)" if low is not None else ""
+    caption = (
+        f"Mean training loss over spans of {curves['updates'][0]:g} updates, a line a seed: the "
+        "same images in the same order, augmented alike. A span's two losses differ by "
+        f"{100 * max(apart):.2g} % at most. Top-1 of the averaged weights: {plain['mean']:.2f} % "
+        f"in fp32 on PyTorch's own operators, {fused['mean']:.2f} % in {document['dtype']} on the "
+        f"fused ones, {fused['gain']:+.2f} points{within}."
+    )
+    about = f"{document['images']:,} images, {len(curves['plain'])} seeds"
+    title = f"{fused['row']} and fp32, plain; {about}"
+    draw = functools.partial(_losses, curves, (plain["row"], fused["row"]), title)
+    return Picture(f"precision-{way}", title, caption, draw)
+
+
+def _losses(curves: Row, names: tuple[str, str], title: str, width: int) -> Plot:
+    plot = Plot(width, 400, title)
+    top = plot.legend(
+        [(s, "-", name) for s, name in zip((PLAIN, FUSED), names, strict=True)], 46, 34
+    )
+    span = curves["updates"][0]
+    ends = [loss for kind in ("plain", "fused") for run in curves[kind] for loss in run]
+    x = Scale(0, curves["updates"][-1], 46, width - 16)
+    y = Scale(*around(ends, log=False), 354, top + 6)
+    plot.axes(x, y, "updates", "training loss")
+    for kind, style in (("plain", PLAIN), ("fused", FUSED)):
+        for run in curves[kind]:
+            middles = [x(end - span / 2) for end in curves["updates"]]
+            plot.line([(at, y(loss)) for at, loss in zip(middles, run, strict=True)], style)
+    return plot

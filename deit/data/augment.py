@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,19 @@ def training_transform(
         plain = evaluation_transform(size, recipe.eval_crop, mean, std)
         return v2.Compose([v2.RandomHorizontalFlip(recipe.hflip), plain])
     if recipe.policy == "3a":
-        return _three_augment(recipe, size, mean, std)
+        return three_augment(recipe, size, mean, std)
+    return timm_transform(recipe, size, mean, std)
+
+
+def timm_transform(
+    recipe: Recipe,
+    size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    *,
+    separate: bool = False,
+) -> Any:
+    """timm's transform of a recipe; `separate`: in three, crop and mirror, policy, the rest."""
     from timm.data import create_transform
 
     return create_transform(
@@ -63,12 +76,13 @@ def training_transform(
         std=std,
         re_prob=recipe.random_erasing,
         re_mode="pixel",
+        separate=separate,
     )
 
 
-def _three_augment(
+def three_augment(
     recipe: Recipe, size: int, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Transform:
+) -> v2.Compose:
     """3-Augment (arXiv 2204.07118, section 3.2): one of grey, solarise and blur; then jitter."""
     one_of = v2.RandomChoice(
         [v2.Grayscale(3), v2.RandomSolarize(128, p=1.0), v2.GaussianBlur(5, (0.1, 2.0))]

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from deit.data.augment import Transform, seeded
+from deit.data.drawn import Drawing
+from deit.data.on_device import Augmentation, Drawn
 from deit.data.sampling import Batches, Draw
 from deit.data.sources import Source
 from deit.images import UnreadableImage
@@ -43,9 +45,10 @@ def naming_lost_workers() -> Iterator[None]:
 class Batch:
     """Samples that could be read, and the names and reasons of those that could not."""
 
-    images: Tensor  # [B, 3, H, W], fp32, normalised
+    images: Tensor  # [B, 3, H, W], fp32, normalised; from a worker that only draws, uint8
     labels: Tensor  # [B], int64
     draws: list[Draw]
+    drawn: list[Drawn] = field(default_factory=list)  # what is left to the device, if anything
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     seconds: float = 0.0  # of one worker's time, to read and augment it
 
@@ -65,15 +68,16 @@ class Batch:
 class _Item(NamedTuple):
     draw: Draw
     image: Tensor | None
+    drawn: Drawn | None
     label: int
     fault: tuple[str, str] | None  # name and reason
     seconds: float
 
 
 class _Augmented(Dataset[_Item]):
-    """Reads and augments one sample, in a worker process."""
+    """Reads and augments one sample, or draws how, in a worker process."""
 
-    def __init__(self, source: Source, transform: Transform, seed: int) -> None:
+    def __init__(self, source: Source, transform: Transform | Drawing, seed: int) -> None:
         self.source, self.transform, self.seed = source, transform, seed
 
     def __getitem__(self, draw: Draw) -> _Item:
@@ -82,10 +86,11 @@ class _Augmented(Dataset[_Item]):
             image, label = self.source.read(draw.image)
         except UnreadableImage as error:
             fault = self.source.name(draw.image), error.reason
-            return _Item(draw, None, -1, fault, time.perf_counter() - start)
+            return _Item(draw, None, None, -1, fault, time.perf_counter() - start)
         with seeded(self.seed, draw.epoch, draw.image, draw.view):
-            tensor = self.transform(image)
-        return _Item(draw, tensor, label, None, time.perf_counter() - start)
+            made = self.transform(image)
+        tensor, drawn = made if isinstance(made, tuple) else (made, None)
+        return _Item(draw, tensor, drawn, label, None, time.perf_counter() - start)
 
 
 def _collate(items: list[_Item]) -> Batch:
@@ -95,6 +100,7 @@ def _collate(items: list[_Item]) -> Batch:
         torch.stack(images) if images else torch.empty(0),
         torch.tensor([item.label for item in good], dtype=torch.int64),
         [item.draw for item in good],
+        [item.drawn for item in good if item.drawn is not None],
         [item.fault for item in items if item.fault is not None],
         sum(item.seconds for item in items),
     )
@@ -117,16 +123,18 @@ class Loader:
     def __init__(
         self,
         source: Source,
-        transform: Transform,
+        transform: Transform | Drawing,
         batches: Batches | list[list[Draw]],
         *,
         seed: int,
         workers: int,
         device: torch.device,
+        augmentation: Augmentation | None = None,
     ) -> None:
+        """`augmentation`: does on the device what a `transform` that only draws has drawn."""
         if workers < 0:
             raise ValueError(f"workers: expected at least 0; got {workers}")
-        self.device = device
+        self.device, self.augmentation = device, augmentation
         self.waited = 0.0
         self.data: DataLoader[_Item] = DataLoader(
             _Augmented(source, transform, seed),
@@ -149,7 +157,10 @@ class Loader:
             self.waited += time.perf_counter() - start
             if batch is None:
                 return
-            yield batch.to(self.device)
+            batch = batch.to(self.device)
+            if self.augmentation is not None and batch.drawn:
+                batch.images = self.augmentation(batch.images, batch.drawn)
+            yield batch
 
 
 def in_order(count: int, batch_size: int, rank: int = 0, processes: int = 1) -> list[list[Draw]]:
