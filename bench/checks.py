@@ -76,7 +76,7 @@ class Oracle:
 
 
 class Agreement:
-    """What an int8 network's logits ought to be: the eager model's, on photographs it has not seen.
+    """What logits ought to be by products in 8 bits: the eager model's, on photographs not seen yet.
 
     Rounding to 8 bits is no rounding of the logits, so the rule is about what tells images apart:
     logits less their mean over the images, relative L2 distance. OpenVINO's DeiT-Ti is at 0.03,
@@ -86,10 +86,12 @@ class Agreement:
     ALLOWED = 0.2
     IMAGES = 16
 
-    def __init__(self, base: Contender, batch: int) -> None:
+    def __init__(self, base: Contender, images: Tensor) -> None:
+        """images: a batch as the contenders take it; only its size, dtype and device are used."""
+        batch = len(images)
         count = -(-self.IMAGES // batch) * batch
         photographs, _ = calibration.photographs(base.network.img_size, count, seed=1)
-        self.batches = photographs.split(batch)
+        self.batches = photographs.to(images).split(batch)
         with torch.inference_mode():
             self.truth = torch.cat([base.module(images) for images in self.batches])
 

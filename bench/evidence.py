@@ -76,17 +76,26 @@ LATER = {"peer", "parameters", "kernels_scope", "teacher"}  # which the oldest r
 
 # Sources that never run on a device: a change of theirs leaves its figures as they were.
 ELSEWHERE = {"cpu": ("kernels/triton/", "csrc/cuda/"), "cuda": ("csrc/cpu/",)}
-INT8 = re.compile(r"(^|/)(int8|quantize)[^/]*$")  # what products in 8 bits alone are made of
+# What products in 8 bits alone are made of, integers and e4m3; they share eight_bits*.
+EIGHT_BITS = {
+    "int8": re.compile(r"(^|/)(int8|quantize|eight_bits)[^/]*$"),
+    "fp8": re.compile(r"(^|/)(fp8|cases_fp8|eight_bits)[^/]*$"),
+}
 
 
-def scope_of(device: str, *, int8: bool) -> str:
-    """Which sources a contender can run, in words: "cpu", "cuda int8", ...
+def scope_of(device: str, *, int8: bool = False, fp8: bool = False) -> str:
+    """Which sources a contender can run, in words: "cpu", "cpu int8", "cuda fp8", ...
 
     device: a torch device's type. Raises ValueError for one of which nothing is known.
     """
     if device not in ELSEWHERE:
         raise ValueError(f"device: expected {' or '.join(ELSEWHERE)}; got {device!r}")
-    return device + " int8" * int8
+    return device + " int8" * int8 + " fp8" * fp8
+
+
+def eight_bits(contender: str) -> str:
+    """Of which 8 bits a contender's products are, by its name in a row; "" for none."""
+    return next((kind for kind in EIGHT_BITS if kind in contender), "")
 
 
 def sources(root: Path = ROOT, scope: str | None = None) -> list[Path]:
@@ -95,12 +104,13 @@ def sources(root: Path = ROOT, scope: str | None = None) -> list[Path]:
     scope: of `scope_of`: only those which that contender can run; None for all. Raises ValueError
     where there are none: a hash of nothing would never go stale.
     """
-    device, _, int8 = (scope or "").partition(" ")
+    device, _, eight = (scope or "").partition(" ")
     elsewhere = ELSEWHERE[device] if scope else ()
 
     def counts(path: Path) -> bool:
         name = path.relative_to(root).as_posix()
-        ours = not name.startswith(elsewhere) and (not scope or bool(int8) or not INT8.search(name))
+        kinds = [kind for kind, pattern in EIGHT_BITS.items() if pattern.search(name)]
+        ours = not name.startswith(elsewhere) and (not scope or not kinds or eight in kinds)
         return ours and path.is_file() and path.suffix not in (".so", ".o", ".pyc", ".md")
 
     found = sorted(

@@ -61,9 +61,14 @@ class Race:
         self.finalists: list[Contender] = []
         self.batch = settings.batch
         self.notes: list[str] = []  # what was shortened, refused or left out, and why
-        scopes = (evidence.scope_of(settings.device.type, int8=int8) for int8 in (False, True))
+        scopes = {self.scope(precision) for precision in ("dtype", *evidence.EIGHT_BITS)}
         self.kernels = {s: evidence.kernels_sha256(scope=s) for s in scopes}  # as the race begins
         self.refused = False  # some contender computed something else
+
+    def scope(self, precision: str) -> str:
+        """Which sources a contender of that precision (`Contender.precision`) can run here."""
+        device = self.settings.device.type
+        return evidence.scope_of(device, int8=precision == "int8", fp8=precision == "fp8")
 
     # What is left -------------------------------------------------------------------------
 
@@ -139,8 +144,8 @@ class Race:
         if self.settings.train:
             verify_gradients(contender, entry.base, images, self.settings.dtype)
             return
-        if contender.precision == "int8":
-            agreement = Agreement(entry.base, len(images))
+        if contender.precision in evidence.EIGHT_BITS:
+            agreement = Agreement(entry.base, images)
             contender.logits_error = agreement.verify(contender, contender._step)
             return
         # A peer sees another batch than the probe's, with an oracle of its own.

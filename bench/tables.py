@@ -83,7 +83,7 @@ def table(race: Race) -> Table:
             number(flops),
             # The peak is of the run's dtype: it says nothing of 8-bit products.
             "-"
-            if contender.precision == "int8"
+            if contender.precision in evidence.EIGHT_BITS
             else f"{100 * flops * 1e9 / race.peak.flops_per_s:.0f}",
             "-" if memory is None else f"{memory / 1e6:.0f}",
             f"{row.top1}" if row else "-",
@@ -250,8 +250,7 @@ def _row(
     photos = photographs.get(network.label)
     work = gflop(contender, race.settings.train)
     quoted = network.quoted
-    int8 = contender.precision == "int8"
-    scope = evidence.scope_of(race.settings.device.type, int8=int8)
+    scope = race.scope(contender.precision)
     return {
         "network": network.label,
         "contender": contender.variant,

@@ -7,6 +7,7 @@ if __name__ == "kernels":  # found from the repository's root instead of the PyP
 else:
     from deit.kernels.attention import attention
     from deit.kernels.dispatch import Explanation, explain
+    from deit.kernels.fp8 import fp8_gelu_mlp, fp8_linear
     from deit.kernels.gelu_mlp import gelu_mlp
     from deit.kernels.int8 import int8_gelu_mlp, int8_linear, int8_vit_block
     from deit.kernels.layer_norm import add_layer_norm, layer_norm
@@ -23,6 +24,8 @@ __all__ = [
     "cross_entropy",
     "distillation_loss",
     "explain",
+    "fp8_gelu_mlp",
+    "fp8_linear",
     "gelu_mlp",
     "int8_gelu_mlp",
     "int8_linear",

@@ -88,7 +88,7 @@ class Operator:
 OPERATORS: dict[str, Operator] = {}
 
 
-def _constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+def constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
     """Cached, and evaluated once by torch.compile instead of traced into.
 
     What `torch.compiler.assume_constant_result` does, without its import of torch._dynamo
@@ -141,7 +141,7 @@ def product_limits(implementation: str, x: Tensor, *weights: Tensor) -> list[str
     return found
 
 
-@_constant_when_traced
+@constant_when_traced
 def _cpu_isa() -> str:
     return native.cpu_isa()
 
@@ -244,7 +244,7 @@ def _training_reasons(operator: Operator, arguments: Arguments, implementation: 
     ]
 
 
-@_constant_when_traced
+@constant_when_traced
 def _ready(operator: str, device: torch.device, training: bool) -> tuple[str, ...]:
     """The implementations "auto" tries that have the kernel and can run on the device at all."""
     place = device.type, device.index
@@ -255,7 +255,7 @@ def _ready(operator: str, device: torch.device, training: bool) -> tuple[str, ..
     )
 
 
-@_constant_when_traced
+@constant_when_traced
 def environment(implementation: str, device_type: str, index: int | None) -> tuple[str, ...]:
     """Why `implementation` cannot run at all on this device of this process."""
     if implementation == "cpu":
@@ -280,7 +280,7 @@ def environment(implementation: str, device_type: str, index: int | None) -> tup
     return ()
 
 
-@_constant_when_traced
+@constant_when_traced
 def measured(operator: str, device_type: str, index: int | None) -> tuple[str, ...]:
     """The implementations "auto" tries on a device, the fastest first; warns on an unproven GPU."""
     if device_type != "cuda":

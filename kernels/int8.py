@@ -8,16 +8,13 @@ of the rows.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deit.kernels import dispatch, validate
-
-MAX_DEPTH = 65536  # 255 * 127 * depth stays below 2**31
-
-Norm = tuple[Tensor, "Tensor | None", float]
+from deit.kernels import dispatch, eight_bits, validate
 
 
 def int8_linear(
@@ -25,7 +22,7 @@ def int8_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    norm: Norm | None = None,
+    norm: eight_bits.Norm | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
     gamma: Tensor | None = None,
@@ -51,7 +48,7 @@ def int8_linear(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
         NotImplementedError: a gradient is wanted; the implementation named by `impl` cannot run.
     """
-    arguments = _prepare_linear(
+    arguments = _LINEAR.prepare(
         x, weight, bias, norm=norm, activation=activation, residual=residual, gamma=gamma
     )
     return dispatch.run(_LINEAR, arguments, impl)
@@ -64,7 +61,7 @@ def int8_gelu_mlp(
     w2: Tensor,
     b2: Tensor | None,
     *,
-    norm: Norm | None = None,
+    norm: eight_bits.Norm | None = None,
     residual: Tensor | None = None,
     gamma: Tensor | None = None,
     impl: str = "auto",
@@ -90,7 +87,7 @@ def int8_gelu_mlp(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
         NotImplementedError: a gradient is wanted; the implementation named by `impl` cannot run.
     """
-    arguments = _prepare_mlp(x, w1, b1, w2, b2, norm=norm, residual=residual, gamma=gamma)
+    arguments = _MLP.prepare(x, w1, b1, w2, b2, norm=norm, residual=residual, gamma=gamma)
     return dispatch.run(_MLP, arguments, impl)
 
 
@@ -152,48 +149,6 @@ def int8_vit_block(
     return dispatch.run(_BLOCK, arguments, impl)
 
 
-def _prepare_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm: Norm | None = None,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-    gamma: Tensor | None = None,
-) -> dispatch.Arguments:
-    validate.tensor("x", x)
-    width = _weight("weight", weight, x, x.shape[-1])
-    validate.parameters(x, ("bias", bias, (width,)))
-    if activation not in (None, "gelu"):
-        raise ValueError(f"activation: expected None or 'gelu'; got {activation!r}")
-    if activation is not None and (residual is not None or gamma is not None):
-        raise ValueError("activation: expected None beside residual or gamma; got 'gelu'")
-    _epilogue(x, width, residual, gamma)
-    arguments = (x, weight, bias, *_norm(norm, x), activation == "gelu", residual, gamma)
-    return _without_gradient("int8_linear", arguments)
-
-
-def _prepare_mlp(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    *,
-    norm: Norm | None = None,
-    residual: Tensor | None = None,
-    gamma: Tensor | None = None,
-) -> dispatch.Arguments:
-    validate.tensor("x", x)
-    hidden = _weight("w1", w1, x, x.shape[-1])
-    width = _weight("w2", w2, x, hidden)
-    validate.parameters(x, ("b1", b1, (hidden,)), ("b2", b2, (width,)))
-    _epilogue(x, width, residual, gamma)
-    arguments = (x, w1, b1, w2, b2, *_norm(norm, x), residual, gamma)
-    return _without_gradient("int8_gelu_mlp", arguments)
-
-
 def _prepare_block(
     x: Tensor,
     norm1_weight: Tensor,
@@ -218,7 +173,7 @@ def _prepare_block(
 ) -> dispatch.Arguments:
     validate.tensor("x", x, rank=3)
     dim = validate.heads(x, num_heads)
-    hidden = _weight("w1", w1, x, dim)
+    hidden = eight_bits.channels("w1", w1, x, dim)
     validate.present(norm1_weight=norm1_weight, norm2_weight=norm2_weight)
     validate.parameters(
         x,
@@ -236,7 +191,7 @@ def _prepare_block(
         ("gamma2", gamma2, (dim,)),
         ("key_bias", key_bias, x.shape[:2]),
     )
-    _weight("w2", w2, x, hidden)
+    eight_bits.channels("w2", w2, x, hidden)
     if not eps >= 0:
         raise ValueError(f"eps: expected a number >= 0; got {eps}")
     scale = (dim // num_heads) ** -0.5 if scale is None else float(scale)
@@ -244,44 +199,7 @@ def _prepare_block(
         x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma1,
         norm2_weight, norm2_bias, w1, b1, w2, b2, gamma2, key_bias, num_heads, scale, float(eps),
     )  # fmt: skip
-    return _without_gradient("int8_vit_block", arguments)
-
-
-def _weight(name: str, weight: Tensor, x: Tensor, depth: int) -> int:
-    """The output channels of a weight [M, depth] of x's dtype."""
-    width = validate.rows(name, weight)
-    validate.parameters(x, (name, weight, (width, depth)))
-    if not 1 <= depth <= MAX_DEPTH:
-        raise ValueError(f"{name}: expected a depth of 1 to {MAX_DEPTH}; got {depth}")
-    if width == 0:
-        raise ValueError(f"{name}: expected at least one output channel; got none")
-    return width
-
-
-def _epilogue(x: Tensor, width: int, residual: Tensor | None, gamma: Tensor | None) -> None:
-    shape = (*x.shape[:-1], width)
-    validate.parameters(x, ("residual", residual, shape), ("gamma", gamma, shape[-1:]))
-
-
-def _norm(norm: Norm | None, x: Tensor) -> tuple[Tensor | None, Tensor | None, float]:
-    if norm is None:
-        return None, None, 0.0
-    if not isinstance(norm, tuple) or len(norm) != 3:
-        raise TypeError(f"norm: expected (weight, bias, eps) or None; got {norm!r}")
-    weight, bias, eps = norm
-    validate.tensor("norm's weight", weight)
-    shape = x.shape[-1:]
-    validate.parameters(x, ("norm's weight", weight, shape), ("norm's bias", bias, shape))
-    return weight, bias, float(eps)
-
-
-def _without_gradient(name: str, arguments: dispatch.Arguments) -> dispatch.Arguments:
-    if dispatch.needs_gradient(arguments):
-        raise NotImplementedError(
-            f"{name}: a tensor requires grad, and rounding to 8 bits has no gradient: call it "
-            "under torch.no_grad() or torch.inference_mode()"
-        )
-    return arguments
+    return eight_bits.without_gradient("int8_vit_block", arguments)
 
 
 def _limits(implementation: str, *arguments: Any) -> list[str]:
@@ -289,6 +207,10 @@ def _limits(implementation: str, *arguments: Any) -> list[str]:
     return [f"dtype {kind} (fp32 only)" for kind in sorted(kinds, key=str)]
 
 
-_LINEAR = dispatch.Operator("int8_linear", _prepare_linear, _limits)
-_MLP = dispatch.Operator("int8_gelu_mlp", _prepare_mlp, _limits)
+_LINEAR = dispatch.Operator(
+    "int8_linear", partial(eight_bits.linear_arguments, "int8_linear"), _limits
+)
+_MLP = dispatch.Operator(
+    "int8_gelu_mlp", partial(eight_bits.mlp_arguments, "int8_gelu_mlp"), _limits
+)
 _BLOCK = dispatch.Operator("int8_vit_block", _prepare_block, _limits)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 
-from deit.kernels import int8_schemas
+from deit.kernels import eight_bits_schemas as eight_bits
 from deit.kernels.fakes import FAKES
 
 # Arguments are positional and in the order in which every implementation, the reference
@@ -154,7 +154,8 @@ KERNELS: dict[str, frozenset[str]] = {
             "vit_block",
         }
     )
-    | int8_schemas.FAKES.keys(),
+    | eight_bits.INT8.keys()
+    | eight_bits.PACKED_SCHEMAS.keys(),
     "triton": frozenset(
         {
             "add_layer_norm",
@@ -182,7 +183,8 @@ KERNELS: dict[str, frozenset[str]] = {
             "patch_embed_bwd",
             "vit_block",
         }
-    ),
+    )
+    | eight_bits.FP8.keys(),
     "cuda": frozenset({"layer_norm", "add_layer_norm"}),
 }
 
@@ -194,6 +196,8 @@ def _triton_module(name: str) -> str:
         "add_layer_norm": "layer_norm",
         "cross_entropy": "losses",
         "distillation_loss": "losses",
+        "fp8_linear": "fp8",
+        "fp8_gelu_mlp": "fp8",
     }.get(operator, operator)
     return f"triton.{file}_bwd" if name.endswith("_bwd") else f"triton.{file}"
 
@@ -212,15 +216,15 @@ def _register() -> dict[str, dict[str, torch._ops.OpOverload]]:
     compiled: dict[str, dict[str, torch._ops.OpOverload]] = {}
     for implementation, namespace in NAMESPACES.items():
         compiled[implementation] = {}
-        for name, schema in (SCHEMAS | TRAINING_SCHEMAS | int8_schemas.ALL).items():
+        for name, schema in (SCHEMAS | TRAINING_SCHEMAS | eight_bits.ALL).items():
             qualified = f"{namespace}::{name}"
             torch.library.define(qualified, schema)
-            torch.library.register_fake(qualified, (FAKES | int8_schemas.FAKES)[name])
+            torch.library.register_fake(qualified, (FAKES | eight_bits.FAKES)[name])
             if implementation == "triton" and name in KERNELS["triton"]:
                 # The CPU key serves Triton's interpreter; dispatch refuses it otherwise.
                 launch = _launcher(_triton_module(name), name)
                 torch.library.impl(qualified, ("CUDA", "CPU"))(launch)
-            elif implementation == "cpu" and name in int8_schemas.SCHEMAS:
+            elif implementation == "cpu" and name in eight_bits.INT8:
                 torch.library.impl(qualified, "CPU")(_launcher("int8_cpu", name))
             compiled[implementation][name] = getattr(getattr(torch.ops, namespace), name).default
     return compiled

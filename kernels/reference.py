@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deit.kernels.fakes import STATS_COLUMNS
+from deit.kernels.fp8_reference import fp8_gelu_mlp, fp8_linear  # noqa: F401
 from deit.kernels.int8_reference import (  # noqa: F401
     int8_gelu_mlp,
     int8_linear,

@@ -6,8 +6,8 @@ import torch
 from deit.kernels import (
     attention,
     dispatch,
+    eight_bits_schemas,
     explain,
-    int8_schemas,
     layer_norm,
     linear,
     ops,
@@ -76,14 +76,14 @@ def public(name):
 
 
 def test_every_schema_has_an_operator_a_reference_and_a_fake():
-    operators = set(dispatch.OPERATORS) - set(int8_schemas.SCHEMAS)
+    operators = set(dispatch.OPERATORS) - set(eight_bits_schemas.SCHEMAS)
     assert set(CALLS) == set(ops.SCHEMAS) == operators
     schemas = ops.SCHEMAS | ops.TRAINING_SCHEMAS
     assert set(ops.FAKES) == set(schemas)
     for name in ops.SCHEMAS:
         assert callable(getattr(reference, name))
     for kernels in ops.KERNELS.values():
-        assert kernels <= set(schemas | int8_schemas.ALL)
+        assert kernels <= set(schemas | eight_bits_schemas.ALL)
 
 
 @pytest.mark.parametrize("name", CALLS)

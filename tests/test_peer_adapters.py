@@ -63,8 +63,8 @@ def test_adapter_gives_the_eager_models_logits(name: str, base: contenders.Conte
     before = {key: value.clone() for key, value in base.module.state_dict().items()}
     with torch.inference_mode():
         made = contenders.by_peer(peer, base, given.images, train=False)
-        if peer.precision == "int8":
-            assert checks.Agreement(base, 2).verify(made, made.call) < checks.Agreement.ALLOWED
+        if peer.precision != "dtype":
+            assert checks.Agreement(base, given.images).verify(made, made.call) < checks.Agreement.ALLOWED
         else:
             oracle = checks.Oracle(base, given.images)
             assert oracle.verify(made, made.call(given.images)) < 2e-5

@@ -149,7 +149,7 @@ def test_a_peer_that_cannot_be_built_is_out_and_the_run_goes_on() -> None:
 def test_int8_logits_must_tell_the_same_images_apart(base: contenders.Contender) -> None:
     pytest.importorskip("skimage")
     pytest.importorskip("sklearn")
-    agreement = checks.Agreement(base, 5)  # 16 photographs in batches of 5: 20
+    agreement = checks.Agreement(base, torch.empty(5))  # 16 photographs in batches of 5: 20
     int8 = contenders.Contender(network(), "int8", "contiguous", base.module, base.module)
 
     @torch.inference_mode()

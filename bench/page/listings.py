@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import evidence
 import paper_table
 import timing
 
@@ -75,7 +76,7 @@ def _v100(row: Row) -> str | None:
 
 
 def _of_peak(row: Row) -> float | None:
-    if "int8" in row["contender"]:  # the peak is of the run's dtype
+    if evidence.eight_bits(row["contender"]):  # the peak is of the run's dtype
         return None
     return float(100 * row["gflop_per_s"] / row["peak_gflop_per_s"])
 
@@ -167,5 +168,5 @@ def _by_its_terms(row: Row) -> bool:
     """Is the row such as bench/table5.py would have made it?"""
     dtype = "bf16" if row["driver"] and row["protocol"] == "modern" else "fp32"
     ways = ("fused", "eager", "compiled")
-    mine = row["contender"].startswith(ways) and "int8" not in row["contender"]
+    mine = row["contender"].startswith(ways) and not evidence.eight_bits(row["contender"])
     return bool(row["mode"] == "inference" and row["dtype"] == dtype and mine)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+import evidence
 import paper_table
 import timing
 
@@ -56,10 +57,11 @@ def speed(row: Row) -> float:
 
 
 def of_each_network(rows: Sequence[Row], *, fused: bool) -> list[Row]:
-    """A network's fastest row among its fused ones, or among all others; int8 is left out."""
+    """A network's fastest row among its fused ones, or among all others; 8 bits are left out."""
     best: dict[str, Row] = {}
     for row in rows:
-        wanted = row["contender"].startswith("fused") == fused and "int8" not in row["contender"]
+        wanted = row["contender"].startswith("fused") == fused
+        wanted = wanted and not evidence.eight_bits(row["contender"])
         if wanted and (row["network"] not in best or speed(row) > speed(best[row["network"]])):
             best[row["network"]] = row
     return list(best.values())
@@ -135,12 +137,11 @@ def comparisons(rows: Sequence[Row]) -> list[Versus]:
     """Every fused row beside the others of its network and run: 8 bits beside 8 bits alone."""
     run = lambda row: tuple(row[k] for k in ("network", "date", "command", "protocol", "mode"))
     found = []
-    in_int8 = lambda row: "int8" in row["contender"]
     ours = [row for row in rows if row["contender"].startswith("fused")]
     for fused in ours:
         for other in (row for row in rows if row not in ours):
-            alike = in_int8(other) == in_int8(fused)
-            if alike and run(other) == run(fused):
+            kinds = {evidence.eight_bits(row["contender"]) for row in (fused, other)}
+            if len(kinds) == 1 and run(other) == run(fused):
                 mine, theirs = ([s / r["batch"] for s in r["seconds"]] for r in (fused, other))
                 if len(mine) == len(theirs):
                     found.append(Versus(fused, other, timing.compare(mine, theirs)))

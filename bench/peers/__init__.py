@@ -23,7 +23,7 @@ _ADAPTERS = (
     "onnxruntime",
     "openvino",
     "tensorrt",
-    "fused_int8",
+    "fused_eight_bits",
     "jax",  # the last: once it runs, a process had better not fork, as others do
 )
 # By name, in the order of the tables.

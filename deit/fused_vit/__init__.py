@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from deit import configs
-from deit.fused_vit import int8, plain
+from deit.fused_vit import eight_bits, plain
 from deit.fused_vit.graph import Graph, compile_graph
 from deit.fused_vit.last_block import PrefixOnly
 from deit.fused_vit.modules import Fused, original_class
@@ -69,16 +69,19 @@ def fuse(
             dtype="int8" whole blocks multiply in bf16 within attention where the CPU does.
         dtype: None for the model's own; "int8" for the products of every fused block in 8-bit
             integers (weights by output channel, activations by token, nothing calibrated) in eval
-            mode, for an fp32 model on a CPU. Its outputs are close, not the same: docs/numerics.md.
-            In training mode the fp32 path runs; a gradient in eval mode is refused: use
-            torch.inference_mode(). An attention or MLP outside a fused block stays fp32.
+            mode, for an fp32 model on a CPU. "fp8" for the same in e4m3 on a GPU of compute
+            capability 8.9 or later, by the Triton kernels whatever `impl`, which no GPU has run yet;
+            elsewhere only with impl="reference". The outputs are close, not the same:
+            docs/numerics.md. In training mode the model's own dtype runs; a gradient in eval mode
+            is refused: use torch.inference_mode(). An attention or MLP outside a fused block stays
+            as it is.
 
     Returns:
         A Report; print it for a table.
 
     Raises:
         TypeError: `model` is not a module. ValueError: an unknown `impl`, `last_block`, `block` or
-            `dtype`; "int8" for a model that is not fp32 on a CPU.
+            `dtype`; "int8" for a model that is not fp32 on a CPU, "fp8" where its kernels cannot run.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
@@ -89,10 +92,11 @@ def fuse(
     if impl != "auto" and impl not in dispatch.IMPLEMENTATIONS:
         known = ", ".join(dispatch.IMPLEMENTATIONS)
         raise ValueError(f"impl: expected 'auto' or one of {known}; got {impl!r}")
-    if dtype not in (None, "int8"):
-        raise ValueError(f"dtype: expected None or 'int8'; got {dtype!r}")
-    if dtype == "int8":
-        int8.refuse(model)
+    if dtype is not None and dtype not in eight_bits.KINDS:
+        known = " or ".join(map(repr, eight_bits.KINDS))
+        raise ValueError(f"dtype: expected None or {known}; got {dtype!r}")
+    if dtype is not None:
+        eight_bits.KINDS[dtype].refuse(model, impl)
     impls = _implementations(impl, block, dtype)
     families = _families()
     notes: dict[str, str] = {}
@@ -118,11 +122,12 @@ def _implementations(impl: str, block: str, dtype: str | None) -> dict[str, str]
     """Operator -> the implementation that runs it; no whole blocks where they run by parts."""
     impls = {
         operator: impl if impl == "reference" or operator in ops.KERNELS.get(impl, ()) else "auto"
-        for operator in (*ops.SCHEMAS, *(int8.OPERATORS if dtype == "int8" else ()))
+        for operator in ops.SCHEMAS
     }
-    if dtype == "int8":
+    if dtype is not None:
         del impls["vit_block"]  # in training nothing runs whole
-    for whole in impls.keys() & {"vit_block", int8.WHOLE}:
+        impls |= eight_bits.implementations(dtype, impl)
+    for whole in impls.keys() & {"vit_block", eight_bits.WHOLE}:
         if block == "auto" and impl in ("auto", "cpu"):
             impls[whole] = "auto"
         elif block != "whole":

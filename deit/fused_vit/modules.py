@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from deit.fused_vit import int8
+from deit.fused_vit import eight_bits
 from deit.fused_vit.attends import Attends
 from deit.fused_vit.whole import Whole
 from deit.kernels import gelu_mlp, layer_norm
@@ -229,7 +229,7 @@ class FusedMlp(Fused):
 class FusedBlock(Whole, Fused):
     """Over a pre-norm block: both residual additions move into the products' epilogues."""
 
-    OPERATORS = ("layer_norm", "linear", "attention", "gelu_mlp", *int8.OPERATORS)
+    OPERATORS = ("layer_norm", "linear", "attention", "gelu_mlp", *eight_bits.OPERATORS)
     # In the order in which they run: norm, attention, norm, MLP.
     PARTS: ClassVar[tuple[tuple[str, type[Fused]], ...]] = (
         ("norm1", FusedLayerNorm),
@@ -244,7 +244,8 @@ class FusedBlock(Whole, Fused):
     DROP_PATH_KINDS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Identity,)
 
     def remark(self) -> str:
-        return int8.REMARK if int8.asked(self.fused_impls) else super().remark()
+        kind = eight_bits.asked(self.fused_impls)
+        return super().remark() if kind is None else kind.remark
 
     def absorbed(self) -> list[nn.Module]:
         scales = (self._modules[name] for name in self.SCALES)  # type: ignore[attr-defined]
@@ -310,8 +311,9 @@ class FusedBlock(Whole, Fused):
         self, x: Tensor, *, key_bias: Tensor | None = None, rows: int | None = None
     ) -> Tensor:
         """The block's output [B, N, D], or [B, rows, D]: its first `rows` tokens alone."""
-        if int8.asked(self.fused_impls) and not self.training:  # type: ignore[attr-defined]
-            return int8.advance(self, x, key_bias, rows)
+        kind = eight_bits.asked(self.fused_impls)
+        if kind is not None and not self.training:  # type: ignore[attr-defined]
+            return eight_bits.advance(kind, self, x, key_bias, rows)
         if rows is None and self.runs_whole(x):
             return self.whole(x, key_bias=key_bias)[0]
         norm1, attn, norm2, mlp = self.parts()

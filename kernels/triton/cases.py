@@ -17,6 +17,7 @@ from deit.kernels.triton import (
     attention,
     attention_bwd,
     cases_block,
+    cases_fp8,
     cases_rows,
     common,
     configs,
@@ -54,13 +55,17 @@ class Case:
             return False
         if self.variant in ("delta", "tokens") or self.operator == "row_stats":
             return False
-        if self.operator == "output_gradient":  # linear's backward without its products
+        if self.operator in ("output_gradient", "fp8_rows"):  # products' work without the products
             return False
+        if self.operator == "fp8_product":
+            return True
         return self.dtype != "fp32"
 
     @property
     def tma(self) -> bool:
         """Whether it is meant to read by tensor descriptors."""
+        if self.operator == "fp8_product":
+            return self.arch in (90, 100)
         if self.arch not in (90, 100) or any(pointers in self.variant for pointers in _POINTERS):
             return False
         if self.operator in cases_rows.VARIANTS:
@@ -81,11 +86,11 @@ class Case:
         return _BUILDERS[self.operator](self)
 
 
-# Variants whose strides a descriptor cannot take.
+# Variants whose strides a descriptor cannot take; factors in e4m3 always suit one.
 _POINTERS = ("unaligned", "token slice")
 # Operators compiled for a tile and not for a width.
 _TILED = ("linear", "linear_fwd", "gelu_mlp", "input_gradient", "weight_gradient",
-          "output_gradient", *cases_block.TILED)  # fmt: skip
+          "output_gradient", *cases_block.TILED, *cases_fp8.TILED)  # fmt: skip
 
 _VARIANTS: dict[str, tuple[str, ...]] = {
     "attention": ("197", "197 bias", "577", "577 bias", "unaligned"),
@@ -101,6 +106,7 @@ _VARIANTS: dict[str, tuple[str, ...]] = {
     "input_gradient": ("plain", "through gelu", "unaligned", "through gelu unaligned"),
     "weight_gradient": ("plain", "one part", "unaligned", "token slice"),
     **cases_block.VARIANTS,
+    **cases_fp8.VARIANTS,
 }  # fmt: skip
 
 
@@ -147,6 +153,8 @@ def _config(operator: str, arch: int, dtype: torch.dtype, size: int) -> object:
         return configs.attention(arch, dtype, size, _TOKENS)
     if operator in cases_block.VARIANTS:
         return cases_block.config(operator, arch, dtype, size)
+    if operator in cases_fp8.VARIANTS:
+        return cases_fp8.config(operator, arch, dtype, size)
     if operator in cases_rows.VARIANTS:
         return cases_rows.config(operator, arch, dtype, size)
     return getattr(configs, operator)(arch, dtype, size)
@@ -268,4 +276,5 @@ _BUILDERS = {
     "input_gradient": _input_gradient,
     "weight_gradient": _weight_gradient,
     **cases_block.BUILDERS,
+    **cases_fp8.BUILDERS,
 }

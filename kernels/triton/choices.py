@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit.kernels.triton import common, configs
+from deit.kernels.fp8_quantize import E4M3, GROUP
+from deit.kernels.triton import common, configs, fp8_configs
 
 
 def explain(operator: str, arguments: tuple[Any, ...]) -> tuple[str, ...]:
@@ -56,6 +57,20 @@ def _norm_linear(arch: int, dtype: torch.dtype, weight: Tensor) -> list[tuple[An
     return [by_tile if panel[0] is None else panel]
 
 
+def _fp8_linear(x: Tensor, weight: Tensor, *_: Any) -> list[tuple[Any, str]]:
+    return [*_layer_norm(x), _fp8_product(x.dtype, weight)]
+
+
+def _fp8_gelu_mlp(x: Tensor, w1: Tensor, b1: Any, w2: Tensor, *_: Any) -> list[tuple[Any, str]]:
+    return [*_layer_norm(x), _fp8_product(E4M3, w1), _fp8_product(x.dtype, w2)]
+
+
+def _fp8_product(dtype: torch.dtype, weight: Tensor) -> tuple[Any, str]:
+    width, depth = weight.shape
+    padded = -(-depth // GROUP) * GROUP
+    return fp8_configs.fp8_product.explain(common.architecture(weight), dtype, width, padded)
+
+
 def _patch_embed(images: Tensor, weight: Tensor, *_: Any) -> list[tuple[Any, str]]:
     arch = common.architecture(images)
     return [configs.patch_embed.explain(arch, images.dtype, weight.shape[0])]
@@ -70,6 +85,8 @@ _CHOICES: dict[str, Callable[..., list[tuple[Any, str]]]] = {
     "add_layer_norm": _layer_norm,
     "attention": _attention,
     "linear": _linear,
+    "fp8_linear": _fp8_linear,
+    "fp8_gelu_mlp": _fp8_gelu_mlp,
     "gelu_mlp": _gelu_mlp,
     "vit_block": _vit_block,
     "patch_embed": _patch_embed,

@@ -184,7 +184,7 @@ def centre(x, mean, mask, dim):
 
 
 @triton.jit
-def _normalise(x, mask, weight, bias, mean_out, rstd_out, row, row_mask, cols, dim, eps):
+def normalise(x, mask, weight, bias, mean_out, rstd_out, row, row_mask, cols, dim, eps):
     """LN of x [ROWS, BLOCK_D], zero outside the mask; fp32 throughout."""
     mean = tl.sum(x, axis=1) / dim
     centred = centre(x, mean, mask, dim)
@@ -222,7 +222,7 @@ def _layer_norm_kernel(
     mask = row_mask[:, None] & (cols < dim)[None, :]
     at = common.row_offsets(row, inner, x_outer, x_inner)
     values = tl.load(x + at[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    y = _normalise(values, mask, weight, bias, mean_out, rstd_out, row, row_mask, cols, dim, eps)
+    y = normalise(values, mask, weight, bias, mean_out, rstd_out, row, row_mask, cols, dim, eps)
     out_at = row.to(tl.int64)[:, None] * dim + cols[None, :]
     tl.store(out + out_at, y.to(out.dtype.element_ty), mask=mask)
 
@@ -271,5 +271,5 @@ def _add_layer_norm_kernel(
     )
     out_at = row.to(tl.int64)[:, None] * dim + cols[None, :]
     tl.store(total + out_at, values.to(total.dtype.element_ty), mask=mask)
-    y = _normalise(values, mask, weight, bias, mean_out, rstd_out, row, row_mask, cols, dim, eps)
+    y = normalise(values, mask, weight, bias, mean_out, rstd_out, row, row_mask, cols, dim, eps)
     tl.store(out + out_at, y.to(out.dtype.element_ty), mask=mask)

@@ -178,7 +178,7 @@ def _operands(
 
 
 @triton.jit
-def _epilogue(
+def epilogue(
     acc,
     bias,
     residual,
@@ -290,7 +290,7 @@ def _linear_kernel(
 
         parts = common.column_parts(acc, EPILOGUES)
         for part in tl.static_range(EPILOGUES):
-            _epilogue(
+            epilogue(
                 parts[part],
                 bias,
                 residual,

@@ -240,6 +240,8 @@ class _Reader:
             return _hull(self.integer(operands[1]), self.integer(operands[2]))
         if name in ("tt.load", "arith.fptosi"):
             return 0, 2**31 - 1
+        if name == "tt.bitcast" and self.values[operands[0]] is None:  # a float's bits
+            return -(1 << bits - 1), (1 << bits - 1) - 1
         if name in _SAME:
             return self.check(line, self.integer(operands[0]), bits)
         if name in _ARITHMETIC:
@@ -327,11 +329,21 @@ def _remainder(a: Interval, b: Interval) -> Interval:
     return max(-most, min(a[0], 0)), min(most, max(a[1], 0))
 
 
+def _and(a: Interval, b: Interval) -> Interval:
+    """By a mask without its sign bit: no more than the mask."""
+    masks = [high for low, high in (a, b) if low >= 0]
+    if not masks:
+        raise NotImplementedError(f"the common bits of {a} and {b}")
+    return 0, min(masks)
+
+
 _ARITHMETIC = {
+    "arith.andi": _and,
     "arith.addi": lambda a, b: (a[0] + b[0], a[1] + b[1]),
     "arith.subi": lambda a, b: (a[0] - b[1], a[1] - b[0]),
     "arith.muli": _corners(lambda x, y: x * y),
     "arith.shli": _corners(lambda x, y: x << y),
+    "arith.shrsi": _corners(lambda x, y: x >> y),
     "arith.divsi": _divide,
     "arith.remsi": _remainder,
     "arith.minsi": lambda a, b: (min(a[0], b[0]), min(a[1], b[1])),

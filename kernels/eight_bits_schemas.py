@@ -1,4 +1,4 @@
-"""Schemas and fakes of the products in 8-bit integers, beside those of ops.py and fakes.py.
+"""Schemas and fakes of the products in 8 bits, integers or e4m3, beside those of ops.py and fakes.py.
 
 They stand apart because what holds for every operator there, gradients and the error rule
 against fp64, cannot hold for a product that rounds its factors to 8 bits.
@@ -27,17 +27,22 @@ def _block(projection: str, layer: str) -> str:
     )
 
 
-SCHEMAS: dict[str, str] = {
-    "int8_linear": (
-        f"(Tensor x, Tensor weight, Tensor? bias, {_EPILOGUE}, bool gelu, Tensor? residual, "
-        "Tensor? gamma) -> Tensor"
-    ),
-    "int8_gelu_mlp": (
-        f"(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, {_EPILOGUE}, "
-        "Tensor? residual, Tensor? gamma) -> Tensor"
-    ),
+_LINEAR = (
+    f"(Tensor x, Tensor weight, Tensor? bias, {_EPILOGUE}, bool gelu, Tensor? residual, "
+    "Tensor? gamma) -> Tensor"
+)
+_MLP = (
+    f"(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, {_EPILOGUE}, "
+    "Tensor? residual, Tensor? gamma) -> Tensor"
+)
+
+INT8: dict[str, str] = {
+    "int8_linear": _LINEAR,
+    "int8_gelu_mlp": _MLP,
     "int8_vit_block": _block("Tensor {0}_weight", "Tensor {0}"),
 }
+FP8: dict[str, str] = {"fp8_linear": _LINEAR, "fp8_gelu_mlp": _MLP}
+SCHEMAS = INT8 | FP8  # the public operators
 
 PACKED_SCHEMAS: dict[str, str] = {
     "int8_linear_packed": (
@@ -59,9 +64,19 @@ def _projected(x: Tensor, width: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], width))
 
 
+def _linear_fake(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+    return _projected(x, weight.shape[0])
+
+
+def _mlp_fake(x: Tensor, w1: Tensor, b1: object, w2: Tensor, *_: object) -> Tensor:
+    return _projected(x, w2.shape[0])
+
+
 FAKES: dict[str, Callable[..., object]] = {
-    "int8_linear": lambda x, weight, *_: _projected(x, weight.shape[0]),
-    "int8_gelu_mlp": lambda x, w1, b1, w2, *_: _projected(x, w2.shape[0]),
+    "fp8_linear": _linear_fake,
+    "fp8_gelu_mlp": _mlp_fake,
+    "int8_linear": _linear_fake,
+    "int8_gelu_mlp": _mlp_fake,
     "int8_vit_block": lambda x, *_: x.new_empty(x.shape),
     "int8_vit_block_packed": lambda x, *_: x.new_empty(x.shape),
     "int8_linear_packed": lambda x, packed, scales, *_: _projected(x, scales.shape[0]),

@@ -1,0 +1,156 @@
+"""A fused block with its four products in 8 bits, for `fuse(model, dtype="int8")` and "fp8".
+
+LayerNorm, softmax, GELU, LayerScale and the residual stream stay what they were, and so do the
+patch embedding and the heads. The parameters stay too: the 8-bit weights are copies that
+`deit.kernels.packing` keeps while a weight does not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deit.kernels import (
+    attention,
+    dispatch,
+    fp8,
+    fp8_gelu_mlp,
+    fp8_linear,
+    int8_gelu_mlp,
+    int8_linear,
+    int8_vit_block,
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of 8 bits: the operators of its products, and of a whole block where it has one.
+
+    refuse: raises ValueError where these cannot run a model by `impl`.
+    """
+
+    name: str
+    linear: Callable[..., Tensor]
+    mlp: Callable[..., Tensor]
+    refuse: Callable[[nn.Module, str], None]
+    block: Callable[..., Tensor] | None = None
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        calls = (self.linear, self.mlp, self.block)
+        return tuple(call.__name__ for call in calls if call is not None)
+
+    @property
+    def remark(self) -> str:
+        """What the report says of a block."""
+        rest = "fp32" if self.name == "int8" else "the model's dtype, summed in fp32"
+        return f"in eval qkv, proj, fc1, fc2 in {self.name}; norms, softmax, GELU, residual in {rest}"
+
+
+def _refuse_int8(model: nn.Module, impl: str) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
+            raise ValueError(
+                f"dtype: 'int8' expects fp32 parameters on a CPU; {name} is {parameter.dtype} on "
+                f"{parameter.device}"
+            )
+
+
+def _refuse_fp8(model: nn.Module, impl: str) -> None:
+    for name, parameter in model.named_parameters():
+        found = dispatch.unserved(parameter)
+        if impl != "reference":
+            found += fp8.why_not(parameter.device)
+        if found:
+            raise ValueError(
+                "dtype: 'fp8' expects fp32, fp16 or bf16 parameters on a GPU of compute capability "
+                f"8.9 or later, or impl='reference'; {name}: {'; '.join(found)}"
+            )
+
+
+INT8 = Kind("int8", int8_linear, int8_gelu_mlp, _refuse_int8, int8_vit_block)
+FP8 = Kind("fp8", fp8_linear, fp8_gelu_mlp, _refuse_fp8)
+KINDS = {kind.name: kind for kind in (INT8, FP8)}
+OPERATORS = (*INT8.operators, *FP8.operators)
+WHOLE = "int8_vit_block"
+
+
+def implementations(dtype: str | None, impl: str) -> dict[str, str]:
+    """Operator -> the implementation that runs it, for the operators of that kind.
+
+    No GPU has measured those of fp8, so "auto" would take the reference: whoever asks for fp8 by
+    name asks for its kernels by name.
+    """
+    if dtype is None:
+        return {}
+    if dtype == "fp8":
+        return dict.fromkeys(FP8.operators, "reference" if impl == "reference" else "triton")
+    return dict.fromkeys(
+        INT8.operators, impl if impl in ("reference", "cpu") else "auto"
+    )
+
+
+def asked(impls: dict[str, str]) -> Kind | None:
+    """The kind that fuse() was asked for: only then do `impls` name its operators."""
+    for kind in KINDS.values():
+        if kind.linear.__name__ in impls:
+            return kind
+    return None
+
+
+def advance(
+    kind: Kind, block: Any, x: Tensor, key_bias: Tensor | None, rows: int | None
+) -> Tensor:
+    """`FusedBlock.advance` with the products in 8 bits: [B, N, D] -> [B, N or rows, D].
+
+    Raises NotImplementedError for x that is not the kind's, and where a gradient is wanted.
+    """
+    if kind is INT8 and (x.device.type != "cpu" or x.dtype != torch.float32):
+        raise NotImplementedError(
+            f"a block fused with dtype='int8' takes fp32 tokens on a CPU; got {x.dtype} on "
+            f"{x.device}: unfuse the model, or fuse it again without dtype"
+        )
+    norm1, attn, norm2, mlp = block.parts()
+    impls = block.fused_impls
+    if kind.block is not None and rows is None:
+        whole = kind.block.__name__
+        if whole in impls and norm1.eps == norm2.eps:
+            return kind.block(x, **block.arguments(whole), key_bias=key_bias)
+    norm, linear_impl = (norm1.weight, norm1.bias, norm1.eps), impls[kind.linear.__name__]
+
+    def project(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return kind.linear(tokens, weight, bias, norm=norm, impl=linear_impl)
+
+    weight, bias = attn.projection()
+    stream = x if rows is None else x[:, :rows]
+    if rows is None:
+        heads, scale = attn.geometry()
+        qkv = project(x, weight, bias)
+        mixed = attention(qkv, heads, scale=scale, key_bias=key_bias, impl=impls["attention"])
+    else:
+        mixed = attn.mix_prefix(x, rows, weight, bias, project)
+    proj = attn.output()
+    stream = kind.linear(
+        mixed.to(x.dtype),  # autocast's, if it is on
+        proj.weight,
+        proj.bias,
+        residual=stream,
+        gamma=block.gamma(0),
+        impl=linear_impl,
+    )
+    fc1, fc2 = (mlp._modules[name] for name in mlp.LINEARS)
+    return kind.mlp(
+        stream,
+        fc1.weight,
+        fc1.bias,
+        fc2.weight,
+        fc2.bias,
+        norm=(norm2.weight, norm2.bias, norm2.eps),
+        residual=stream,
+        gamma=block.gamma(1),
+        impl=impls[kind.mlp.__name__],
+    )

@@ -1,0 +1,87 @@
+"""`deit.kernels.fp8_linear` and `fp8_gelu_mlp` on Triton: rows to e4m3, then the products.
+
+The weights' e4m3 forms are kept by `deit.kernels.packing`. fc1 writes its output as fc2 reads it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deit.kernels.fp8_quantize import E4M3, GROUP, quantize
+from deit.kernels.packing import packed
+from deit.kernels.triton import common, fp8_product, fp8_rows
+from deit.kernels.triton.fp8_product import Weight
+
+
+def fp8_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    gelu: bool,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+) -> Tensor:
+    """`deit.kernels.fp8_linear`; x and residual as `linear` takes them (`common.as_rows`)."""
+    out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+    rows = _rows(x, norm_weight, norm_bias, eps)
+    activation = "gelu" if gelu else None
+    _run(fp8_product.plan(rows, kept(weight), bias, activation, residual, gamma, out), x)
+    return out
+
+
+def fp8_gelu_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+) -> Tensor:
+    """`deit.kernels.fp8_gelu_mlp`; the hidden layer is in memory as e4m3, 1 byte a channel."""
+    out = torch.empty((*x.shape[:-1], w2.shape[0]), dtype=x.dtype, device=x.device)
+    rows = _rows(x, norm_weight, norm_bias, eps)
+    hidden, launch = fp8_product.plan_hidden(rows, kept(w1), b1)
+    _run(launch, x)
+    _run(fp8_product.plan(hidden, kept(w2), b2, None, residual, gamma, out), x)
+    return out
+
+
+def kept(weight: Tensor) -> Weight:
+    """The e4m3 form of a weight [M, K], made once while the weight does not change."""
+    return packed(weight, "fp8", pack)
+
+
+def pack(weight: Tensor) -> Weight:
+    """Round a weight [M, K] to e4m3 by output channel, padded with zeros to whole groups.
+
+    The copy is there before another stream can read it, hence the wait, once a weight.
+    """
+    e4m3, scales = quantize(weight, weight.shape[1])
+    padded = F.pad(e4m3.view(torch.uint8), (0, -weight.shape[1] % GROUP)).view(E4M3)
+    made = Weight(padded.contiguous(), scales.flatten().contiguous())
+    if weight.is_cuda and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(weight.device).synchronize()
+    return made
+
+
+def _rows(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
+) -> fp8_rows.Rows:
+    norm = None if norm_weight is None else fp8_rows.Norm(norm_weight, norm_bias, eps)
+    rows, launch = fp8_rows.plan(x, norm)
+    _run(launch, x)
+    return rows
+
+
+def _run(launch: common.Launch | None, like: Tensor) -> None:
+    if launch is not None:
+        launch.run(like)
