@@ -173,7 +173,7 @@ def test_copies(images):
 
 
 def test_bad_input(images):
-    with pytest.raises(ValueError, match=r"dtype: expected None or 'int8'; got 'int4'"):
+    with pytest.raises(ValueError, match="dtype: expected None or one of int8, fp8; got 'int4'"):
         fuse(ours(), dtype="int4")
     with pytest.raises(ValueError, match=r"fp32 parameters on a CPU; cls_token is torch.bfloat16"):
         fuse(ours().bfloat16(), dtype="int8")

@@ -93,8 +93,8 @@ def fuse(
         known = ", ".join(dispatch.IMPLEMENTATIONS)
         raise ValueError(f"impl: expected 'auto' or one of {known}; got {impl!r}")
     if dtype is not None and dtype not in eight_bits.KINDS:
-        known = " or ".join(map(repr, eight_bits.KINDS))
-        raise ValueError(f"dtype: expected None or {known}; got {dtype!r}")
+        known = ", ".join(eight_bits.KINDS)
+        raise ValueError(f"dtype: expected None or one of {known}; got {dtype!r}")
     if dtype is not None:
         eight_bits.KINDS[dtype].refuse(model, impl)
     impls = _implementations(impl, block, dtype)
