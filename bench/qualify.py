@@ -46,6 +46,7 @@ STAGES = (
     Stage("environment", "environment", 15, "device, driver, versions"),
     Stage("build", "environment", 70, "the CPU and CUDA libraries of csrc/"),
     Stage("correctness", "correctness", 120, "every operator against fp64, forward and backward"),
+    Stage("fp8", "fp8", 15, "products in e4m3 against their reference"),
     Stage("robustness", "robustness", 50, "same bits, strides, streams, graphs, 64-bit offsets"),
     Stage("sanitizer", "robustness", 40, "compute-sanitizer memcheck"),
     Stage("tune", "tuning", 60, "configurations of the Triton kernels for this GPU"),

@@ -35,17 +35,24 @@ def test_rows_go_stale_when_a_kernel_changes(tmp_path: Path) -> None:
         evidence.kernels_sha256(tmp_path / "nowhere")
 
 
+CPU, CUDA = ({f"{device}{eight}" for eight in ("", " int8", " fp8")} for device in ("cpu", "cuda"))
+
+
 @pytest.mark.parametrize(
     ("changed", "stale"),
     [
-        ("kernels/linear.py", {"cpu", "cpu int8", "cuda", "cuda int8"}),
-        ("csrc/common/rows.h", {"cpu", "cpu int8", "cuda", "cuda int8"}),
-        ("csrc/cpu/gemm.inl", {"cpu", "cpu int8"}),
+        ("kernels/linear.py", CPU | CUDA),
+        ("csrc/common/rows.h", CPU | CUDA),
+        ("csrc/cpu/gemm.inl", CPU),
         ("csrc/cpu/int8_simd.h", {"cpu int8"}),
         ("kernels/int8_cpu.py", {"cpu int8", "cuda int8"}),
         ("kernels/triton/int8.py", {"cuda int8"}),
-        ("kernels/triton/linear.py", {"cuda", "cuda int8"}),
-        ("csrc/cuda/ops.cpp", {"cuda", "cuda int8"}),
+        ("kernels/triton/linear.py", CUDA),
+        ("csrc/cuda/ops.cpp", CUDA),
+        ("kernels/fp8_quantize.py", {"cpu fp8", "cuda fp8"}),
+        ("kernels/triton/fp8_rows.py", {"cuda fp8"}),
+        ("kernels/triton/cases_fp8.py", {"cuda fp8"}),
+        ("kernels/eight_bits.py", {"cpu int8", "cuda int8", "cpu fp8", "cuda fp8"}),
     ],
 )
 def test_a_row_goes_stale_by_what_its_contender_can_run(
@@ -55,7 +62,9 @@ def test_a_row_goes_stale_by_what_its_contender_can_run(
     path = root / changed
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("before")
-    scopes = [evidence.scope_of(device, int8=b) for device in ("cpu", "cuda") for b in (0, 1)]
+    kinds = ({}, {"int8": True}, {"fp8": True})
+    scopes = [evidence.scope_of(device, **kind) for device in ("cpu", "cuda") for kind in kinds]
+    assert set(scopes) == CPU | CUDA
     rows = {
         scope: {"kernels_scope": scope, "kernels_sha256": evidence.kernels_sha256(root, scope)}
         for scope in [*scopes, None]
@@ -69,7 +78,7 @@ def test_nothing_in_fp32_is_made_of_what_its_hash_leaves_out() -> None:
     """A C++ file that is no int8 one includes none; nor does a file of one device another's."""
     kept = {str(path) for path in evidence.sources(scope="cpu")}
     left = {path.name for path in evidence.sources() if str(path) not in kept}
-    assert {"int8_simd.h", "int8.inl", "int8_cpu.py", "quantize.py"} <= left
+    assert {"int8_simd.h", "int8.inl", "int8_cpu.py", "quantize.py", "fp8.py"} <= left
     for path in evidence.sources(scope="cpu"):
         included = set(re.findall(r'#include "(?:.*/)?([^"]+)"', path.read_text(encoding="utf-8")))
         assert not included & left, path
@@ -77,7 +86,7 @@ def test_nothing_in_fp32_is_made_of_what_its_hash_leaves_out() -> None:
 
 def test_no_hash_for_an_unknown_device() -> None:
     with pytest.raises(ValueError, match="expected cpu or cuda; got 'mps'"):
-        evidence.scope_of("mps", int8=False)
+        evidence.scope_of("mps")
 
 
 def test_a_renamed_kernel_is_another_kernel(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from qualification import context as contexts  # noqa: E402
 from qualification import summary  # noqa: E402
 from qualification.context import Context, Poisoned  # noqa: E402
 
+SPEED = next(stage for stage in qualify.STAGES if stage.name == "speed")
+
 
 def command(out, *flags):
     """The script as `make gpu` runs it, from elsewhere and with nothing on PYTHONPATH."""
@@ -48,6 +50,9 @@ def test_dry_run(tmp_path):
         "layer_norm", "linear", "attention", "cross_entropy"
     }  # fmt: skip
     assert any(row["quantity"].startswith("d ") for row in figures)
+    eights = read(out, "fp8")["rows"]
+    assert {row["operator"] for row in eights} == {"fp8 rounding", "fp8_linear", "fp8_gelu_mlp"}
+    assert all(25 < row["sqnr_db"] < 45 for row in eights if "sqnr_db" in row)
     assert {row["check"] for row in read(out, "robustness")["rows"]} == {"repeats", "layouts"}
     timed = [row for row in read(out, "speed")["rows"] if "contender" in row]
     assert all(row["low"] <= row["microseconds"] <= row["high"] for row in timed)
@@ -87,7 +92,7 @@ def stage_of(tmp_path, code, limit, monkeypatch):
     partial = Context("speed", tmp_path, "", True, 0.0).partial
     partial.parent.mkdir(exist_ok=True)
     start = time.monotonic()
-    qualify.run_stage(options, qualify.STAGES[6], limit, "command")
+    qualify.run_stage(options, SPEED, limit, "command")
     return read(tmp_path, "speed"), time.monotonic() - start
 
 
@@ -102,7 +107,7 @@ def test_a_stage_that_crashes_keeps_what_it_found(tmp_path, monkeypatch):
     found, _ = stage_of(tmp_path, FINDS + "print('why'); os.abort()", 60, monkeypatch)
     assert found["rows"] == [{"a": 1}]
     assert "crashed (killed by signal 6)" in found["failures"][0]
-    assert not qualify.finished(tmp_path, qualify.STAGES[6])
+    assert not qualify.finished(tmp_path, SPEED)
 
 
 def running(pid):

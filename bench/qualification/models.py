@@ -9,6 +9,7 @@ from qualification.context import Context
 
 ARCHITECTURES = ("deit_b", "deit_s", "deit_ti")
 IMPLEMENTATIONS = ("triton", "auto")
+FP8 = ("deit_b", "triton")
 
 
 def throughput(context: Context) -> None:
@@ -24,12 +25,16 @@ def throughput(context: Context) -> None:
 
 
 def measure(context: Context, arch: str, impl: str) -> None:
-    """Fused, as a CUDA graph too, and eager; what is compiled takes minutes, left to the script."""
+    """Fused, as a CUDA graph too, and eager; what is compiled takes minutes, left to the script.
+
+    DeiT-B's products are wide enough for e4m3 to pay: it is raced there, by its kernels.
+    """
     import devices
     import tables
     import throughput
     from progress import Progress
 
+    peers = ("fused-graph", "fused-fp8") if (arch, impl) == FP8 else ("fused-graph",)
     options = throughput.Options(
         arch=arch,
         against=("none",),
@@ -39,7 +44,7 @@ def measure(context: Context, arch: str, impl: str) -> None:
         device=str(context.device),
         seconds=0.05 if context.dry else 2.0,
         budget=4.0 if context.dry else 0.0,
-        peers=("fused-graph",),
+        peers=peers,
     )
     with Progress(time.perf_counter()) as progress:
         settings = throughput.settle(options)
@@ -49,6 +54,6 @@ def measure(context: Context, arch: str, impl: str) -> None:
     if not race.finalists:
         context.fail(f"{arch} {impl}: nothing was timed")
         return
-    arguments = ["--arch", arch, "--impl", impl, "--against", "none", "--peers", "fused-graph"]
+    arguments = ["--arch", arch, "--impl", impl, "--against", "none", "--peers", ",".join(peers)]
     for row in tables.rows(race, devices.describe(settings.device), arguments, {}):
         context.row(**{**row, "impl": impl})

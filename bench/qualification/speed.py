@@ -114,7 +114,8 @@ def _operator(
             bytes=traffic,
             flops=flops,
             roofline_microseconds=floor * 1e6,
-            roofline_share=floor / middle.median if not context.dry else None,
+            # The ceiling is bf16's.
+            roofline_share=None if context.dry or "fp8" in name else floor / middle.median,
         )
 
 
@@ -122,11 +123,14 @@ def _prepared(context: Context, sets: list[Any], dim: int, backward: bool) -> di
     """The contenders that run; what fails is a failure if it is ours, else a note."""
     import operator_race
 
+    from qualification import fp8
+
     # In a dry run the interpreter's time means nothing, and compiling takes too long.
     ours = ("cpu",) if context.dry else operator_race.OURS
     compiled = dim in COMPILED and not context.dry
     found = {}
     functions = operator_race.contenders(sets[0], backward, ours, compiled=compiled)
+    functions |= fp8.contenders(sets[0], backward)
     for name, function in functions.items():
         try:
             found[name] = operator_race.prepare(function, sets, backward)

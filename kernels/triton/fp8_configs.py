@@ -1,12 +1,13 @@
-"""Tile sizes of the products in e4m3, beside those of `configs`. No GPU has timed any of them."""
+"""Tile sizes of the products in e4m3, beside those of `configs`.
+
+No GPU has timed any of them, and `deit tune` does not: its rule for what is right is fp64's.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-
-from deit.kernels.tuning import tunable
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,6 @@ class Fp8Config:
     num_stages: int
 
 
-@tunable(Fp8Config)
 def fp8_product(arch: int, dtype: torch.dtype, width: int, depth: int) -> Fp8Config:
     """`width` output channels, `depth` summed ones; dtype: the result's.
 

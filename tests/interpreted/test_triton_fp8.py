@@ -118,7 +118,7 @@ def test_epilogue(tma, family, monkeypatch):
 
 
 def _configured(**changes):
-    pinned = fp8_configs.fp8_product.pinned
+    pinned = fp8_configs.fp8_product
     return lambda *arguments: replace(pinned(*arguments), **changes)
 
 
@@ -172,8 +172,9 @@ def test_several_groups_of_tiles(monkeypatch):
 
 def test_every_architectures_configuration(monkeypatch):
     x, parameters = oracle.make("random", (2, 70, 96), torch.float16), layer(96, 200, torch.float16)
+    chosen = fp8_configs.fp8_product
     for arch in (89, 90, 100, 120):
-        config = fp8_configs.fp8_product.pinned(arch, torch.float16, 200, 128)
+        config = chosen(arch, torch.float16, 200, 128)
         monkeypatch.setattr(fp8_configs, "fp8_product", lambda *_, config=config: config)
         to_the_last_bits(*both(fp8_linear, x, *parameters))
 
