@@ -3,10 +3,9 @@
 e4m3 (arXiv 2209.05433): a sign, 4 bits of exponent, 3 of mantissa; at most 448, no infinity.
 
 Every scale is the least power of two that brings its numbers to 448 or below. Scaling then rounds
-nothing, neither here nor where a sum is scaled back, so implementations agree to the bit. It costs
-nothing either: a floating-point number's relative error does not depend on its scale, and what
-falls below e4m3's least normal number is 2**-15 to 2**-14 of the largest. Against amax / 448 the
-noise of normal numbers is the same to 0.1 dB (tests/test_fp8.py).
+nothing, neither here nor where a sum is scaled back, so implementations agree to the bit. A
+floating-point number's relative error does not depend on its scale, but amax / 448 would make the
+largest number exact: of 128 normal ones that is worth 0.27 dB of 31.8, of a channel's 768 0.04.
 """
 
 from __future__ import annotations
