@@ -76,7 +76,7 @@ class Oracle:
 
 
 class Agreement:
-    """What logits ought to be by products in 8 bits: the eager model's, on photographs not seen yet.
+    """What a network's logits ought to be in 8 bits: the eager model's, on unseen photographs.
 
     Rounding to 8 bits is no rounding of the logits, so the rule is about what tells images apart:
     logits less their mean over the images, relative L2 distance. OpenVINO's DeiT-Ti is at 0.03,

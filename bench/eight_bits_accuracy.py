@@ -174,7 +174,7 @@ def subject(options: Options) -> tuple[DeiT, str, Tensor, Tensor | None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line. Exit status 0; 1 where a trained network's top-1 or agreement is not allowed."""
+    """Command line. Exit status 0; 1 where a trained network is beyond what is `ALLOWED`."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = tyro.cli(Options, args=given, description=__doc__)
     device = torch.device(options.device)
@@ -183,9 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model, what, images, labels = subject(options)
     labels = None if labels is None else labels.to(device)
     result = compare(model.to(device), images.to(device), labels, options.dtype)
-    scope = evidence.scope_of(
-        device.type, int8=options.dtype == "int8", fp8=options.dtype == "fp8"
-    )
+    scope = evidence.scope_of(device.type, int8=options.dtype == "int8", fp8=options.dtype == "fp8")
     row = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": evidence.command_line(given, "eight_bits_accuracy.py"),

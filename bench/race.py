@@ -61,7 +61,7 @@ class Race:
         self.finalists: list[Contender] = []
         self.batch = settings.batch
         self.notes: list[str] = []  # what was shortened, refused or left out, and why
-        scopes = {self.scope(precision) for precision in ("dtype", *evidence.EIGHT_BITS)}
+        scopes = map(self.scope, ("dtype", *evidence.EIGHT_BITS))
         self.kernels = {s: evidence.kernels_sha256(scope=s) for s in scopes}  # as the race begins
         self.refused = False  # some contender computed something else
 

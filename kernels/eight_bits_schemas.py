@@ -1,4 +1,4 @@
-"""Schemas and fakes of the products in 8 bits, integers or e4m3, beside those of ops.py and fakes.py.
+"""Schemas and fakes of the products in 8 bits, beside those of ops.py and fakes.py.
 
 They stand apart because what holds for every operator there, gradients and the error rule
 against fp64, cannot hold for a product that rounds its factors to 8 bits.

@@ -115,5 +115,7 @@ def _limits(implementation: str, x: Tensor, *_: Any) -> list[str]:
     return list(_too_old(x.device.type, x.device.index)) if implementation == "triton" else []
 
 
-_LINEAR = dispatch.Operator("fp8_linear", partial(eight_bits.linear_arguments, "fp8_linear"), _limits)
+_LINEAR = dispatch.Operator(
+    "fp8_linear", partial(eight_bits.linear_arguments, "fp8_linear"), _limits
+)
 _MLP = dispatch.Operator("fp8_gelu_mlp", partial(eight_bits.mlp_arguments, "fp8_gelu_mlp"), _limits)

@@ -50,10 +50,11 @@ def packed(weight: Tensor, key: Hashable, make: Callable[[Tensor], Packed]) -> P
         key: what `make` makes: one tensor may have several copies.
         make: must read nothing but `weight`'s values and return what nobody writes to.
 
-    For implementations of operators, which torch.compile and torch.export do not trace into: a captured graph holds the operator and the weight, never a copy. Nothing is kept for
-    tensors whose changes cannot be seen (made under inference_mode, tensor subclasses), and a
-    call in which gradients flow to the weight forgets its copies. A CUDA graph holds the copy that
-    was kept before its capture. Thread-safe; `make` runs under a lock.
+    For implementations of operators, which torch.compile and torch.export do not trace into: a
+    captured graph holds the operator and the weight, never a copy; a CUDA graph reads the copy that
+    was kept before its capture. Nothing is kept for tensors whose changes cannot be seen (made
+    under inference_mode, tensor subclasses), and a call in which gradients flow to the weight
+    forgets its copies. Thread-safe; `make` runs under a lock.
     """
     if weight.requires_grad and torch.is_grad_enabled():
         forget(weight)  # an optimiser may come next

@@ -76,7 +76,9 @@ def test_scales_are_the_least_powers_of_two(dtype):
     assert not e4m3.float()[:, 300:].any()
 
 
-@pytest.mark.parametrize("largest", [448.0, 448.00003, 447.99997, 1.0, 224.0, 1e-44, 2.0**127, 3e38])
+@pytest.mark.parametrize(
+    "largest", [448.0, 448.00003, 447.99997, 1.0, 224.0, 1e-44, 2.0**127, 3e38]
+)
 def test_the_edges_of_a_scale(largest):
     x = torch.zeros(1, GROUP)
     x[0, 3] = -largest
@@ -104,7 +106,12 @@ def test_what_is_not_finite():
     x[0, 5], x[1, 130], x[2, 0] = torch.nan, torch.inf, -torch.inf
     x[3] = 0.0
     e4m3, scales = quantize(x, GROUP)
-    assert scales.isnan().tolist() == [[True, False], [False, True], [True, False], *2 * [[False] * 2]]
+    assert scales.isnan().tolist() == [
+        [True, False],
+        [False, True],
+        [True, False],
+        *2 * [[False] * 2],
+    ]
     assert not e4m3.float()[0, :128].any()
     assert not e4m3.float()[3].any()
 
@@ -217,9 +224,7 @@ def test_never_chosen_by_itself():
 def test_an_older_gpu_is_refused_by_its_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 6))
     asked = fp8._too_old.__wrapped__  # its answers are kept: ask past them
-    assert asked("cuda", 0) == (
-        "e4m3 products need compute capability 8.9, this GPU has 8.6",
-    )
+    assert asked("cuda", 0) == ("e4m3 products need compute capability 8.9, this GPU has 8.6",)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 9))
     assert asked("cuda", 0) == ()
 
@@ -258,7 +263,9 @@ def test_a_gradient_is_refused():
 
 @pytest.mark.parametrize("name", ["fp8_linear", "fp8_gelu_mlp"])
 def test_fake_agrees_with_reference(name):
-    products = (WEIGHT[:30], BIAS[:30]) if name == "fp8_linear" else (WEIGHT, None, WEIGHT[:30], None)
+    products = (
+        (WEIGHT[:30], BIAS[:30]) if name == "fp8_linear" else (WEIGHT, None, WEIGHT[:30], None)
+    )
     arguments = dispatch.OPERATORS[name].prepare(X, *products)
     real = getattr(reference, name)(*arguments)
     meta = dispatch.ops.COMPILED["triton"][name](

@@ -86,7 +86,9 @@ def test_who_asks_for_fp8_asks_for_its_kernels(impl):
 
 def test_a_cpu_is_refused_and_nothing_changes(images):
     model = ours()
-    with pytest.raises(ValueError, match=r"'fp8' expects .* cls_token: Triton runs CPU tensors only"):
+    with pytest.raises(
+        ValueError, match=r"'fp8' expects .* cls_token: Triton runs CPU tensors only"
+    ):
         fuse(model, dtype="fp8")
     assert type(model) is type(ours())
     with pytest.raises(ValueError, match="or impl='reference'"):

@@ -64,7 +64,10 @@ def test_adapter_gives_the_eager_models_logits(name: str, base: contenders.Conte
     with torch.inference_mode():
         made = contenders.by_peer(peer, base, given.images, train=False)
         if peer.precision != "dtype":
-            assert checks.Agreement(base, given.images).verify(made, made.call) < checks.Agreement.ALLOWED
+            assert (
+                checks.Agreement(base, given.images).verify(made, made.call)
+                < checks.Agreement.ALLOWED
+            )
         else:
             oracle = checks.Oracle(base, given.images)
             assert oracle.verify(made, made.call(given.images)) < 2e-5

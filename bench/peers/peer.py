@@ -95,7 +95,7 @@ class Peer:
     name: on the command line; how: in tables and evidence.
     build: makes it for a problem, apart from timing; what it raises is reported.
     packages: what must be installed; install: the command that does so.
-    precision: "dtype" where logits may differ by that dtype's rounding, "int8" and "fp8" where by more.
+    precision: "dtype" where logits may differ by that dtype's rounding; more by "int8" and "fp8".
     devices, dtypes: where it runs, and at what dtype of the whole comparison.
     compile_mode: of torch.compile, for those peers that are it.
     """

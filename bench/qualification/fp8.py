@@ -33,7 +33,9 @@ def fp8(context: Context) -> None:
         context.attempt(f"rounding of {dtype}", functools.partial(_rounding, context, dtype))
         for operator in ALLOWED:
             for shape in shapes:
-                families = ("random", "large_mean", "outlier") if shape is shapes[0] else ("random",)
+                families = (
+                    ("random", "large_mean", "outlier") if shape is shapes[0] else ("random",)
+                )
                 for family in families:
                     if context.left() < 0:
                         context.note(f"fp8 {operator} {dtype}: no time from {shape}, {family} on")
@@ -62,8 +64,9 @@ def _rounding(context: Context, dtype: str) -> None:
     e4m3, scales = quantize(x, GROUP)
     same = torch.equal(rows.scales.T.nan_to_num(-1.0), scales.nan_to_num(-1.0))
     wrong = int((rows.e4m3.float() != e4m3.float()).sum())
+    used = float(wrong > 0 or not same)
     context.row(impl="triton", operator="fp8 rounding", dtype=dtype, quantity="e4m3",
-                family="random", shape=list(x.shape), used=float(wrong > 0 or not same))  # fmt: skip
+                family="random", shape=list(x.shape), used=used)  # fmt: skip
     if wrong or not same:
         context.fail(f"fp8 rounding of {dtype}: {wrong} values differ, scales equal: {same}")
 

@@ -83,4 +83,10 @@ def _throughput(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-_TABLES = {"correctness": _correctness, "fp8": _correctness, "speed": _speed, "tune": _tune, "throughput": _throughput}
+_TABLES = {
+    "correctness": _correctness,
+    "fp8": _correctness,
+    "speed": _speed,
+    "tune": _tune,
+    "throughput": _throughput,
+}

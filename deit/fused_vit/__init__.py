@@ -70,7 +70,7 @@ def fuse(
         dtype: None for the model's own; "int8" for the products of every fused block in 8-bit
             integers (weights by output channel, activations by token, nothing calibrated) in eval
             mode, for an fp32 model on a CPU. "fp8" for the same in e4m3 on a GPU of compute
-            capability 8.9 or later, by the Triton kernels whatever `impl`, which no GPU has run yet;
+            capability 8.9 or later, by Triton's kernels whatever `impl`, which no GPU has run yet;
             elsewhere only with impl="reference". The outputs are close, not the same:
             docs/numerics.md. In training mode the model's own dtype runs; a gradient in eval mode
             is refused: use torch.inference_mode(). An attention or MLP outside a fused block stays
@@ -81,7 +81,8 @@ def fuse(
 
     Raises:
         TypeError: `model` is not a module. ValueError: an unknown `impl`, `last_block`, `block` or
-            `dtype`; "int8" for a model that is not fp32 on a CPU, "fp8" where its kernels cannot run.
+            `dtype`; "int8" for a model that is not fp32 on a CPU; "fp8" where its kernels cannot
+            run.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")

@@ -48,7 +48,9 @@ class Kind:
     def remark(self) -> str:
         """What the report says of a block."""
         rest = "fp32" if self.name == "int8" else "the model's dtype, summed in fp32"
-        return f"in eval qkv, proj, fc1, fc2 in {self.name}; norms, softmax, GELU, residual in {rest}"
+        return (
+            f"in eval qkv, proj, fc1, fc2 in {self.name}; norms, softmax, GELU, residual in {rest}"
+        )
 
 
 def _refuse_int8(model: nn.Module, impl: str) -> None:
@@ -89,9 +91,7 @@ def implementations(dtype: str | None, impl: str) -> dict[str, str]:
         return {}
     if dtype == "fp8":
         return dict.fromkeys(FP8.operators, "reference" if impl == "reference" else "triton")
-    return dict.fromkeys(
-        INT8.operators, impl if impl in ("reference", "cpu") else "auto"
-    )
+    return dict.fromkeys(INT8.operators, impl if impl in ("reference", "cpu") else "auto")
 
 
 def asked(impls: dict[str, str]) -> Kind | None:
@@ -102,9 +102,7 @@ def asked(impls: dict[str, str]) -> Kind | None:
     return None
 
 
-def advance(
-    kind: Kind, block: Any, x: Tensor, key_bias: Tensor | None, rows: int | None
-) -> Tensor:
+def advance(kind: Kind, block: Any, x: Tensor, key_bias: Tensor | None, rows: int | None) -> Tensor:
     """`FusedBlock.advance` with the products in 8 bits: [B, N, D] -> [B, N or rows, D].
 
     Raises NotImplementedError for x that is not the kind's, and where a gradient is wanted.

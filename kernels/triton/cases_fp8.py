@@ -64,9 +64,7 @@ def _product(case: Case) -> common.Launch:
         full = "residual" in case.variant
         residual, gamma = (out, _empty(width, dtype=dtype)) if full else (None, None)
         activation = "gelu" if case.variant == "gelu" else None
-        launch = fp8_product.plan(
-            x, weight, bias, activation, residual, gamma, out, config=chosen
-        )
+        launch = fp8_product.plan(x, weight, bias, activation, residual, gamma, out, config=chosen)
     assert launch is not None
     return launch
 

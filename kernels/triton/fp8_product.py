@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -125,9 +124,7 @@ def _launch(
     }
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n)
     grid = (min(tiles, common.multiprocessors(out)),)
-    return common.Launch(
-        _fp8_product_kernel, grid, arguments, config.num_warps, config.num_stages
-    )
+    return common.Launch(_fp8_product_kernel, grid, arguments, config.num_warps, config.num_stages)
 
 
 @triton.jit
@@ -212,7 +209,9 @@ def _fp8_product_kernel(
         for part in tl.static_range(PARTS):
             n = n0 + part * (BLOCK_N // PARTS)
             col = n + tl.arange(0, BLOCK_N // PARTS)
-            scaled = parts[part] * tl.load(weight_scales + col, mask=col < width, other=0.0)[None, :]
+            scaled = (
+                parts[part] * tl.load(weight_scales + col, mask=col < width, other=0.0)[None, :]
+            )
             if out_scales is not None:
                 _hidden(scaled, bias, out, out_scales, m0, n, rows, width, OUT_TMA, ROUNDS_FIRST)
             else:
