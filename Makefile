@@ -24,12 +24,15 @@ sanitize:
 	$(PYTHON) tests/native/sanitize.py
 
 # Every pinned Triton configuration, compiled for each GPU architecture, no GPU needed: by the
-# Triton at hand, and for Hopper by the oldest one supported too, unpacked beside it.
+# Triton at hand, and for Hopper by the oldest one supported too, unpacked beside it. Ada's own
+# configurations are those of the products in e4m3, which it is the first to have.
 OLDEST_TRITON := 3.6.0
 OLDEST_TREE := build/triton-$(OLDEST_TRITON)
 
 aot: $(OLDEST_TREE)
 	FUSED_DEIT_TUNED=0 $(PYTHON) -m deit.kernels.triton.aot
+	FUSED_DEIT_TUNED=0 $(PYTHON) -m deit.kernels.triton.aot --arch 89 \
+	    --operator fp8_rows fp8_product
 	FUSED_DEIT_TUNED=0 PYTHONPATH=$(CURDIR)/$(OLDEST_TREE):$$PYTHONPATH $(PYTHON) \
 	    -m deit.kernels.triton.aot --arch 90 --triton $(OLDEST_TRITON)
 

@@ -52,8 +52,11 @@ SUBSET = [
         ("norm_panel", "fp32 gelu", "bf16", 192),
         ("norm_mlp", "fp32 gamma", "bf16", 192),
         ("patch_embed_bwd", "channels first", "bf16", 768),
+        ("fp8_rows", "norm", "bf16", 768),
+        ("fp8_product", "hidden", "bf16", 192),  # compiled for a tile: the first width stands for all
+        ("fp8_product", "unaligned residual gamma", "fp32", 192),
     )
-    if arch != 80 or operator not in ("gelu_mlp", "norm_panel", "norm_mlp")
+    if arch != 80 or operator not in ("gelu_mlp", "norm_panel", "norm_mlp", "fp8_rows", "fp8_product")
 ]
 
 
@@ -93,6 +96,15 @@ def test_every_shipped_configuration_is_a_case():
         if c.operator == "linear"
     }
     assert tiles == {64, 128, 256}
+
+
+def test_products_in_e4m3_start_with_ada():
+    """sm_80 has none; sm_89, whose other kernels are those of sm_80 and sm_120, compiles its own."""
+    operators = {arch: {c.operator for c in cases.all_cases((arch,))} for arch in (80, 89)}
+    assert not any(name.startswith("fp8") for name in operators[80])
+    assert {"fp8_rows", "fp8_product"} <= operators[89]
+    case = cases.Case("fp8_product", "hidden", "bf16", 192, 89)
+    assert aot.compile_case(case).faults == []
 
 
 def test_a_spill_is_found():

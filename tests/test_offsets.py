@@ -134,10 +134,24 @@ def _read(body: str, **arguments: int) -> offsets.Reading:
         ("arith.remsi %n, %d", 2**31 - 1, 7, False),
         ("arith.minsi %n, %d", 2**31 - 1, 7, False),
         ("arith.shli %n, %d", 2**20, 11, True),
+        ("arith.shrsi %n, %d", 2**31 - 1, 3, False),
+        ("arith.andi %n, %d", 2**31 - 1, 7, False),
     ],
 )
 def test_bounds_of_one_operation(operation, n, d, overflows):
     assert bool(_read(f"%r = {operation} : i32", n=n, d=d).overflows) == overflows
+
+
+def test_the_bits_of_a_float_are_any_until_they_are_masked():
+    body = (
+        "%v = tt.load %x : !tt.ptr<f32>\n    %b = tt.bitcast %v : f32 -> i32\n"
+        "    %m = arith.andi %b, %n : i32\n    %r = arith.addi {} : i32"
+    )
+    assert _read(body.format("%b, %d"), n=2**30, d=1).overflows != []
+    assert _read(body.format("%m, %d"), n=2**30, d=2**30 - 1).overflows == []
+    assert _read(body.format("%m, %d"), n=2**30, d=2**30).overflows != []
+    with pytest.raises(NotImplementedError, match="the common bits"):
+        _read(body.format("%m, %d"), n=-8, d=1)
 
 
 def test_a_remainder_by_subtraction_is_known_as_one():

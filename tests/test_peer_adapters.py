@@ -77,6 +77,19 @@ def test_adapter_gives_the_eager_models_logits(name: str, base: contenders.Conte
         assert torch.equal(value, before[key])  # the shared weights stay as they were
 
 
+def test_fused_fp8_tells_the_same_photographs_apart(base: contenders.Contender) -> None:
+    """Its adapter is for GPUs; what it builds runs here by the reference."""
+    peer, given = PEERS["fused-fp8"], replace(problem(base), impl="reference")
+    assert peer.why_not("cpu", torch.float32, train=False).startswith("it runs on cuda here")
+    for package in peer.packages:
+        pytest.importorskip(package)
+    built = peer.build(given)
+    assert built.about == "fuse(model, dtype='fp8')"
+    made = contenders.Contender(base.network, "fused fp8", "contiguous", base.module, base.module)
+    agreement = checks.Agreement(base, given.images)
+    assert 1e-3 < agreement.verify(made, torch.inference_mode()(built.call)) < agreement.ALLOWED
+
+
 VARIANTS = {
     "one head": (replace(SMALL, layer_scale=0.3), "class"),
     "class": (replace(SMALL, distilled=True), "class"),

@@ -30,27 +30,26 @@ from deit.kernels import (
 class Kind:
     """One kind of 8 bits: the operators of its products, and of a whole block where it has one.
 
-    refuse: raises ValueError where these cannot run a model by `impl`.
+    refuse: raises ValueError where these cannot run a model by `impl`. rest: what is not in 8 bits.
     """
 
     name: str
     linear: Callable[..., Tensor]
     mlp: Callable[..., Tensor]
     refuse: Callable[[nn.Module, str], None]
+    rest: str
     block: Callable[..., Tensor] | None = None
 
     @property
     def operators(self) -> tuple[str, ...]:
+        """Their names."""
         calls = (self.linear, self.mlp, self.block)
         return tuple(call.__name__ for call in calls if call is not None)
 
     @property
     def remark(self) -> str:
         """What the report says of a block."""
-        rest = "fp32" if self.name == "int8" else "the model's dtype, summed in fp32"
-        return (
-            f"in eval qkv, proj, fc1, fc2 in {self.name}; norms, softmax, GELU, residual in {rest}"
-        )
+        return f"in eval qkv, proj, fc1, fc2 in {self.name}; {self.rest}"
 
 
 def _refuse_int8(model: nn.Module, impl: str) -> None:
@@ -74,8 +73,21 @@ def _refuse_fp8(model: nn.Module, impl: str) -> None:
             )
 
 
-INT8 = Kind("int8", int8_linear, int8_gelu_mlp, _refuse_int8, int8_vit_block)
-FP8 = Kind("fp8", fp8_linear, fp8_gelu_mlp, _refuse_fp8)
+INT8 = Kind(
+    "int8",
+    int8_linear,
+    int8_gelu_mlp,
+    _refuse_int8,
+    "norms, softmax, GELU, residual in fp32",
+    int8_vit_block,
+)
+FP8 = Kind(
+    "fp8",
+    fp8_linear,
+    fp8_gelu_mlp,
+    _refuse_fp8,
+    "attention and the residual stream in the model's dtype",
+)
 KINDS = {kind.name: kind for kind in (INT8, FP8)}
 OPERATORS = (*INT8.operators, *FP8.operators)
 WHOLE = "int8_vit_block"
