@@ -77,6 +77,8 @@ def packed(weight: Tensor, key: Hashable, make: Callable[[Tensor], Packed]) -> P
         version, address = weight._version, weight.data_ptr()
         with torch.inference_mode(False), torch.no_grad():
             value = make(weight.detach())
+        if weight.is_cuda:  # another stream may be the next to read it
+            torch.cuda.current_stream(weight.device).synchronize()
         copies = _kept.get(id(owner))
         if copies is None or copies.owner() is not owner:
             copies = _kept[id(owner)] = _Copies(owner)

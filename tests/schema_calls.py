@@ -19,12 +19,23 @@ from test_dispatch import CALLS
 import deit.kernels
 from deit.kernels import dispatch, ops
 
+# Of the operators in e4m3, which stand apart from those whose rule is fp64's.
+_X, _D = torch.randn(2, 5, 64), torch.randn(64)
+_EPILOGUE = {"norm": (_D, _D, 1e-6), "residual": _X, "gamma": _D}
+FP8_CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "fp8_linear": ((_X, torch.randn(64, 64), _D), _EPILOGUE),
+    "fp8_gelu_mlp": (
+        (_X, torch.randn(96, 64), torch.randn(96), torch.randn(64, 96), _D),
+        _EPILOGUE,
+    ),
+}
+
 
 def forward(
     operator: str, *, full: bool = True, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> list[Any]:
     """The arguments of a public operator's schema, floating-point tensors in `dtype`."""
-    inputs, options = CALLS[operator]
+    inputs, options = (CALLS | FP8_CALLS)[operator]
     prepared = dispatch.OPERATORS[operator].prepare(*inputs, **options)
     arguments = []
     for value, formal in zip(prepared, schema(operator).arguments, strict=True):

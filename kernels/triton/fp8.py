@@ -61,16 +61,10 @@ def kept(weight: Tensor) -> Weight:
 
 
 def pack(weight: Tensor) -> Weight:
-    """Round a weight [M, K] to e4m3 by output channel, padded with zeros to whole groups.
-
-    The copy is there before another stream can read it, hence the wait, once a weight.
-    """
+    """Round a weight [M, K] to e4m3 by output channel, padded with zeros to whole groups."""
     e4m3, scales = quantize(weight, weight.shape[1])
     padded = F.pad(e4m3.view(torch.uint8), (0, -weight.shape[1] % GROUP)).view(E4M3)
-    made = Weight(padded.contiguous(), scales.flatten().contiguous())
-    if weight.is_cuda and not torch.cuda.is_current_stream_capturing():
-        torch.cuda.current_stream(weight.device).synchronize()
-    return made
+    return Weight(padded.contiguous(), scales.flatten().contiguous())
 
 
 def _rows(
