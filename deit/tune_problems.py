@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deit import tune_fp8
 from deit.configs import Config
 from deit.kernels import reference, tuning
 from deit.kernels.triton import (
@@ -107,6 +108,7 @@ def problems(size: Size, training: bool) -> Iterator[Problem]:
         yield _norm_linear(size, "norm_linear", width, activation)
     yield _layer_norm(size)
     yield _patch_embed(size)
+    yield from tune_fp8.problems(size)
     if training:
         yield _attention_bwd(size)
         for width, depth, _ in (*products_of, (dim, dim, None)):

@@ -22,6 +22,7 @@ SIZES = {
     "input_gradient": {"width": 768, "depth": 192, "gelu": True},
     "weight_gradient": {"width": 768, "depth": 192},
     "gelu_mlp": {"dim": 192},
+    "fp8_product": {"width": 768, "depth": 256},
     "layer_norm": {"dim": 192},
     "layer_norm_bwd": {"dim": 192},
     "patch_embed": {"dim": 192},

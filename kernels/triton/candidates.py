@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from deit.kernels import tuning
-from deit.kernels.triton import configs
+from deit.kernels.fp8_quantize import GROUP
+from deit.kernels.triton import configs, fp8_configs
 
 Arguments = Mapping[str, Any]
 # fp32 accumulators a thread: with 256 and the addresses the compiler spills (255 registers).
@@ -75,6 +76,9 @@ def shared_memory(config: Any, arguments: Arguments, itemsize: int) -> int:
         # An epilogue of 128 columns is written through shared memory.
         written = config.block_m * min(config.block_n, 128) * itemsize
         return config.num_stages * stage + (written if getattr(config, "tma", False) else 0)
+    if isinstance(config, fp8_configs.Fp8Config):
+        written = config.block_m * min(config.block_n, GROUP) * itemsize if config.tma else 0
+        return config.num_stages * (config.block_m + config.block_n) * GROUP + written
     if isinstance(config, configs.PatchEmbedBwdConfig):
         return config.num_stages * (config.block_m + config.block_n) * config.block_k * itemsize
     head = arguments.get("head_dim", 64) * itemsize
@@ -110,6 +114,13 @@ def _linear_rules(config: configs.LinearConfig, arguments: Arguments) -> list[st
     if not config.tma and config.block_n > 128:
         found.append("block_n above 128 without tma, which runs as 128")
     return found
+
+
+def _fp8_rules(config: fp8_configs.Fp8Config, arguments: Arguments) -> list[str]:
+    """Each 128 of the sum is a product of its own, in as many registers as the accumulators."""
+    found = _tile(2 * config.block_m, config.block_n, config.num_warps)
+    return found + ([] if config.block_n % GROUP == 0 else [f"block_n {config.block_n}: e4m3 "
+                    f"outputs have a scale for {GROUP} columns"])  # fmt: skip
 
 
 def _attention_rules(config: configs.AttentionConfig, arguments: Arguments) -> list[str]:
@@ -151,6 +162,7 @@ def _panel_rules(config: configs.PanelConfig, arguments: Arguments) -> list[str]
 
 _RULES: dict[type, Callable[[Any, Arguments], list[str]]] = {
     configs.LinearConfig: _linear_rules,
+    fp8_configs.Fp8Config: _fp8_rules,
     configs.AttentionConfig: _attention_rules,
     configs.AttentionBwdConfig: _attention_bwd_rules,
     configs.MlpConfig: _mlp_rules,
@@ -170,6 +182,11 @@ def _linear(arguments: Arguments, pinned: configs.LinearConfig) -> Iterator[Any]
     for (block_m, block_n), block_k, stages, warps in itertools.product(tiles, ks, (3, 4), (8, 4)):
         yield replace(pinned, block_m=block_m, block_n=block_n, block_k=block_k,
                       num_stages=stages, num_warps=warps)  # fmt: skip
+
+
+def _fp8_product(arguments: Arguments, pinned: fp8_configs.Fp8Config) -> Iterator[Any]:
+    for (m, n), stages, warps in itertools.product(((128, 128), (64, 128)), (3, 4, 2), (8, 4)):
+        yield replace(pinned, block_m=m, block_n=n, num_stages=stages, num_warps=warps)
 
 
 def _attention(arguments: Arguments, pinned: configs.AttentionConfig) -> Iterator[Any]:
@@ -228,6 +245,7 @@ def _patch_embed(arguments: Arguments, pinned: configs.PatchEmbedConfig) -> Iter
 _SPACES: dict[str, Callable[[Arguments, Any], Iterator[Any]]] = {
     "linear": _linear,
     "norm_linear": _linear,
+    "fp8_product": _fp8_product,
     "norm_panel": _norm_panel,
     "input_gradient": _linear,
     "weight_gradient": _linear,

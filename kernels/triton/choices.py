@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit.kernels import tuning
-from deit.kernels.fp8_quantize import E4M3
+from deit.kernels.fp8_quantize import E4M3, GROUP
 from deit.kernels.triton import common, configs, fp8_configs
 
 
@@ -67,8 +66,9 @@ def _fp8_gelu_mlp(x: Tensor, w1: Tensor, b1: Any, w2: Tensor, *_: Any) -> list[t
 
 
 def _fp8_product(dtype: torch.dtype, weight: Tensor) -> tuple[Any, str]:
-    config = fp8_configs.fp8_product(common.architecture(weight), dtype, *weight.shape)
-    return config, tuning.PINNED
+    width, depth = weight.shape
+    padded = -(-depth // GROUP) * GROUP
+    return fp8_configs.fp8_product.explain(common.architecture(weight), dtype, width, padded)
 
 
 def _patch_embed(images: Tensor, weight: Tensor, *_: Any) -> list[tuple[Any, str]]:

@@ -1,13 +1,12 @@
-"""Tile sizes of the products in e4m3, beside those of `configs`.
-
-No GPU has timed any of them, and `deit tune` does not: its rule for what is right is fp64's.
-"""
+"""Tile sizes of the products in e4m3, beside those of `configs`. No GPU has timed any of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+
+from deit.kernels.tuning import tunable
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,9 @@ class Fp8Config:
     num_stages: int
 
 
+@tunable(Fp8Config)
 def fp8_product(arch: int, dtype: torch.dtype, width: int, depth: int) -> Fp8Config:
-    """`width` output channels, `depth` summed ones; dtype: the result's.
+    """`width` output channels, `depth` summed ones, whole groups of them; dtype: the result's.
 
     Accumulators and the product of 128 that is added to them are 64 registers a thread each. Tiles
     of 256 x 128 spill 100 to 740 bytes on sm_90, and 128 x 128 by mma.sync, whose operands are in
