@@ -21,6 +21,7 @@ from deit.kernels.triton import configs, fp8_configs
 Arguments = Mapping[str, Any]
 # fp32 accumulators a thread: with 256 and the addresses the compiler spills (255 registers).
 ACCUMULATORS = 128
+FP8_SUMS = 192  # 128 x 256 in 8 warps; fc1 compiles without spills
 
 
 def candidates(factory: str, arguments: Arguments) -> list[Any]:
@@ -117,10 +118,12 @@ def _linear_rules(config: configs.LinearConfig, arguments: Arguments) -> list[st
 
 
 def _fp8_rules(config: fp8_configs.Fp8Config, arguments: Arguments) -> list[str]:
-    """Each 128 of the sum is a product of its own, in as many registers as the accumulators."""
-    found = _tile(2 * config.block_m, config.block_n, config.num_warps)
-    return found + ([] if config.block_n % GROUP == 0 else [f"block_n {config.block_n}: e4m3 "
-                    f"outputs have a scale for {GROUP} columns"])  # fmt: skip
+    """Beside the accumulators stands the product of 128 columns that is added to them next."""
+    each = config.block_m * (config.block_n + GROUP) // (32 * config.num_warps)
+    found = [] if each <= FP8_SUMS else [f"{each} sums a thread, {FP8_SUMS} fit its registers"]
+    if config.block_n not in ((GROUP, 2 * GROUP) if config.tma else (GROUP,)):
+        found.append(f"block_n {config.block_n}: {GROUP}, or {2 * GROUP} with tma, is there")
+    return found
 
 
 def _attention_rules(config: configs.AttentionConfig, arguments: Arguments) -> list[str]:
@@ -185,7 +188,8 @@ def _linear(arguments: Arguments, pinned: configs.LinearConfig) -> Iterator[Any]
 
 
 def _fp8_product(arguments: Arguments, pinned: fp8_configs.Fp8Config) -> Iterator[Any]:
-    for (m, n), stages, warps in itertools.product(((128, 128), (64, 128)), (3, 4, 2), (8, 4)):
+    tiles = ((128, 256), (128, 128), (64, 128), (64, 256))
+    for (m, n), stages, warps in itertools.product(tiles, (3, 4, 2), (8, 4)):
         yield replace(pinned, block_m=m, block_n=n, num_stages=stages, num_warps=warps)
 
 

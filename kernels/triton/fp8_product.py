@@ -102,7 +102,7 @@ def _launch(
     operands: dict[str, Any] = {"x": x.e4m3, "weight": weight.e4m3, "out": out}
     if config.tma:
         operands["x"] = common.descriptor(x.e4m3, config.block_m, GROUP)
-        operands["weight"] = common.descriptor(weight.e4m3, config.block_n, GROUP)
+        operands["weight"] = common.descriptor(weight.e4m3, GROUP, GROUP)
     if out_tma:
         operands["out"] = common.descriptor(out, config.block_m, config.block_n // parts)
     arguments = {
@@ -142,7 +142,7 @@ def _hidden(
 ):
     """gelu(acc + bias), 128 columns of it, to e4m3 and its scales.
 
-    Columns behind the last are zeros, as weight's rows there are; n0 is below width.
+    Columns behind the last are zeros, as weight's rows there are.
     """
     col = n0 + tl.arange(0, _GROUP)
     if bias is not None:
@@ -153,7 +153,8 @@ def _hidden(
     common.store_tile(out, e4m3.reshape(acc.shape[0], _GROUP), m0, n0, rows, padded, TMA)
     row = m0 + tl.arange(0, acc.shape[0])
     at = (n0 // _GROUP).to(tl.int64) * rows + row
-    tl.store(out_scales + at, scale.reshape(acc.shape[0]), mask=row < rows)
+    inside = row < tl.where(n0 < width, rows, 0)  # a tile's right half may be past the last group
+    tl.store(out_scales + at, scale.reshape(acc.shape[0]), mask=inside)
 
 
 @triton.jit
@@ -188,24 +189,30 @@ def _fp8_product_kernel(
         row = m0 + tl.arange(0, BLOCK_M)
         row_mask = row < rows
         scale_at = x_scales + row
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        left = tl.zeros((BLOCK_M, _GROUP), tl.float32)
+        right = left  # of a tile of 256: a product at a time is in registers beside the sums
         if not TMA:
-            col = n0 + tl.arange(0, BLOCK_N)
+            col = n0 + tl.arange(0, _GROUP)
             ks = tl.arange(0, _GROUP)
             a_at = x + row.to(tl.int64)[:, None] * depth + ks[None, :]
             b_at = weight + col.to(tl.int64)[:, None] * depth + ks[None, :]
         for k0 in tl.range(0, depth, _GROUP):
+            scale = tl.load(scale_at, mask=row_mask, other=0.0)[:, None]
+            scale_at += rows
             if TMA:
                 a = x.load([m0, k0])
-                b = weight.load([n0, k0])
+                left += tl.dot(a, weight.load([n0, k0]).T) * scale
+                if BLOCK_N > _GROUP:
+                    right += tl.dot(a, weight.load([n0 + _GROUP, k0]).T) * scale
             else:
                 a = tl.load(a_at + k0, mask=row_mask[:, None], other=0.0)
                 b = tl.load(b_at + k0, mask=(col < width)[:, None], other=0.0)
-            scale = tl.load(scale_at, mask=row_mask, other=0.0)
-            acc += tl.dot(a, b.T) * scale[:, None]
-            scale_at += rows
+                left += tl.dot(a, b.T) * scale
 
-        parts = common.column_parts(acc, PARTS)
+        HALVES: tl.constexpr = BLOCK_N // _GROUP
+        parts = common.column_parts(left, PARTS // HALVES)
+        if HALVES > 1:
+            parts = parts + common.column_parts(right, PARTS // HALVES)
         for part in tl.static_range(PARTS):
             n = n0 + part * (BLOCK_N // PARTS)
             col = n + tl.arange(0, BLOCK_N // PARTS)

@@ -103,9 +103,9 @@ def test_linear(depth, width, dtype):
 
 
 @pytest.mark.parametrize("family", oracle.FAMILIES)
-@pytest.mark.parametrize("tma", [True, False])
-def test_epilogue(tma, family, monkeypatch):
-    monkeypatch.setattr(fp8_configs, "fp8_product", _configured(tma=tma))
+@pytest.mark.parametrize("changes", [{"tma": True}, {"tma": False}, {"block_n": 256}], ids=str)
+def test_epilogue(changes, family, monkeypatch):
+    monkeypatch.setattr(fp8_configs, "fp8_product", _configured(**changes))
     x, (weight, bias) = oracle.make(family, (3, 50, 192), mean=100.0), layer(192, 256)
     residual, gamma = oracle.make("random", (3, 50, 256), seed=3), bias.flip(0)
     for options in (
@@ -137,10 +137,10 @@ def test_norm(tokens, dtype):
     assert (out - expected).float().norm() <= 6e-3 * expected.float().norm()
 
 
-@pytest.mark.parametrize("tma", [True, False])
+@pytest.mark.parametrize("changes", [{}, {"tma": False, "block_n": 128}], ids=str)
 @pytest.mark.parametrize(("depth", "hidden"), [(192, 768), (64, 200), (7, 33)])
-def test_mlp(depth, hidden, tma, monkeypatch):
-    monkeypatch.setattr(fp8_configs, "fp8_product", _configured(tma=tma))
+def test_mlp(depth, hidden, changes, monkeypatch):
+    monkeypatch.setattr(fp8_configs, "fp8_product", _configured(**changes))
     x = oracle.make("random", (2, 83, depth))
     products = (*layer(depth, hidden), *layer(hidden, depth, seed=3))
     agree(*both(fp8_gelu_mlp, x, *products))
@@ -148,20 +148,27 @@ def test_mlp(depth, hidden, tma, monkeypatch):
     agree(*both(fp8_gelu_mlp, x, *products, norm=norm, residual=x, gamma=norm[0]))
 
 
-@pytest.mark.parametrize("columns", [128, 256])
-def test_the_hidden_layer_is_what_the_quantiser_makes_of_it(columns):
-    """Scales of 128 columns whatever the tiles, and zeros behind the last column."""
-    x, (weight, bias) = oracle.make("random", (70, 100)), layer(100, 200)
+@pytest.mark.parametrize(("columns", "width"), [(128, 200), (256, 200), (256, 300), (256, 512)])
+def test_the_hidden_layer_is_what_the_quantiser_makes_of_it(columns, width, monkeypatch):
+    """Scales of 128 columns whatever the tiles, zeros behind the last column, nothing behind."""
+    groups = -(-width // GROUP)
+    guarded = torch.full((groups + 1, 70), 7.0)
+    x, (weight, bias) = oracle.make("random", (70, 100)), layer(100, width)
     rows, launch = fp8_rows.plan(x, None)
     launch.run(x)
-    config = replace(fp8_configs.fp8_product(90, E4M3, 200, 128), block_n=columns)
+    config = replace(fp8_configs.fp8_product(90, E4M3, width, 128), block_n=columns)
+    empty = fp8_rows.empty
+    monkeypatch.setattr(
+        fp8_rows, "empty", lambda *shape: empty(*shape)._replace(scales=guarded[:groups])
+    )
     hidden, launch = fp8_product.plan_hidden(rows, implementation.kept(weight), bias, config=config)
     launch.run(x)
     e4m3, scales = quantize(fp8_linear(x, weight, bias, activation="gelu", impl="reference"), GROUP)
-    assert hidden.e4m3.shape == (70, 256)
+    assert hidden.e4m3.shape == (70, groups * GROUP)
+    assert (guarded[groups] == 7.0).all()
     assert hidden.scales.T.eq(scales).float().mean() > 0.99
     assert (hidden.e4m3.float() == e4m3.float()).float().mean() > 0.999
-    assert not hidden.e4m3.float()[:, 200:].any()
+    assert not hidden.e4m3.float()[:, width:].any()
 
 
 def test_several_groups_of_tiles(monkeypatch):
