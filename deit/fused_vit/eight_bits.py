@@ -93,15 +93,13 @@ OPERATORS = (*INT8.operators, *FP8.operators)
 WHOLE = "int8_vit_block"
 
 
-def implementations(dtype: str | None, impl: str) -> dict[str, str]:
-    """Operator -> the implementation that runs it, for the operators of that kind.
+def implementations(dtype: str, impl: str) -> dict[str, str]:
+    """Operator -> the implementation that runs it, for the operators of the kind `dtype` names.
 
     No GPU has measured those of fp8, so "auto" would take the reference: whoever asks for fp8 by
     name asks for its kernels by name.
     """
-    if dtype is None:
-        return {}
-    if dtype == "fp8":
+    if dtype == FP8.name:
         return dict.fromkeys(FP8.operators, "reference" if impl == "reference" else "triton")
     return dict.fromkeys(INT8.operators, impl if impl in ("reference", "cpu") else "auto")
 
@@ -124,34 +122,13 @@ def advance(kind: Kind, block: Any, x: Tensor, key_bias: Tensor | None, rows: in
             f"a block fused with dtype='int8' takes fp32 tokens on a CPU; got {x.dtype} on "
             f"{x.device}: unfuse the model, or fuse it again without dtype"
         )
-    norm1, attn, norm2, mlp = block.parts()
+    norm1, _, norm2, mlp = block.parts()
     impls = block.fused_impls
     if kind.block is not None and rows is None:
         whole = kind.block.__name__
         if whole in impls and norm1.eps == norm2.eps:
             return kind.block(x, **block.arguments(whole), key_bias=key_bias)
-    norm, linear_impl = (norm1.weight, norm1.bias, norm1.eps), impls[kind.linear.__name__]
-
-    def project(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return kind.linear(tokens, weight, bias, norm=norm, impl=linear_impl)
-
-    weight, bias = attn.projection()
-    stream = x if rows is None else x[:, :rows]
-    if rows is None:
-        heads, scale = attn.geometry()
-        qkv = project(x, weight, bias)
-        mixed = attention(qkv, heads, scale=scale, key_bias=key_bias, impl=impls["attention"])
-    else:
-        mixed = attn.mix_prefix(x, rows, weight, bias, project)
-    proj = attn.output()
-    stream = kind.linear(
-        mixed.to(x.dtype),  # autocast's, if it is on
-        proj.weight,
-        proj.bias,
-        residual=stream,
-        gamma=block.gamma(0),
-        impl=linear_impl,
-    )
+    stream = _attended(kind, block, x, key_bias, rows)
     fc1, fc2 = (mlp._modules[name] for name in mlp.LINEARS)
     return kind.mlp(
         stream,
@@ -163,4 +140,32 @@ def advance(kind: Kind, block: Any, x: Tensor, key_bias: Tensor | None, rows: in
         residual=stream,
         gamma=block.gamma(1),
         impl=impls[kind.mlp.__name__],
+    )
+
+
+def _attended(
+    kind: Kind, block: Any, x: Tensor, key_bias: Tensor | None, rows: int | None
+) -> Tensor:
+    """The stream after attention: x + gamma * proj(attention(qkv(LN(x)))), its first `rows`."""
+    norm1, attn, _, _ = block.parts()
+    norm, impl = (norm1.weight, norm1.bias, norm1.eps), block.fused_impls[kind.linear.__name__]
+
+    def project(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return kind.linear(tokens, weight, bias, norm=norm, impl=impl)
+
+    weight, bias = attn.projection()
+    if rows is None:
+        heads, scale = attn.geometry()
+        qkv, named = project(x, weight, bias), block.fused_impls["attention"]
+        mixed = attention(qkv, heads, scale=scale, key_bias=key_bias, impl=named)
+    else:
+        mixed = attn.mix_prefix(x, rows, weight, bias, project)
+    proj = attn.output()
+    return kind.linear(
+        mixed.to(x.dtype),  # autocast's, if it is on
+        proj.weight,
+        proj.bias,
+        residual=x if rows is None else x[:, :rows],
+        gamma=block.gamma(0),
+        impl=impl,
     )

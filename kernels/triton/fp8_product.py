@@ -44,14 +44,7 @@ def plan_hidden(
     out = fp8_rows.empty(rows, width, x.e4m3.device)
     if rows == 0:
         return out, None
-    epilogue = {
-        **common.contiguous(bias=bias, gamma=None),
-        "residual": None,
-        "residual_outer": 0,
-        "residual_inner": 0,
-        "inner": 1,
-        "ACTIVATION": "gelu",
-    }
+    epilogue = _epilogue(bias, "gelu", None, None)
     return out, _launch(x, weight, out.e4m3, out.scales, epilogue, config)
 
 
@@ -72,9 +65,16 @@ def plan(
     """
     if out.numel() == 0:
         return None
+    epilogue = _epilogue(bias, activation, residual, gamma)
+    return _launch(x, weight, out.view(-1, out.shape[-1]), None, epilogue, config)
+
+
+def _epilogue(
+    bias: Tensor | None, activation: str | None, residual: Tensor | None, gamma: Tensor | None
+) -> dict[str, Any]:
     (view,) = common.as_rows(residual)
     outer, inner = common.row_strides(view)
-    epilogue = {
+    return {
         **common.contiguous(bias=bias, gamma=gamma),
         "residual": view,
         "residual_outer": outer,
@@ -82,7 +82,6 @@ def plan(
         "inner": 1 if view is None else view.shape[1],
         "ACTIVATION": activation,
     }
-    return _launch(x, weight, out.view(-1, out.shape[-1]), None, epilogue, config)
 
 
 def _launch(
