@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from deit.data.augment import three_augment, timm_transform, training_transform
+from deit.data.augment import operations, three_augment, timm_transform, training_transform
 from deit.data.on_device import Augmentation, Drawn, Operation
 from deit.recipes import Recipe
 
@@ -87,8 +87,7 @@ class _Timm:
                 f"augment_on: policy {policy!r} has {type(step).__name__}, which has no kernel for "
                 "a device; expected RandAugment or AutoAugment, or augment_on 'workers'"
             )
-        several = [step.ops] if isinstance(step, RandAugment) else step.policy
-        for operation in (operation for some in several for operation in some):
+        for operation in operations(step):
             name = operation.aug_fn.__name__
             if name not in NUMBERS:
                 raise ValueError(
