@@ -66,7 +66,7 @@ def levels(augmentation, images, drawn):
 
 
 # Of an operation: the largest difference of a level, and the largest mean one of a photograph.
-EXACT, ROUNDED, RESAMPLED = (0, 0.0), (1, 0.02), (80, 1.0)
+EXACT, ROUNDED, RESAMPLED = (0, 0.0), (1, 0.02), (80, 1.2)
 TOLERANCES = {
     "AutoContrast": (1, 0.35),
     **dict.fromkeys(("Equalize", "Invert", "SolarizeAdd"), EXACT),

@@ -95,7 +95,7 @@ def operations(step: Any) -> list[Any]:
 def posterize(image: Image.Image, bits: int, **settings: Any) -> Image.Image:
     """timm's, for the 0 bits too that the DeiT recipe's policy draws now and then: black.
 
-    Pillow 13 refuses them, so one image in 660 would count as unreadable.
+    Pillow 13 refuses them, which ended a run at one image in 660.
     """
     from timm.data import auto_augment
 
