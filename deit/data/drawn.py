@@ -55,7 +55,7 @@ class _Center:
     """Mirror and centre crop; nothing is left to draw."""
 
     def __init__(self, recipe: Recipe, size: int, mean: Any, std: Any) -> None:
-        whole = training_transform(recipe, size, mean, std)
+        whole: Any = training_transform(recipe, size, mean, std)
         mirror, prepared = whole.transforms
         self.crop = v2.Compose([mirror, prepared.transforms[0]])
 
@@ -123,7 +123,7 @@ class _ErasedBox:
     def size(self) -> torch.Size:
         return self.shape
 
-    def __setitem__(self, where: tuple[slice, slice, slice], _: Tensor) -> None:
+    def __setitem__(self, where: tuple[slice, slice, slice], pixels: Tensor) -> None:
         _, rows, columns = where
         self.box = (rows.start, columns.start, rows.stop, columns.stop)
 
