@@ -131,28 +131,32 @@ def done(job: Job, found: report.Found, facts: dict[str, Any]) -> bool:
     return bool(same) and not any(map(found.stale, same))
 
 
-def measure(job: Job, path: Path) -> bool:
-    """Run a job and keep its results in `path`; whether it gave any."""
+def measure(job: Job, path: Path) -> str:
+    """Run a job and keep its results in `path`; "", or what went wrong."""
     program, *rest = shlex.split(job.command)
     command = [sys.executable, *(["-m", "pytest"] if program == "pytest" else []), *rest]
     if job.name == "table5":  # completes its own file
-        return subprocess.run([*command, "--json", path], cwd=evidence.ROOT).returncode == 0
+        return _wrong(subprocess.run([*command, "--json", path], cwd=evidence.ROOT).returncode)
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder) / path.name
         flag = "--rows" if program == "pytest" else "--json"
         ended = subprocess.run([*command, flag, fresh], cwd=evidence.ROOT).returncode
         if not fresh.exists():
-            return False
+            return f"no results, exit status {ended}"
         content = evidence.load(fresh)
     if isinstance(content, list):
         kept = evidence.read([path]) if path.exists() else []
         content = [row for row in kept if plain(row["command"]) != job.command] + content
     evidence.save(path, content)
-    return ended == 0
+    return _wrong(ended)
+
+
+def _wrong(status: int) -> str:
+    return f"exit status {status}" if status else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line. Exit status: 0; 1 where a benchmark gave no results; 2 for bad input."""
+    """Command line. Exit status: 0; 1 where a benchmark failed; 2 for bad input."""
     options = tyro.cli(Options, args=arguments, description=__doc__)
     try:
         device = devices.resolve(options.device)
@@ -177,10 +181,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         time_of_it = "" if job.minutes is None else f" (about {job.minutes:.0f} minutes)"
         head = f"[{time.strftime('%H:%M')}] {i + 1} of {len(todo)}"
         print(f"{head}: {job.command}{time_of_it}", flush=True)
-        if not options.show and not measure(job, options.results / f"{job.name}-{slug}.json"):
-            failed.append(job.command)
-    if failed:
-        print("gave no results: " + "; ".join(failed), file=sys.stderr)
+        wrong = "" if options.show else measure(job, options.results / f"{job.name}-{slug}.json")
+        if wrong:
+            failed.append(f"{job.command}: {wrong}")
+    print("\n".join(failed), file=sys.stderr, end="\n" * bool(failed))
     if options.show or not any(options.results.glob("*.json")):
         return 1 if failed else 0
     return report.main([str(path) for path in options.results.glob("*.json")]) or bool(failed)

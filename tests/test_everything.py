@@ -82,16 +82,17 @@ def test_results_of_other_commands_stay(tmp_path: Path) -> None:
     quick = "--against none --peers none --seconds 0.2 --threads 1 --device cpu"
     job = everything.Job("throughput", f"{JOB.command} {quick}")
     path = tmp_path / "throughput-x.json"
-    assert everything.measure(job, path)
+    assert everything.measure(job, path) == ""
     first = evidence.read([path])
     assert {everything.plain(row["command"]) for row in first} == {job.command}
     other = [row | {"command": "python bench/throughput.py --arch deit_s"} for row in first]
     evidence.write(path, other + [row | {"network": "old"} for row in first])
-    assert everything.measure(job, path)
+    assert everything.measure(job, path) == ""
     rows = evidence.read([path])
     assert rows[: len(other)] == other
     assert {row["network"] for row in rows[len(other) :]} == {"deit_ti"}
-    assert not everything.measure(everything.Job("x", "python bench/loader.py --bad"), path)
+    bad = everything.Job("x", "python bench/loader.py --bad")
+    assert everything.measure(bad, path) == "no results, exit status 2"
     assert evidence.read([path]) == rows
 
 
