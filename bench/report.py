@@ -251,8 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(make(found), encoding="utf-8")
-    stale = sum(map(found.stale, found.rows))
-    print(f"{options.out}: {len(found.rows)} rows, {stale} stale, {len(found.documents)} documents")
+    stale = sum(map(found.stale, [*found.rows, *found.documents.values()]))
+    print(f"{options.out}: {len(found.rows)} rows, {len(found.documents)} documents, {stale} stale")
     return 0
 
 
