@@ -50,4 +50,5 @@ bench:
 
 # The page of everything measured, into build/report.html, and the README's pictures.
 report:
-	$(PYTHON) bench/report.py --pictures docs --named accuracy speedup distillation
+	$(PYTHON) bench/report.py --pictures docs --named accuracy speedup distillation \
+	    distillation-up precision-token

@@ -82,6 +82,12 @@ def describe(device: torch.device) -> dict[str, Any]:
     return facts
 
 
+def slug(facts: dict[str, Any]) -> str:
+    """A device, as `describe` has it, in the names of files: "cpu-amd-epyc"."""
+    name = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
+    return name if facts["driver"] else f"cpu-{name}"
+
+
 def gpu_query(device: torch.device, fields: str) -> str | None:
     """nvidia-smi's answer on `fields` for this GPU; None where there is no nvidia-smi."""
     if device.type != "cuda" or not shutil.which("nvidia-smi"):

@@ -246,12 +246,13 @@ def _curves(way: str, options: Options) -> dict[str, Any]:
     return curves({"plain": folders(way + PLAIN), "fused": folders(way)})
 
 
-def show(title: str, results: list[dict[str, Any]], quoted: str) -> None:
-    """Print a table of results."""
+def show(title: str, results: list[dict[str, Any]], quoted: str = "") -> None:
+    """Print a table of results; `quoted`: whose figures stand beside them, if any do."""
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table("", "top-1, %", "by seed", "over the first row (95 %)", quoted, title=title)
+    heads = ["", "top-1, %", "by seed", "over the first row (95 %)"] + [quoted] * bool(quoted)
+    shown = Table(*heads, title=title)
     for r in results:
         spread = f" ± {r['deviation']:.2f}" if "deviation" in r else ""
         low, high = r.get("interval", (None, None))
@@ -259,7 +260,8 @@ def show(title: str, results: list[dict[str, Any]], quoted: str) -> None:
         gain = f"{r['gain']:+.2f}{interval}" if "gain" in r else ""
         quoted_as = "" if r["quoted"] is None else f"{r['quoted']:.1f}"
         seeds = " ".join(f"{value:.2f}" for value in r["top1"])
-        shown.add_row(r["row"], f"{r['mean']:.2f}{spread}", seeds, gain, quoted_as)
+        cells = [r["row"], f"{r['mean']:.2f}{spread}", seeds, gain, quoted_as]
+        shown.add_row(*cells[: len(heads)])
     Console().print(shown)
 
 
@@ -279,7 +281,7 @@ def summarise(options: Options) -> dict[str, Any]:
     if options.plain:
         result["precision"] = precision(options)
         result["curves"] = {way: _curves(way, options) for way in options.plain}
-        show(f"{options.dtype} fused beside fp32 plain", result["precision"], "")
+        show(f"{options.dtype} fused beside fp32 plain", result["precision"])
     return result
 
 

@@ -104,9 +104,9 @@ def drawn(found: Found) -> list[Picture]:
     for terms, rows in panels(found.rows):
         if any(row["quoted_top1"] is not None for row in rows):
             made.append(_dated(pictures.accuracy(rows, terms), rows, found))
-    for terms, rows in _by_dtype(found.rows):
+    for dtype, kind, rows in _by_what_was_timed(found.rows):
         if pictures.comparisons(rows):
-            made.append(_dated(pictures.speedups(rows, terms), rows, found))
+            made.append(_dated(pictures.speedups(rows, kind, dtype), rows, found))
     for document in found.documents.values():
         made += [_dated(each, [document], found) for each in distillation.drawn(document)]
         if document.get("kind") == "operators":
@@ -130,9 +130,13 @@ def _dated(picture: Picture, drawn_from: Sequence[Row], found: Found) -> Picture
     return replace(picture, caption=f"{picture.caption} Measured {when}.{old}")
 
 
-def _by_dtype(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    kinds = dict.fromkeys(row["dtype"] for row in rows)
-    return [(kind, [row for row in rows if row["dtype"] == kind]) for kind in kinds]
+def _by_what_was_timed(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
+    found: list[tuple[str, str, list[Row]]] = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        for kind in pictures.SPEEDUPS:
+            alike = [r for r in rows if r["dtype"] == dtype and pictures.timed(r) == kind]
+            found.append((dtype, kind, alike))
+    return found
 
 
 # The page ---------------------------------------------------------------------------------------
@@ -247,8 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(make(found), encoding="utf-8")
-    stale = sum(map(found.stale, found.rows))
-    print(f"{options.out}: {len(found.rows)} rows, {stale} stale, {len(found.documents)} documents")
+    stale = sum(map(found.stale, [*found.rows, *found.documents.values()]))
+    print(f"{options.out}: {len(found.rows)} rows, {len(found.documents)} documents, {stale} stale")
     return 0
 
 

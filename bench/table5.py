@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import gc
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -86,9 +85,7 @@ class Options:
 
 def results_path(facts: Row) -> Path:
     """Where this device's rows stand."""
-    slug = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    kind = "" if facts["driver"] else "cpu-"
-    return evidence.ROOT / "bench" / "results" / f"table5-{kind}{slug}.json"
+    return evidence.ROOT / "bench" / "results" / f"table5-{devices.slug(facts)}.json"
 
 
 def chosen(only: Sequence[str]) -> list[Quoted]:

@@ -167,7 +167,7 @@ def test_structure(page: Path) -> None:
     outline = Outline(text)
     assert outline.open == []
     # accuracy, speed-up, operators, roofline, batch: each for wide and for narrow windows
-    assert (outline.count("figure"), outline.count("svg")) == (5, 10)
+    assert (outline.count("figure"), outline.count("svg")) == (7, 14)
     assert (
         outline.count("table") == 9
     )  # Table 5, networks, latency, training, operators, sweeps, fits, the others, runs
@@ -175,7 +175,7 @@ def test_structure(page: Path) -> None:
     for part in ("Accuracy (quoted)", "Speed-up", "Time by operator", "Roofline", "batch size",
                  "efficientnet_b8↑800", "quoted", "AVX2", "Sample <CPU>", "seconds ~ x^0.90",
                  "python bench/table5.py --only deit_b⚗↑384", "0 of 45 results are stale",
-                 "Training steps", "deit_ti vs eager, 4 images a call",
+                 "Training steps", "deit_ti vs eager, 4 images",
                  "2.20x", "83.4 / 84.2", "2536.5", "V100 img/s"):  # fmt: skip
         assert part in words, part
 
@@ -200,7 +200,7 @@ def test_a_row_of_other_kernels_is_stale(
     assert f"{fused + 6} of 45 results are stale" in text
     # in Table 5, in the tables of networks, latency and training, and in that of runs
     assert text.count('<tr class="stale">') == 3 * fused + 3 + 3 + 3
-    assert f"{fused + 3} stale" in capsys.readouterr().out
+    assert f"{fused + 6} stale" in capsys.readouterr().out
     assert f"Measured 2026-01-02. Stale, measured with other kernels: {fused} of 36" in text
 
 
@@ -219,8 +219,8 @@ def test_table5_holds_what_its_heads_say() -> None:
 
 def test_pictures_as_files_carry_their_colours(page: Path) -> None:
     found = sorted(path.name for path in (page.parent / "svg").iterdir())
-    assert found == ["accuracy.svg", "operators.svg", "roofline.svg", "speedup.svg",
-                     "sweep-batch.svg"]  # fmt: skip
+    assert found == ["accuracy.svg", "operators.svg", "roofline.svg", "speedup-latency.svg",
+                     "speedup-training.svg", "speedup.svg", "sweep-batch.svg"]  # fmt: skip
     for name in found:
         text = (page.parent / "svg" / name).read_text(encoding="utf-8")
         assert "prefers-color-scheme: dark" in text
@@ -233,7 +233,7 @@ def test_pictures_by_name(page: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert report.main([*files, *named, "accuracy"]) == 0
     assert [path.name for path in (tmp_path / "svg").iterdir()] == ["accuracy.svg"]
     assert report.main([*files, *named, "roofline"]) == 2
-    assert "named: expected among accuracy, speedup; got 'roofline'" in capsys.readouterr().err
+    assert "named: expected among accuracy, speedup, speedup-latency, " in capsys.readouterr().err
 
 
 def test_what_only_pytorch_runs_counts_for_both() -> None:
@@ -277,7 +277,23 @@ def test_identical_contenders_show_no_difference() -> None:
     pair = [dict(row) for row in rows if row["network"] == "deit_ti"][:2]
     pair[1]["seconds"] = pair[0]["seconds"]
     assert [each.found.verdict for each in pictures.comparisons(pair)] == ["no difference"]
-    assert "no difference" in pictures.speedups(pair, "fp32").html()
+    assert "no difference" in pictures.speedups(pair, "inference", "fp32").html()
+
+
+def test_of_two_runs_of_the_same_the_longer_is_drawn() -> None:
+    first = [dict(row) for row in throughput_rows("x") if row["network"] == "deit_ti"][:2]
+    again = [row | {"date": "2030", "n": row["n"] + 1, "seconds": [1.0] * 9} for row in first]
+    for rows in (first + again, again + first):
+        assert [each.fused["date"] for each in pictures.comparisons(rows)] == ["2030"]
+
+
+def test_speedups_of_calls_and_steps_have_pictures_of_their_own() -> None:
+    pair = [dict(row) for row in throughput_rows("x") if row["network"] == "deit_ti"][:2]
+    rows = [row | {"mode": mode} for mode in ("latency", "inference", "training") for row in pair]
+    rows += [row | {"protocol": "deit2021"} for row in pair]
+    found = report.Found(rows, {}, {row.get("kernels_scope"): "" for row in rows})
+    names = [each.name for each in report.drawn(found) if each.name.startswith("speedup")]
+    assert names == ["speedup", "speedup-deit2021", "speedup-latency", "speedup-training"]
 
 
 # Scales -----------------------------------------------------------------------------------------
@@ -384,7 +400,7 @@ def test_in_chromium(page: Path, width: int, dark: bool, tmp_path: Path) -> None
     assert found["width"] >= width - 20  # less a scroll bar
     assert found["scroll"] <= found["width"]
     assert found["widest"] <= found["width"]
-    assert found["shown"] == 5  # of wide and narrow drawings one each
+    assert found["shown"] == 7  # of wide and narrow drawings one each
     assert found["scale"] > 0.9  # type of 12 px is drawn at 11 px or more
     assert found["up"] == sorted(found["up"]) == found["down"][::-1]
     assert found["paper"] == ("rgb(13, 17, 23)" if dark else "rgb(255, 255, 255)")

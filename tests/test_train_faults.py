@@ -121,6 +121,16 @@ def test_a_worker_killed_while_the_network_computes_is_named_too(data, tmp_path,
     subprocess.run(["true"], check=True)  # another child's end: torch has forgotten the worker
 
 
+def test_a_worker_killed_while_it_hands_over_a_batch_is_named_too(data, tmp_path, monkeypatch):
+    def reset(self):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    monkeypatch.setattr(iterator, "_next_data", reset)
+    with pytest.raises(WorkerDied, match="workers: DataLoader worker exited within a batch: Conn"):
+        train(training.options(data, tmp_path, workers=1, recipe_repeats=1))
+
+
 def test_another_network_does_not_take_up_a_run(whole, data):
     with pytest.raises(ValueError, match="holds a run with img_size 16; got 32"):
         train(training.options(data, whole[0], img_size=32))

@@ -123,18 +123,21 @@ class Versus:
     @property
     def label(self) -> str:
         batch = self.fused["batch"]
-        images = "one image" if batch == 1 else f"{batch} images"
-        taught = f" with {self.fused['teacher']}" if self.fused.get("teacher") else ""
-        mode = {"inference": "", "latency": f", {images} a call", "training": f", training{taught}"}
-        protocol = "" if self.fused["protocol"] == "modern" else ", deit2021"
-        where = mode[self.fused["mode"]] + protocol
+        where = ""
+        if self.fused["mode"] == "latency":
+            where = ", one image" if batch == 1 else f", {batch} images"
+        elif self.fused.get("teacher"):
+            where = f", taught by {self.fused['teacher']}"
         graph = self.fused["contender"].partition(", ")[2]  # "one CUDA graph"
         mine = f"{self.fused['network']}{', ' * bool(graph)}{graph}"
         return f"{mine} vs {self.other['contender']}{where}"
 
 
 def comparisons(rows: Sequence[Row]) -> list[Versus]:
-    """Every fused row beside the others of its network and run: 8 bits beside 8 bits alone."""
+    """Every fused row beside the others of its network and run: 8 bits beside 8 bits alone.
+
+    In the paper's order of networks; of several runs of the same the one with the most rounds.
+    """
     run = lambda row: tuple(row[k] for k in ("network", "date", "command", "protocol", "mode"))
     found = []
     ours = [row for row in rows if row["contender"].startswith("fused")]
@@ -145,18 +148,42 @@ def comparisons(rows: Sequence[Row]) -> list[Versus]:
                 mine, theirs = ([s / r["batch"] for s in r["seconds"]] for r in (fused, other))
                 if len(mine) == len(theirs):
                     found.append(Versus(fused, other, timing.compare(mine, theirs)))
-    return found
+    most: dict[str, Versus] = {}
+    for each in sorted(found, key=lambda versus: versus.fused["n"]):
+        most[each.label] = each
+    names = [paper_table.label(network) for network in paper_table.networks()]
+    place = {name: number for number, name in enumerate(names)}
+    order = lambda each: (place.get(each.fused["network"], len(place)), each.fused["batch"])
+    return sorted(most.values(), key=order)
 
 
-def speedups(rows: Sequence[Row], terms: str) -> Picture:
-    """How many times faster the fused model is than each other contender of its run."""
+SPEEDUPS = {  # what was timed -> the picture's name, and of what in words
+    "inference": ("speedup", "images/s"),
+    "deit2021": ("speedup-deit2021", "images/s by deit2021"),
+    "latency": ("speedup-latency", "a call"),
+    "training": ("speedup-training", "a training step"),
+}
+
+
+def timed(row: Row) -> str:
+    """Which of `SPEEDUPS` a row belongs to."""
+    return "deit2021" if row["protocol"] == "deit2021" else str(row["mode"])
+
+
+def speedups(rows: Sequence[Row], kind: str, dtype: str) -> Picture:
+    """How many times faster the fused model is than each other contender of its run.
+
+    rows: of one `timed` kind and one dtype.
+    """
     caption = (
         "Median of the ratios within interleaved rounds, and its 95 % interval (sign test). Right "
         "of the dashed line the fused model is faster; where the interval holds 1 there is no "
-        "difference, and fewer than 6 rounds say nothing."
+        "difference, and fewer than 6 rounds say nothing. Of several runs of the same the one "
+        "with the most rounds."
     )
+    name, what = SPEEDUPS[kind]
     draw = functools.partial(_speedups, comparisons(rows))
-    return Picture("speedup", f"Speed-up by variant: {terms}", caption, draw)
+    return Picture(name, f"Speed-up by variant: {what}, {dtype}", caption, draw)
 
 
 def _speedups(found: Sequence[Versus], width: int) -> Plot:

@@ -64,7 +64,7 @@ def timm_transform(
     """timm's transform of a recipe; `separate`: in three, crop and mirror, policy, the rest."""
     from timm.data import create_transform
 
-    return create_transform(
+    made = create_transform(
         size,
         is_training=True,
         scale=recipe.crop_scale,
@@ -78,6 +78,30 @@ def timm_transform(
         re_mode="pixel",
         separate=separate,
     )
+    for part in made if separate else (made,):
+        for step in part.transforms:
+            for operation in operations(step):
+                if operation.aug_fn.__name__ == "posterize":
+                    operation.aug_fn = posterize
+    return made
+
+
+def operations(step: Any) -> list[Any]:
+    """timm's operations in one of its policies; of another transform none."""
+    of_pairs = (operation for some in getattr(step, "policy", ()) for operation in some)
+    return [*getattr(step, "ops", ()), *of_pairs]
+
+
+def posterize(image: Image.Image, bits: int, **settings: Any) -> Image.Image:
+    """timm's, for the 0 bits too that the DeiT recipe's policy draws now and then: black.
+
+    Pillow 13 refuses them, which ended a run at one image in 660.
+    """
+    from timm.data import auto_augment
+
+    if bits < 1:
+        return image.point([0] * (256 * len(image.getbands())))
+    return auto_augment.posterize(image, bits, **settings)
 
 
 def three_augment(

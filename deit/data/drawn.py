@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from deit.data.augment import three_augment, timm_transform, training_transform
+from deit.data.augment import operations, three_augment, timm_transform, training_transform
 from deit.data.on_device import Augmentation, Drawn, Operation
 from deit.recipes import Recipe
 
@@ -55,7 +55,7 @@ class _Center:
     """Mirror and centre crop; nothing is left to draw."""
 
     def __init__(self, recipe: Recipe, size: int, mean: Any, std: Any) -> None:
-        whole = training_transform(recipe, size, mean, std)
+        whole: Any = training_transform(recipe, size, mean, std)
         mirror, prepared = whole.transforms
         self.crop = v2.Compose([mirror, prepared.transforms[0]])
 
@@ -87,8 +87,7 @@ class _Timm:
                 f"augment_on: policy {policy!r} has {type(step).__name__}, which has no kernel for "
                 "a device; expected RandAugment or AutoAugment, or augment_on 'workers'"
             )
-        several = [step.ops] if isinstance(step, RandAugment) else step.policy
-        for operation in (operation for some in several for operation in some):
+        for operation in operations(step):
             name = operation.aug_fn.__name__
             if name not in NUMBERS:
                 raise ValueError(
@@ -124,7 +123,7 @@ class _ErasedBox:
     def size(self) -> torch.Size:
         return self.shape
 
-    def __setitem__(self, where: tuple[slice, slice, slice], _: Tensor) -> None:
+    def __setitem__(self, where: tuple[slice, slice, slice], pixels: Tensor) -> None:
         _, rows, columns = where
         self.box = (rows.start, columns.start, rows.stop, columns.stop)
 

@@ -153,7 +153,10 @@ class Loader:
         batches = iter(self.data)
         while True:
             start = time.perf_counter()
-            batch = next(batches, None)
+            try:
+                batch = next(batches, None)
+            except (ConnectionError, EOFError) as error:  # torch looks for a death before the end
+                raise RuntimeError(f"DataLoader worker exited within a batch: {error!r}") from error
             self.waited += time.perf_counter() - start
             if batch is None:
                 return

@@ -13,6 +13,7 @@ sums are of integers, and every other step is elementwise, its products and sums
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from itertools import zip_longest
 from typing import NamedTuple
@@ -191,7 +192,8 @@ def _blur(images: Tensor, arguments: Tensor, fill: Tensor) -> Tensor:
     weights = arguments.view(-1, 5, 1, 1, 1).unbind(1)
     for dim in (3, 2):
         size = images.shape[dim]
-        out = sum(w * out.narrow(dim, at, size) for at, w in enumerate(weights))
+        parts = [w * out.narrow(dim, at, size) for at, w in enumerate(weights)]
+        out = functools.reduce(torch.add, parts)
     return out.round_().to(torch.uint8)
 
 
