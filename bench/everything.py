@@ -24,8 +24,8 @@ from typing import Any
 
 import devices
 import evidence
-import paper_table
 import report
+import table5
 import tyro
 
 RESULTS = evidence.ROOT / "bench" / "results"
@@ -117,15 +117,15 @@ def plain(command: str) -> str:
     return re.sub(r" --(json|rows)[ =]\S+", "", command)
 
 
-def done(job: Job, found: report.Found, facts: dict[str, Any]) -> bool:
-    """Are this job's results there, from this device and torch, and with today's kernels?"""
+def done(job: Job, found: report.Found, facts: dict[str, Any], kind: str) -> bool:
+    """Are this job's results there, from this device and torch, and with today's kernels?
+
+    kind: the device's type, "cpu" or "cuda".
+    """
     here = lambda row: all(row.get(key) == facts[key] for key in ("device", "torch"))
     if job.name == "table5":
-        alike = [row for row in found.rows if here(row) and "table5.py" in row["command"]]
-        good = {(row["network"], row["protocol"]) for row in alike if not found.stale(row)}
-        old = {(row["network"], row["protocol"]) for row in alike if found.stale(row)}
-        names = [paper_table.label(network) for network in paper_table.networks()]
-        return {(name, kind) for name in names for kind in ("modern", "deit2021")} <= good - old
+        alike = [row for row in found.rows if "table5.py" in row["command"]]
+        return not table5.missing(alike, table5.Options(device=kind), facts)
     sources = [*found.rows, *found.documents.values()]
     same = [row for row in sources if here(row) and plain(row.get("command", "")) == job.command]
     return bool(same) and not any(map(found.stale, same))
@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = devices.describe(device)
     slug = devices.slug(facts)
     wanted = [job for job in jobs if not options.only or job.name in options.only]
-    todo = [job for job in wanted if not done(job, found, facts)]
+    todo = [job for job in wanted if not done(job, found, facts, device.type)]
     print(f"{len(wanted) - len(todo)} of {len(wanted)} benchmarks are done on {facts['device']}")
     failed = []
     for i, job in enumerate(todo):

@@ -9,6 +9,7 @@ marked; beside every row stands the command that makes it anew.
 
 from __future__ import annotations
 
+import collections
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -88,14 +89,14 @@ def load(paths: Sequence[Path]) -> Found:
 
 
 def panels(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Rows on like terms, with those terms in words."""
+    """Rows on like terms, with those terms in words; those of most rows first."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         if row["mode"] == "inference":
             batches = "" if row["protocol"] == "deit2021" else ", TF32 off" * bool(row["driver"])
             kind = f"{row['protocol']}, {row['dtype']}{batches * (row['dtype'] == 'fp32')}"
             found.setdefault(kind, []).append(row)
-    return list(found.items())
+    return sorted(found.items(), key=lambda each: -len(each[1]))
 
 
 def drawn(found: Found) -> list[Picture]:
@@ -132,7 +133,8 @@ def _dated(picture: Picture, drawn_from: Sequence[Row], found: Found) -> Picture
 
 def _by_what_was_timed(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
     found: list[tuple[str, str, list[Row]]] = []
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+    counts = collections.Counter(row["dtype"] for row in rows)
+    for dtype, _ in counts.most_common():  # the first has the name without a number
         for kind in pictures.SPEEDUPS:
             alike = [r for r in rows if r["dtype"] == dtype and pictures.timed(r) == kind]
             found.append((dtype, kind, alike))

@@ -15,6 +15,7 @@ import everything
 import evidence
 import host_cost
 import loader
+import paper_table
 import report
 import scaling
 import table5
@@ -49,21 +50,25 @@ def found(*changes: dict) -> report.Found:
 def test_done_is_what_has_rows_of_this_device_and_these_kernels(
     changes: list[dict], done: bool
 ) -> None:
-    assert everything.done(JOB, found(*changes), FACTS) is done
+    assert everything.done(JOB, found(*changes), FACTS, "cpu") is done
 
 
-def test_table5_is_done_when_no_network_is_missing_or_stale() -> None:
+def test_table5_is_done_when_it_has_nothing_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     job = everything.Job("table5", "python bench/table5.py")
-    names = [everything.paper_table.label(each) for each in everything.paper_table.networks()]
+    names = [paper_table.label(network) for network in paper_table.networks()]
     all_of_it = [
-        {"command": "python bench/table5.py --only x", "network": name, "protocol": protocol}
+        {"command": "python bench/table5.py --only x", "network": name, "protocol": protocol,
+         "threads": 2, "batch": 1, "batch_asked": 256}
         for name in names
         for protocol in ("modern", "deit2021")
-    ]
-    assert everything.done(job, found(*all_of_it), FACTS)
-    assert not everything.done(job, found(*all_of_it[1:]), FACTS)
-    stale = {**all_of_it[0], "kernels_sha256": "before"}
-    assert not everything.done(job, found(stale, *all_of_it), FACTS)
+    ]  # fmt: skip
+    facts = FACTS | {"threads": 2}
+    monkeypatch.setattr(evidence, "kernels_sha256", lambda *_: "now")
+    assert everything.done(job, found(*all_of_it), facts, "cpu")
+    assert not everything.done(job, found(*all_of_it[1:]), facts, "cpu")
+    for change in ({"kernels_sha256": "before"}, {"torch": "2.12"}, {"batch_asked": 1}):
+        changed = [all_of_it[0] | change, *all_of_it[1:]]
+        assert not everything.done(job, found(*changed), facts, "cpu")
 
 
 @pytest.mark.parametrize("kind", everything.JOBS)

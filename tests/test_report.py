@@ -287,6 +287,19 @@ def test_of_two_runs_of_the_same_the_longer_is_drawn() -> None:
         assert [each.fused["date"] for each in pictures.comparisons(rows)] == ["2030"]
 
 
+def test_the_terms_of_most_rows_have_the_name_without_a_number() -> None:
+    """The README's pictures, whatever file comes first."""
+    rows = throughput_rows("x")
+    few = [dict(row) | {"dtype": "bf16"} for row in rows if row["network"] == "deit_s"]
+    for both in (few + rows, rows + few):
+        found = report.Found(both, {}, {row.get("kernels_scope"): "" for row in both})
+        titles: dict[str, str] = {}
+        for each in report.drawn(found):
+            titles.setdefault(each.name, each.title)
+        assert titles["accuracy"].endswith("modern, fp32")
+        assert titles["speedup"] == "Speed-up by variant: images/s, fp32"
+
+
 def test_speedups_of_calls_and_steps_have_pictures_of_their_own() -> None:
     pair = [dict(row) for row in throughput_rows("x") if row["network"] == "deit_ti"][:2]
     rows = [row | {"mode": mode} for mode in ("latency", "inference", "training") for row in pair]

@@ -7,6 +7,7 @@ import sys
 import time
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,18 @@ def test_what_makes_a_row_unfinished(
     rows = [row | change for row in measured[1]]
     facts = devices.describe(CPU)
     assert table5.finished(rows, "deit_ti", "deit2021", facts, 1) is not again
+
+
+def test_heavy_networks_go_by_two_on_a_cpu_unless_asked() -> None:
+    options = table5.Options(device="cpu")
+    assert table5.batch_of(options, "efficientnet_b4↑380") == 16
+    assert table5.batch_of(options, "efficientnet_b5↑456") == 2
+    assert table5.batch_of(replace(options, bs=8), "efficientnet_b5↑456") == 8
+    facts = devices.describe(CPU)
+    heavy = replace(options, only=("efficientnet_b8",), protocols=("modern",))
+    assert [table5.paper_table.label(q) for q, _ in table5.missing([], heavy, facts)] == [
+        "efficientnet_b8↑800"
+    ]
 
 
 def test_a_stale_figure_is_starred(measured: tuple[Path, list[dict[str, Any]]]) -> None:
