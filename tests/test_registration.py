@@ -343,6 +343,7 @@ def test_export_with_a_dynamic_batch():
         torch.testing.assert_close(program(more), model(more), atol=5e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's, under vmap
 def test_per_sample_gradients_of_a_fused_model():
     """vmap over grad: the kernels have no batching rule and must step aside."""
     model = ours().eval()

@@ -81,10 +81,11 @@ class ClassifiesByPrefix(Embeds, PrefixOnly):
 
     def prefix_tokens(self) -> Tensor:
         module: Any = self
-        tokens = [module.cls_token]
-        if self.rows() == 2:
-            tokens.append(module.dist_token)
-        return tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
+        if self.rows() == 1:
+            return module.cls_token
+        # As rows, for the gradients' strides (deit/model.py).
+        tokens = [token.flatten(0, 1) for token in (module.cls_token, module.dist_token)]
+        return torch.cat(tokens)[None]
 
     def by_steps(self, images: Tensor) -> Tensor:
         module: Any = self
