@@ -1,4 +1,4 @@
-"""Every benchmark of a device, one after another, where its results are missing or stale; the page.
+"""The benchmarks of a device, one after another, where results are missing or stale; the page.
 
     python bench/everything.py --show                # what it would run
     python bench/everything.py                       # from nothing 100 minutes on two CPU cores
@@ -6,7 +6,9 @@
 
 Each is a command of its own, as a result records it and the page shows it, and is done where
 some file of results has that command's rows from this device and this torch, with today's kernels.
-So it goes on where it was interrupted. Leave the machine alone while it runs.
+So it goes on where it was interrupted. Leave the machine alone while it runs. Not among them is
+what takes photographs or a dataset of yours: throughput.py --images, distillation.py and
+eight_bits_accuracy.py, whose results the page marks where they are stale.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ marked; beside every row stands the command that makes it anew.
 
 from __future__ import annotations
 
-import collections
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -133,7 +132,7 @@ def _dated(picture: Picture, drawn_from: Sequence[Row], found: Found) -> Picture
 
 def _by_what_was_timed(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
     found: list[tuple[str, str, list[Row]]] = []
-    counts = collections.Counter(row["dtype"] for row in rows)
+    counts = Counter(row["dtype"] for row in rows)
     for dtype, _ in counts.most_common():  # the first has the name without a number
         for kind in pictures.SPEEDUPS:
             alike = [r for r in rows if r["dtype"] == dtype and pictures.timed(r) == kind]

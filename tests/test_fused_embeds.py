@@ -115,6 +115,19 @@ def test_gradients_reach_every_parameter_and_the_images(name):
         torch.testing.assert_close(parameter.grad, expected[key], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_gradients_have_the_strides_of_their_parameters(name, fused):
+    """Else DDP warns of them, and copies each."""
+    model = BUILDERS[name]()
+    if fused:
+        fuse(model)
+        assert embeds_by(model) is not None
+    model(IMAGES).square().sum().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad.stride() == parameter.stride(), key
+
+
 @pytest.mark.parametrize("name", BUILDERS)
 def test_autocast_keeps_the_stream_in_fp32(name):
     """The original adds fp32 positions to bf16 patches: the operator would narrow the sum."""

@@ -166,11 +166,10 @@ def test_structure(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     outline = Outline(text)
     assert outline.open == []
-    # accuracy, speed-up, operators, roofline, batch: each for wide and for narrow windows
+    # accuracy, speed-up, of calls, of steps, operators, roofline, batch: each wide and narrow
     assert (outline.count("figure"), outline.count("svg")) == (7, 14)
-    assert (
-        outline.count("table") == 9
-    )  # Table 5, networks, latency, training, operators, sweeps, fits, the others, runs
+    # Table 5, networks, latency, training, operators, sweeps, fits, the others, runs
+    assert outline.count("table") == 9
     words = " ".join(outline.words)
     for part in ("Accuracy (quoted)", "Speed-up", "Time by operator", "Roofline", "batch size",
                  "efficientnet_b8↑800", "quoted", "AVX2", "Sample <CPU>", "seconds ~ x^0.90",

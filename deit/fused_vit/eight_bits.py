@@ -90,7 +90,7 @@ FP8 = Kind(
 )
 KINDS = {kind.name: kind for kind in (INT8, FP8)}
 OPERATORS = (*INT8.operators, *FP8.operators)
-WHOLE = "int8_vit_block"
+WHOLE = int8_vit_block.__name__
 
 
 def implementations(dtype: str, impl: str) -> dict[str, str]:
