@@ -115,6 +115,9 @@ class LinearConfig:
     group: tiles are numbered down `group` rows of tiles before the next column, for L2 reuse.
     tma: read x and weight and write the output by tensor descriptors where strides and
         addresses allow them.
+    flatten: the loops over tiles and over the sum are one pipeline, so that the next tile's
+        operands are on their way during this one's epilogue.
+    programs: how many a multiprocessor has: of two, one multiplies during the other's epilogue.
     """
 
     block_m: int
@@ -124,6 +127,8 @@ class LinearConfig:
     tma: bool
     num_warps: int
     num_stages: int
+    flatten: bool = False
+    programs: int = 1
 
     def epilogues(self, columns: int = 128) -> int:
         """Blocks of that many columns in which the epilogue runs.

@@ -218,7 +218,7 @@ def _gelu_mlp_kernel(
                 at = h0 + tl.arange(0, BLOCK_H)
                 h += tl.load(b1 + at, mask=at < hidden, other=0.0).to(tl.float32)[None, :]
             # Channels past the last are gelu(0) = 0, and meet zeros of w2.
-            p = common.gelu(h).to(w2.dtype)
+            p = common.gelu_into(w2, h, True).to(w2.dtype)
             acc0 = tl.dot(p, w2.load([0, h0]).T, acc0)
             acc1 = tl.dot(p, w2.load([CHUNK, h0]).T, acc1)
             acc2 = tl.dot(p, w2.load([2 * CHUNK, h0]).T, acc2)

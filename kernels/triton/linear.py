@@ -139,12 +139,13 @@ def plan(
         "PRECISION": common.precision(weight.dtype),
         "GROUP": config.group,
         "EPILOGUES": epilogues,
+        "FLATTEN": config.flatten,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
     }
     tiles = triton.cdiv(outer * inner, config.block_m) * triton.cdiv(width, config.block_n)
-    grid = (min(tiles, common.multiprocessors(x)),)
+    grid = (min(tiles, config.programs * common.multiprocessors(x)),)
     return out, common.Launch(_linear_kernel, grid, arguments, config.num_warps, config.num_stages)
 
 
@@ -207,7 +208,7 @@ def epilogue(
     if affine is not None:
         common.store_tile(affine, acc, m0, n0, rows, width, TMA)
     if ACTIVATION == "gelu":
-        acc = common.gelu(acc)
+        acc = common.gelu_into(out, acc, TMA)
     elif ACTIVATION == "gelu_tanh":
         acc = common.gelu_tanh(acc)
     added = None
@@ -253,12 +254,13 @@ def _linear_kernel(
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
     EPILOGUES: tl.constexpr,
+    FLATTEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(width, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         m0, n0 = common.tile_origin(tile, rows, width, BLOCK_M, BLOCK_N, GROUP)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if row_stats is not None:

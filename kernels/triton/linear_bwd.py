@@ -159,7 +159,7 @@ def _output_gradient_kernel(
             value = tl.load(affine + at, mask=mask, other=0.0).to(tl.float32)
             slope = 1.0
             if ACTIVATION == "gelu":
-                value, slope = common.gelu_and_slope(value)
+                value, slope = common.gelu_and_slope(affine, value, False)
             elif ACTIVATION == "gelu_tanh":
                 value, slope = common.gelu_tanh_and_slope(value)
             if gamma is not None:
