@@ -46,7 +46,7 @@ SUBSET = [
         ("distillation_loss", "soft smoothed student kl", "bf16", 21841),
         ("distillation_loss_bwd", "index hard", "bf16", 1000),
         ("patch_embed", "channels last", "bf16", 768),
-        ("norm_linear", "fp32 gelu", "bf16", 768),
+        ("layer_norm", "fp32 rows", "bf16", 768),
         ("linear_stats", "fp32 gamma", "bf16", 768),
         ("linear_stats", "plain", "fp32", 192),
         ("norm_panel", "fp32 gelu", "bf16", 192),
