@@ -331,18 +331,9 @@ def linear(arch: int, dtype: torch.dtype, width: int, depth: int) -> LinearConfi
     return LinearConfig(128, block_n, 32, group=8, tma=False, num_warps=8, num_stages=4)
 
 
-@tunable(LinearConfig)
-def norm_linear(arch: int, dtype: torch.dtype, width: int, depth: int) -> LinearConfig:
-    """`linear` with a LayerNorm as its prologue, applied to a tile of x for every tile of output.
-
-    DeiT-B normalises an element 9 times for qkv and 12 for fc1: `norm_panel` where it can run.
-    """
-    return linear.pinned(arch, dtype, width, depth)
-
-
 @tunable(PanelConfig)
 def norm_panel(arch: int, dtype: torch.dtype, width: int, depth: int) -> PanelConfig | None:
-    """None where tiles of x normalised again and again are expected to be no slower.
+    """None where LayerNorm in a kernel of its own is expected to be no slower.
 
     At D = 384 64 rows and 64 columns at a time are what fits without spills: products so narrow
     that reading their operands from shared memory takes twice as long as multiplying them.
