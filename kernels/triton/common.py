@@ -37,8 +37,7 @@ class Launch:
     def run(self, like: Tensor) -> None:
         """Launch on the GPU (or in the interpreter) that holds `like`."""
         with dispatch.device_guard(like):
-            compiled = self._call(self.kernel[self.grid])
-        launching.observe(self, compiled)
+            launching.started(self, lambda: self._call(self.kernel[self.grid]))
 
     def compile(self) -> Any:
         """Compile for the active driver's target without running."""

@@ -20,26 +20,23 @@ activations the same few places. They hold no memory, and are copied by each lau
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-import inspect
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 from triton import knobs
-from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from deit.kernels import dispatch, tuning
+from deit.kernels import tuning
+from deit.kernels.triton import drivers
 
 if TYPE_CHECKING:
     from deit.kernels.triton.common import Launch
@@ -65,7 +62,8 @@ class Kept:
         self._tables: object = None
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        if options or not _plain(arguments[0]):
+        driver = drivers.active()
+        if options or driver is None or not driver.serves(arguments[0]) or _watched_by_others():
             return self.function(*arguments, **options)
         addresses, key = [], []
         for argument in arguments:
@@ -119,11 +117,15 @@ def kept(function: Function) -> Function:
     return cast(Function, Kept(function))
 
 
-def observe(launch: Launch, compiled: Any) -> None:
-    """Tell a watched call of a launch it made, and of the compiled kernel that ran."""
+def started(launch: Launch, start: Callable[[], Any]) -> None:
+    """Start a launch; where a call is watched, note it and the compiled kernel that it ran."""
     watch = _watching.call
-    if watch is not None:
-        watch.launched(launch, compiled)
+    if watch is None:
+        start()
+        return
+    with _disable_current_modes():  # what Triton does with tensors meanwhile is not the call's
+        compiled = start()
+    watch.launched(launch, compiled)
 
 
 class _Watching(threading.local):
@@ -133,24 +135,17 @@ class _Watching(threading.local):
 _watching = _Watching()
 
 
-def _plain(tensor: Tensor) -> bool:
-    """Whether a call of this first argument may be kept or repeated at all."""
-    return (
-        tensor.is_cuda
-        and _launcher() is not None
-        and not _hooked()
-        and _watching.call is None
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
-def _hooked() -> bool:
-    """Whether somebody asks to see launches, or to debug them."""
+def _watched_by_others() -> bool:
+    """Whether somebody asks to see launches or operators, to debug or to transform them."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(
-        getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or runtime.debug
+        getattr(enter, "calls", enter)
+        or getattr(leave, "calls", leave)
+        or runtime.debug
+        or _watching.call is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
     )
 
 
@@ -223,9 +218,9 @@ class _Watch(TorchDispatchMode):
 
     def launched(self, launch: Launch, compiled: Any) -> None:
         """Add a launch, or refuse."""
-        launcher = _launcher()
-        assert launcher is not None  # `_plain` has asked
-        handed = launcher(launch, compiled)
+        driver = drivers.active()
+        assert driver is not None  # or nothing would be watched
+        handed = driver.launcher(launch, compiled)
         if handed is None or launch.kernel.pre_run_hooks:
             self.refused = True
             return
@@ -245,7 +240,7 @@ class _Watch(TorchDispatchMode):
                 return
             offset = tensor.data_ptr() - place.address
             if described:
-                encoded = _Encoded(value, next(metadata, None))
+                encoded = _Encoded(driver, value, next(metadata, None))
                 if encoded.metadata is None:  # no tensor copies here: it is taken apart
                     self.refused = True
                     return
@@ -317,20 +312,21 @@ class _Kernel:
 class _Encoded(dict[int, Any]):
     """address -> the driver's form of one descriptor at that address."""
 
-    def __init__(self, descriptor: TensorDescriptor, metadata: Any) -> None:
+    def __init__(
+        self, driver: drivers.Driver, descriptor: TensorDescriptor, metadata: Any
+    ) -> None:
         super().__init__()
         # Without its tensor, whose memory would stay with it.
         self.descriptor, self.metadata = copy.copy(descriptor), metadata
         self.descriptor.base = None
+        self.encode = driver.encode
 
     def __missing__(self, address: int) -> Any:
         moved = copy.copy(self.descriptor)
         moved.base = _At(address)
         if len(self) >= ADDRESSES:
             self.clear()
-        encode = _nvidia().make_tensordesc_arg
-        takes = len(inspect.signature(encode).parameters)
-        encoded = self[address] = encode(*(moved, self.metadata, None)[:takes])[0]
+        encoded = self[address] = self.encode(moved, self.metadata)
         return encoded
 
 
@@ -362,8 +358,9 @@ class _Call:
         for slot, geometry in parts:
             whole = (*allocations[slot - inputs].geometry, 0)
             self.parts.append((slot - inputs, None if geometry == whole else geometry))
-        self.current_device = driver.active.get_current_device
-        self.current_stream = driver.active.get_current_stream
+        driver = drivers.active()
+        assert driver is not None
+        self.current_device, self.current_stream = driver.current_device, driver.current_stream
 
     def repeat(self, addresses: list[int]) -> Any:
         """Do it again with arguments at these addresses (0 for what is no tensor).
@@ -409,75 +406,3 @@ def _with_releases(
     for at, step in enumerate(steps):
         ended = (s for s, end in last.items() if end == at and s >= inputs and s not in returned)
         yield step, tuple(s - inputs for s in ended)
-
-
-def _nvidia() -> Any:
-    from triton.backends.nvidia import driver as nvidia
-
-    return nvidia
-
-
-_Launcher = Callable[["Launch", Any], "Callable[[int, list[Any]], None] | None"]
-
-
-@functools.cache
-def _launcher() -> _Launcher | None:
-    """How to hand a compiled kernel to the driver of this process; None where that is not known."""
-    version = ".".join(triton.__version__.split(".")[:2])
-    known = {"3.6": _as_3_6, "3.7": _as_3_7, "3.8": _as_3_7}
-    if knobs.runtime.interpret or version not in known:
-        return None
-    with contextlib.suppress(ImportError, RuntimeError):
-        if isinstance(driver.active, _nvidia().CudaDriver):
-            return known[version]
-    return None
-
-
-def _fixed(compiled: Any) -> tuple[Any, Any] | None:
-    """(Triton's launcher of a compiled kernel, the driver's function behind it); None if unusual.
-
-    Unusual are scratch memory, which is allocated for each launch, and instrumented kernels.
-    """
-    if hasattr(compiled, "result"):  # still being compiled
-        return None
-    launcher = compiled.run
-    if launcher.global_scratch_size or launcher.profile_scratch_size:
-        return None
-    if getattr(launcher, "gsan_enabled", False):
-        return None
-    launch = launcher.launch
-    if inspect.isfunction(launch):  # it encodes descriptors, then calls this
-        launch = inspect.getclosurevars(launch).nonlocals.get("launcher")
-    return None if launch is None else (launcher, launch)
-
-
-def _as_3_6(launch: Launch, compiled: Any) -> Callable[[int, list[Any]], None] | None:
-    """Triton 3.6: one C function a signature, the kernel's arguments behind its own."""
-    found = _fixed(compiled)
-    if found is None:
-        return None
-    launcher, call = found
-    x, y, z = (*launch.grid, 1, 1)[:3]
-    flags = (launcher.launch_cooperative_grid, launcher.launch_pdl)
-    settled = (compiled.function, *flags, None, None, compiled.packed_metadata, None, None, None)
-    return lambda stream, arguments: call(x, y, z, stream, *settled, *arguments)
-
-
-def _as_3_7(launch: Launch, compiled: Any) -> Callable[[int, list[Any]], None] | None:
-    """Triton 3.7 and 3.8: one C function for all, which takes the arguments and their types."""
-    found = _fixed(compiled)
-    if found is None:
-        return None
-    launcher, call = found
-    x, y, z = (*launch.grid, 1, 1)[:3]
-    settled = (
-        compiled.function,
-        launcher.launch_cooperative_grid,
-        launcher.launch_pdl,
-        compiled.packed_metadata,
-        *(None,) * 5,  # metadata and hooks, which `_hooked` excludes; scratch memory, as `_fixed`
-        launcher.arg_annotations,
-        launcher.kernel_signature,
-    )
-    # The compiled kernel comes along: Triton unloads it when it is forgotten.
-    return lambda stream, arguments, _=compiled: call(x, y, z, stream, *settled, arguments)
