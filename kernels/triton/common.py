@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deit.kernels import dispatch
-from deit.kernels.triton import configs
+from deit.kernels.triton import configs, launching
 
 # The interpreter stands for a Hopper GPU, so that it runs the descriptor forms, and has few
 # "multiprocessors", so that its persistent programs meet several tiles each.
@@ -37,7 +37,7 @@ class Launch:
     def run(self, like: Tensor) -> None:
         """Launch on the GPU (or in the interpreter) that holds `like`."""
         with dispatch.device_guard(like):
-            self._call(self.kernel[self.grid])
+            launching.started(self, lambda: self._call(self.kernel[self.grid]))
 
     def compile(self) -> Any:
         """Compile for the active driver's target without running."""

@@ -14,11 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from deit.kernels.fakes import STATS_COLUMNS
-from deit.kernels.triton import common, configs
+from deit.kernels.triton import common, configs, launching
 from deit.kernels.triton import linear as linear_module
 from deit.kernels.triton import row_stats as statistics
 
 
+@launching.kept
 def gelu_mlp(
     x: Tensor,
     w1: Tensor,
@@ -48,6 +49,7 @@ def gelu_mlp(
     return linear_module.linear(hidden, w2, b2, None, residual, gamma, keep)
 
 
+@launching.kept
 def gelu_mlp_fwd(
     x: Tensor,
     w1: Tensor,

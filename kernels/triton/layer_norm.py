@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.triton import common, configs
+from deit.kernels.triton import common, configs, launching
 
 
+@launching.kept
 def layer_norm(
     x: Tensor,
     weight: Tensor,
@@ -39,6 +40,7 @@ def layer_norm(
     return out
 
 
+@launching.kept
 def layer_norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, ...]:
@@ -49,6 +51,7 @@ def layer_norm_fwd(
     return outputs
 
 
+@launching.kept
 def add_layer_norm(
     x: Tensor,
     residual: Tensor,
@@ -69,6 +72,7 @@ def add_layer_norm(
     return out, total
 
 
+@launching.kept
 def add_layer_norm_fwd(
     x: Tensor,
     residual: Tensor,

@@ -18,10 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from deit.kernels.fakes import STATS_COLUMNS
-from deit.kernels.triton import common, configs
+from deit.kernels.triton import common, configs, launching
 from deit.kernels.triton import row_stats as statistics
 
 
+@launching.kept
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -44,6 +45,7 @@ def linear(
     return out
 
 
+@launching.kept
 def linear_fwd(
     x: Tensor,
     weight: Tensor,

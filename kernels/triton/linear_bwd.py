@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.triton import common, configs, partials, products
+from deit.kernels.triton import common, configs, launching, partials, products
 
 
+@launching.kept
 def linear_bwd(
     dout: Tensor,
     x: Tensor,

@@ -15,11 +15,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from deit.kernels.triton import attention as attention_module
-from deit.kernels.triton import common, configs, gelu_mlp, linear
+from deit.kernels.triton import common, configs, gelu_mlp, launching, linear
 from deit.kernels.triton import row_stats as statistics
 from deit.kernels.triton.norm_linear import norm_linear
 
 
+@launching.kept
 def vit_block(
     x: Tensor,
     row_stats: Tensor | None,
