@@ -110,7 +110,7 @@ def plan_input_gradient(
     if not all(common.describable(t) for t in (g, weight, out, hidden) if t is not None):
         config = config.without_tma()
     whole = config.tma or g.dtype == torch.float32
-    epilogues = config.epilogues(128 if hidden is None and whole else 32)
+    epilogues = config.epilogues(32 if not whole else 128 if hidden is None else 64)
     operands: dict[str, Any] = {
         "g": g,
         "weight": weight,
