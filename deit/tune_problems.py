@@ -17,7 +17,6 @@ from deit.kernels.triton import (
     attention,
     attention_bwd,
     common,
-    configs,
     gelu_mlp,
     layer_norm,
     layer_norm_bwd,

@@ -77,8 +77,11 @@ def _layer_norm(case: Case) -> common.Launch:
     x = _empty(case.batch, _TOKENS, dim, dtype=torch.float32 if wide else dtype)
     config = configs.layer_norm(case.arch, x.dtype, dim)
     if case.operator.startswith("layer_norm"):
-        options = {"save": save, "dtype": dtype if wide else None, "config": config}
-        return _first(layer_norm.plan_layer_norm(x, weight, bias, 1e-6, **options))
+        return _first(
+            layer_norm.plan_layer_norm(
+                x, weight, bias, 1e-6, save=save, dtype=dtype if wide else None, config=config
+            )
+        )
     residual = _empty(*x.shape, dtype=torch.float32 if full else dtype)
     gamma, keep = (_empty(dim), _empty(case.batch)) if full else (None, None)
     return _first(

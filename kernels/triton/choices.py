@@ -14,10 +14,7 @@ from deit.kernels.triton import common, configs, fp8_configs
 
 def explain(operator: str, arguments: tuple[Any, ...]) -> tuple[str, ...]:
     """ "LinearConfig(...): pinned default, ..." for each kernel of the call, in launch order."""
-    return tuple(
-        f"{config}: {evidence}"
-        for config, evidence in _CHOICES[operator](*arguments)
-    )
+    return tuple(f"{config}: {evidence}" for config, evidence in _CHOICES[operator](*arguments))
 
 
 def _layer_norm(x: Tensor, *_: Any) -> list[tuple[Any, str]]:
