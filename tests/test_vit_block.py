@@ -192,6 +192,22 @@ def test_blocks_in_a_row_are_vit_block_after_vit_block():
         vit_blocks(x, [block, block | {"w2": given["w1"]}])
 
 
+@needs_library
+def test_what_is_differentiated_in_one_block_is_in_those_after_it():
+    given = tensors()
+    x = given.pop("x")
+    frozen = given | {"num_heads": HEADS}
+    weight = given["w1"].clone().requires_grad_()
+    vit_blocks(x, [frozen, frozen | {"w1": weight}, frozen]).sum().backward()
+    want = given["w1"].clone().requires_grad_()
+    for w1 in (given["w1"], want, given["w1"]):
+        x = vit_block(x, **frozen | {"w1": w1}, impl="reference")[0]
+    x.sum().backward()
+    torch.testing.assert_close(weight.grad, want.grad, atol=1e-4, rtol=1e-4)
+    with pytest.raises(NotImplementedError, match="requires grad"):
+        vit_blocks(X, [frozen, frozen | {"w1": weight, "impl": "cpu"}])
+
+
 def test_the_stream_may_be_fp32_beside_half_precision_products():
     given = tensors(torch.bfloat16) | {"x": X}
     for name in ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias"):
