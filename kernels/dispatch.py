@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -219,6 +219,20 @@ def _refusals(
     if training:
         found += _training_reasons(operator, arguments, implementation)
     return found + operator.limits(implementation, *arguments)
+
+
+def gradients(ctx: Any, backward: Callable[..., Any], places: Sequence[int]) -> list[Any]:
+    """One gradient an input of an autograd.Function: those that autograd wants, None for others.
+
+    backward: called with `wanted`, one bool for each of `places`, the inputs by position that it
+        returns gradients of; not called where it would compute none of them.
+    """
+    found: list[Any] = [None] * len(ctx.needs_input_grad)
+    wanted = [ctx.needs_input_grad[place] for place in places]
+    if any(wanted):
+        for place, gradient, is_wanted in zip(places, backward(wanted), wanted, strict=True):
+            found[place] = gradient if is_wanted else None
+    return found
 
 
 def needs_gradient(arguments: Arguments) -> bool:

@@ -83,6 +83,11 @@ def test_torch_func_grad(name):
         assert (a - b).norm() <= 1e-5 * b.norm() + 1e-6 * b.numel() ** 0.5
 
 
+@pytest.mark.parametrize("name", [n for n in CPU if f"{n}_bwd" in ops.KERNELS["cpu"]])
+def test_frozen_parts_cost_nothing(name):
+    composition.frozen_parts_cost_nothing(name, "cpu")
+
+
 def by_dual_numbers(function, primals, tangents):
     """What torch.func.jvp returns, by torch.autograd.forward_ad."""
     with forward_ad.dual_level():
