@@ -1,4 +1,4 @@
-"""Kept calls of Triton operators: the same bits as the call itself, and a key for all they rest on."""
+"""Kept calls of Triton operators: the same bits as the call, and a key for all they rest on."""
 
 import contextlib
 import dataclasses
