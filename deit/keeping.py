@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deit import checkpoint, scale
+from deit import beside, checkpoint, scale
+from deit.kernels.json_files import Fields
 from deit.model import DeiT
 from deit.runs import State, load_state, write_tensors
 
@@ -28,7 +29,7 @@ def describe(trainer: Trainer) -> None:
     about = json.loads(json.dumps(_about(trainer), default=str))
     path = trainer.folder.root / "run.json"
     if path.exists():
-        before = json.loads(path.read_text())["options"]
+        before = Fields(beside.read_run(trainer.folder.root), str(path)).fields("options").values
         now = about["options"]
         for name in FIXED:
             if before[name] != now[name]:
@@ -45,8 +46,11 @@ def describe(trainer: Trainer) -> None:
 
 
 def _about(trainer: Trainer) -> dict[str, Any]:
+    model = scale.plain(trainer.network)
+    # Whoever reads a checkpoint's weights needs what no shape shows: heads, epsilon.
+    shape = {"config": asdict(model.config)} if isinstance(model, DeiT) else {}
     return {
-        "network": {"arch": trainer.options.arch, "img_size": trainer.options.img_size},
+        "network": {"arch": trainer.options.arch, "img_size": trainer.options.img_size, **shape},
         "classes": trainer.source.classes,
         "mean": trainer.source.mean,
         "std": trainer.source.std,

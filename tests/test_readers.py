@@ -19,7 +19,7 @@ from deit.checkpoint import load, load_into, save
 def test_official_file(tmp_path):
     state = state_of()
     torch.save({"model": state}, tmp_path / "weights.pth")
-    assert same(load(tmp_path / "weights.pth").state_dict(), state)
+    assert same(load(tmp_path / "weights.pth", num_heads=3).state_dict(), state)
 
 
 def test_training_checkpoint_with_namespace_and_entries(tmp_path):
@@ -36,8 +36,8 @@ def test_training_checkpoint_with_namespace_and_entries(tmp_path):
         "args": argparse.Namespace(lr=1e-3, data="imagenet"),
     }
     torch.save(checkpoint, path)
-    assert same(load(path).state_dict(), state)
-    assert same(load(path, entry="model_ema").state_dict(), averaged)
+    assert same(load(path, num_heads=3).state_dict(), state)
+    assert same(load(path, entry="model_ema", num_heads=3).state_dict(), averaged)
     with pytest.raises(ValueError, match=r"checkpoint\.pth.*no entry 'teacher'.*model_ema"):
         load(path, entry="teacher")
     with pytest.raises(ValueError, match=r"entry 'optimizer' is no state dict"):
@@ -56,8 +56,22 @@ def test_hugging_face_sharded_folder(tmp_path):
     [
         ("hidden_act", "gelu_new"),
         ("qkv_bias", False),
-        ("num_attention_heads", 6),
+        ("num_attention_heads", 5),
+        ("num_attention_heads", 0),
         ("patch_size", 8),
+        ("patch_size", 0),
+        ("patch_size", [16, 8]),
+        ("image_size", [128, 32]),
+        ("hidden_size", "192"),
+        ("hidden_size", True),
+        ("intermediate_size", 800),
+        ("head_dim", 32),
+        ("layer_norm_eps", -1.0),
+        ("layer_norm_eps", None),
+        ("layer_norm_eps", "1e-12"),
+        ("layer_norm_eps", 1e300),
+        ("model_type", "beit"),
+        ("model_type", ["vit"]),
     ],
 )
 def test_hugging_face_config_that_is_not_our_network(tmp_path, key, value):
