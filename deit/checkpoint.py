@@ -40,6 +40,9 @@ OFFICIAL_FILES = {
 
 HEADS = ("head", "head_dist")
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
+          torch.float8_e5m2)  # fmt: skip
+
 
 def load(
     source: str | os.PathLike[str] | Mapping[str, object],
@@ -193,6 +196,7 @@ def _converted(weights: Weights, prefix: str | None, ignore: Sequence[str]) -> C
 def _check_tensors(state: Mapping[str, Tensor]) -> None:
     kinds = {
         "not floating point": lambda t: not t.is_floating_point(),
+        "of no dtype that is converted": lambda t: t.is_floating_point() and t.dtype not in FLOATS,
         "without values (meta device)": lambda t: t.is_meta,
         "not dense": lambda t: t.layout != torch.strided or t.is_quantized,
     }
@@ -299,7 +303,11 @@ def _fit(
         for key, value in tensors.items()
         if key in expected and value.shape != expected[key].shape
     ]
-    ready = {k: v.detach().to(expected[k].dtype) for k, v in tensors.items() if k in expected}
+    ready = {
+        key: value.detach().to(expected[key].dtype)
+        for key, value in tensors.items()
+        if key in expected and value.shape == expected[key].shape
+    }
     ready |= {key: value for key, value in heads.items() if value is not None}
     wild = [key for key, value in ready.items() if not value.isfinite().all()]
     kinds = {

@@ -37,8 +37,9 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in _WHOLE:
-            if type(getattr(self, name)) is not int:
-                raise TypeError(f"{name}: expected an int; got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise TypeError(f"{name}: expected an int; got {value!r}")
         for name in ("embed_dim", "depth", "num_classes", "patch_size", "in_chans", "mlp_ratio"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1; got {getattr(self, name)}")

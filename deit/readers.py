@@ -9,9 +9,11 @@ refuses is an error; there is no second attempt with the full unpickler.
 from __future__ import annotations
 
 import argparse
+import mmap
 import os
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,7 @@ ABOUT_KEY = "deit.about"
 # Tensors may name more bytes than are there: a stride of 0 makes gigabytes of one number. Small
 # ones are taken, and weights that are tied.
 ROOM, TIED = 64 << 20, 2
+_NO_NAMES = ("", ".", "..")
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,10 @@ def _read_file(path: Path, entry: str | None) -> Weights:
     if path.suffix not in PICKLE_SUFFIXES:
         known = ", ".join((".safetensors", *PICKLE_SUFFIXES))
         raise ValueError(f"{path}: expected a file name ending in {known}; got {path.suffix!r}")
-    state = choose_entry(_read_pickle(path), entry, str(path))
+    payload, records = _read_pickle(path)
+    state = choose_entry(payload, entry, str(path), path.stat().st_size)
+    if records is not None and _storages(state) - records:
+        raise ValueError(f"{path}: damaged: tensors of more numbers than the file keeps for them")
     return Weights(str(path), state, neighbour=beside.config_file(path))
 
 
@@ -109,8 +115,9 @@ def _read_safetensors(
         with safe_open(path, framework="pt", device="cpu") as file:
             keys = file.keys() if tensors else ()
             return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
-    except (SafetensorError, RuntimeError, OverflowError) as error:  # torch's own of its shapes
-        raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from None
+    except (SafetensorError, RuntimeError, TypeError) as error:  # torch's own, of shapes
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: damaged or not a safetensors file ({reason})") from None
 
 
 def about_of(path: Path) -> dict[str, Any]:
@@ -131,12 +138,15 @@ def about_of(path: Path) -> dict[str, Any]:
     return about
 
 
-def _read_pickle(path: Path) -> object:
+def _read_pickle(path: Path) -> tuple[object, Counter[int] | None]:
+    """What a file holds, and the sizes of its records where it is an archive of such."""
     json_files.regular(path)
     try:
-        mapped = _check_archive(path)
+        records = _check_archive(path)
+        mapped = records is not None
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+            found = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+        return found, records
     except Exception as error:
         # Damaged bytes surface as RuntimeError, EOFError, UnpicklingError, KeyError, ... alike.
         # torch's own message advises weights_only=False, which this one must not repeat.
@@ -154,28 +164,43 @@ def _read_pickle(path: Path) -> object:
         ) from None
 
 
-def _check_archive(path: Path) -> bool:
-    """Whether torch may map the file, which is then a zip archive of no more than is in the file.
+def _check_program(pickled: bytes | mmap.mmap) -> None:
+    """Refuses the one call that torch's restricted unpickler allows and that takes any memory."""
+    if pickled.find(b"bytearray") >= 0:
+        raise ValueError("its pickle asks for a bytearray, and weights need none")
 
-    Mapped, a storage that is said to be longer than its record cannot be read beyond the file.
-    Raises ValueError for an archive that unpacks to something else than it holds.
+
+def _check_archive(path: Path) -> Counter[int] | None:
+    """The sizes of a zip archive's records; None for torch's format before 1.6, which is none.
+
+    An archive may be mapped into memory: then a storage that is said to be longer than its record
+    is never read beyond the file. Raises ValueError for one that unpacks to more than it holds.
     """
     with json_files.opened(path) as file:
         if file.read(4) != b"PK\x03\x04":
-            return False  # torch's format before 1.6
+            if os.fstat(file.fileno()).st_size:
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+                    _check_program(whole)
+            return None
         with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
-        if packed := [r.filename for r in records if r.compress_type != zipfile.ZIP_STORED]:
-            raise ValueError(f"expected records as they are; {sample(packed)} are compressed")
-        if sum(r.file_size for r in records) > os.fstat(file.fileno()).st_size:
-            raise ValueError("its records are larger than the file")
-    return True
+            if packed := [r.filename for r in records if r.compress_type != zipfile.ZIP_STORED]:
+                raise ValueError(f"expected records as they are; {sample(packed)} are compressed")
+            if sum(r.file_size for r in records) > os.fstat(file.fileno()).st_size:
+                raise ValueError("its records are larger than the file")
+            for record in records:
+                if record.filename.endswith("/data.pkl"):
+                    _check_program(archive.read(record))
+    return Counter(record.file_size for record in records)
 
 
-def choose_entry(payload: object, entry: str | None, name: str) -> dict[str, Tensor]:
+def choose_entry(
+    payload: object, entry: str | None, name: str, room: int | None = None
+) -> dict[str, Tensor]:
     """The state dict in what a file held: under `entry`, "model", "state_dict", or the whole.
 
-    Raises ValueError where there is none, naming what there is.
+    room: the file's bytes. Raises ValueError where there is none, naming what there is, and for
+    tensors that would take far more memory than the file.
     """
     if not isinstance(payload, Mapping):
         raise ValueError(f"{name}: expected a dictionary of tensors; got {type(payload).__name__}")
@@ -188,24 +213,30 @@ def choose_entry(payload: object, entry: str | None, name: str) -> dict[str, Ten
         what = "it" if entry is None else f"its entry {entry!r}"
         holds = sample(map(str, chosen)) if isinstance(chosen, Mapping) else type(chosen).__name__
         raise ValueError(f"{name}: {what} is no state dict of named tensors (it holds {holds})")
-    _check_size(chosen, name)
+    _check_size(chosen, name, room)
     return dict(chosen)
 
 
-def _check_size(state: Mapping[str, Tensor], name: str) -> None:
+def _held(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta
+
+
+def _storages(state: Mapping[str, Tensor]) -> Counter[int]:
+    """The bytes of each storage, however many tensors share it."""
+    storages = (tensor.untyped_storage() for tensor in state.values() if _held(tensor))
+    return Counter({one._cdata: one.nbytes() for one in storages}.values())
+
+
+def _check_size(state: Mapping[str, Tensor], name: str, room: int | None) -> None:
     """Refuses tensors that take far more memory, once copied, than what they are views of."""
-    held: dict[int, int] = {}
-    asked: dict[str, int] = {}
-    for key, tensor in state.items():
-        if tensor.layout == torch.strided and not tensor.is_meta:
-            storage = tensor.untyped_storage()
-            held[storage._cdata] = storage.nbytes()
-            asked[key] = tensor.numel() * tensor.element_size()
-    total, there = sum(asked.values()), sum(held.values())
-    if total > ROOM + TIED * there:
+    asked = {k: t.numel() * t.element_size() for k, t in state.items() if _held(t)}
+    total, there = sum(asked.values()), _storages(state)
+    most = sum(size * count for size, count in there.items())
+    most = most if room is None else min(most, room)
+    if total > ROOM + TIED * most:
         largest = max(asked, key=asked.__getitem__)
         raise ValueError(
-            f"{name}: {largest}: expected tensors of about the {there:,} bytes that are there; got "
+            f"{name}: {largest}: expected tensors of about the {most:,} bytes that are there; got "
             f"{total:,}, of {list(state[largest].shape)} with strides {state[largest].stride()}"
         )
 
@@ -236,7 +267,8 @@ def _shards(folder: Path) -> list[Path]:
         if index.exists():
             found = Fields(json_files.read(index), str(index)).fields("weight_map")
             names = set(found.text(key) for key in found.values)
-            if not names or any(Path(part).name != part for part in names):
+            odd = [part for part in names if Path(part).name != part or part in _NO_NAMES]
+            if not names or odd or any("\0" in part for part in names):
                 raise ValueError(f"{index}: expected a weight_map to files in the same folder")
             return [folder / part for part in sorted(names)]
     raise ValueError(f"{folder}: neither model.safetensors nor pytorch_model.bin, whole or sharded")

@@ -85,38 +85,19 @@ def parse(
     Raises ValueError: no JSON, nested deeper than DEEPEST, a key twice, a number no float holds.
     """
 
-    def constant(word: str) -> float:
-        if finite:
-            raise ValueError(f"expected finite numbers; got {word}")
-        return float(word)
-
-    def real(digits: str) -> float:
-        value = float(digits)
-        if not math.isfinite(value):
-            raise ValueError(f"expected finite numbers; got {digits[:40]}")
-        return value
-
-    def integer(digits: str) -> int:
-        if len(digits) > LONGEST:
-            raise ValueError(f"expected numbers of at most {LONGEST} digits; got {len(digits)}")
-        return int(digits)
+    def integer(digits: str) -> float:
+        return int(digits) if len(digits) <= LONGEST else math.inf
 
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-        value = json.loads(
-            decoded,
-            parse_constant=constant,
-            parse_float=real,
-            parse_int=integer,
-            object_pairs_hook=_once,
-        )
-        _shallow(value)
+        value = json.loads(decoded, parse_int=integer, object_pairs_hook=_once)
     except ValueError as error:
         raise ValueError(f"{name}: expected JSON; got {shown(text)} ({error})") from None
     except RecursionError:
         raise ValueError(f"{name}: expected at most {DEEPEST} levels of JSON; got more") from None
     if kind is not None and not isinstance(value, kind):
         raise ValueError(f"{name}: expected a JSON {_WORDS[kind]}; got {shown(value)}")
+    _check(value, name, finite)
     return value
 
 
@@ -132,13 +113,22 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _shallow(value: Any) -> None:
-    level, depth = [value], 0
-    while level := [v for v in level if isinstance(v, (dict, list))]:
-        depth += 1
-        if depth > DEEPEST:
-            raise RecursionError
-        level = [v for one in level for v in (one.values() if isinstance(one, dict) else one)]
+def _check(value: Any, name: str, finite: bool) -> None:
+    """Refuses what is nested too deep, and numbers that are none."""
+    level = [("", value)]
+    for depth in range(DEEPEST + 1):
+        below: list[tuple[str, Any]] = []
+        for path, one in level:
+            if depth == DEEPEST and isinstance(one, (dict, list)):
+                raise ValueError(f"{name}: expected at most {DEEPEST} levels of JSON; got more")
+            if isinstance(one, dict):
+                below += [(f"{path}.{key[:LONGEST]}", v) for key, v in one.items()]
+            elif isinstance(one, list):
+                below += [(path, v) for v in one]
+            elif finite and isinstance(one, float) and not math.isfinite(one):
+                at = f"{name}: {path[1:]}" if path else name
+                raise ValueError(f"{at}: expected a finite number; got {one}")
+        level = below
 
 
 def shown(value: Any, limit: int = 60) -> str:
