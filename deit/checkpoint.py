@@ -252,11 +252,11 @@ def _target(
         if num_classes is None:
             num_classes = own.num_classes
     elif arch is None and num_heads is None and not weights_own.known:
-        widths = ", ".join(f"{v.embed_dim} by {v.depth}" for v in VARIANTS.values())
+        widths = ", ".join(f"{v.depth} of {v.embed_dim}" for v in VARIANTS.values())
         raise ValueError(
             "num_heads: expected a number, or a deit.Config as arch: nothing here says how many "
-            f"heads {own.depth} blocks of {own.embed_dim} have at {own.grid} x {own.grid} patches "
-            f"of {own.patch_size} pixels, which is no published network ({widths}, ...)"
+            f"heads {own.depth} blocks of {own.embed_dim} have, with patches of {own.patch_size} "
+            f"pixels, and no published network has this shape ({widths}, ...)"
         )
     else:
         settings = own if arch is None else arch

@@ -106,13 +106,13 @@ _OTHERS = (
     Config("deit_m", embed_dim=512, num_heads=8),
     Config("vit_h", embed_dim=1280, num_heads=16, depth=32, patch_size=14),
 )
-# Patches of published networks; fewer than 7 x 7 of them and it is not one fine-tuned either.
-_PATCHES, _GRID = (8, 14, 16, 32), 7
+_PATCHES = (8, 14, 16, 32)  # pixels of theirs
 
 
-def published(width: int, depth: int, patch_size: int, mlp_ratio: int, grid: int) -> Config | None:
-    """The published network that has this shape, and so its number of heads; None for no such."""
-    if patch_size not in _PATCHES or mlp_ratio != 4 or grid < _GRID:
+def published(width: int, depth: int, patch_size: int, mlp_ratio: int) -> Config | None:
+    """The published network that has this shape, whatever its images and classes, and so its
+    number of heads; None for no such."""
+    if patch_size not in _PATCHES or mlp_ratio != 4:
         return None
     known = (*VARIANTS.values(), *_OTHERS)
     return next((c for c in known if (c.embed_dim, c.depth) == (width, depth)), None)

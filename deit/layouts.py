@@ -254,7 +254,7 @@ def infer(
         ]
         if wrong:
             raise ValueError(f"{where}: " + "; ".join(wrong))
-    known = saved or published(width, len(blocks), patch, shape["mlp_ratio"], side)
+    known = saved or published(width, len(blocks), patch, shape["mlp_ratio"])
     near = (variant for variant in VARIANTS.values() if variant.embed_dim == width)
     base = known or next(near, Config("vit", embed_dim=width, num_heads=1))
     own = replace(

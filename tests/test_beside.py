@@ -47,12 +47,11 @@ def run_of(folder, about, state):
     "settings",
     [
         SMALL,  # a published width, but two blocks of it
-        config("deit_ti", img_size=96),  # 6 x 6 patches: trained small, from nothing
         replace(config("deit_ti", img_size=32), patch_size=4),
         replace(config("deit_ti"), mlp_ratio=2),
         replace(config("deit_ti"), embed_dim=96, num_heads=3, depth=6),
     ],
-    ids=["depth", "grid", "patches", "mlp", "width"],
+    ids=["depth", "patches", "mlp", "width"],
 )
 def test_a_shape_that_was_never_published_asks_for_its_heads(settings):
     state = state_of(settings)
