@@ -6,6 +6,7 @@ standard library alone, so that all of this package can use it.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -23,17 +24,26 @@ _REQUIRED: Any = object()
 
 
 @contextmanager
-def opened(path: Path, *, links: bool = True) -> Iterator[BinaryIO]:
+def opened(path: Path, *, own: bool = False) -> Iterator[BinaryIO]:
     """A regular file to read. Nothing is waited for: a FIFO or a device is a ValueError.
 
-    links: False refuses a symbolic link by that name (OSError). Raises OSError where there is none.
+    own: only a file of this user or of root, and no symbolic link, which others might have put
+    there (PermissionError, OSError). Raises OSError where there is none.
     """
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if links else os.O_NOFOLLOW)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_NOFOLLOW if own else 0)
     descriptor = os.open(path, flags)
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError(f"{path}: expected a regular file; got a FIFO, device or socket")
+        check_kind(descriptor, path, own=own)
         yield file
+
+
+def check_kind(descriptor: int, path: Path, *, own: bool) -> None:
+    """Refuses what is open and is no regular file or, with `own`, another user's."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path}: expected a regular file; got a FIFO, device or socket")
+    if own and found.st_uid not in (os.geteuid(), 0):
+        raise PermissionError(errno.EPERM, f"a file of user {found.st_uid}", str(path))
 
 
 def regular(path: Path) -> None:
@@ -42,9 +52,9 @@ def regular(path: Path) -> None:
         pass
 
 
-def read(path: Path, *, most: int = MOST_BYTES, finite: bool = True, links: bool = True) -> Any:
+def read(path: Path, *, most: int = MOST_BYTES, finite: bool = True, own: bool = False) -> Any:
     """The value in a JSON file of at most `most` bytes; see `parse` and `opened`."""
-    with opened(path, links=links) as file:
+    with opened(path, own=own) as file:
         return parse(_within(file, path, most), str(path), finite=finite)
 
 

@@ -62,7 +62,7 @@ def test_files_that_are_too_large_or_none(tmp_path):
     (tmp_path / "link.json").symlink_to(path)
     assert json_files.read(tmp_path / "link.json")
     with pytest.raises(OSError, match=r"link\.json"):
-        json_files.read(tmp_path / "link.json", links=False)
+        json_files.read(tmp_path / "link.json", own=True)
 
 
 def test_lines(tmp_path):
