@@ -1,8 +1,8 @@
 """What lies beside weights and says what their shapes do not: heads, epsilon, classes, statistics.
 
-    config.json              of Hugging Face (transformers), or of timm as it publishes models there
-    preprocessor_config.json the statistics of Hugging Face's images
-    run.json                 of a run here, beside its weights or two folders above a checkpoint's
+config.json              of Hugging Face (transformers), or of timm as it publishes models there
+preprocessor_config.json the statistics of Hugging Face's images
+run.json                 of a run here, beside its weights or two folders above a checkpoint's
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-
 _WHOLE = ("embed_dim", "num_heads", "depth", "img_size", "num_classes", "patch_size", "in_chans",
           "mlp_ratio")  # fmt: skip
 DEEPEST = 1000  # blocks; the deepest published vision transformers have 48
@@ -48,7 +47,7 @@ class Config:
         if not (isinstance(self.eps, (int, float)) and 0 <= self.eps <= 1):
             raise ValueError(f"eps: expected a number from 0 to 1; got {self.eps!r}")
         scale = self.layer_scale
-        if not (scale is None or isinstance(scale, (int, float)) and math.isfinite(scale)):
+        if not (scale is None or (isinstance(scale, (int, float)) and math.isfinite(scale))):
             raise ValueError(f"layer_scale: expected a finite number or None; got {scale!r}")
         if self.num_heads < 1 or self.embed_dim % self.num_heads:
             raise ValueError(

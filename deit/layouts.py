@@ -217,9 +217,9 @@ def infer(
     """The network that converted weights are of, from their shapes, and whether its number of
     heads, which no shape shows, is known.
 
-    `saved`: the configuration kept with them, in `where`, for what shapes do not show. Without it the number
-    of heads is a published network's, where the whole shape is, and else not known; eps is the
-    layout's, and LayerScale counts as started from DeiT III's 1e-4.
+    `saved`: the configuration kept with them, in `where`, for what shapes do not show. Without it
+    the number of heads is a published network's, where the whole shape is, and else not known; eps
+    is the layout's, and LayerScale counts as started from DeiT III's 1e-4.
     Whether every tensor is there and fits is not looked at. Raises ValueError where the shapes
     are of no square-image transformer, or not those that `saved` says.
     """

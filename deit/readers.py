@@ -266,7 +266,7 @@ def _shards(folder: Path) -> list[Path]:
         index = folder / f"{name}.index.json"
         if index.exists():
             found = Fields(json_files.read(index), str(index)).fields("weight_map")
-            names = set(found.text(key) for key in found.values)
+            names = {found.text(key) for key in found.values}
             odd = [part for part in names if Path(part).name != part or part in _NO_NAMES]
             if not names or odd or any("\0" in part for part in names):
                 raise ValueError(f"{index}: expected a weight_map to files in the same folder")
@@ -275,7 +275,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _own_config(path: Path, metadata: Mapping[str, str]) -> tuple[Config | None, str]:
-    """Our Config, of a file that we wrote or of the run whose checkpoint this is, and where from."""
+    """Our Config, of a file we wrote or of the run whose checkpoint this is, and where from."""
     if METADATA_KEY not in metadata:
         run = beside.run_of(path)
         if run is None:

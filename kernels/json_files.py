@@ -84,9 +84,7 @@ def _within(file: BinaryIO, path: Path, most: int) -> bytes:
     return content
 
 
-def parse(
-    text: str | bytes, name: str, *, finite: bool = True, kind: type | None = None
-) -> Any:
+def parse(text: str | bytes, name: str, *, finite: bool = True, kind: type | None = None) -> Any:
     """The value of a JSON text; `name` begins every error.
 
     kind: dict or list, where nothing else will do. finite: whether NaN and infinities, which

@@ -193,7 +193,7 @@ ODD = {
 @pytest.mark.parametrize(("field", "value"), [(f, v) for f, values in ODD.items() for v in values])
 def test_an_absurd_run_file_names_its_field(tmp_path, field, value):
     path = run_of(tmp_path, {**ABOUT, field: value}, state_of(OTHER))
-    with pytest.raises(ValueError, match=rf"(run\.json: .*expected|names of 7 classes).*; got"):
+    with pytest.raises(ValueError, match=r"(run\.json: .*expected|names of 7 classes).*; got"):
         networks.opened(path)
 
 

@@ -46,7 +46,7 @@ def test_what_json_may_hold(tmp_path):
 
 @pytest.mark.parametrize("text", [b"\xff\xfe{}", b'{"a": "\xff"}'])
 def test_what_is_no_utf8(text):
-    with pytest.raises(ValueError, match="it: expected JSON; .*can't decode"):
+    with pytest.raises(ValueError, match=r"it: expected JSON; .*can't decode"):
         json_files.parse(text, "it")
 
 

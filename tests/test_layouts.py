@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import pytest
 import timm
@@ -155,7 +154,9 @@ def test_torchvision_with_both_names_of_its_mlp():
     }
     assert published.keys() != state.keys()
     for source in (state, published):
-        assert (logits(load(source, num_heads=3), IMAGES) - logits(model, IMAGES)).abs().max() < 1e-5
+        assert (
+            logits(load(source, num_heads=3), IMAGES) - logits(model, IMAGES)
+        ).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(

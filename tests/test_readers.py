@@ -273,7 +273,9 @@ def test_tensors_without_numbers(tmp_path):
     "text", ["", "[]", "[" * 100_000, '{"model_type": "vit", "layer_norm_eps": NaN}']
 )
 def test_a_config_that_is_no_json(tmp_path, text):
-    save_file(hugging_face("ViTForImageClassification").state_dict(), tmp_path / "model.safetensors")
+    save_file(
+        hugging_face("ViTForImageClassification").state_dict(), tmp_path / "model.safetensors"
+    )
     (tmp_path / "config.json").write_text(text)
     for source in (tmp_path, tmp_path / "model.safetensors"):
         with pytest.raises(ValueError, match=r"config\.json: .*expected"):
