@@ -112,7 +112,7 @@ def config_of(found: Fields) -> Config:
         "embed_dim": found.integer("embed_dim", 1, MOST),
         "num_heads": found.integer("num_heads", 1, MOST),
     }
-    optional = {
+    optional: dict[str, tuple[Any, ...]] = {
         "depth": (found.integer, 1, MOST),
         "distilled": (found.flag,),
         "img_size": (found.integer, 1, LARGEST),

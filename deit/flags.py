@@ -77,10 +77,10 @@ def _fields(kind: Any) -> list[tuple[Any, Any, bool]]:
     found = []
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
-        hint, marks = hints[field.name], ()
-        if typing.get_origin(hint) is Annotated:
-            hint, *marks = typing.get_args(hint)
-        found.append((field, hint, Positional in marks))
+        hint = hints[field.name]
+        marked = typing.get_origin(hint) is Annotated
+        kind, *marks = typing.get_args(hint) if marked else (hint,)
+        found.append((field, kind, Positional in marks))
     return found
 
 

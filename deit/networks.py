@@ -154,6 +154,7 @@ def opened(
     Raises ValueError and OSError as `restore` and `deit.load` do; ValueError, too, for another
     number of classes than the network has.
     """
+    model: nn.Module
     if weights_of(weights) is None:
         model, about = load(weights, img_size=img_size, **how), about_of(weights)
     else:

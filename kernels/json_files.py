@@ -109,7 +109,7 @@ def parse(text: str | bytes, name: str, *, finite: bool = True, kind: type | Non
     return value
 
 
-_WORDS = {dict: "object", list: "array"}
+_WORDS: dict[type, str] = {dict: "object", list: "array"}
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
