@@ -217,6 +217,16 @@ def test_jobs_without_time_are_counted(tmp_path):
     assert contexts.read_partial(late.partial)["unrun"] == late.unrun
 
 
+def test_throughput_without_its_packages_is_said_not_failed(tmp_path, monkeypatch):
+    from qualification import models
+
+    monkeypatch.setattr(models, "PACKAGES", ("PIL", "no_such_package"))
+    context = Context("throughput", tmp_path, "", True, time.monotonic() + 60)
+    models.throughput(context)
+    assert context.unrun == ["every network: bench/throughput.py needs no_such_package"]
+    assert not context.failures
+
+
 @pytest.mark.parametrize("name", qualify.CALLS)
 def test_three_calls_are_whole_and_short(name):
     options = qualify.parse(["--out", "x", "--only", name])
