@@ -24,7 +24,7 @@ from deit.data.drawn import split
 from deit.data.loader import Batch, Loader, naming_lost_workers
 from deit.data.on_device import Augmentation
 from deit.data.sampling import Batches, Plan, stream
-from deit.data.sources import Source, open_source
+from deit.data.sources import Source, check_labels, open_source
 from deit.distill import Objective
 from deit.options import Options
 from deit.pace import Pace
@@ -78,6 +78,8 @@ class Trainer:
         self.held_out = open_source(
             options.data, "val", self.source.classes, limit=options.limit_val
         )
+        for source in (self.source, self.held_out):  # the second is not read for an epoch
+            check_labels(source)
         pieces = world.size * options.accumulate
         self.plan = Plan(
             len(self.source), self.recipe.batch_size, self.recipe.repeats, options.seed, pieces

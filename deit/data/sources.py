@@ -7,7 +7,10 @@ makes the order of training a function of the seed (see sampling.py).
 from __future__ import annotations
 
 import gzip
+import math
 import struct
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,12 +30,14 @@ FASHION_CLASSES = (
 )  # fmt: skip
 # Of its 60,000 training images, scaled to [0, 1].
 FASHION_MEAN, FASHION_STD = (0.2860,) * 3, (0.3530,) * 3
+IDX_BYTES = 1 << 30  # of an IDX file's data; Fashion-MNIST's largest has 47 MB
 
 
 class Source(Protocol):
     """Labelled images by index."""
 
     classes: tuple[str, ...]
+    labels: Sequence[int] | np.ndarray  # of every image
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -43,6 +48,18 @@ class Source(Protocol):
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """The RGB image and its class; raises `deit.images.UnreadableImage`."""
+
+
+def check_labels(source: Source) -> None:
+    """Raises ValueError where an image's label is none of the classes: -1 marks those without."""
+    labels = np.asarray(source.labels)
+    bad = np.flatnonzero((labels < 0) | (labels >= len(source.classes)))
+    if len(bad):
+        raise ValueError(
+            f"data: expected labels from 0 to {len(source.classes) - 1}; {len(bad)} of "
+            f"{len(labels)} images have another, such as {source.name(int(bad[0]))} with label "
+            f"{labels[bad[0]]} (-1: unlabelled)"
+        )
 
 
 @dataclass
@@ -123,12 +140,20 @@ def _read_idx(root: Path, name: str, dimensions: int) -> np.ndarray:
     path = next((p for p in (root / name, root / f"{name}.gz") if p.is_file()), None)
     if path is None:
         raise ValueError(f"data: expected {name}[.gz] in {root}")
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     header = 4 * (1 + dimensions)
-    magic, *sizes = struct.unpack(f">{1 + dimensions}I", data[:header].ljust(header, b"\0"))
-    if magic != 0x800 + dimensions or len(data) != header + int(np.prod(sizes)):
-        raise ValueError(f"data: {path} is damaged or no IDX file of {dimensions} dimensions")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(sizes)
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            magic, *sizes = struct.unpack(f">{1 + dimensions}I", file.read(header))
+            if magic != 0x800 + dimensions or (count := math.prod(sizes)) > IDX_BYTES:
+                raise ValueError(f"sizes {sizes}")
+            data = file.read(count + 1)  # a byte too many is damage, too
+            if len(data) != count:
+                raise ValueError(f"{len(data)} bytes for {count}")
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
+        raise ValueError(
+            f"data: {path} is damaged or no IDX file of {dimensions} dimensions ({error})"
+        ) from error
+    return np.frombuffer(data, np.uint8).reshape(sizes)
 
 
 def _fashion_root(root: str | None) -> Path:
@@ -157,7 +182,8 @@ def open_source(
         limit: take this many images, evenly spread over the source; None for all.
 
     Raises:
-        ValueError: nothing there, or not in the layout expected.
+        ValueError: nothing there, or not in the layout expected, or past a limit of
+            `deit.limits`.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split: expected 'train' or 'val'; got {split!r}")
@@ -184,6 +210,7 @@ class Subset:
         self.source = source
         self.indices = np.linspace(0, len(source) - 1, count).round().astype(int).tolist()
         self.classes, self.mean, self.std = source.classes, source.mean, source.std
+        self.labels = np.asarray(source.labels)[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
