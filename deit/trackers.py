@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def _tensorboard(out: Path, update: int) -> Sink:
 def _wandb(out: Path, update: int) -> Sink:
     import wandb
 
-    own = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+    own = hashlib.sha256(os.fsencode(out.resolve())).hexdigest()[:16]
     run = wandb.init(project="fused-deit", name=out.name, dir=str(out), id=own, resume="allow")
     return lambda numbers, update: run.log(numbers, step=update), run.finish
 
