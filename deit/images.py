@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from PIL import ExifTags, Image
@@ -119,7 +119,7 @@ def _search(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
     with os.scandir(folder) as entries:
         for entry in entries:
             path = folder / entry.name
-            if entry.is_dir():  # a link to one, too
+            if path.is_dir():  # a link to one, too; one to nothing or to itself is none
                 yield from _search(path, (*above, own))
             elif is_image_name(entry.name):
                 yield path
@@ -191,7 +191,8 @@ def _upright(image: Image.Image) -> Image.Image:
     """
     image.load()  # so that what is raised below is of the EXIF alone
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
+        turn = _TURNS.get(orientation)
     except Exception:  # SyntaxError, struct.error, TypeError, ...
         turn = None
     return image if turn is None else image.transpose(turn)

@@ -75,6 +75,16 @@ def test_folder_classes_come_from_training(folder):
         open_source(str(folder / "nowhere"), "train")
 
 
+def test_classes_that_a_network_does_not_count_in_are_refused(folder, datasets):
+    assert open_source(str(folder), "val", ("ant", "cat", "dog")).labels == [1] * 8 + [2] * 4
+    save_hub(datasets, folder / "set", [colour(5)], [1])
+    name = f"hf:{folder / 'set'}"
+    assert open_source(name, "val", ("cat", "dog")).labels.tolist() == [1]
+    with pytest.raises(ValueError, match=r"the classes ant, cat, ... \(2 in all\); hf:.* has cat"):
+        open_source(name, "val", ("ant", "cat"))
+    assert open_source(name, "val", ("0", "1")).classes == ("cat", "dog")  # of a run on shards
+
+
 def test_a_limit_keeps_the_shares_of_classes(folder):
     part = open_source(str(folder), "train", limit=6)
     assert [part.read(i)[1] for i in range(6)] == [0, 0, 0, 0, 1, 1]
@@ -266,6 +276,8 @@ def test_a_class_folder_may_be_a_link_and_hold_links(folder):
     (folder / "train" / "dog").rename(elsewhere)
     (folder / "train" / "dog").symlink_to(elsewhere)
     (folder / "train" / "cat" / "album").symlink_to(elsewhere)
+    for name in ("nowhere", "self"):
+        (folder / "train" / "cat" / name).symlink_to("self")
     source = open_source(str(folder), "train")
     theirs = ImageFolder(folder / "train")
     assert sorted(zip(map(str, source.paths), source.labels, strict=True)) == sorted(theirs.samples)

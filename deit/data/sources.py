@@ -37,9 +37,12 @@ class Source(Protocol):
     """Labelled images by index."""
 
     classes: tuple[str, ...]
-    labels: Sequence[int] | np.ndarray  # of every image
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @property
+    def labels(self) -> Sequence[int] | np.ndarray:
+        """Of every image."""
 
     def __len__(self) -> int: ...
 
@@ -168,6 +171,11 @@ def _fashion_root(root: str | None) -> Path:
     )
 
 
+def _numbers(classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of as many classes in a source that names none, as shards are."""
+    return tuple(map(str, range(len(classes))))
+
+
 def open_source(
     name: str, split: str, classes: tuple[str, ...] | None = None, limit: int | None = None
 ) -> Source:
@@ -178,7 +186,7 @@ def open_source(
             "fashion-mnist[:FOLDER]"; "wds:PATTERN", WebDataset shards with {split} in their
             path or URL and ranges as {000..146}; "hf:NAME", a Hugging Face dataset.
         split: "train" or "val".
-        classes: those of the training split, for folders and shards.
+        classes: those that labels are to count in: the training split's, or a network's.
         limit: take this many images, evenly spread over the source; None for all.
 
     Raises:
@@ -198,6 +206,11 @@ def open_source(
         source = HubDataset(rest, split)
     else:
         source = Folder.open(Path(name) / split, classes)
+    if classes is not None and source.classes != classes and classes != _numbers(classes):
+        raise ValueError(
+            f"data: expected the classes {', '.join(classes[:5])}, ... ({len(classes)} in all); "
+            f"{name} has {', '.join(source.classes[:5])}, ... ({len(source.classes)})"
+        )
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected at least 1; got {limit}")
     return source if limit is None or limit >= len(source) else Subset(source, limit)

@@ -53,6 +53,7 @@ def _scan(
     found: list[tuple[str, Place | str]] = []
     places: dict[str, Place] = {}
     bounded: Any = _Bounded(file)
+    archive: Any
     with tarfile.open(fileobj=bounded, mode="r:") as archive:
         for member in archive:
             archive.members = []  # it would keep them all
