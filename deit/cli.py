@@ -6,6 +6,8 @@ needs when it runs.
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -131,12 +133,35 @@ Command = (
 )
 
 
+def _any_name(error: UnicodeError) -> tuple[bytes, int]:
+    """Encodes what a stream's encoding has no character for, which a file's name may hold.
+
+    A byte that is no UTF-8 in a name is that byte again, anything else its escape.
+    """
+    assert isinstance(error, UnicodeEncodeError)
+    characters = error.object[error.start : error.end]
+    return b"".join(
+        bytes([ord(c) - 0xDC00])
+        if "\udc80" <= c <= "\udcff"
+        else c.encode("ascii", "backslashreplace")
+        for c in characters
+    ), error.end
+
+
+def _print_any_name() -> None:
+    codecs.register_error("deit-any-name", _any_name)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="deit-any-name")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (the process's own if None) and return its exit code.
 
     Bad input, a ValueError, TypeError or OSError, becomes one line on stderr and exit code 2;
     with DEIT_TRACEBACK=1 in the environment it stays a traceback.
     """
+    _print_any_name()
     try:
         command = flags.cli(
             Command,
