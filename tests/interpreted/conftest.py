@@ -17,9 +17,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import pytest
+
+from deit.kernels.triton import interpreter
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # for `import oracle`, also where only this folder is run
@@ -28,28 +30,8 @@ INSIDE = os.environ.get("TRITON_INTERPRET", "0") == "1"
 REPORT = "DEIT_INTERPRETED_REPORT"
 
 
-def _index_as_later_versions() -> None:
-    """Triton 3.6's interpreter takes int() of an array of one element, which NumPy 2.4 refuses.
-
-    Later versions squeeze the array first; so does this.
-    """
-    import triton
-
-    if not triton.__version__.startswith("3.6."):
-        return
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_and_mend(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
-
-    interpreter._patch_lang_tensor = patch_and_mend
-
-
 if INSIDE and importlib.util.find_spec("triton") is not None:
-    _index_as_later_versions()
+    interpreter.mend()  # tests here have kernels of their own
 
 
 class _Child:
