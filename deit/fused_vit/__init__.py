@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from deit import configs
-from deit.fused_vit import eight_bits, plain
+from deit.fused_vit import eight_bits, plain, swapping
 from deit.fused_vit.graph import Graph, compile_graph
 from deit.fused_vit.last_block import PrefixOnly
-from deit.fused_vit.modules import Fused, original_class
+from deit.fused_vit.modules import Fused
 from deit.fused_vit.report import Report, Row
 from deit.kernels import dispatch, ops
 from deit.model import DeiT
@@ -164,8 +164,11 @@ def fused(
     finally:
         for module in model.modules():
             if module in before:
-                module.__class__, impls = before[module]
-                module.adopt(impls)
+                kind, impls = before[module]
+                if type(module) is swapping.without(kind, Fused):
+                    module.__class__ = kind
+                if isinstance(module, Fused):
+                    module.adopt(impls)
             elif isinstance(module, Fused):
                 _restore(module)
 
@@ -230,8 +233,13 @@ def _swap(
 ) -> None:
     original = type(module)
     if isinstance(module, Fused):
-        if original in table.values():
-            module.adopt(impls)
+        if issubclass(original, tuple(table.values())):
+            reason = module.unsupported() or module.replaced()
+            if reason is None:
+                module.adopt(impls)
+            else:  # a part of it is no longer what it was
+                _restore(module)
+                notes[name] = reason
         return
     if original not in table:
         for base in original.__mro__[1:]:
@@ -243,7 +251,7 @@ def _swap(
         notes[name] = "its forward was replaced on the instance"
         return
     module.__class__ = table[original]  # type: ignore[assignment]
-    reason = module.unsupported()  # type: ignore[operator]
+    reason = module.unsupported() or module.replaced()  # type: ignore[operator]
     if reason is None:
         module.adopt(impls)  # type: ignore[operator]
     else:
@@ -254,7 +262,7 @@ def _swap(
 def _restore(module: Any) -> None:
     for name in module.STATE:
         del module.__dict__[name]
-    module.__class__ = original_class(module)
+    module.__class__ = swapping.without(type(module), Fused)
 
 
 def _report(model: nn.Module, impls: dict[str, str], notes: dict[str, str]) -> Report:
@@ -266,7 +274,7 @@ def _report(model: nn.Module, impls: dict[str, str], notes: dict[str, str]) -> R
         if isinstance(module, Fused):
             operators.update(module.operators())
             absorbed.update(module.absorbed())
-            waiting = module.interrupted()
+            waiting = module.waiting()
             note = f"plain for now: {waiting}" if waiting else module.remark()
             rows.append(Row(name, kind, True, note))
         elif module not in absorbed and (name in notes or _owns_parameters(module)):

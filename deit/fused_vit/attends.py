@@ -26,6 +26,10 @@ class Attends:
         """The number of heads and the factor on the scores."""
         raise NotImplementedError
 
+    def width(self) -> int:
+        """D': heads times head width, which need not be the stream's D."""
+        raise NotImplementedError
+
     def attend(
         self,
         x: Tensor,

@@ -122,11 +122,11 @@ def advance(kind: Kind, block: Any, x: Tensor, key_bias: Tensor | None, rows: in
             f"a block fused with dtype='int8' takes fp32 tokens on a CPU; got {x.dtype} on "
             f"{x.device}: unfuse the model, or fuse it again without dtype"
         )
-    norm1, _, norm2, mlp = block.parts()
+    _, _, norm2, mlp = block.parts()
     impls = block.fused_impls
     if kind.block is not None and rows is None:
         whole = kind.block.__name__
-        if whole in impls and norm1.eps == norm2.eps:
+        if whole in impls and block.apart() is None:
             return kind.block(x, **block.arguments(whole), key_bias=key_bias)
     stream = _attended(kind, block, x, key_bias, rows)
     fc1, fc2 = (mlp._modules[name] for name in mlp.LINEARS)

@@ -99,14 +99,22 @@ class FusedAttention(modules.FusedAttention):
         return self.fused_packed.get((*(linear.weight for linear in linears), *biases))
 
     def geometry(self) -> tuple[int, float]:
+        # The original cuts heads by their width alone: there are as many as fit the projection.
         module: Any = self
-        return module.num_attention_heads, module.scaling
+        return self.width() // module.head_dim, module.scaling
+
+    def width(self) -> int:
+        module: Any = self
+        return modules.weight_of(module._modules["q_proj"]).shape[0]
 
     def unsupported(self) -> str | None:
         module: Any = self
-        reason = super().unsupported()
+        reason = super(modules.FusedAttention, self).unsupported()
         if reason is not None:
             return reason
+        rows = [modules.weight_of(module._modules[name]).shape[0] for name in self.LINEARS[:3]]
+        if rows[1:] != rows[:2] or rows[0] % module.head_dim:
+            return f"q_proj, k_proj and v_proj have {rows} rows, heads take {module.head_dim} each"
         if module.is_causal:
             return "it is causal"
         biases = [module._modules[name].bias is None for name in self.LINEARS[:3]]
@@ -149,6 +157,7 @@ class FusedMlp(modules.FusedMlp):
     """Over DeiTMLP and ViTMLP."""
 
     ACTIVATION = "activation_fn"
+    STANDS_FOR = (nn.GELU, GELUActivation)
 
     @staticmethod
     def exact_gelu(act: object) -> bool:

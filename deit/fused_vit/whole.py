@@ -34,12 +34,23 @@ class Whole:
         impl = block.fused_impls.get("vit_block")
         if impl is None:
             return "a whole block was not asked for"
-        norm1, _, norm2, _ = block.parts()
-        if norm1.eps != norm2.eps:
-            return f"its norms' eps differ, {norm1.eps} and {norm2.eps}"
-        found = dispatch.expected("vit_block", impl, device or norm1.weight.device)
+        reason = self.apart()
+        if reason is not None:
+            return reason
+        found = dispatch.expected("vit_block", impl, device or block.parts()[0].weight.device)
         if found == "reference" != impl:
             return "no vit_block kernel is measured on this device"
+        return None
+
+    def apart(self) -> str | None:
+        """Why this block is none of `vit_block` and its like; None where it is one."""
+        block: Any = self
+        norm1, attn, norm2, _ = block.parts()
+        if norm1.eps != norm2.eps:
+            return f"its norms' eps differ, {norm1.eps} and {norm2.eps}"
+        width, channels = attn.width(), norm1.weight.shape[0]
+        if width != channels:
+            return f"its heads are {width} wide together, its tokens {channels}"
         return None
 
     def runs_whole(self, x: Tensor) -> bool:
