@@ -36,18 +36,23 @@ def pack(weight: Tensor) -> Int8Weight:
     return Int8Weight(panels.contiguous(), scales.contiguous(), sums)
 
 
-def _kept(weight: Tensor) -> Int8Weight:
-    return packed(weight, "int8", pack)
+def _kept(weight: Tensor, rows: int) -> Int8Weight:
+    return packed(weight, "int8", pack, rows * weight.shape[1])
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]
 
 
 def int8_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     """`deit.kernels.int8_linear`, by its schema's arguments."""
-    return torch.ops.deit_cpu.int8_linear_packed(x, *_kept(weight), *rest)
+    return torch.ops.deit_cpu.int8_linear_packed(x, *_kept(weight, _rows(x)), *rest)
 
 
 def int8_gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, *rest: Any) -> Tensor:
     """`deit.kernels.int8_gelu_mlp`, by its schema's arguments."""
-    return torch.ops.deit_cpu.int8_gelu_mlp_packed(x, *_kept(w1), b1, *_kept(w2), *rest)
+    first, second = (_kept(weight, _rows(x)) for weight in (w1, w2))
+    return torch.ops.deit_cpu.int8_gelu_mlp_packed(x, *first, b1, *second, *rest)
 
 
 def int8_vit_block(
@@ -67,7 +72,9 @@ def int8_vit_block(
     *rest: Any,
 ) -> Tensor:
     """`deit.kernels.int8_vit_block`, by its schema's arguments."""
+    rows = _rows(x)
     return torch.ops.deit_cpu.int8_vit_block_packed(
-        x, norm1_weight, norm1_bias, *_kept(qkv_weight), qkv_bias, *_kept(proj_weight), proj_bias,
-        gamma1, norm2_weight, norm2_bias, *_kept(w1), b1, *_kept(w2), *rest,
+        x, norm1_weight, norm1_bias, *_kept(qkv_weight, rows), qkv_bias,
+        *_kept(proj_weight, rows), proj_bias, gamma1, norm2_weight, norm2_bias,
+        *_kept(w1, rows), b1, *_kept(w2, rows), *rest,
     )  # fmt: skip
