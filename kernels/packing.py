@@ -32,17 +32,22 @@ Packed = TypeVar("Packed")
 _PLAIN = (Tensor, nn.Parameter)  # a subclass may hold its data elsewhere
 
 
-class _Entry(NamedTuple):
-    """A copy, and what its weight was when it was made."""
+class _Source(NamedTuple):
+    """What one weight of a copy was when the copy was made."""
 
+    storage: weakref.ref[torch.UntypedStorage]
     version: int
     address: int
     marks: Marks | None  # None on a GPU
+
+
+class _Entry(NamedTuple):
+    sources: list[_Source]
     value: Any
 
 
 class _Copies:
-    """One storage's copies, by the view of it and the key."""
+    """The copies of one storage, and of others beside it, by the views of them and the key."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         identity = id(storage)  # PyTorch keeps the object for as long as there is the storage
@@ -56,12 +61,16 @@ _lock = threading.Lock()  # guards making, so that two threads do not both make 
 
 
 def packed(
-    weight: Tensor, key: Hashable, make: Callable[[Tensor], Packed], work: int | None = None
+    weight: Tensor | tuple[Tensor, ...],
+    key: Hashable,
+    make: Callable[..., Packed],
+    work: int | None = None,
 ) -> Packed:
     """`make(weight)`, or what it returned the last time if `weight` has not changed since.
 
     Args:
-        weight: a tensor, or a view of one: `weight[:n]` finds its copy again by its storage.
+        weight: a tensor, or a view of one: `weight[:n]` finds its copy again by its storage. Or
+            several, which are given to `make` one after another.
         key: what `make` makes: one tensor may have several copies.
         make: must read nothing but `weight`'s values and return what nobody writes to.
         work: multiply-adds of an output channel in this call, which set how much of the weight is
@@ -73,33 +82,37 @@ def packed(
     inference_mode, tensor subclasses), and a call in which gradients flow to the weight forgets its
     copies. Thread-safe; `make` runs under a lock.
     """
-    if not _may_keep(weight):
-        return make(weight)
-    if weight.requires_grad and torch.is_grad_enabled():
-        forget(weight)  # an optimiser may come next
-        return make(weight)
-    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-        return make(weight)  # in the graph's memory, and made anew by every replay
-    storage = weight.untyped_storage()
-    view = (weight.storage_offset(), weight.shape, weight.stride(), weight.dtype, key)
-    found = _find(storage, view, weight, work)
+    weights = weight if isinstance(weight, tuple) else (weight,)
+    view: list[Hashable] = [key]
+    for each in weights:
+        if not _may_keep(each):
+            return make(*weights)
+        if each.requires_grad and torch.is_grad_enabled():
+            for source in weights:
+                forget(source)  # an optimiser may come next
+            return make(*weights)
+        view += (each.storage_offset(), each.shape, each.stride(), each.dtype)
+    first = weights[0]
+    if first.is_cuda and torch.cuda.is_current_stream_capturing():
+        return make(*weights)  # in the graph's memory, and made anew by every replay
+    found = _find(tuple(view), weights, work)
     if found is not None:
         return found.value
     with _lock:
-        found = _find(storage, view, weight, work)
+        found = _find(tuple(view), weights, work)
         if found is not None:
             return found.value
-        # Noted before the weight is read: a write meanwhile makes the copy stale, not the note.
-        version, address = weight._version, weight.data_ptr()
-        marks = None if weight.is_cuda else Marks(weight)
+        # Noted before they are read: a write meanwhile makes the copy stale, not the note.
+        sources = [_source(each) for each in weights]
         with torch.inference_mode(False), torch.no_grad():
-            value = make(weight.detach())
-        if weight.is_cuda:  # another stream may be the next to read it
-            torch.cuda.current_stream(weight.device).synchronize()
+            value = make(*(each.detach() for each in weights))
+        if first.is_cuda:  # another stream may be the next to read it
+            torch.cuda.current_stream(first.device).synchronize()
+        storage = first.untyped_storage()
         copies = _kept.get(id(storage))
         if copies is None or copies.storage() is not storage:
             copies = _kept[id(storage)] = _Copies(storage)
-        copies.entries[view] = _Entry(version, address, marks, value)
+        copies.entries[tuple(view)] = _Entry(sources, value)
         return value
 
 
@@ -107,8 +120,12 @@ def forget(weight: Tensor | None = None) -> None:
     """Drop the copies of one tensor and of what shares its memory, or all copies."""
     if weight is None:
         _kept.clear()
-    else:
-        _kept.pop(id(weight.untyped_storage()), None)
+        return
+    storage = weight.untyped_storage()
+    for copies in list(_kept.values()):
+        for view, entry in list(copies.entries.items()):
+            if any(source.storage() is storage for source in entry.sources):
+                copies.entries.pop(view, None)
 
 
 def kept_bytes() -> int:
@@ -141,16 +158,25 @@ def _watchable(weight: Tensor) -> bool:
     return isinstance(weight if weight._base is None else weight._base, nn.Parameter)
 
 
-def _find(
-    storage: torch.UntypedStorage, view: Hashable, weight: Tensor, work: int | None
-) -> _Entry | None:
-    copies = _kept.get(id(storage))
-    if copies is None or copies.storage() is not storage:
+def _source(weight: Tensor) -> _Source:
+    storage = weakref.ref(weight.untyped_storage())
+    marks = None if weight.is_cuda else Marks(weight)
+    return _Source(storage, weight._version, weight.data_ptr(), marks)
+
+
+def _find(view: Hashable, weights: tuple[Tensor, ...], work: int | None) -> _Entry | None:
+    copies = _kept.get(id(weights[0].untyped_storage()))
+    entry = None if copies is None else copies.entries.get(view)
+    if copies is None or entry is None:
         return None
-    entry = copies.entries.get(view)
-    if entry is None or entry.version != weight._version or entry.address != weight.data_ptr():
-        return None
-    if entry.marks is not None and not entry.marks.still_there(work):
-        copies.entries.pop(view, None)  # or the next to ask would look at other lines
-        return None
+    for weight, (storage, version, address, marks) in zip(weights, entry.sources, strict=True):
+        if (
+            version != weight._version
+            or address != weight.data_ptr()
+            or storage() is not weight.untyped_storage()
+        ):
+            return None
+        if marks is not None and not marks.still_there(work):
+            copies.entries.pop(view, None)  # or the next to ask would look at other lines
+            return None
     return entry

@@ -25,11 +25,11 @@ from deit.fused_vit.graph import Graph, compile_graph
 from deit.fused_vit.last_block import PrefixOnly
 from deit.fused_vit.modules import Fused
 from deit.fused_vit.report import Report, Row
-from deit.kernels import dispatch, ops
+from deit.kernels import dispatch, ops, packing
 from deit.model import DeiT
 
-__all__ = ["Graph", "Report", "Row", "compile_graph", "fuse", "fused", "register_hf", "unfuse",
-           *configs.PUBLISHED]  # fmt: skip
+__all__ = ["Graph", "Report", "Row", "compile_graph", "fuse", "fused", "refresh", "register_hf",
+           "unfuse", *configs.PUBLISHED]  # fmt: skip
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -74,7 +74,11 @@ def fuse(
             elsewhere only with impl="reference". The outputs are close, not the same:
             docs/numerics.md. In training mode the model's own dtype runs; a gradient in eval mode
             is refused: use torch.inference_mode(). An attention or MLP outside a fused block stays
-            as it is.
+            as it is. Of the weights 8-bit copies are kept. On a CPU a call sees any write to all
+            of a weight or to whole rows of it, through `.data` or from elsewhere, at once or
+            within eight calls, and one to a few numbers within some hundred. On a GPU it sees what
+            PyTorch counts: in-place operators, load_state_dict, `.to`, `.data = other`. After
+            other writes call `refresh(model)`.
 
     Returns:
         A Report; print it for a table.
@@ -144,6 +148,18 @@ def unfuse(model: Model) -> Model:
         if isinstance(module, Fused):
             _restore(module)
     return model
+
+
+def refresh(model: nn.Module) -> None:
+    """Forget every 8-bit copy of the model's weights: the next call makes them of what is there.
+
+    For what dtype="int8" and "fp8" cannot see at once (see `fuse`). Other fused models keep no copy
+    of a weight. Raises TypeError where `model` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
+    for weight in (*model.parameters(), *model.buffers()):
+        packing.forget(weight)
 
 
 @contextlib.contextmanager

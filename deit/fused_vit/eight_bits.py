@@ -19,11 +19,9 @@ from deit.kernels import (
     dispatch,
     fp8,
     fp8_gelu_mlp,
-    fp8_linear,
     int8_gelu_mlp,
-    int8_linear,
-    int8_vit_block,
 )
+from deit.kernels.thirds import fp8_linear, int8_linear, int8_vit_block
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ def _attended(
     norm1, attn, _, _ = block.parts()
     norm, impl = (norm1.weight, norm1.bias, norm1.eps), block.fused_impls[kind.linear.__name__]
 
-    def project(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def project(tokens: Tensor, weight: Any, bias: Any) -> Tensor:
         return kind.linear(tokens, weight, bias, norm=norm, impl=impl)
 
     weight, bias = attn.projection()

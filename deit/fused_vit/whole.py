@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit.kernels import dispatch, vit_block
+from deit.kernels import dispatch, thirds
 from deit.kernels.vit_block import served
 
 
@@ -58,8 +58,8 @@ class Whole:
         block: Any = self
         if block.why_parts(x.device) is not None or block.training:
             return False
-        weight, _ = block.parts()[1].projection()
-        if block.fused_impls["vit_block"] == "auto" and not served(x, weight):
+        output = block.parts()[1].output()
+        if block.fused_impls["vit_block"] == "auto" and not served(x, output.weight):
             return False
         drops = (block._modules.get(name) for name in block.DROP_PATHS)
         if any(drop is not None and drop.training for drop in drops):
@@ -73,7 +73,7 @@ class Whole:
         self, x: Tensor, row_stats: Tensor | None = None, key_bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The block's output and its row statistics, from x and those that came with it."""
-        return vit_block(x, **self.arguments(), row_stats=row_stats, key_bias=key_bias)
+        return thirds.vit_block(x, **self.arguments(), row_stats=row_stats, key_bias=key_bias)
 
     def arguments(self, operator: str = "vit_block") -> dict[str, Any]:
         """What `operator`, "vit_block" or "int8_vit_block", is told of this block."""
