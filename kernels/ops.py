@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 
 from deit.kernels import eight_bits_schemas as eight_bits
+from deit.kernels import thirds_schemas as thirds
 from deit.kernels.fakes import FAKES
 
 # Arguments are positional and in the order in which every implementation, the reference
@@ -158,7 +159,8 @@ KERNELS: dict[str, frozenset[str]] = {
         }
     )
     | eight_bits.INT8.keys()
-    | eight_bits.PACKED_SCHEMAS.keys(),
+    | eight_bits.PACKED_SCHEMAS.keys()
+    | thirds.SCHEMAS.keys(),
     "triton": frozenset(
         {
             "add_layer_norm",
@@ -215,19 +217,26 @@ def _launcher(module: str, name: str) -> Callable[..., object]:
     return lambda *args: kernel()(*args)
 
 
+_FAKES = FAKES | eight_bits.FAKES | thirds.FAKES
+_BY_PYTHON = eight_bits.INT8.keys() | thirds.INT8.keys()  # which keeps their weights packed
+
+
 def _register() -> dict[str, dict[str, torch._ops.OpOverload]]:
     compiled: dict[str, dict[str, torch._ops.OpOverload]] = {}
     for implementation, namespace in NAMESPACES.items():
         compiled[implementation] = {}
-        for name, schema in (SCHEMAS | TRAINING_SCHEMAS | eight_bits.ALL).items():
+        schemas = SCHEMAS | TRAINING_SCHEMAS | eight_bits.ALL
+        if implementation == "cpu":
+            schemas |= thirds.SCHEMAS
+        for name, schema in schemas.items():
             qualified = f"{namespace}::{name}"
             torch.library.define(qualified, schema)
-            torch.library.register_fake(qualified, (FAKES | eight_bits.FAKES)[name])
+            torch.library.register_fake(qualified, _FAKES[name])
             if implementation == "triton" and name in KERNELS["triton"]:
                 # The CPU key serves Triton's interpreter; dispatch refuses it otherwise.
                 launch = _launcher(_triton_module(name), name)
                 torch.library.impl(qualified, ("CUDA", "CPU"))(launch)
-            elif implementation == "cpu" and name in eight_bits.INT8:
+            elif implementation == "cpu" and name in _BY_PYTHON:
                 torch.library.impl(qualified, "CPU")(_launcher("int8_cpu", name))
             compiled[implementation][name] = getattr(getattr(torch.ops, namespace), name).default
     return compiled

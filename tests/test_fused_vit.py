@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from fusing import forbid_originals
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import deit
 from deit import fused_vit
 from deit.fused_vit import Report, fuse, fused, unfuse
-from deit.fused_vit.modules import Fused, original_class
+from deit.fused_vit.modules import Fused
 from deit.kernels import native, ops
 
 needs_library = pytest.mark.skipif(
@@ -84,11 +85,7 @@ def test_layer_scale_of_ours_is_the_operators_in_inference_and_training():
 def test_the_fused_path_is_the_one_that_runs(model, monkeypatch):
     """A fused block that always fell back would pass every other test here."""
     fuse(model)
-    monkeypatch.setattr(
-        original_class(model.blocks[0]),
-        "forward",
-        lambda *_: pytest.fail("the original forward ran"),
-    )
+    forbid_originals(monkeypatch)
     model(IMAGES)
 
 

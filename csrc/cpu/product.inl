@@ -186,13 +186,29 @@ DEIT_INLINE void pack_block(const float* weight, int64_t stride, int64_t channel
   }
 }
 
-// [kCols, depth] of the weights -> [depth, kCols]. Channel group by channel group: 16 streams of
-// memory at a time are enough where rows lie a multiple of 4 KB apart.
-void pack_panel(const float* weight, int64_t stride, int64_t columns, int64_t depth,
-                float* panel) {
+// A column's weights. Where the weight lies in thirds, 16 columns that begin at a multiple of 16 lie
+// in one of them.
+DEIT_INLINE const float* weights_of(const ProductArgs& args, int64_t column) {
+  const void* from = args.weight;
+  if (args.part) {
+    const int64_t third = smaller(column / args.part, 2);
+    if (third > 0) from = args.others[third - 1];
+    column -= third * args.part;
+  }
+  return static_cast<const float*>(from) + column * args.depth;
+}
+
+// Columns from `column` on, words [k, k + depth): [kCols, depth] of the weights -> [depth, kCols].
+// Channel group by channel group: 16 streams of memory at a time are enough where rows lie a
+// multiple of 4 KB apart.
+void pack_panel(const ProductArgs& args, int64_t column, int64_t k_first, int64_t columns,
+                int64_t depth, float* panel) {
+  static_assert(16 % kWidth == 0, "a group of channels lies in one third of the weight");
+  const int64_t stride = args.depth;
   for (int v = 0; v < kVectors; ++v) {
-    const float* first = weight + v * kWidth * stride;
     const int64_t channels = columns - v * kWidth;
+    // Of no channels nothing is read.
+    const float* first = weights_of(args, channels > 0 ? column + v * kWidth : column) + k_first;
     for (int64_t k = 0; k < depth; k += kWidth) {
       float* out = panel + k * kCols + v * kWidth;
       const int count = static_cast<int>(smaller(kWidth, depth - k));
@@ -235,7 +251,7 @@ Prefetch prefetch_next(const ProductArgs& args, const Tile& tile, int64_t tiles,
     k = 0;
     column = column + kCols < args.width ? column + kCols : 0;
   }
-  const float* weight = static_cast<const float*>(args.weight) + column * args.depth + k;
+  const float* weight = weights_of(args, column) + k;
   const bool any = k > 0 || another;
   return Prefetch(any ? weight : nullptr, args.depth, smaller(kCols, args.width - column),
                   smaller(step_of(args.depth), args.depth - k), tiles);
@@ -284,8 +300,7 @@ void multiply_panel(const ProductArgs& args, float* workspace, int64_t first_row
       continue;
     }
     float* panel = workspace;
-    pack_panel(static_cast<const float*>(args.weight) + column * args.depth + tile.k, args.depth,
-               tile.columns, tile.depth, panel);
+    pack_panel(args, column, tile.k, tile.columns, tile.depth, panel);
     multiply_step<T>(args, panel, tile, first_row, end, last,
                      prefetch_next(args, tile, tiles, another), workspace + kDepth * kCols);
   }
@@ -294,8 +309,8 @@ void multiply_panel(const ProductArgs& args, float* workspace, int64_t first_row
 // Panels [begin, end) of the weights, for `packed` of a later product.
 void pack_weight(const ProductArgs& args, float* packed, int64_t begin, int64_t end) {
   for (int64_t column = begin * kCols; column < end * kCols; column += kCols) {
-    pack_panel(static_cast<const float*>(args.weight) + column * args.depth, args.depth,
-               smaller(kCols, args.width - column), args.depth, packed + column * args.depth);
+    pack_panel(args, column, 0, smaller(kCols, args.width - column), args.depth,
+               packed + column * args.depth);
   }
 }
 
