@@ -11,11 +11,9 @@ from deit.kernels import dispatch
 def limits(x: Tensor, *weights: Tensor, residual: Tensor | None, keep: Tensor | None) -> list[str]:
     """Why they cannot multiply x [..., K] by these [M, K] weights, with such an epilogue."""
     found = []
-    capability = _capability(x.device.type, x.device.index)
-    if capability != (9, 0):
-        found.append(
-            f"its products are for compute capability 9.0, this GPU has {capability[0]}.{capability[1]}"
-        )
+    major, minor = _capability(x.device.type, x.device.index)
+    if (major, minor) != (9, 0):
+        found.append(f"its products are for compute capability 9.0, this GPU has {major}.{minor}")
     if x.dtype == torch.float32:
         found.append("dtype torch.float32 (its products are for fp16 and bf16)")
     for weight in weights:

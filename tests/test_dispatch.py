@@ -169,6 +169,26 @@ def test_an_unproven_gpu_is_announced_and_left_to_pytorch(monkeypatch):
         assert dispatch.measured("attention", "cuda", 1234) == ()
 
 
+def test_measurements_speak_for_what_was_measured():
+    scope = dispatch.Scope((torch.bfloat16,), (64,), 10)
+    assert scope.excludes(X.bfloat16()) == ""  # 2 x 5 rows
+    assert "torch.float32" in scope.excludes(X)
+    assert "a width of 32" in scope.excludes(X[..., :32].bfloat16())
+    assert "fewer than 10 rows" in scope.excludes(X[:1].bfloat16())
+
+
+def test_every_scope_belongs_to_measurements():
+    assert dispatch.SCOPES.keys() <= dispatch.MEASURED.keys()
+
+
+def test_auto_leaves_calls_outside_the_scope_to_the_reference(monkeypatch):
+    assert explain("layer_norm", X, WEIGHT).unmeasured == ""
+    monkeypatch.setattr(dispatch, "unmeasured", lambda x: "not measured")
+    found = explain("layer_norm", X, WEIGHT)
+    assert found.chosen == "reference"
+    assert str(found).startswith("layer_norm: auto runs reference (not measured)")
+
+
 def test_autocast_reaches_products_and_not_the_norm():
     weight = torch.randn(32, 64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
