@@ -89,7 +89,8 @@ def plan(
     spaced list of rows, or an address or stride is not a multiple of 16 bytes; nor write
     row statistics of chunks that are no whole number of their parts.
 
-    norm, row_stats: as for `linear.plan`.
+    norm: the LayerNorm of x, which is then in w1's dtype or fp32; its row statistics are read.
+    row_stats: as for `linear.plan`.
     """
     hidden, dim = w1.shape
     if (dim, w2.shape[0]) != (3 * config.chunk, 3 * config.chunk) or x.numel() == 0:

@@ -27,10 +27,14 @@ def layer_norm(
     bias: Tensor | None,
     eps: float,
     *,
+    dtype: torch.dtype | None = None,
     config: configs.LayerNormConfig | None = None,
 ) -> Tensor:
-    """`deit.kernels.layer_norm` on Triton; the last axis is made contiguous, others stay."""
-    (out, *_), launch = plan_layer_norm(x, weight, bias, eps, config=config)
+    """`deit.kernels.layer_norm` on Triton; the last axis is made contiguous, others stay.
+
+    dtype: of the output, x's by default.
+    """
+    (out, *_), launch = plan_layer_norm(x, weight, bias, eps, dtype=dtype, config=config)
     if launch is not None:
         launch.run(x)
     return out
@@ -92,13 +96,14 @@ def plan_layer_norm(
     eps: float,
     *,
     save: bool = False,
+    dtype: torch.dtype | None = None,
     config: configs.LayerNormConfig | None = None,
 ) -> tuple[tuple[Tensor, ...], common.Launch | None]:
     """The outputs, unwritten, and the launch that writes them; None for an empty input.
 
-    `save`: mean and rstd are outputs too.
+    `save`: mean and rstd are outputs too. `dtype`: of the first output, x's by default.
     """
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     statistics = _statistics(x) if save else ()
     if out.numel() == 0:
         return (out, *statistics), None

@@ -110,7 +110,10 @@ def plan_input_gradient(
     if not all(common.describable(t) for t in (g, weight, out, hidden) if t is not None):
         config = config.without_tma()
     whole = config.tma or g.dtype == torch.float32
-    epilogues = config.epilogues(128 if hidden is None and whole else 32)
+    columns = 128 if whole else 32
+    if hidden is not None:  # 64 columns on sm_90: half the waits for tiles of hidden
+        columns = 64 if config.tma and common.architecture(g) == 90 else 32
+    epilogues = config.epilogues(columns)
     operands: dict[str, Any] = {
         "g": g,
         "weight": weight,
