@@ -29,9 +29,9 @@ def kept_by(name):
 
 @pytest.fixture
 def driver(monkeypatch):
-    for name in TRITON:
-        monkeypatch.setattr(kept_by(name), "calls", {})
-    return launches.installed(monkeypatch)
+    launching.forget()
+    yield launches.installed(monkeypatch)
+    launching.forget()
 
 
 def moved(arguments):
