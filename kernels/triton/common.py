@@ -15,7 +15,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deit.kernels import dispatch
-from deit.kernels.triton import configs, launching
+from deit.kernels.triton import configs, interpreter, launching
+
+interpreter.mend()
 
 # The interpreter stands for a Hopper GPU, so that it runs the descriptor forms, and has few
 # "multiprocessors", so that its persistent programs meet several tiles each.
