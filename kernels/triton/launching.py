@@ -82,6 +82,9 @@ class Kept:
             elif kind in _VALUES:
                 addresses.append(0)
                 key.append(argument)
+            elif kind is list and all(type(value) in _VALUES for value in argument):
+                addresses.append(0)  # as a schema's bool[] comes
+                key.append(tuple(argument))
             else:  # a subclass may hold its data elsewhere
                 return self.function(*arguments)
         if low & 15:  # seldom: all at once costs less than each
