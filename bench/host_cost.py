@@ -13,7 +13,8 @@ and a model before each forward.
 
 `--gpu` measures the Triton operators instead, in inference: kept calls, as
 kernels/triton/launching.py has them, beside what they hand to the driver. Where there is no GPU
-the driver's launch is stubbed, and the rows say so. "whole forward" is a fused DeiT-Ti of 12 blocks at batch 1, in microseconds too.
+the driver's launch is stubbed, and the rows say so. "whole forward" is a fused DeiT-Ti of 12
+blocks at batch 1, in microseconds too.
 
 Time is the calling thread's own (CPU time), which a busy
 machine lengthens little; a figure is the median of the rounds, and "over" that of the
