@@ -88,10 +88,18 @@ class Driver:
         if hasattr(run, "kernel_signature"):
             types = (run.arg_annotations, run.kernel_signature)
             rest = (*how, compiled.packed_metadata, *hooks, *scratch, *types)
-            # The kernel comes along: Triton unloads one that is forgotten.
-            return lambda stream, given, _=compiled: call(x, y, z, stream, *rest, given)
+
+            # `held`: Triton unloads a kernel that is forgotten.
+            def start(stream: int, given: list[Any], held: Any = compiled) -> None:
+                call(x, y, z, stream, *rest, given)
+
+            return start
         before = (*how, *scratch, compiled.packed_metadata, *hooks)
-        return lambda stream, given, _=compiled: call(x, y, z, stream, *before, *given)
+
+        def start_3_6(stream: int, given: list[Any], held: Any = compiled) -> None:
+            call(x, y, z, stream, *before, *given)
+
+        return start_3_6
 
 
 def _allocator() -> Callable[..., Tensor]:

@@ -27,8 +27,10 @@ def fp8_linear(
     gamma: Tensor | None,
 ) -> Tensor:
     """`deit.kernels.fp8_linear`; x and residual as `linear` takes them (`common.as_rows`)."""
-    norm = (norm_weight, norm_bias, eps)
-    return _linear(x, *kept(weight), bias, *norm, gelu, residual, gamma)
+    made = kept(weight)
+    return _linear(
+        x, made.e4m3, made.scales, bias, norm_weight, norm_bias, eps, gelu, residual, gamma
+    )
 
 
 @launching.kept
@@ -64,8 +66,8 @@ def fp8_gelu_mlp(
     gamma: Tensor | None,
 ) -> Tensor:
     """`deit.kernels.fp8_gelu_mlp`; the hidden layer is in memory as e4m3, 1 byte a channel."""
-    norm = (norm_weight, norm_bias, eps)
-    return _gelu_mlp(x, *kept(w1), b1, *kept(w2), b2, *norm, residual, gamma)
+    first, second = (*kept(w1), b1), (*kept(w2), b2)
+    return _gelu_mlp(x, *first, *second, norm_weight, norm_bias, eps, residual, gamma)
 
 
 @launching.kept

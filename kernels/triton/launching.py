@@ -49,6 +49,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _VALUES = frozenset({type(None), bool, int, float, str})
 
 
+_all: list[Kept] = []
+
+
 class Kept:
     """An operator's implementation, a function of tensors and plain values, with its kept calls.
 
@@ -60,6 +63,7 @@ class Kept:
         self.function = function
         self.calls: dict[tuple[Any, ...], _Call | None] = {}
         self._tables: object = None
+        _all.append(self)
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         driver = drivers.active()
@@ -78,6 +82,9 @@ class Kept:
             elif kind in _VALUES:
                 addresses.append(0)
                 key.append(argument)
+            elif kind is list and all(type(value) in _VALUES for value in argument):
+                addresses.append(0)  # as a schema's bool[] comes
+                key.append(tuple(argument))
             else:  # a subclass may hold its data elsewhere
                 return self.function(*arguments)
         if low & 15:  # seldom: all at once costs less than each
@@ -107,6 +114,12 @@ def kept(function: Function) -> Function:
     by anything that may change during the process other than the tuning tables.
     """
     return cast(Function, Kept(function))
+
+
+def forget() -> None:
+    """Forget every kept call: the next ones run as they are written."""
+    for function in _all:
+        function.calls = {}
 
 
 def started(launch: Launch, start: Callable[[], Any]) -> None:
@@ -390,8 +403,8 @@ def _with_releases(
     last: dict[int, int] = {}
     for at, step in enumerate(steps):
         if isinstance(step, _Kernel):
-            for _, slot, *_ in (*step.pointers, *step.descriptors):
-                last[slot] = at
+            last |= dict.fromkeys((slot for _, slot, _ in step.pointers), at)
+            last |= dict.fromkeys((slot for _, slot, *_ in step.descriptors), at)
     for at, step in enumerate(steps):
         ended = (s for s, end in last.items() if end == at and s >= inputs and s not in returned)
         yield step, tuple(s - inputs for s in ended)

@@ -4,13 +4,13 @@ import contextlib
 import dataclasses
 import gc
 import importlib
-import weakref
 
 import launches
 import pytest
 import schema_calls
 import torch
 import triton
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from deit.kernels import ops, tuning
@@ -29,9 +29,9 @@ def kept_by(name):
 
 @pytest.fixture
 def driver(monkeypatch):
-    for name in TRITON:
-        monkeypatch.setattr(kept_by(name), "calls", {})
-    return launches.installed(monkeypatch)
+    launching.forget()
+    yield launches.installed(monkeypatch)
+    launching.forget()
 
 
 def moved(arguments):
@@ -196,14 +196,15 @@ def test_what_is_kept_is_bounded_and_holds_no_tensor(driver, monkeypatch):
     monkeypatch.setattr(launching, "CALLS", 3)
     held = []
     for rows in range(1, 6):
-        x, weight, bias = torch.randn(rows, 64), torch.randn(32, 64), torch.randn(32)
+        shapes = ((rows, 64), (32, 64), (32,))
+        x, weight, bias = (torch.randn(s, dtype=torch.float16) for s in shapes)
         for _ in range(2):
             out = LINEAR(x, weight, bias, None, None, None, None)
-        held += [weakref.ref(t) for t in (x, weight, bias, out)]
+        held += [StorageWeakRef(t.untyped_storage()) for t in (x, weight, bias, out)]
     assert len(LINEAR.calls) == 3
     del x, weight, bias, out
     gc.collect()
-    assert not [ref for ref in held if ref() is not None]
+    assert all(storage.expired() for storage in held)
 
 
 def test_memory_goes_when_no_later_kernel_needs_it(driver):
@@ -231,7 +232,8 @@ def test_a_call_that_does_something_else_is_not_kept(driver, monkeypatch):
         same(found[-1], LINEAR(*arguments))
     outer = torch.zeros(4)
     for function in (
-        lambda x: torch.zeros_like(x),
+        torch.zeros_like,
+        lambda x: torch.empty_like(x).zero_(),
         lambda x: x.view(-1),
         lambda x: outer,
         lambda x: [torch.empty_like(x)],
