@@ -12,23 +12,32 @@ void fuzz_product(Random& random, const deit::Kernels& set) {
   const int64_t samples = random.between(1, 4), each = random.size(random.chance(0.1) ? 400 : 40);
   args.rows = samples * each;
   args.depth = random.chance(0.1) ? random.size(600) : random.size(100);
-  args.width = random.size(120);
+  args.part = random.chance(0.3) ? 16 * random.between(1, 3) : 0;  // a weight in thirds
+  args.width = args.part ? 3 * args.part : random.size(120);
   args.rows_per_sample = each;
   const int64_t inputs = args.depth * (args.type == deit::Scalar::bf16 ? 2 : 1);
-  Elements x(args.rows * inputs, args.type, random), w(args.width * inputs, args.type, random);
+  const int64_t first = (args.part ? args.part : args.width) * inputs;
+  Elements x(args.rows * inputs, args.type, random), w(first, args.type, random);
+  Elements second(args.part * inputs, args.type, random), third(args.part * inputs, args.type, random);
   Elements residual(args.rows * args.width, args.out_type, random);
   for (int64_t i = 0; i < args.rows * inputs; ++i) {
     x.set(i, static_cast<float>(random.between(-64, 64)) / 64.0f);
   }
-  for (int64_t i = 0; i < args.width * inputs; ++i) {
-    w.set(i, static_cast<float>(random.between(-8, 8)) / 64.0f);
-  }
+  const auto fill = [&](Elements& weight, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      weight.set(i, static_cast<float>(random.between(-8, 8)) / 64.0f);
+    }
+  };
+  fill(w, first);
+  fill(second, args.part * inputs);
+  fill(third, args.part * inputs);
   for (int64_t i = 0; i < args.rows * args.width; ++i) residual.randomise(i, random);
   Parameter bias(args.width, 0.7, random), gamma(args.width, 0.5, random);
   Parameter keep(samples, 0.5, random);
   const bool add = random.chance(0.5) || args.out_type != args.type;
   Elements out(args.rows * args.width, args.out_type, random);
   args.x = x.memory.data(), args.weight = w.memory.data();
+  if (args.part) args.others[0] = second.memory.data(), args.others[1] = third.memory.data();
   args.bias = bias.data, args.gamma = gamma.data, args.keep = keep.data;
   if (add) args.residual = residual.memory.data();
   args.out = out.memory.data();
@@ -43,7 +52,11 @@ void fuzz_product(Random& random, const deit::Kernels& set) {
     if (out.memory.copy() != bits) fail("out depends on the number of threads planned for");
   }
 
-  const std::vector<double> a = x.values(), b = w.values();
+  const std::vector<double> a = x.values();
+  std::vector<double> b = w.values();
+  for (const std::vector<double>& more : {second.values(), third.values()}) {
+    b.insert(b.end(), more.begin(), more.end());
+  }
   for (int64_t i = 0; i < args.rows * args.width; ++i) {
     const int64_t row = i / args.width, n = i % args.width;
     double y = bias.at(n, 0.0);
