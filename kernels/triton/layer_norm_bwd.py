@@ -39,7 +39,7 @@ def layer_norm_bwd(
     """(dx, dweight, dbias) in the dtypes of x and weight; those not `wanted` are empty."""
     (_, dx, dweight, dbias, _), launches = plan(
         dout, None, None, x, weight, mean, rstd, None, None,
-        wanted=(False, *(wanted or (True,) * 3), False),
+        wanted=None if wanted is None else (False, *wanted, False),
     )  # fmt: skip
     for launch in launches:
         launch.run(x)
@@ -63,9 +63,7 @@ def add_layer_norm_bwd(
 
     Those not `wanted` are empty, and so is dgamma without gamma.
     """
-    outputs, launches = plan(
-        dout, dtotal, x, total, weight, mean, rstd, gamma, keep, wanted=wanted or (True,) * 5
-    )
+    outputs, launches = plan(dout, dtotal, x, total, weight, mean, rstd, gamma, keep, wanted=wanted)
     for launch in launches:
         launch.run(total)
     return outputs
@@ -82,17 +80,23 @@ def plan(
     gamma: Tensor | None,
     keep: Tensor | None,
     *,
-    wanted: Sequence[bool],
+    wanted: Sequence[bool] | None = None,
     config: configs.LayerNormBwdConfig | None = None,
 ) -> tuple[tuple[Tensor, ...], list[common.Launch]]:
     """(dx, dtotal's gradient through, dweight, dbias, dgamma), unwritten, and their launches.
 
     `total` is what was normalised, x the branch that was added, read for dgamma alone. For
     layer_norm, which adds nothing, dtotal is None and dx not `wanted`: the gradient at `total` is
-    the second output. Sums for dweight and dbias are made where either is wanted.
+    the second output. Sums for dweight and dbias are made where either is wanted. None: all.
     """
     dim, device = total.shape[-1], total.device
-    of_x, of_total, of_weight, of_bias, of_gamma = wanted
+    of_x, of_total, of_weight, of_bias, of_gamma = wanted or (
+        dtotal is not None,
+        True,
+        True,
+        True,
+        True,
+    )
     of_gamma, of_parameters = of_gamma and gamma is not None, of_weight or of_bias
     dx = dout.new_empty(dout.shape if of_x else 0)
     dsum = torch.empty(total.shape if of_total else 0, dtype=total.dtype, device=device)

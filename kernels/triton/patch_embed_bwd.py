@@ -36,7 +36,8 @@ def patch_embed_bwd(
     """
     dout = common.last_contiguous(dout)
     of_weight, *of_others = wanted or (True,) * 4
-    dweight, launches = weight.new_empty(0), []
+    dweight = weight.new_empty(0)
+    launches: list[common.Launch] = []
     if of_weight:
         assert images is not None  # as the schema has it
         dweight, launches = plan_weight(dout, images, weight, prefix_tokens)
