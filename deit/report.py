@@ -32,18 +32,20 @@ def history(run: Path) -> History:
     entries = RunFolder(run).entries()
     if not entries:
         raise ValueError(f"runs: no log.jsonl with entries in {run}")
-    scores: dict[str, list[tuple[int, float]]] = {}
+    scores: dict[str, dict[int, float]] = {}
     for entry in entries:
         for which in ("model", "average"):
             for head, top1 in entry.get(which, {}).get("top1", {}).items():
-                scores.setdefault(f"{which}, {head}", []).append((entry["update"], top1))
-    steps = [entry for entry in entries if "loss" in entry]
+                scores.setdefault(f"{which}, {head}", {})[entry["update"]] = top1
+    # Once each: older versions could log an update twice, where a run was killed.
+    once = {entry["update"]: entry for entry in entries if "loss" in entry}
+    steps = [once[update] for update in sorted(once)]
     teachers = [entry["teacher"]["top1"]["class"] for entry in entries if "teacher" in entry]
     return History(
         run.name,
         [(e["update"], e["loss"]) for e in steps],
         [(e["update"], e["images_per_s"], e["waited_percent"]) for e in steps],
-        scores,
+        {name: sorted(curve.items()) for name, curve in scores.items()},
         teachers[-1] if teachers else None,
         sum("unreadable" in entry for entry in entries),
     )
