@@ -24,17 +24,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import devices
 import evidence
 import torch
-import tyro
 from timing import interleave, spread
 from torch import Tensor
 
 import deit
 import deit.kernels
+from deit import flags
 from deit.fused_vit import fuse
 from deit.kernels import dispatch, ops
 
@@ -239,4 +239,4 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Annotated[Settings, tyro.conf.arg(name="")], description=__doc__)))
+    sys.exit(main(flags.parse(Settings, None, __doc__)))

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import tyro
-
+from deit import flags
 from deit.commands import (
     Eval,
     ExplainImage,
@@ -103,7 +102,7 @@ class Tune:
     """Pixels along a side; the networks' own if left out."""
     train: bool = True
     """Also the kernels of the backward."""
-    only: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="")] = ()
+    only: Annotated[tuple[str, ...], flags.arg(help_behavior_hint="")] = ()
     """Kernels to measure, such as linear; all if left out."""
     candidates: int = 40
     """Configurations to try for each kernel and shape."""
@@ -121,16 +120,16 @@ class Tune:
 
 
 Command = (
-    Annotated[Info, tyro.conf.subcommand("info")]
-    | Annotated[Predict, tyro.conf.subcommand("predict")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
-    | Annotated[Fixres, tyro.conf.subcommand("fixres")]
-    | Annotated[Eval, tyro.conf.subcommand("eval")]
-    | Annotated[Report, tyro.conf.subcommand("report")]
-    | Annotated[Export, tyro.conf.subcommand("export")]
-    | Annotated[ExplainImage, tyro.conf.subcommand("explain-image")]
-    | Annotated[Tune, tyro.conf.subcommand("tune")]
+    Annotated[Info, flags.subcommand("info")]
+    | Annotated[Predict, flags.subcommand("predict")]
+    | Annotated[Train, flags.subcommand("train")]
+    | Annotated[Finetune, flags.subcommand("finetune")]
+    | Annotated[Fixres, flags.subcommand("fixres")]
+    | Annotated[Eval, flags.subcommand("eval")]
+    | Annotated[Report, flags.subcommand("report")]
+    | Annotated[Export, flags.subcommand("export")]
+    | Annotated[ExplainImage, flags.subcommand("explain-image")]
+    | Annotated[Tune, flags.subcommand("tune")]
 )
 
 
@@ -164,12 +163,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     _print_any_name()
     try:
-        command = tyro.cli(
+        command = flags.cli(
             Command,
+            arguments,
             prog="deit",
             description="DeiT vision transformers on fused kernels.",
-            args=arguments,
-            config=(tyro.conf.OmitArgPrefixes,),
         )
         return command.run()
     except BrokenPipeError:

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 
 def _about(trainer: Trainer) -> dict[str, Any]:
     """What `run.json` says, as it reads it again."""
+    model = scale.plain(trainer.network)
+    # Whoever reads a checkpoint's weights needs what no shape shows: heads, epsilon.
+    shape = {"config": asdict(model.config)} if isinstance(model, DeiT) else {}
     about = {
-        "network": {"arch": trainer.options.arch, "img_size": trainer.options.img_size},
+        "network": {"arch": trainer.options.arch, "img_size": trainer.options.img_size, **shape},
         "classes": trainer.source.classes,
         "mean": trainer.source.mean,
         "std": trainer.source.std,

@@ -29,7 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deit import beside
+from deit.kernels import json_files
+from deit.kernels.json_files import Fields
+
 MANIFEST = "manifest.json"
+LONGEST_LOG = 1 << 29  # bytes; a line a second is 0.4 GB a month
 
 
 @dataclass
@@ -71,18 +76,9 @@ class RunFolder:
 
     def about(self) -> dict[str, Any]:
         """What `run.json` says. Raises ValueError where it is none, or is not there."""
-        path = self.root / "run.json"
-        try:
-            found = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise ValueError(
-                f"out: {self.root} holds weights, but no run.json to go on by"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: expected what a run writes ({error})") from None
-        if not isinstance(found, dict):
-            raise ValueError(f"{path}: expected a JSON object; got {type(found).__name__}")
-        return found
+        if not (self.root / beside.RUN_FILE).is_file():
+            raise ValueError(f"out: {self.root} holds weights, but no run.json to go on by")
+        return beside.read_run(self.root)
 
     def entries(self, update: int | None = None) -> list[dict[str, Any]]:
         """The log's lines; a last one that a crash cut short is left out.
@@ -90,15 +86,13 @@ class RunFolder:
         `update`: only what was said until that update was made and, if so, evaluated.
         """
         path = self.root / "log.jsonl"
-        text = path.read_text(errors="replace") if path.exists() else ""
-        lines = text.rstrip("\n").split("\n") if text else []
+        lines = json_files.lines(path, most=LONGEST_LOG, finite=False) if path.exists() else []
         found = []
-        for number, line in enumerate(lines):
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                if number != len(lines) - 1:
-                    raise ValueError(f"{path}: line {number + 1} is damaged") from None
+        for number, (name, entry) in enumerate(lines, start=1):
+            if not isinstance(entry, ValueError):
+                found.append(entry)
+            elif number < len(lines):
+                raise ValueError(f"{name} is damaged") from entry
         return found if update is None else [e for e in found if _said_by(update, e)]
 
     def rewind(self, update: int | None) -> None:
@@ -197,11 +191,14 @@ def load_state(path: Path) -> State:
 def damage(path: Path) -> str | None:
     """Why a checkpoint is not whole; None where it is."""
     try:
-        sums = json.loads((path / MANIFEST).read_text())["sha256"]
-        for name, expected in sums.items():
+        found = Fields(json_files.read(path / MANIFEST), MANIFEST).fields("sha256")
+        for name in found.values:
+            expected = found.text(name)
+            if Path(name).name != name:
+                return f"{MANIFEST}: sha256: expected names of files beside it; got {name!r}"
             if _sha256(path / name) != expected:
                 return f"{name} does not match its checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -279,7 +276,7 @@ def sync(path: Path) -> None:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with json_files.opened(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
