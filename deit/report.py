@@ -36,22 +36,32 @@ def history(run: Path) -> History:
     if not entries:
         raise ValueError(f"runs: no log.jsonl with entries in {run}")
     log = str(run / "log.jsonl")
-    scores: dict[str, list[tuple[int, float]]] = {}
-    losses, rates, teacher = [], [], None
+    # By update: older versions could log one twice, where a run was killed.
+    scores: dict[str, dict[int, float]] = {}
+    losses: dict[int, float] = {}
+    rates: dict[int, tuple[float, float]] = {}
+    teacher = None
     for values in entries:
         entry = Fields(values, log)
         for which in ("model", "average"):
             for head, top1 in _top1(entry, which).items():
-                point = (entry.integer("update", 0, LAST), top1)
-                scores.setdefault(f"{which}, {head}", []).append(point)
+                curve = scores.setdefault(f"{which}, {head}", {})
+                curve[entry.integer("update", 0, LAST)] = top1
         if "loss" in values:
             update = entry.integer("update", 0, LAST)
-            losses.append((update, entry.real("loss")))
-            rates.append((update, entry.real("images_per_s"), entry.real("waited_percent")))
+            losses[update] = entry.real("loss")
+            rates[update] = entry.real("images_per_s"), entry.real("waited_percent")
         if "teacher" in values:
             teacher = entry.fields("teacher").fields("top1").number("class", 0, 100)
     unreadable = sum("unreadable" in entry for entry in entries)
-    return History(run.name, losses, rates, scores, teacher, unreadable)
+    return History(
+        run.name,
+        sorted(losses.items()),
+        [(update, *rates[update]) for update in sorted(rates)],
+        {name: sorted(curve.items()) for name, curve in scores.items()},
+        teacher,
+        unreadable,
+    )
 
 
 def _top1(entry: Fields, which: str) -> dict[str, float]:

@@ -171,6 +171,8 @@ def test_reports_read_the_log(tmp_path, capsys, monkeypatch):
         run.log(update=update, loss=2.0 / update, lr=0.1, **pace)
         run.log(update=update, model=scores)
     run.log(update=2, unreadable="x.png", reason="broken")
+    run.log(update=1, loss=2.0, lr=0.1, **pace)  # twice, as an older version's killed run
+    run.log(update=1, model=scores)
     found = history(tmp_path / "a")
     assert found.losses == [(1, 2.0), (2, 1.0)]
     expected = {"model, class": 50.0, "model, distillation": 55.0, "model, softmax-sum": 60.0}

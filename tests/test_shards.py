@@ -267,6 +267,9 @@ class Faulty(http.server.BaseHTTPRequestHandler):
         fault = cls.faults[cls.asked - 1] if cls.asked <= len(cls.faults) else "none"
         if fault == "hang up":
             return
+        if fault == "silence":
+            time.sleep(3)
+            return
         if fault == "busy":
             self.send_error(503)
             return
@@ -297,7 +300,7 @@ def quick(cache, monkeypatch):
     monkeypatch.setattr(fetch, "pause", lambda seconds: None)
 
 
-FAULTS = ["hang up", "busy", "page", "stall", "drip", "cut", "cut, of no stated length"]
+FAULTS = ["hang up", "silence", "busy", "page", "stall", "drip", "cut", "cut, of no stated length"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deit.images import IMAGENET_MEAN, IMAGENET_STD, UnreadableImage, load_image
+from deit.decoding import UnreadableImage, load_image
+from deit.images import IMAGENET_MEAN, IMAGENET_STD
 from deit.limits import limit
 
 _SPLITS = {"train": ("train",), "val": ("validation", "val", "test")}

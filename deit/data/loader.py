@@ -20,7 +20,7 @@ from deit.data.drawn import Drawing
 from deit.data.on_device import Augmentation, Drawn
 from deit.data.sampling import Batches, Draw
 from deit.data.sources import Source, check_labels
-from deit.images import UnreadableImage
+from deit.decoding import UnreadableImage
 
 
 class WorkerDied(OSError):

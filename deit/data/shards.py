@@ -21,14 +21,8 @@ from PIL import Image
 
 from deit.data import fetch, tars
 from deit.data.tars import Place
-from deit.images import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    UnreadableImage,
-    check_size,
-    is_image_name,
-    load_image,
-)
+from deit.decoding import UnreadableImage, check_size, is_image_name, load_image
+from deit.images import IMAGENET_MEAN, IMAGENET_STD
 from deit.limits import limit
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")

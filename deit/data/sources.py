@@ -20,7 +20,8 @@ from PIL import Image
 
 from deit.data.hub import HubDataset
 from deit.data.shards import Shards
-from deit.images import IMAGENET_MEAN, IMAGENET_STD, find_images, load_image
+from deit.decoding import find_images, load_image
+from deit.images import IMAGENET_MEAN, IMAGENET_STD
 
 # The Debian package dataset-fashion-mnist puts its files here; torchvision below <root>.
 FASHION_FOLDERS = ("/usr/share/datasets/fashion-mnist",)
