@@ -99,7 +99,7 @@ def run_inside(options: argparse.Namespace) -> int:
     """A stage's (or job's) own process: 0, or 1 where it found failures."""
     checkout.importable()
     stage = next(stage for stage in STAGES if stage.name == options.run_stage)
-    jobs = 1 if options.dry_run else max(1, min(8, (os.cpu_count() or 2) // 2))
+    jobs = 1 if options.dry_run else max(1, min(12, 3 * (os.cpu_count() or 2) // 4))
     context = Context(
         stage.name,
         options.out,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from deit.kernels import dispatch, ops, validate
+from deit.kernels import dispatch, hopper, ops, validate
 
 
 def gelu_mlp(
@@ -92,8 +92,18 @@ def _prepare(
 
 
 def _limits(
-    implementation: str, x: Tensor, w1: Tensor, _: Tensor | None, w2: Tensor, *__: object
+    implementation: str,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
 ) -> list[str]:
+    if implementation == "cuda":
+        return hopper.limits(x, w1, w2, residual=residual, keep=keep)
     return dispatch.product_limits(implementation, x, w1, w2)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deit.kernels import dispatch, ops, validate
+from deit.kernels import dispatch, hopper, ops, validate
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh")
 
@@ -70,7 +70,18 @@ def _prepare(
     return x, weight, bias, activation, residual, gamma, keep
 
 
-def _limits(implementation: str, x: Tensor, weight: Tensor, *_: object) -> list[str]:
+def _limits(
+    implementation: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+) -> list[str]:
+    if implementation == "cuda":
+        return hopper.limits(x, weight, residual=residual, keep=keep)
     return dispatch.product_limits(implementation, x, weight)
 
 

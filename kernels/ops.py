@@ -185,7 +185,7 @@ KERNELS: dict[str, frozenset[str]] = {
         }
     )
     | eight_bits.FP8.keys(),
-    "cuda": frozenset({"layer_norm", "add_layer_norm"}),
+    "cuda": frozenset({"layer_norm", "add_layer_norm", "linear", "gelu_mlp"}),
 }
 
 

@@ -18,7 +18,6 @@ SIZES = {
     "attention": {"head_dim": 64, "tokens": 197, "tma": True},
     "attention_bwd": {"head_dim": 64, "tokens": 197, "tma": True},
     "linear": {"width": 768, "depth": 192},
-    "norm_linear": {"width": 768, "depth": 192},
     "norm_panel": {"width": 768, "depth": 192},
     "input_gradient": {"width": 768, "depth": 192, "gelu": True},
     "weight_gradient": {"width": 768, "depth": 192},

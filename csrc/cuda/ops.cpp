@@ -7,6 +7,7 @@
 // Stays after the torch headers, which declare the CUDA part of the stable C interface.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
 
 #include <tuple>
 
@@ -29,7 +30,7 @@ Parameter parameter(const char* name, const std::optional<Tensor>& value, int64_
 void run(const LayerNormArgs& args, Scalar residual_type, const Tensor& x) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   launch_layer_norm(args, scalar_of("x", x), residual_type, static_cast<cudaStream_t>(stream));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -235,7 +235,7 @@ def _gelu_mlp(arguments: Arguments, pinned: configs.MlpConfig | None) -> Iterato
 
 
 def _norm_panel(arguments: Arguments, pinned: configs.PanelConfig | None) -> Iterator[Any]:
-    yield None  # by tile
+    yield None  # LayerNorm in a kernel of its own
     chunk = arguments["depth"] // 3
     for block_m, block_n, stages in itertools.product((128, 64), (128, 64), (2, 3)):
         yield configs.PanelConfig(block_m, block_n, chunk, num_warps=8, num_stages=stages)
@@ -260,7 +260,6 @@ def _patch_embed(arguments: Arguments, pinned: configs.PatchEmbedConfig) -> Iter
 
 _SPACES: dict[str, Callable[[Arguments, Any], Iterator[Any]]] = {
     "linear": _linear,
-    "norm_linear": _linear,
     "fp8_product": _fp8_product,
     "norm_panel": _norm_panel,
     "input_gradient": _linear,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from deit.kernels.triton import linear_bwd, products
+from deit.kernels.triton import launching, linear_bwd, products
 
 
+@launching.kept
 def gelu_mlp_bwd(
     dout: Tensor,
     x: Tensor,

@@ -23,9 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.triton import common, configs, layer_norm, partials
+from deit.kernels.triton import common, configs, launching, layer_norm, partials
 
 
+@launching.kept
 def layer_norm_bwd(
     dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, ...]:
@@ -36,6 +37,7 @@ def layer_norm_bwd(
     return dx, dweight, dbias
 
 
+@launching.kept
 def add_layer_norm_bwd(
     dout: Tensor,
     dtotal: Tensor,

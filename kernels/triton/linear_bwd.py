@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.triton import common, configs, partials, products
+from deit.kernels.triton import common, configs, launching, partials, products
 
 
+@launching.kept
 def linear_bwd(
     dout: Tensor,
     x: Tensor,
@@ -159,7 +160,7 @@ def _output_gradient_kernel(
             value = tl.load(affine + at, mask=mask, other=0.0).to(tl.float32)
             slope = 1.0
             if ACTIVATION == "gelu":
-                value, slope = common.gelu_and_slope(value)
+                value, slope = common.gelu_and_slope(affine, value, False)
             elif ACTIVATION == "gelu_tanh":
                 value, slope = common.gelu_tanh_and_slope(value)
             if gamma is not None:

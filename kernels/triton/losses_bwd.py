@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.triton import common, configs, losses
+from deit.kernels.triton import common, configs, launching, losses
 
 
+@launching.kept
 def cross_entropy_bwd(
     dloss: Tensor, logits: Tensor, target: Tensor, statistics: Tensor, label_smoothing: float
 ) -> Tensor:
@@ -29,6 +30,7 @@ def cross_entropy_bwd(
     return dlogits
 
 
+@launching.kept
 def distillation_loss_bwd(
     dloss: Tensor,
     logits: Tensor,

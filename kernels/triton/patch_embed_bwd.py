@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.triton import common, configs, partials, patch_embed
+from deit.kernels.triton import common, configs, launching, partials, patch_embed
 
 
+@launching.kept
 def patch_embed_bwd(
     dout: Tensor, images: Tensor, weight: Tensor, prefix_tokens: int
 ) -> tuple[Tensor, ...]:

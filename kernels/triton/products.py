@@ -110,7 +110,10 @@ def plan_input_gradient(
     if not all(common.describable(t) for t in (g, weight, out, hidden) if t is not None):
         config = config.without_tma()
     whole = config.tma or g.dtype == torch.float32
-    epilogues = config.epilogues(128 if hidden is None and whole else 32)
+    columns = 128 if whole else 32
+    if hidden is not None:  # 64 columns on sm_90: half the waits for tiles of hidden
+        columns = 64 if config.tma and common.architecture(g) == 90 else 32
+    epilogues = config.epilogues(columns)
     operands: dict[str, Any] = {
         "g": g,
         "weight": weight,
@@ -136,7 +139,7 @@ def plan_input_gradient(
         **_constants(config, g.dtype, epilogues),
     }
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n)
-    grid = (min(tiles, common.multiprocessors(g)),)
+    grid = (min(tiles, config.programs * common.multiprocessors(g)),)
     launch = common.Launch(
         _input_gradient_kernel, grid, arguments, config.num_warps, config.num_stages
     )
@@ -166,7 +169,7 @@ def plan_weight_gradient(
     )
     if not tma:
         config = config.without_tma()
-    programs = programs or common.multiprocessors(g)
+    programs = programs or config.programs * common.multiprocessors(g)
     tiles = triton.cdiv(width, config.block_m) * triton.cdiv(depth, config.block_n)
     steps = triton.cdiv(rows, config.block_k)
     split_steps = triton.cdiv(steps, configs.splits(tiles, steps, programs))
@@ -207,6 +210,7 @@ def _constants(
         "PRECISION": common.precision(dtype),
         "GROUP": config.group,
         "EPILOGUES": epilogues,
+        "FLATTEN": config.flatten,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -225,7 +229,7 @@ def _through_gelu(
         row = m0 + tl.arange(0, acc.shape[0])
         at = row.to(tl.int64)[:, None] * width + col[None, :]
         h = tl.load(hidden + at, mask=(row < rows)[:, None] & (col < width)[None, :], other=0.0)
-    value, slope = common.gelu_and_slope(h.to(tl.float32))
+    value, slope = common.gelu_and_slope(activated, h.to(tl.float32), TMA)
     common.store_tile(activated, value, m0, n0, rows, width, TMA)
     acc *= slope
     # Rows past the last are zeros: g was read as zeros there.
@@ -250,13 +254,14 @@ def _input_gradient_kernel(
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
     EPILOGUES: tl.constexpr,
+    FLATTEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """out [rows, width] = g [rows, depth] @ weight [depth, width]."""
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(width, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         m0, n0 = common.tile_origin(tile, rows, width, BLOCK_M, BLOCK_N, GROUP)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if TMA:
@@ -307,6 +312,7 @@ def _weight_gradient_kernel(
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
     EPILOGUES: tl.constexpr,
+    FLATTEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -316,7 +322,7 @@ def _weight_gradient_kernel(
     The tiles of one split run together, so they share its rows of g and x in L2.
     """
     tiles = tl.cdiv(width, BLOCK_M) * tl.cdiv(depth, BLOCK_N)
-    for unit in tl.range(tl.program_id(0), tiles * splits, tl.num_programs(0)):
+    for unit in tl.range(tl.program_id(0), tiles * splits, tl.num_programs(0), flatten=FLATTEN):
         split = unit // tiles
         m0, n0 = common.tile_origin(unit % tiles, width, depth, BLOCK_M, BLOCK_N, GROUP)
         first = split * split_rows
