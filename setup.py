@@ -192,7 +192,7 @@ def cpu_ninja(compiler: str, torch: Torch, target: Path) -> str:
     """The build file of the C++ library."""
     interface = f"-isystem {torch.include} -DTORCH_TARGET_VERSION={TORCH_TARGET}"
     edges = cpu_objects()
-    launchers = ("ops", "ops_block", "ops_linear", "ops_patch", "ops_training", "int8_ops")
+    launchers = ("marks", "ops", "ops_block", "ops_linear", "ops_patch", "ops_training", "int8_ops")
     launchers += ("int8_block",)
     edges += [(f"{name}.o", CSRC / "cpu" / f"{name}.cpp", interface) for name in launchers]
     return ninja_file(

@@ -13,12 +13,13 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from deit.kernels import native, ops, reference
 
@@ -211,11 +212,27 @@ def _refusals(
     found = []
     if torch._C._are_functorch_transforms_active():
         found.append("a torch.func transform is active and the kernel has no rule for it")
+    if forward_ad._current_level >= 0 and has_tangent(arguments):  # asked first: 80 ns less
+        found.append("an input has a forward-mode tangent and the kernel has no rule for it")
     if arguments[0].dtype not in KERNEL_DTYPES:
         found += unserved(arguments[0])
     if training:
         found += _training_reasons(operator, arguments, implementation)
     return found + operator.limits(implementation, *arguments)
+
+
+def gradients(ctx: Any, backward: Callable[..., Any], places: Sequence[int]) -> list[Any]:
+    """One gradient an input of an autograd.Function: those that autograd wants, None for others.
+
+    backward: called with `wanted`, one bool for each of `places`, the inputs by position that it
+        returns gradients of; not called where it would compute none of them.
+    """
+    found: list[Any] = [None] * len(ctx.needs_input_grad)
+    wanted = [ctx.needs_input_grad[place] for place in places]
+    if any(wanted):
+        for place, gradient, is_wanted in zip(places, backward(wanted), wanted, strict=True):
+            found[place] = gradient if is_wanted else None
+    return found
 
 
 def needs_gradient(arguments: Arguments) -> bool:
@@ -225,6 +242,14 @@ def needs_gradient(arguments: Arguments) -> bool:
             if isinstance(argument, Tensor) and argument.requires_grad:
                 return True
     return False
+
+
+def has_tangent(arguments: Arguments) -> bool:
+    """Whether a forward-mode derivative (torch.autograd.forward_ad) is taken through this call."""
+    if forward_ad._current_level < 0:
+        return False
+    tensors = (argument for argument in arguments if isinstance(argument, Tensor))
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 # Products whose gradients have fp32 kernels alone.

@@ -16,10 +16,10 @@ from torch import Tensor
 _EPILOGUE = "Tensor? norm_weight, Tensor? norm_bias, float eps"
 
 
-def _block(projection: str, layer: str) -> str:
+def block(projection: str, layer: str, qkv: str | None = None) -> str:
     """The schema of a whole block whose weights are spelled so by name."""
     return (
-        f"(Tensor x, Tensor norm1_weight, Tensor? norm1_bias, {projection.format('qkv')}, "
+        f"(Tensor x, Tensor norm1_weight, Tensor? norm1_bias, {qkv or projection.format('qkv')}, "
         f"Tensor? qkv_bias, {projection.format('proj')}, Tensor? proj_bias, Tensor? gamma1, "
         f"Tensor norm2_weight, Tensor? norm2_bias, {layer.format('w1')}, Tensor? b1, "
         f"{layer.format('w2')}, Tensor? b2, Tensor? gamma2, Tensor? key_bias, int num_heads, "
@@ -39,7 +39,7 @@ _MLP = (
 INT8: dict[str, str] = {
     "int8_linear": _LINEAR,
     "int8_gelu_mlp": _MLP,
-    "int8_vit_block": _block("Tensor {0}_weight", "Tensor {0}"),
+    "int8_vit_block": block("Tensor {0}_weight", "Tensor {0}"),
 }
 FP8: dict[str, str] = {"fp8_linear": _LINEAR, "fp8_gelu_mlp": _MLP}
 SCHEMAS = INT8 | FP8  # the public operators
@@ -54,7 +54,7 @@ PACKED_SCHEMAS: dict[str, str] = {
         f"Tensor scales2, Tensor sums2, Tensor? b2, {_EPILOGUE}, Tensor? residual, "
         "Tensor? gamma) -> Tensor"
     ),
-    "int8_vit_block_packed": _block(*2 * ("Tensor {0}, Tensor {0}_scales, Tensor {0}_sums",)),
+    "int8_vit_block_packed": block(*2 * ("Tensor {0}, Tensor {0}_scales, Tensor {0}_sums",)),
 }
 
 ALL = SCHEMAS | PACKED_SCHEMAS

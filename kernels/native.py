@@ -129,7 +129,19 @@ def _cpu_library() -> ctypes.CDLL:
     library.deit_cpu_select_isa.argtypes = [ctypes.c_char_p]
     library.deit_cpu_int8_isa.restype = ctypes.c_char_p
     library.deit_cpu_select_int8_isa.argtypes = [ctypes.c_char_p]
+    library.deit_cpu_make_marks.argtypes = [ctypes.c_void_p]
+    library.deit_cpu_make_marks.restype = None
+    library.deit_cpu_has_marks.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     return library
+
+
+def cpu_marks() -> tuple[Any, Any]:
+    """csrc/cpu/marks.cpp's two functions, for `deit.kernels.marks`.
+
+    Raises RuntimeError where the library is not usable, with the reason.
+    """
+    library = _cpu_library()
+    return library.deit_cpu_make_marks, library.deit_cpu_has_marks
 
 
 def cpu_isa() -> str:

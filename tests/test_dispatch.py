@@ -1,5 +1,7 @@
 """Which implementation runs, and that nothing falls back unseen."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from deit.kernels import (
     dispatch,
     eight_bits_schemas,
     explain,
+    gelu_mlp,
     layer_norm,
     linear,
     ops,
@@ -188,8 +191,18 @@ def test_fullgraph_compile_of_the_public_function(name):
             torch.testing.assert_close(got, want)
 
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # nested tensors are a prototype
+    JAGGED = torch.nested.nested_tensor([X[0], X[1, :3]], layout=torch.jagged)
+    NESTED = torch.nested.nested_tensor([X[0], X[1, :3]])
 BAD = {
     "not a tensor": (lambda: layer_norm([1.0], WEIGHT), TypeError, "x: expected a Tensor"),
+    "jagged": (lambda: layer_norm(JAGGED, WEIGHT), TypeError, "x: expected a tensor that is not"),
+    "nested": (
+        lambda: gelu_mlp(NESTED, torch.ones(64, 64), None, torch.ones(64, 64), None),
+        TypeError,
+        "x: expected a tensor that is not nested",
+    ),
     "integers": (lambda: layer_norm(X.int(), WEIGHT), TypeError, "x: expected a floating-point"),
     "width": (lambda: layer_norm(X, torch.ones(63)), ValueError, r"weight: expected shape \(64,\)"),
     "dtype mix": (

@@ -12,7 +12,8 @@ from transformers.models.deit import modeling_deit
 
 import transformers  # isort: skip  (importing the models has put another module in its place)
 
-from hf import IMAGES, KINDS, close, forbid_originals, layers, make, step
+from fusing import forbid_originals
+from hf import IMAGES, KINDS, close, layers, make, step
 
 from deit.fused_vit import fuse, huggingface, unfuse
 from deit.fused_vit.modules import Fused, original_class

@@ -7,12 +7,15 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from fusing import forbid_originals
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deit
 from deit import fused_vit
 from deit.fused_vit import Report, fuse, fused, unfuse
-from deit.fused_vit.modules import Fused, original_class
+from deit.fused_vit.modules import Fused
 from deit.kernels import native, ops
 
 needs_library = pytest.mark.skipif(
@@ -82,11 +85,7 @@ def test_layer_scale_of_ours_is_the_operators_in_inference_and_training():
 def test_the_fused_path_is_the_one_that_runs(model, monkeypatch):
     """A fused block that always fell back would pass every other test here."""
     fuse(model)
-    monkeypatch.setattr(
-        original_class(model.blocks[0]),
-        "forward",
-        lambda *_: pytest.fail("the original forward ran"),
-    )
+    forbid_originals(monkeypatch)
     model(IMAGES)
 
 
@@ -246,6 +245,32 @@ def test_fullgraph_compile(name):
     want = model(IMAGES)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(IMAGES), want, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # PyTorch's own, by forward_ad
+@pytest.mark.parametrize("dual", ["images", "weights"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_forward_mode_derivatives(frozen, dual):
+    """A tangent that enters by the images, or by the weights of one block among frozen ones."""
+    model = ours().requires_grad_(not frozen)
+    names = [n for n, _ in model.named_parameters() if n.startswith("blocks.1.")]
+    weights = dict(model.named_parameters())
+
+    def call(images, *given):
+        replaced = dict(zip(names, given, strict=True))
+        return torch.func.functional_call(model, weights | replaced, (images,))
+
+    def derivative():
+        primals = [IMAGES, *(weights[n].detach() for n in names)]
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            for i in range(1 if dual == "images" else len(primals)):
+                if (i == 0) == (dual == "images"):
+                    primals[i] = forward_ad.make_dual(primals[i], torch.ones_like(primals[i]))
+            return forward_ad.unpack_dual(call(*primals)).tangent.detach()
+
+    want = derivative()
+    fuse(model)
+    torch.testing.assert_close(derivative(), want, atol=2e-4 * float(want.abs().max()), rtol=1e-4)
 
 
 @torch.no_grad()

@@ -1,8 +1,10 @@
 """Copies of weights are kept while the weight is what it was, and not a moment longer."""
 
 import copy
+import ctypes
 import gc
 import io
+import os
 import pickle
 import threading
 
@@ -10,7 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from deit.kernels import packing
+from deit.kernels import native, packing
+
+needs_library = pytest.mark.skipif(
+    bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))
+)
 
 
 @pytest.fixture(autouse=True)
@@ -146,13 +152,90 @@ def test_every_change_makes_a_new_copy(change, make):
     check(linear.weight, make, 2)
 
 
-def test_what_pytorch_does_not_tell(make):
-    # `.data` has a version counter of its own: a copy is kept until forget() is called.
+def through_data(weight):
+    weight.data.mul_(1.5)
+
+
+def through_numpy(weight):
+    weight.detach().numpy()[...] *= 1.5
+
+
+def through_a_row(weight):
+    weight.data[7] = 0.0
+
+
+def through_another_tensor_of_the_memory(weight):
+    torch.empty(0).set_(weight.detach().untyped_storage()).add_(1.0)
+
+
+def by_a_fused_optimiser(weight):
+    weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW([weight], lr=0.1, fused=True).step()
+
+
+def by_another_process(weight):
+    child = os.fork()  # it touches the shared memory and nothing else
+    if child == 0:
+        for address in range(0, 4 * weight.numel(), 64):
+            ctypes.c_uint32.from_address(weight.data_ptr() + address).value ^= 1 << 22
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "write",
+    [
+        through_data,
+        through_numpy,
+        through_a_row,
+        through_another_tensor_of_the_memory,
+        by_a_fused_optimiser,
+        by_another_process,
+    ],
+)
+def test_writes_that_pytorch_does_not_count(write, make):
+    flat = torch.randn(64 * 96)
+    if write is by_another_process:
+        flat.share_memory_()
+    weight = nn.Parameter(flat.view(64, 96))
+    check(weight, make, 1)
+    check(weight, make, 1)
+    version = weight._version
+    write(weight)
+    assert weight._version == version
+    check(weight, make, 2)
+    check(weight, make, 2)
+    flat.mul_(0.5)  # the buffer behind it
+    check(weight, make, 3)
+
+
+@needs_library
+def test_a_few_numbers_are_seen_in_their_turn(make):
+    weight = nn.Parameter(torch.randn(64, 96))
+    with torch.no_grad():
+        packing.packed(weight, "double", make, 1)
+        weight.data[5, 7] = 0.0
+        for _ in range(100):
+            packing.packed(weight, "double", make, 1)
+    check(weight, make, 2)
+
+
+def test_tensors_are_swapped(make):
+    linear = nn.Linear(6, 4)
+    check(linear.weight, make, 1)
+    torch.utils.swap_tensors(linear.weight, nn.Parameter(torch.randn(4, 6)))
+    check(linear.weight, make, 2)
+
+
+def test_a_capture_makes_its_own_copy(make, monkeypatch):
+    """What a CUDA graph replays reads the weight, not a copy of what it was."""
     weight = nn.Parameter(torch.randn(4, 6))
     check(weight, make, 1)
-    weight.data.add_(1.0)
-    packing.forget(weight)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     check(weight, make, 2)
+    check(weight, make, 3)
 
 
 def test_training_forgets(make):

@@ -49,7 +49,9 @@ struct AttentionArgs {
 // one fp32 input, or two of bf16.
 struct ProductArgs {
   const void* x;         // [rows, depth]
-  const void* weight;    // [width, depth]
+  const void* weight;    // [width, depth]; or its first third, the others where they lie:
+  const void* others[2]; // [part, depth] each, or null
+  int64_t part;          // rows of each third, a multiple of 16; 0: weight holds all
   const float* packed;   // the same by pack_weight, [panels, depth, columns]; null: packed in the call
   const float* bias;     // [width] or null
   const float* gamma;    // [width] or null

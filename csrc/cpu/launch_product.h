@@ -13,6 +13,9 @@ void run_product(ProductArgs args);
 Tensor linear_of(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                  Activation activation, const std::optional<Tensor>& residual,
                  const std::optional<Tensor>& gamma, const std::optional<Tensor>& keep);
+// x wT + bias, the weight in thirds: `weight`, then the two others. No others: `weight` is all.
+Tensor linear_of_thirds(const Tensor& x, const Tensor& weight, const std::vector<Tensor>& others,
+                        const std::optional<Tensor>& bias);
 Tensor gelu_mlp_of(const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1,
                    const Tensor& w2, const std::optional<Tensor>& b2,
                    const std::optional<Tensor>& residual, const std::optional<Tensor>& gamma,
@@ -25,12 +28,30 @@ inline const void* matrix(const char* name, Tensor& value, ScalarType type) {
   return value.const_data_ptr();
 }
 
+// Makes `args`, which describes the first third of a weight, describe all of it: `held` keeps the
+// others as they are read.
+inline void add_thirds(ProductArgs& args, const std::vector<Tensor>& others, Tensor (&held)[2]) {
+  const ScalarType type = args.type == Scalar::bf16 ? ScalarType::BFloat16 : ScalarType::Float;
+  const int64_t depth = args.depth * (args.type == Scalar::bf16 ? 2 : 1);
+  STD_TORCH_CHECK(args.width % 16 == 0, "weight: expected thirds of a multiple of 16 rows");
+  for (size_t i = 0; i < 2; ++i) {
+    held[i] = others.at(i);
+    STD_TORCH_CHECK(held[i].dim() == 2 && held[i].size(0) == args.width &&
+                        held[i].size(1) == depth,
+                    "weight: expected thirds of one shape");
+    args.others[i] = matrix("weight", held[i], type);
+  }
+  args.part = args.width;
+  args.width *= 3;
+}
+
 // One product's description, and the tensors that its pointers point into.
 struct Product {
   ProductArgs args{};
-  Tensor x, weight, residual, held[3], out;
+  Tensor x, weight, residual, held[3], thirds[2], out;
 
-  Product(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias)
+  Product(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias,
+          const std::vector<Tensor>& others = {})
       : x(x_in), weight(weight_in), out(x_in) {
     STD_TORCH_CHECK(x.dim() >= 1 && weight.dim() == 2 && x.size(x.dim() - 1) == weight.size(1),
                     "weight: expected [M, K] for x [..., K]");
@@ -46,6 +67,7 @@ struct Product {
     const ScalarType type = x.scalar_type();
     args.x = matrix("x", x, type);
     args.weight = matrix("weight", weight, type);
+    if (!others.empty()) add_thirds(args, others, thirds);
     args.bias = parameter("bias", bias, args.width, x, held[0]);
   }
 

@@ -136,6 +136,14 @@ Tensor attention_of(Tensor qkv, int64_t num_heads, double scale, std::optional<T
   return out;
 }
 
+Tensor linear_of_thirds(const Tensor& x, const Tensor& weight, const std::vector<Tensor>& others,
+                        const std::optional<Tensor>& bias) {
+  Product product(x, weight, bias, others);
+  product.allocate_out(x);
+  run_product(product.args);
+  return product.out;
+}
+
 Tensor linear_of(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                  Activation activation, const std::optional<Tensor>& residual,
                  const std::optional<Tensor>& gamma, const std::optional<Tensor>& keep) {
@@ -214,6 +222,11 @@ Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias,
   return linear_of(x, weight, bias, activation_of(activation), residual, gamma, keep);
 }
 
+Tensor linear_thirds(Tensor x, Tensor first, Tensor second, Tensor third,
+                     std::optional<Tensor> bias) {
+  return linear_of_thirds(x, first, {second, third}, bias);
+}
+
 Tensor gelu_mlp(Tensor x, Tensor w1, std::optional<Tensor> b1, Tensor w2,
                 std::optional<Tensor> b2, std::optional<Tensor> residual,
                 std::optional<Tensor> gamma, std::optional<Tensor> keep) {
@@ -228,5 +241,6 @@ STABLE_TORCH_LIBRARY_IMPL(deit_cpu, CPU, m) {
   m.impl("add_layer_norm", TORCH_BOX(&deit::add_layer_norm));
   m.impl("attention", TORCH_BOX(&deit::attention));
   m.impl("linear", TORCH_BOX(&deit::linear));
+  m.impl("linear_thirds", TORCH_BOX(&deit::linear_thirds));
   m.impl("gelu_mlp", TORCH_BOX(&deit::gelu_mlp));
 }

@@ -25,6 +25,7 @@ constexpr int64_t kMostPacked = 16 << 20;
 struct Layer {
   Tensor weight;
   Optional bias, gamma;
+  std::vector<Tensor> others{};  // of a weight that lies in thirds
 };
 
 struct Norm {
@@ -53,8 +54,7 @@ bool image_by_image(const Block& block, const Tensor& x) {
 Tensor by_operator(const Block& block, const Tensor& x) {
   const auto& [norm1, norm2] = block.norms;
   const Tensor normed = layer_norm_of(x, norm1.weight, norm1.bias, block.eps, nullptr);
-  const Tensor qkv = linear_of(normed, block.qkv.weight, block.qkv.bias, Activation::none,
-                               std::nullopt, std::nullopt, std::nullopt);
+  const Tensor qkv = linear_of_thirds(normed, block.qkv.weight, block.qkv.others, block.qkv.bias);
   const Tensor mixed = attention_of(qkv, block.heads, block.scale, block.key_bias, nullptr);
   const Tensor stream = linear_of(mixed, block.proj.weight, block.proj.bias, Activation::none, x,
                                   block.proj.gamma, std::nullopt);
@@ -105,6 +105,7 @@ class Description {
     product.weight = matrix("weight", weight, x_.scalar_type());
     product.depth = weight.size(1) / (product.type == Scalar::bf16 ? 2 : 1);
     product.width = weight.size(0);
+    if (!layer.others.empty()) add_thirds(product, layer.others, thirds_);
     product.rows = product.rows_per_sample = args.attention.tokens;
     product.bias = parameter("bias", layer.bias, product.width, x_, hold());
     product.gamma = parameter("gamma", layer.gamma, product.width, x_, hold());
@@ -138,6 +139,7 @@ class Description {
 
   Tensor x_;
   std::vector<Tensor> held_ = std::vector<Tensor>(17);
+  Tensor thirds_[2];
   size_t count_ = 0;
   Buffer packed_;
 };
@@ -157,7 +159,8 @@ void check(const Block& block, const Tensor& x) {
                     ": expected [", width, ", ", depth, "]");
     STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), name, ": expected x's dtype");
   };
-  expect("qkv_weight", block.qkv.weight, 3 * channels, channels);
+  expect("qkv_weight", block.qkv.weight, (block.qkv.others.empty() ? 3 : 1) * channels, channels);
+  for (const Tensor& weight : block.qkv.others) expect("qkv_weight", weight, channels, channels);
   expect("proj_weight", block.proj.weight, channels, channels);
   expect("w1", block.fc1.weight, hidden, channels);
   expect("w2", block.fc2.weight, channels, hidden);
@@ -175,20 +178,7 @@ Tensor row_stats_of(const Tensor& y) {
   return stats;
 }
 
-std::tuple<Tensor, Tensor> vit_block(
-    Tensor x, Optional, Tensor norm1_weight, Optional norm1_bias, Tensor qkv_weight,
-    Optional qkv_bias, Tensor proj_weight, Optional proj_bias, Optional gamma1,
-    Tensor norm2_weight, Optional norm2_bias, Tensor w1, Optional b1, Tensor w2, Optional b2,
-    Optional gamma2, Optional key_bias, int64_t num_heads, double scale, double eps) {
-  const Block block{{{norm1_weight, norm1_bias}, {norm2_weight, norm2_bias}},
-                    {qkv_weight, qkv_bias, std::nullopt},
-                    {proj_weight, proj_bias, gamma1},
-                    {w1, b1, std::nullopt},
-                    {w2, b2, gamma2},
-                    key_bias,
-                    num_heads,
-                    scale,
-                    eps};
+std::tuple<Tensor, Tensor> run(const Block& block, const Tensor& x) {
   check(block, x);
   if (x.numel() == 0 || !image_by_image(block, x)) {
     const Tensor y = by_operator(block, x);
@@ -209,7 +199,44 @@ std::tuple<Tensor, Tensor> vit_block(
   return {y, stats};
 }
 
+std::tuple<Tensor, Tensor> vit_block(
+    Tensor x, Optional, Tensor norm1_weight, Optional norm1_bias, Tensor qkv_weight,
+    Optional qkv_bias, Tensor proj_weight, Optional proj_bias, Optional gamma1,
+    Tensor norm2_weight, Optional norm2_bias, Tensor w1, Optional b1, Tensor w2, Optional b2,
+    Optional gamma2, Optional key_bias, int64_t num_heads, double scale, double eps) {
+  return run({{{norm1_weight, norm1_bias}, {norm2_weight, norm2_bias}},
+              {qkv_weight, qkv_bias, std::nullopt},
+              {proj_weight, proj_bias, gamma1},
+              {w1, b1, std::nullopt},
+              {w2, b2, gamma2},
+              key_bias,
+              num_heads,
+              scale,
+              eps},
+             x);
+}
+
+std::tuple<Tensor, Tensor> vit_block_thirds(
+    Tensor x, Tensor norm1_weight, Optional norm1_bias, Tensor q_weight, Tensor k_weight,
+    Tensor v_weight, Optional qkv_bias, Tensor proj_weight, Optional proj_bias, Optional gamma1,
+    Tensor norm2_weight, Optional norm2_bias, Tensor w1, Optional b1, Tensor w2, Optional b2,
+    Optional gamma2, Optional key_bias, int64_t num_heads, double scale, double eps) {
+  return run({{{norm1_weight, norm1_bias}, {norm2_weight, norm2_bias}},
+              {q_weight, qkv_bias, std::nullopt, {k_weight, v_weight}},
+              {proj_weight, proj_bias, gamma1},
+              {w1, b1, std::nullopt},
+              {w2, b2, gamma2},
+              key_bias,
+              num_heads,
+              scale,
+              eps},
+             x);
+}
+
 }  // namespace
 }  // namespace deit
 
-STABLE_TORCH_LIBRARY_IMPL(deit_cpu, CPU, m) { m.impl("vit_block", TORCH_BOX(&deit::vit_block)); }
+STABLE_TORCH_LIBRARY_IMPL(deit_cpu, CPU, m) {
+  m.impl("vit_block", TORCH_BOX(&deit::vit_block));
+  m.impl("vit_block_thirds", TORCH_BOX(&deit::vit_block_thirds));
+}

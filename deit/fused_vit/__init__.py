@@ -20,16 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from deit import configs
-from deit.fused_vit import eight_bits, plain
+from deit.fused_vit import eight_bits, plain, swapping
 from deit.fused_vit.graph import Graph, compile_graph
 from deit.fused_vit.last_block import PrefixOnly
-from deit.fused_vit.modules import Fused, original_class
+from deit.fused_vit.modules import Fused
 from deit.fused_vit.report import Report, Row
-from deit.kernels import dispatch, ops
+from deit.kernels import dispatch, ops, packing
 from deit.model import DeiT
 
-__all__ = ["Graph", "Report", "Row", "compile_graph", "fuse", "fused", "register_hf", "unfuse",
-           *configs.PUBLISHED]  # fmt: skip
+__all__ = ["Graph", "Report", "Row", "compile_graph", "fuse", "fused", "refresh", "register_hf",
+           "unfuse", *configs.PUBLISHED]  # fmt: skip
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -74,7 +74,11 @@ def fuse(
             elsewhere only with impl="reference". The outputs are close, not the same:
             docs/numerics.md. In training mode the model's own dtype runs; a gradient in eval mode
             is refused: use torch.inference_mode(). An attention or MLP outside a fused block stays
-            as it is.
+            as it is. Of the weights 8-bit copies are kept. On a CPU a call sees any write to all
+            of a weight or to whole rows of it, through `.data` or from elsewhere, at once or
+            within eight calls, and one to a few numbers within some hundred. On a GPU it sees what
+            PyTorch counts: in-place operators, load_state_dict, `.to`, `.data = other`. After
+            other writes call `refresh(model)`.
 
     Returns:
         A Report; print it for a table.
@@ -146,6 +150,18 @@ def unfuse(model: Model) -> Model:
     return model
 
 
+def refresh(model: nn.Module) -> None:
+    """Forget every 8-bit copy of the model's weights: the next call makes them of what is there.
+
+    For what dtype="int8" and "fp8" cannot see at once (see `fuse`). Other fused models keep no copy
+    of a weight. Raises TypeError where `model` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
+    for weight in (*model.parameters(), *model.buffers()):
+        packing.forget(weight)
+
+
 @contextlib.contextmanager
 def fused(
     model: nn.Module,
@@ -164,8 +180,11 @@ def fused(
     finally:
         for module in model.modules():
             if module in before:
-                module.__class__, impls = before[module]
-                module.adopt(impls)
+                kind, impls = before[module]
+                if type(module) is swapping.without(kind, Fused):
+                    module.__class__ = kind
+                if isinstance(module, Fused):
+                    module.adopt(impls)
             elif isinstance(module, Fused):
                 _restore(module)
 
@@ -230,8 +249,13 @@ def _swap(
 ) -> None:
     original = type(module)
     if isinstance(module, Fused):
-        if original in table.values():
-            module.adopt(impls)
+        if issubclass(original, tuple(table.values())):
+            reason = module.unsupported() or module.replaced()
+            if reason is None:
+                module.adopt(impls)
+            else:  # a part of it is no longer what it was
+                _restore(module)
+                notes[name] = reason
         return
     if original not in table:
         for base in original.__mro__[1:]:
@@ -243,7 +267,7 @@ def _swap(
         notes[name] = "its forward was replaced on the instance"
         return
     module.__class__ = table[original]  # type: ignore[assignment]
-    reason = module.unsupported()  # type: ignore[operator]
+    reason = module.unsupported() or module.replaced()  # type: ignore[operator]
     if reason is None:
         module.adopt(impls)  # type: ignore[operator]
     else:
@@ -254,7 +278,7 @@ def _swap(
 def _restore(module: Any) -> None:
     for name in module.STATE:
         del module.__dict__[name]
-    module.__class__ = original_class(module)
+    module.__class__ = swapping.without(type(module), Fused)
 
 
 def _report(model: nn.Module, impls: dict[str, str], notes: dict[str, str]) -> Report:
@@ -266,7 +290,7 @@ def _report(model: nn.Module, impls: dict[str, str], notes: dict[str, str]) -> R
         if isinstance(module, Fused):
             operators.update(module.operators())
             absorbed.update(module.absorbed())
-            waiting = module.interrupted()
+            waiting = module.waiting()
             note = f"plain for now: {waiting}" if waiting else module.remark()
             rows.append(Row(name, kind, True, note))
         elif module not in absorbed and (name in notes or _owns_parameters(module)):

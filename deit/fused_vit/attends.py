@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deit.kernels import attention, linear
+from deit.kernels import attention, linear, thirds
 
 
 class Attends:
     """Self-attention from one packed projection; a mix-in for what holds its parameters."""
 
-    def projection(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [3 * D', D] of q, k and v one after another, and bias [3 * D'] or None."""
+    def projection(self) -> tuple[Any, Any]:
+        """Weight [3 * D', D] of q, k and v one after another, and bias [3 * D'] or None.
+
+        Or three weights [D', D], and three biases [D'] or None, as `deit.kernels.thirds` takes
+        them; never for `mix_prefix`.
+        """
         raise NotImplementedError
 
     def output(self) -> nn.Linear:
@@ -24,6 +29,10 @@ class Attends:
 
     def geometry(self) -> tuple[int, float]:
         """The number of heads and the factor on the scores."""
+        raise NotImplementedError
+
+    def width(self) -> int:
+        """D': heads times head width, which need not be the stream's D."""
         raise NotImplementedError
 
     def attend(
@@ -41,7 +50,7 @@ class Attends:
         weight, bias = self.projection()
         heads, scale = self.geometry()
         if rows is None:
-            packed = linear(x, weight, bias, impl=impls["linear"])
+            packed = thirds.linear(x, weight, bias, impl=impls["linear"])
             mixed = attention(
                 packed, heads, scale=scale, key_bias=key_bias, impl=impls["attention"]
             )

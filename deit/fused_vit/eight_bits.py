@@ -19,11 +19,9 @@ from deit.kernels import (
     dispatch,
     fp8,
     fp8_gelu_mlp,
-    fp8_linear,
     int8_gelu_mlp,
-    int8_linear,
-    int8_vit_block,
 )
+from deit.kernels.thirds import fp8_linear, int8_linear, int8_vit_block
 
 
 @dataclass(frozen=True)
@@ -122,11 +120,11 @@ def advance(kind: Kind, block: Any, x: Tensor, key_bias: Tensor | None, rows: in
             f"a block fused with dtype='int8' takes fp32 tokens on a CPU; got {x.dtype} on "
             f"{x.device}: unfuse the model, or fuse it again without dtype"
         )
-    norm1, _, norm2, mlp = block.parts()
+    _, _, norm2, mlp = block.parts()
     impls = block.fused_impls
     if kind.block is not None and rows is None:
         whole = kind.block.__name__
-        if whole in impls and norm1.eps == norm2.eps:
+        if whole in impls and block.apart() is None:
             return kind.block(x, **block.arguments(whole), key_bias=key_bias)
     stream = _attended(kind, block, x, key_bias, rows)
     fc1, fc2 = (mlp._modules[name] for name in mlp.LINEARS)
@@ -150,7 +148,7 @@ def _attended(
     norm1, attn, _, _ = block.parts()
     norm, impl = (norm1.weight, norm1.bias, norm1.eps), block.fused_impls[kind.linear.__name__]
 
-    def project(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def project(tokens: Tensor, weight: Any, bias: Any) -> Tensor:
         return kind.linear(tokens, weight, bias, norm=norm, impl=impl)
 
     weight, bias = attn.projection()

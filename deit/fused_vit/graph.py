@@ -33,23 +33,24 @@ class Graph:
 
         Raises:
             TypeError, ValueError: images of another shape, dtype or device than the captured ones.
-            RuntimeError: a weight or buffer was written to, moved or replaced since the capture.
+            RuntimeError: a weight or buffer was moved or replaced since the capture. What is
+                written to it in place, by whatever means, the replay reads.
         """
         self._check(images)
         if images is not self.images:
             self.images.copy_(images)
         self._replay()
         outputs = tree_map_only(Tensor, Tensor.clone, self._outputs)
-        # Asked last: the device works meanwhile, and what it made of stale weights is not returned.
+        # Asked last: the device works meanwhile, and what it made of lost memory is not returned.
         if self._found() != self._states:
             raise RuntimeError(
-                "the model's weights have changed since its graph was captured, which may hold "
-                "copies of them: call compile_graph again"
+                "the model's weights have been moved or replaced since its graph was captured, "
+                "which reads them where they were: call compile_graph again"
             )
         return outputs
 
-    def _found(self) -> list[tuple[int, int, int] | None]:
-        """Of each weight: which tensor it is, its address, and how often it was written to."""
+    def _found(self) -> list[tuple[int, int] | None]:
+        """Of each weight: which tensor it is, and its address."""
         return [_state(owner.get(name)) for owner, name in self._weights]
 
     def _check(self, images: Tensor) -> None:
@@ -113,11 +114,8 @@ def compile_graph(model: nn.Module, batch: Tensor) -> Graph:
     return Graph(model, images, outputs, graph.replay)
 
 
-def _state(weight: Tensor | None) -> tuple[int, int, int] | None:
-    if weight is None:
-        return None
-    written = 0 if weight.is_inference() else weight._version  # inference tensors do not count
-    return id(weight), weight.data_ptr(), written
+def _state(weight: Tensor | None) -> tuple[int, int] | None:
+    return None if weight is None else (id(weight), weight.data_ptr())
 
 
 def _weights(model: nn.Module) -> list[tuple[dict[str, Any], str]]:

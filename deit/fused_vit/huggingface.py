@@ -1,13 +1,11 @@
 """Fused classes for Hugging Face's DeiT and ViT, as transformers 5 lays them out.
 
-Imported only where transformers' models are in use already. q, k and v are three Linears there. The
-fused path reads them as one packed weight, a copy that is kept between calls in inference: it is
-no parameter and no buffer, and is made anew when a weight has changed.
+Imported only where transformers' models are in use already. q, k and v are three Linears there, and
+are read where they lie (`deit.kernels.thirds`): no copy is kept that a write could miss.
 """
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -26,87 +24,34 @@ except ImportError:  # before 5: refused below
     output_capturing = None
 
 
-class Packed:
-    """q's, k's and v's weights as one, and what they were when it was made.
-
-    A change is seen by the tensors' identity, memory, dtype, device and version counter. Writes
-    through `.data` or by kernels that bypass PyTorch leave no trace there, so train(), eval() and
-    every differentiated call also drop the copy. Copies of the module start with none.
-    """
-
-    def __init__(self) -> None:
-        # Sources, their state, the copy: one attribute, so that threads see all three or none.
-        self.kept: tuple[Any, Any, Any] | None = None
-
-    def drop(self) -> None:
-        """Forget the copy."""
-        self.kept = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
-        return Packed()
-
-    def __reduce__(self) -> tuple[type[Packed], tuple[()]]:
-        return Packed, ()
-
-    def get(self, sources: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
-        """The packed weight and bias of `sources`: three weights, then three biases or none."""
-        if torch.compiler.is_compiling():
-            return _pack(sources)
-        if _must_not_keep(sources):
-            self.drop()
-            return _pack(sources)
-        state = tuple((t._version, t.data_ptr(), t.dtype, t.device) for t in sources)
-        if self.kept is not None:
-            old_sources, old_state, value = self.kept
-            if state == old_state and all(map(operator.is_, sources, old_sources)):
-                return value
-        # A normal tensor also under inference_mode: a later call may save it for backward.
-        with torch.inference_mode(False), torch.no_grad():
-            value = _pack(sources)
-        self.kept = sources, state, value
-        return value
-
-
-def _must_not_keep(sources: tuple[Tensor, ...]) -> bool:
-    """Whether the copy must be made in the call: for gradients, a transform, a CUDA graph."""
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    if torch.is_grad_enabled() and any(t.requires_grad for t in sources):
-        return True
-    if sources[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        return True  # a replay must see what the weights are then
-    return any(t.is_inference() or t.is_meta for t in sources)  # without versions, without data
-
-
-def _pack(sources: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
-    return torch.cat(sources[:3]), torch.cat(sources[3:]) if len(sources) > 3 else None
-
-
 class FusedAttention(modules.FusedAttention):
     """Over DeiTAttention and ViTAttention."""
 
-    STATE = ("fused_impls", "fused_packed")
     LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
-    def adopt(self, impls: dict[str, str]) -> None:
-        super().adopt(impls)
-        self.fused_packed = Packed()
-
-    def projection(self) -> tuple[Tensor, Tensor | None]:
+    def projection(self) -> tuple[Any, Any]:
         children = self._modules  # type: ignore[attr-defined]
-        linears = [children[name] for name in self.LINEARS[:3]]
-        biases = [linear.bias for linear in linears if linear.bias is not None]
-        return self.fused_packed.get((*(linear.weight for linear in linears), *biases))
+        q, k, v = (children[name] for name in self.LINEARS[:3])
+        biases = None if q.bias is None else (q.bias, k.bias, v.bias)
+        return (q.weight, k.weight, v.weight), biases
 
     def geometry(self) -> tuple[int, float]:
+        # The original cuts heads by their width alone: there are as many as fit the projection.
         module: Any = self
-        return module.num_attention_heads, module.scaling
+        return self.width() // module.head_dim, module.scaling
+
+    def width(self) -> int:
+        module: Any = self
+        return modules.weight_of(module._modules["q_proj"]).shape[0]
 
     def unsupported(self) -> str | None:
         module: Any = self
-        reason = super().unsupported()
+        reason = super(modules.FusedAttention, self).unsupported()
         if reason is not None:
             return reason
+        rows = [modules.weight_of(module._modules[name]).shape[0] for name in self.LINEARS[:3]]
+        if rows[1:] != rows[:2] or rows[0] % module.head_dim:
+            return f"q_proj, k_proj and v_proj have {rows} rows, heads take {module.head_dim} each"
         if module.is_causal:
             return "it is causal"
         biases = [module._modules[name].bias is None for name in self.LINEARS[:3]]
@@ -119,14 +64,6 @@ class FusedAttention(modules.FusedAttention):
         if module.training and module.attention_dropout > 0.0:
             return f"attention drops {module.attention_dropout} in training"
         return super().interrupted()
-
-    def train(self, mode: bool = True) -> Any:
-        self.fused_packed.drop()
-        return super().train(mode)  # type: ignore[misc]
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self.fused_packed.drop()  # .to(device) would leave the old device's copy alive
-        return super()._apply(*args, **kwargs)  # type: ignore[misc]
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
@@ -149,6 +86,7 @@ class FusedMlp(modules.FusedMlp):
     """Over DeiTMLP and ViTMLP."""
 
     ACTIVATION = "activation_fn"
+    STANDS_FOR = (nn.GELU, GELUActivation)
 
     @staticmethod
     def exact_gelu(act: object) -> bool:

@@ -57,6 +57,10 @@ class PrefixOnly(Fused):
         reason = last.interrupted()
         return None if reason is None else f"last block: {reason}"
 
+    def replaced(self) -> str | None:
+        module: Any = self
+        return super().replaced() or module.blocks[-1].replaced()
+
     def prefix_features(self, x: Tensor) -> Tensor:
         """Embedded tokens [B, N, D] -> the heads' tokens, normalised, [B, rows, D].
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from deit.fused_vit import eight_bits
+from deit.fused_vit import eight_bits, shipped, swapping
 from deit.fused_vit.attends import Attends
 from deit.fused_vit.whole import Whole
 from deit.kernels import gelu_mlp, layer_norm
@@ -32,9 +32,39 @@ class Fused:
     IDENTITIES: ClassVar[tuple[str, ...]] = ()
     DROPOUTS: ClassVar[tuple[str, ...]] = ()
 
+    # Other classes whose forward the fused path stands for, and the original's other methods.
+    STANDS_FOR: ClassVar[tuple[type[nn.Module], ...]] = ()
+    STEPS: ClassVar[tuple[str, ...]] = ()
+    METHODS: ClassVar[tuple[shipped.Method, ...]] = ()  # all of them, with their classes
+
     # What fuse() leaves on a module, and unfuse() takes away.
     STATE: ClassVar[tuple[str, ...]] = ("fused_impls",)
     fused_impls: dict[str, str]  # operator -> impl
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        original = _original(cls)
+        # Not a mix-in, nor derived from a fused class at run time.
+        if original is not object and not hasattr(cls, "fused_forward"):
+            cls._stand_for(original)
+        super().__init_subclass__(**kwargs)  # transformers wraps what is the forward by now
+
+    @classmethod
+    def _stand_for(cls, original: Any) -> None:
+        stands_for = [original, *cls.STANDS_FOR]
+        if cls.LINEARS:
+            stands_for.append(nn.Linear)
+        if cls.DROPOUTS:
+            stands_for += [nn.Dropout, nn.Identity]
+        if cls.IDENTITIES:
+            stands_for.append(nn.Identity)
+        methods = [*((kind, "forward") for kind in stands_for), *((original, s) for s in cls.STEPS)]
+        cls.METHODS = tuple(dict.fromkeys(methods))
+        cls.fused_forward = cls.forward  # type: ignore[attr-defined]
+        cls.forward = swapping.entrance(original.forward)  # type: ignore[attr-defined]
+
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script compiles in place of this module: the original."""
+        return swapping.scriptable(self, Fused)
 
     def adopt(self, impls: dict[str, str]) -> None:
         """Run each operator by the implementation that `impls` names from now on."""
@@ -86,21 +116,35 @@ class Fused:
                 return f"{name} has a hook"
         return None
 
+    def replaced(self) -> str | None:
+        """Which method that the fused path stands for was replaced on its class; None for none."""
+        return shipped.replaced(self.METHODS)
+
+    def waiting(self) -> str | None:
+        """Why the original forward would run now; None where the fused one would."""
+        return self.unsupported() or self.replaced() or self.interrupted()
+
     def runs_fused(self, x: object) -> bool:
         """Whether this call takes the fused path."""
         return (
             isinstance(x, Tensor)  # a torch.fx.Proxy is traced through the original
+            and not x.is_nested
+            and x.layout is torch.strided
             and not torch.jit.is_tracing()
+            and not (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())
             and not nn.modules.module._has_any_global_hook()
-            and self.unsupported() is None
-            and self.interrupted() is None
+            and self.waiting() is None
         )
 
 
-def original_class(module: object) -> Any:
-    """The class that a fused module had before."""
-    kinds = type(module).__mro__
+def _original(kind: type) -> Any:
+    kinds = kind.__mro__
     return kinds[kinds.index(Fused) + 1]
+
+
+def original_class(module: object) -> Any:
+    """The class whose forward a fused module stands for."""
+    return _original(type(module))
 
 
 def hooked(module: nn.Module) -> bool:
@@ -143,9 +187,14 @@ class FusedLayerNorm(Fused):
         return None
 
     def forward(self, input: Tensor) -> Tensor:  # [..., D] -> [..., D]
-        if not self.runs_fused(input):
-            return super().forward(input)  # type: ignore[misc]
-        return self.normalise(input)
+        if self.runs_fused(input):
+            return self.normalise(input)
+        if isinstance(input, torch.fx.Proxy):
+            module: Any = self
+            node = swapping.as_leaf(module, original_class(self), input)
+            if node is not None:
+                return node
+        return super().forward(input)  # type: ignore[misc]
 
     def normalise(self, x: Tensor) -> Tensor:
         norm: Any = self
@@ -169,6 +218,21 @@ class FusedAttention(Attends, Fused):
         module: Any = self
         return module.num_heads, module.scale
 
+    def width(self) -> int:
+        module: Any = self
+        per_head = module.__dict__.get("head_dim")  # which need not be D / heads
+        if per_head is None:
+            return weight_of(module._modules["qkv"]).shape[1] // module.num_heads * module.num_heads
+        return module.num_heads * per_head
+
+    def unsupported(self) -> str | None:
+        reason = super().unsupported()
+        if reason is None:
+            rows, width = weight_of(self._modules["qkv"]).shape[0], self.width()  # type: ignore[attr-defined]
+            if rows != 3 * width:
+                return f"qkv has {rows} rows, its heads take 3 * {width}"
+        return reason
+
     def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
         if not self.runs_fused(x):
             return super().forward(x)  # type: ignore[misc]
@@ -180,6 +244,7 @@ class FusedMlp(Fused):
 
     OPERATORS = ("gelu_mlp",)
     LINEARS = ("fc1", "fc2")
+    STANDS_FOR = (nn.GELU,)
     ACTIVATION: ClassVar[str] = ""  # the submodule that must be an exact GELU, if there is one
 
     @staticmethod
@@ -283,6 +348,12 @@ class FusedBlock(Whole, Fused):
             if child is not None and hooked(child):
                 return f"{name} has a hook"
         return super().interrupted()
+
+    def replaced(self) -> str | None:
+        reason = super().replaced()
+        for name, _ in self.PARTS:
+            reason = reason or self._modules[name].replaced()  # type: ignore[attr-defined]
+        return reason
 
     def watched(self, part: nn.Module) -> bool:
         """Whether a hook on `part` wants to be run by this call."""

@@ -28,6 +28,7 @@ class FusedBlock(modules.FusedBlock, model.Block):
     DROP_PATHS = ("drop_path",)
     SCALE_KINDS = (nn.Identity, model.LayerScale)
     DROP_PATH_KINDS = (model.DropPath,)
+    STANDS_FOR = (*SCALE_KINDS, *DROP_PATH_KINDS)
 
     def keep(self, index: int, x: Tensor) -> Tensor | None:
         return self.drop_path.keep(x)
@@ -36,7 +37,8 @@ class FusedBlock(modules.FusedBlock, model.Block):
 class FusedDeiT(Embeds, PrefixOnly, model.DeiT):
     """deit.model.DeiT embedded by one operator, its last block for the prefix tokens alone."""
 
-    STEPS = ("embed", "prefix")
+    STEPS = ("forward_features", "embed", "prefix")
+    STANDS_FOR = (nn.Sequential, model.PatchEmbed, nn.Conv2d)
 
     def rows(self) -> int:
         return self.config.prefix_tokens

@@ -53,6 +53,7 @@ class FusedMlp(modules.FusedMlp, timm.layers.Mlp):
     IDENTITIES = ("norm",)
     DROPOUTS = ("drop1", "drop2")
     ACTIVATION = "act"
+    STANDS_FOR = (nn.GELU, timm.layers.activations.GELU)
 
     @staticmethod
     def exact_gelu(act: object) -> bool:
@@ -64,6 +65,7 @@ class FusedBlock(Masked, modules.FusedBlock, vision_transformer.Block):
 
     SCALE_KINDS = (nn.Identity, vision_transformer.LayerScale)
     DROP_PATH_KINDS = (nn.Identity, timm.layers.DropPath)
+    STANDS_FOR = (*SCALE_KINDS, *DROP_PATH_KINDS)
 
     def keep(self, index: int, x: Tensor) -> Tensor | None:
         drop: Any = self._modules[self.DROP_PATHS[index]]
@@ -77,7 +79,8 @@ class FusedBlock(Masked, modules.FusedBlock, vision_transformer.Block):
 class ClassifiesByPrefix(Embeds, PrefixOnly):
     """What timm's two vision transformers share."""
 
-    STEPS = ("_pos_embed",)
+    STEPS = ("forward_features", "_pos_embed")
+    STANDS_FOR = (nn.Sequential, timm.layers.PatchEmbed, nn.Conv2d, nn.Dropout, nn.Identity)
 
     def prefix_tokens(self) -> Tensor:
         module: Any = self
@@ -103,8 +106,8 @@ class ClassifiesByPrefix(Embeds, PrefixOnly):
         sized = not (module.dynamic_img_size or getattr(patches, "dynamic_img_pad", False))
         if not sized or not patches.flatten:
             return "it takes images of any size"
-        if type(patches.norm) is not nn.Identity:
-            return f"patch_embed.norm is a {type(patches.norm).__name__}"
+        if type(patches.norm) is not nn.Identity or hooked(patches.norm):
+            return f"patch_embed.norm is a {type(patches.norm).__name__}, or has a hook"
         dropped = module.pos_drop
         if hooked(dropped) or (dropped.training and getattr(dropped, "p", 0.0) > 0.0):
             return "pos_drop drops, or has a hook"

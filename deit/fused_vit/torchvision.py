@@ -40,6 +40,7 @@ class FusedEncoderBlock(Attends, modules.FusedBlock, vision_transformer.EncoderB
     SCALES = ()
     DROP_PATHS = ()
     DROPOUTS = ("dropout",)
+    STANDS_FOR = (nn.MultiheadAttention, nn.Linear)
 
     def parts(self) -> tuple[Any, ...]:
         return self.ln_1, self, self.ln_2, self.mlp
@@ -53,6 +54,9 @@ class FusedEncoderBlock(Attends, modules.FusedBlock, vision_transformer.EncoderB
     def geometry(self) -> tuple[int, float]:
         return self.self_attention.num_heads, self.self_attention.head_dim**-0.5
 
+    def width(self) -> int:
+        return self.self_attention.num_heads * self.self_attention.head_dim
+
     def absorbed(self) -> list[nn.Module]:
         return [self.self_attention, self.self_attention.out_proj]
 
@@ -62,6 +66,8 @@ class FusedEncoderBlock(Attends, modules.FusedBlock, vision_transformer.EncoderB
             return f"self_attention is a {type(attn).__name__}"
         if attn.in_proj_weight is None or not attn.batch_first:
             return "self_attention has no packed in_proj_weight, or is not batch_first"
+        if attn.num_heads * attn.head_dim * 3 != attn.in_proj_weight.shape[0]:
+            return "self_attention's heads do not fill its in_proj_weight"
         if attn.bias_k is not None or attn.bias_v is not None or attn.add_zero_attn:
             return "self_attention adds keys of its own"
         if type(attn.out_proj) not in (nn.Linear, NonDynamicallyQuantizableLinear):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit.kernels import dispatch, vit_block
+from deit.kernels import dispatch, thirds
 from deit.kernels.vit_block import served
 
 
@@ -34,12 +34,23 @@ class Whole:
         impl = block.fused_impls.get("vit_block")
         if impl is None:
             return "a whole block was not asked for"
-        norm1, _, norm2, _ = block.parts()
-        if norm1.eps != norm2.eps:
-            return f"its norms' eps differ, {norm1.eps} and {norm2.eps}"
-        found = dispatch.expected("vit_block", impl, device or norm1.weight.device)
+        reason = self.apart()
+        if reason is not None:
+            return reason
+        found = dispatch.expected("vit_block", impl, device or block.parts()[0].weight.device)
         if found == "reference" != impl:
             return "no vit_block kernel is measured on this device"
+        return None
+
+    def apart(self) -> str | None:
+        """Why this block is none of `vit_block` and its like; None where it is one."""
+        block: Any = self
+        norm1, attn, norm2, _ = block.parts()
+        if norm1.eps != norm2.eps:
+            return f"its norms' eps differ, {norm1.eps} and {norm2.eps}"
+        width, channels = attn.width(), norm1.weight.shape[0]
+        if width != channels:
+            return f"its heads are {width} wide together, its tokens {channels}"
         return None
 
     def runs_whole(self, x: Tensor) -> bool:
@@ -47,8 +58,8 @@ class Whole:
         block: Any = self
         if block.why_parts(x.device) is not None or block.training:
             return False
-        weight, _ = block.parts()[1].projection()
-        if block.fused_impls["vit_block"] == "auto" and not served(x, weight):
+        output = block.parts()[1].output()
+        if block.fused_impls["vit_block"] == "auto" and not served(x, output.weight):
             return False
         drops = (block._modules.get(name) for name in block.DROP_PATHS)
         if any(drop is not None and drop.training for drop in drops):
@@ -62,7 +73,7 @@ class Whole:
         self, x: Tensor, row_stats: Tensor | None = None, key_bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The block's output and its row statistics, from x and those that came with it."""
-        return vit_block(x, **self.arguments(), row_stats=row_stats, key_bias=key_bias)
+        return thirds.vit_block(x, **self.arguments(), row_stats=row_stats, key_bias=key_bias)
 
     def arguments(self, operator: str = "vit_block") -> dict[str, Any]:
         """What `operator`, "vit_block" or "int8_vit_block", is told of this block."""

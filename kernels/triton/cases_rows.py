@@ -109,6 +109,7 @@ def _layer_norm_bwd(case: Case) -> common.Launch:
         mean,
         gamma,
         keep,
+        wanted=(add, True, True, True, add),
         config=configs.layer_norm_bwd(case.arch, dtype, dim),
     )
     return launches[0]

@@ -13,7 +13,9 @@ import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 import triton
+from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -42,7 +44,8 @@ class Driver:
     """Triton's CUDA driver.
 
     serves: whether a tensor is on one of its devices. current_device: its index. current_stream:
-    device index -> the stream's handle.
+    device index -> the stream's handle. allocate: (size, stride, dtype) -> a tensor on the current
+    device, unwritten.
     """
 
     serves = staticmethod(operator.attrgetter("is_cuda"))
@@ -55,6 +58,7 @@ class Driver:
         self._more = (None,) * (len(inspect.signature(self._encode).parameters) - 2)
         self.current_device = driver.active.get_current_device
         self.current_stream = driver.active.get_current_stream
+        self.allocate = _allocator()
 
     def encode(self, descriptor: TensorDescriptor, metadata: Any) -> Any:
         """The descriptor as a launcher takes it, before the shape and the strides."""
@@ -67,7 +71,7 @@ class Driver:
         descriptors encoded, followed by shape and strides. Unusual are kernels with scratch
         memory, which is allocated for each launch, and instrumented ones.
         """
-        if hasattr(compiled, "result"):  # still being compiled
+        if compiled is None or hasattr(compiled, "result"):  # not, or still being compiled
             return None
         run = compiled.run
         if run.global_scratch_size or run.profile_scratch_size:
@@ -88,3 +92,15 @@ class Driver:
             return lambda stream, given, _=compiled: call(x, y, z, stream, *rest, given)
         before = (*how, *scratch, compiled.packed_metadata, *hooks)
         return lambda stream, given, _=compiled: call(x, y, z, stream, *before, *given)
+
+
+def _allocator() -> Callable[..., Tensor]:
+    """torch.empty_strided on the current GPU.
+
+    By the function that TorchInductor's code calls, where torch has it: 1.0 us, of 2.9.
+    """
+    plain = functools.partial(torch.empty_strided, device="cuda")
+    guards = getattr(torch._C._dynamo, "guards", None)
+    return getattr(guards, "_empty_strided_cuda", None) or (
+        lambda size, stride, dtype: plain(size, stride, dtype=dtype)
+    )

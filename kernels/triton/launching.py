@@ -25,7 +25,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -65,46 +65,38 @@ class Kept:
         driver = drivers.active()
         if options or driver is None or not driver.serves(arguments[0]) or _watched_by_others():
             return self.function(*arguments, **options)
-        addresses, key = [], []
+        addresses: list[int] = []
+        key: list[Any] = []
+        low = 0
         for argument in arguments:
             kind = type(argument)
             if kind is Tensor or kind is Parameter:
                 address = argument.data_ptr()
                 addresses.append(address)
-                key += (
-                    argument.shape,
-                    argument.stride(),
-                    argument.dtype,
-                    argument.device,
-                    address & 15,
-                )
+                low |= address
+                key += (argument.shape, argument.stride(), argument.dtype, argument.device)
             elif kind in _VALUES:
                 addresses.append(0)
                 key.append(argument)
             else:  # a subclass may hold its data elsewhere
                 return self.function(*arguments)
-        found = self._find(tuple(key), arguments)
-        if isinstance(found, _Call):
-            outputs = found.repeat(addresses)
-            if outputs is not None:
-                return outputs
-            return self.function(*arguments)
-        return found
-
-    def _find(self, key: tuple[Any, ...], arguments: tuple[Any, ...]) -> Any:
-        """The kept call; without one, this call's own outputs."""
-        tables = tuning.tables()
-        if tables is not self._tables:  # tuned anew: other configurations
-            self.calls, self._tables = {}, tables
-        calls = self.calls
+        if low & 15:  # seldom: all at once costs less than each
+            key += (address & 15 for address in addresses)
+        if tuning.tables() is not self._tables:  # tuned anew: other configurations
+            self.calls, self._tables = {}, tuning.tables()
         try:
-            found = calls[key]
+            call = self.calls[tuple(key)]
         except KeyError:
-            while len(calls) >= CALLS:
-                calls.pop(next(iter(calls)), None)
-            outputs, calls[key] = _watched(self.function, arguments)
-            return outputs
-        return self.function(*arguments) if found is None else found
+            return self._first(tuple(key), arguments)
+        outputs = None if call is None else call.repeat(addresses)
+        return self.function(*arguments) if outputs is None else outputs
+
+    def _first(self, key: tuple[Any, ...], arguments: tuple[Any, ...]) -> Any:
+        """The outputs of a call that is not known yet."""
+        while len(self.calls) >= CALLS:
+            self.calls.pop(next(iter(self.calls), ()), None)
+        outputs, self.calls[key] = _watched(self.function, arguments)
+        return outputs
 
 
 def kept(function: Function) -> Function:
@@ -208,7 +200,7 @@ class _Watch(TorchDispatchMode):
             self.places[result] = _Place(self.slots, result.data_ptr(), result.dtype)
             self.slots += 1
             self.steps.append(_Allocation.like(result))
-            self.refused |= result.data_ptr() % 16 != 0
+            self.refused |= result.device != self.device or result.data_ptr() % 16 != 0
         elif _is_view(func) and args[0] in self.places:
             for view in result if isinstance(result, (list, tuple)) else (result,):
                 self.places[view] = self.places[args[0]]
@@ -273,18 +265,17 @@ def _is_view(func: Any) -> bool:
     return bool(returns) and all(a is not None and not a.is_write for a in aliases)
 
 
-@dataclass(frozen=True)
-class _Allocation:
+class _Allocation(NamedTuple):
     """A tensor that a call allocates."""
 
-    geometry: tuple[tuple[int, ...], tuple[int, ...]]
-    options: dict[str, Any]
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
 
     @classmethod
     def like(cls, tensor: Tensor) -> _Allocation:
         """As `tensor` was allocated."""
-        geometry = (tuple(tensor.shape), tensor.stride())
-        return cls(geometry, {"dtype": tensor.dtype, "device": tensor.device})
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 @dataclass(frozen=True)
@@ -350,28 +341,28 @@ class _Call:
         device: torch.device,
     ) -> None:
         self.steps = list(_with_releases(steps, inputs, {slot for slot, _ in parts}))
-        self.many, self.device = many, device
+        self.many, self.index = many, device.index
         self.parts: list[tuple[int, Any]] = []
         allocations = [step for step in steps if isinstance(step, _Allocation)]
         for slot, geometry in parts:
-            whole = (*allocations[slot - inputs].geometry, 0)
+            whole = (*allocations[slot - inputs][:2], 0)
             self.parts.append((slot - inputs, None if geometry == whole else geometry))
-        driver = drivers.active()
-        assert driver is not None
-        self.current_device, self.current_stream = driver.current_device, driver.current_stream
+        active = drivers.active()
+        assert active is not None
+        self.driver = active
 
     def repeat(self, addresses: list[int]) -> Any:
         """Do it again with arguments at these addresses (0 for what is no tensor).
 
         Returns new outputs; None where memory came that the kernels were not compiled for.
         """
-        index = self.device.index
-        if self.current_device() != index:
-            with torch.cuda.device(index):
-                return self._repeat(addresses, self.current_stream(index))
-        return self._repeat(addresses, self.current_stream(index))
+        if self.driver.current_device() == self.index:
+            return self._repeat(addresses)
+        with torch.cuda.device(self.index):
+            return self._repeat(addresses)
 
-    def _repeat(self, addresses: list[int], stream: int) -> Any:
+    def _repeat(self, addresses: list[int]) -> Any:
+        allocate, stream = self.driver.allocate, self.driver.current_stream(self.index)
         allocated: list[Any] = []
         for step, released in self.steps:
             if isinstance(step, _Kernel):
@@ -379,7 +370,7 @@ class _Call:
                 for slot in released:
                     allocated[slot] = None
             else:
-                tensor = torch.empty_strided(*step.geometry, **step.options)
+                tensor = allocate(*step)
                 address = tensor.data_ptr()
                 if address & 15:
                     return None

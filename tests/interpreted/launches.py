@@ -30,6 +30,9 @@ class Interpreter:
     def current_stream(self, index: int | None) -> int:
         return 0
 
+    def allocate(self, size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(size, stride, dtype=dtype)
+
     def encode(self, descriptor: TensorDescriptor, metadata: Any) -> Any:
         self.encoded += 1
         return copy.copy(descriptor), descriptor.base.data_ptr()

@@ -1,4 +1,4 @@
-"""The packed weight of q, k and v: kept while they do not change, and only then."""
+"""q, k and v lie in three weights, and what is written to them by any means counts at once."""
 
 import copy
 import pickle
@@ -49,6 +49,28 @@ def by_dtype(model):
     model.double()
 
 
+def by_data_in_place(model):
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)
+
+
+def by_numpy(model):
+    for parameter in model.parameters():
+        parameter.detach().numpy()[...] *= 1.5
+
+
+def by_a_flat_buffer(model):
+    flat = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    torch.nn.utils.vector_to_parameters(flat, model.parameters())
+    with torch.inference_mode():
+        model(IMAGES)
+    flat.mul_(1.5)
+
+
+def by_one_number(model):
+    layers(model)[0].attention.v_proj.weight.data[3, 5] += 10.0
+
+
 def by_bias_alone(model):
     with torch.no_grad():
         layers(model)[0].attention.v_proj.bias.add_(1.0)
@@ -62,14 +84,19 @@ CHANGES = [
     behind_the_version_counter,
     behind_it_after_a_training_step,
     by_dtype,
+    by_data_in_place,
+    by_numpy,
+    by_a_flat_buffer,
+    by_one_number,
     by_bias_alone,
 ]
 
 
+@pytest.mark.parametrize("block", ["auto", "parts"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_packed_weight_follows(change):
+def test_the_outputs_follow(change, block):
     model = make()
-    fuse(model)
+    fuse(model, block=block)
     with torch.inference_mode():
         before = model(IMAGES).logits
     change(model)
@@ -81,33 +108,42 @@ def test_the_packed_weight_follows(change):
 
 
 @torch.no_grad()
-def test_the_packed_weight_is_kept_and_is_no_state(monkeypatch):
-    model = make()
-    names = list(model.state_dict())
-    packed = []
-    pack = huggingface._pack
-    monkeypatch.setattr(huggingface, "_pack", lambda t: packed.append(1) or pack(t))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 6])  # operator by operator, and image by image
+def test_q_k_and_v_are_read_where_they_lie(batch, dtype, monkeypatch):
+    """The same bits as by one weight, and nobody copies weights together."""
+    model = make().to(dtype)
     fuse(model)
-    for _ in range(3):
-        model(IMAGES)
-    assert len(packed) == 2  # once a layer
-    assert list(model.state_dict()) == names
-    assert not any("pack" in name for name, _ in model.named_buffers())
+    images = IMAGES[:1].repeat(batch, 1, 1, 1).to(dtype)
+    joined = []
+    cat = torch.cat
+    monkeypatch.setattr(
+        torch, "cat", lambda t, *a, **k: joined.append(t[0].dim()) or cat(t, *a, **k)
+    )
+    got = model(images).logits
+    assert 2 not in joined
+    monkeypatch.undo()
+    projection = huggingface.FusedAttention.projection
+    monkeypatch.setattr(
+        huggingface.FusedAttention,
+        "projection",
+        lambda self: tuple(map(torch.cat, projection(self))),
+    )
+    assert torch.equal(model(images).logits, got)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_a_copy_starts_with_no_packed_weight(copied):
-    """It would double a checkpoint of the module, and a copy's version counters start again."""
+def test_a_copy_is_on_its_own(copied):
     model = make()
+    names = list(model.state_dict())
     fuse(model)
     model(IMAGES)
+    assert list(model.state_dict()) == names
     for parameter in model.parameters():
         parameter.mul_(1.5)
     duplicate = copied(model)
     assert isinstance(layers(duplicate)[0], Fused)
-    assert layers(model)[0].attention.fused_packed.kept is not None
-    assert layers(duplicate)[0].attention.fused_packed.kept is None
     close(duplicate(IMAGES), model(IMAGES))
     close(duplicate(IMAGES), unfuse(model)(IMAGES))
 
