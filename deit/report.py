@@ -8,9 +8,7 @@ from typing import Any
 
 from deit.commands import Report
 from deit.kernels.json_files import Fields
-from deit.runs import RunFolder
-
-LAST = 1 << 40  # updates that a log may speak of
+from deit.runs import LAST, RunFolder
 
 
 @dataclass(frozen=True)

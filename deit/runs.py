@@ -34,6 +34,7 @@ from deit.kernels import json_files
 from deit.kernels.json_files import Fields
 
 MANIFEST = "manifest.json"
+LAST = 1 << 40  # updates that a log may speak of
 LONGEST_LOG = 1 << 29  # bytes; a line a second is 0.4 GB a month
 
 
@@ -90,6 +91,7 @@ class RunFolder:
         found = []
         for number, (name, entry) in enumerate(lines, start=1):
             if not isinstance(entry, ValueError):
+                Fields(entry, name).integer("update", 0, LAST, 0)
                 found.append(entry)
             elif number < len(lines):
                 raise ValueError(f"{name} is damaged") from entry

@@ -219,3 +219,30 @@ def test_a_checkpoint_runs_no_code(folder, tmp_path):
     with pytest.raises(Exception, match=r"Unsupported|weights_only|WeightsUnpickler"):
         load_state(folder.newest(print))
     assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"update": "3"}', "update: expected a whole number from 0 .*; got '3'"),
+        ('{"update": -1}', "update: expected a whole number from 0 .*; got -1"),
+        ("[1]", "line 1 is damaged"),
+        ('{"update": 1, "loss": ' + "[" * 500, "line 1 is damaged"),
+    ],
+)
+def test_a_log_of_something_else(folder, line, message):
+    (folder.root / "log.jsonl").write_text(f'{line}\n{{"update": 2}}\n')
+    with pytest.raises(ValueError, match=rf"log\.jsonl: .*{message}"):
+        folder.entries()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[" * 1000, '{"sha256": []}', '{"sha256": {"../../run.json": "0"}}',
+     '{"sha256": {"model.safetensors": 3}}'],
+)  # fmt: skip
+def test_a_manifest_of_something_else(folder, text):
+    path = folder.save(state(1))
+    (path / "manifest.json").write_text(text)
+    assert "expected" in runs.damage(path)
+    assert folder.newest(lambda _: None) is None
