@@ -1,4 +1,4 @@
-"""Operators by three weights are those by one, to the bit where the CPU's kernels read the three."""
+"""Operators by three weights are those by one, to the bit where the CPU kernels read the three."""
 
 import pytest
 import torch
