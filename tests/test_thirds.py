@@ -1,4 +1,4 @@
-"""Operators by three weights are those by one, to the bit where the CPU's kernels read the three."""
+"""Operators by three weights are those by one, to the bit where the CPU reads the three."""
 
 import pytest
 import torch
@@ -129,3 +129,17 @@ def test_the_kernel_checks_what_it_reads():
         op(x, *(w[:24] for w in weight), None)
     with pytest.raises(RuntimeError, match="dtype"):
         op(x, weight[0], weight[1].double(), weight[2], None)
+
+
+@needs_library
+def test_fakes_agree():
+    x, (weight, bias), rest = random(2, 19, 64), projection(64, 64), rest_of_a_block(64, 96)
+    joined, ops = torch.cat(bias), torch.ops.deit_cpu
+    norm = (rest["norm1_weight"], rest["norm1_bias"])
+    names = ("proj_weight", "proj_bias", "gamma1", "norm2_weight", "norm2_bias", "w1", "b1")
+    after = [rest[name] for name in (*names, "w2", "b2")]
+    block = (x, *norm, *weight, joined, *after, None, None, 2, 0.2, 1e-6)
+    torch.library.opcheck(ops.linear_thirds.default, (x, *weight, joined))
+    torch.library.opcheck(ops.vit_block_thirds.default, block)
+    torch.library.opcheck(ops.int8_linear_thirds.default, (x, *weight, joined, *norm, 1e-6))
+    torch.library.opcheck(ops.int8_vit_block_thirds.default, block)
