@@ -2,10 +2,16 @@
 PYTHON ?= python
 MYPY_TREE := build/mypy
 
-.PHONY: test lint types sanitize aot gpu bench report
+.PHONY: test avx2 lint types sanitize aot gpu bench report
 
 test:
 	$(PYTHON) -m pytest
+
+# What the C++ kernels' tests find on a processor without AVX-512, on any.
+avx2:
+	DEIT_TEST_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTHON) -m pytest \
+	    tests/test_native*.py tests/test_products.py tests/test_vit_block.py tests/test_int8*.py \
+	    tests/test_fused_*.py tests/test_last_block.py tests/test_dispatch.py
 
 lint:
 	$(PYTHON) -m ruff check .
@@ -39,11 +45,12 @@ aot: $(OLDEST_TREE)
 $(OLDEST_TREE):
 	$(PYTHON) -m pip install -q --no-deps --target $@ triton==$(OLDEST_TRITON)
 
-# Needs a GPU: correctness, robustness, tuning and speed of every operator, into OUT; about 8
-# minutes. Works from a plain checkout with torch and triton.
+# Needs a GPU: correctness, robustness, tuning and speed of every operator, into OUT; about 25
+# minutes, or three calls of nine by ONLY=right, robust and fast. Works from a plain checkout with
+# torch and triton.
 OUT ?= build/gpu
 gpu:
-	$(PYTHON) bench/qualify.py --out $(OUT)
+	$(PYTHON) bench/qualify.py --out $(OUT) --only "$(ONLY)"
 
 bench:
 	$(PYTHON) bench/throughput.py --arch deit_b --bs 256

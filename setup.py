@@ -206,21 +206,24 @@ def cpu_ninja(compiler: str, torch: Torch, target: Path) -> str:
 def cuda_ninja(compiler: str, nvcc: Path, torch: Torch, target: Path) -> str:
     """The build file of the CUDA library."""
     home, source = nvcc.parent.parent, CSRC / "cuda"
-    code = " ".join(f"-gencode {arch}" for arch in CUDA_CODE.values())
-    device = f"-O3 -std=c++17 {code} -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
+    every = " ".join(f"-gencode {arch}" for arch in CUDA_CODE.values())
+    hopper = f"-gencode {CUDA_CODE['sm_90a']}"  # its asynchronous units' instructions are its own
+    device = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
     interface = (
         f"-isystem {torch.include} -isystem {home / 'include'} -DUSE_CUDA "
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"
     )
     host = shutil.which(shlex.split(compiler)[-1]) or compiler
-    nvcc_rule = f"  command = {nvcc} -ccbin {host} {device} -MD -MF $out.d -c $in -o $out"
+    nvcc_rule = f"  command = {nvcc} -ccbin {host} {device} $flags -MD -MF $out.d -c $in -o $out"
     # The CUDA runtime is linked in: torch may bring another version of the shared one.
     runtime = f"-L{home / 'lib64'} -lcudart_static -ldl -lrt -lpthread"
     return ninja_file(
         {"cxx": compile_rule(compiler, CXXFLAGS), "nvcc": f"{nvcc_rule}\n  depfile = $out.d"},
         [
-            ("layer_norm.o", "nvcc", source / "layer_norm.cu", ""),
+            ("layer_norm.o", "nvcc", source / "layer_norm.cu", every),
+            ("linear.o", "nvcc", source / "linear.cu", hopper),
             ("ops.o", "cxx", source / "ops.cpp", interface),
+            ("ops_linear.o", "cxx", source / "ops_linear.cpp", interface),
         ],
         f"{link_command(compiler, torch, ['torch_cuda', 'torch_cpu'])} {runtime}",
         target,

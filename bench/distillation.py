@@ -35,9 +35,9 @@ from typing import Any, Literal
 import devices
 import evidence
 import torch
-import tyro
 from outcomes import STUDENT_T, curves, difference, score
 
+from deit import flags
 from deit.watch import human
 
 SIZE, HIGHER = 28, 40  # pixels: 7 x 7 and 10 x 10 patches
@@ -138,8 +138,8 @@ def plan(options: Options) -> list[Run]:
     recipe, dtype = ("--recipe", "fashion-mnist"), ("--dtype", options.dtype)
     runs = [run("teacher", "train", SIZE, options.epochs, *TEACHER, *recipe)]
     for seed in range(options.seeds):
-        for arm, flags in ARMS.items():
-            taught = (*flags, "--teacher", folder("teacher")) if flags else ()
+        for arm, its in ARMS.items():
+            taught = (*its, "--teacher", folder("teacher")) if its else ()
             own = (*STUDENT, *recipe, "--seed", str(seed), *taught)
             student = run("", "train", SIZE, options.epochs, *own, after="teacher")
             fused, plain = (name_of(name, seed, options) for name in (arm, arm + PLAIN))
@@ -309,7 +309,7 @@ def describe(options: Options, given: list[str]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Exit status 0."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    options = tyro.cli(Options, args=given, description=__doc__)
+    options = flags.parse(Options, given, __doc__)
     if options.seeds < 1 or options.seeds > max(STUDENT_T) + 1:
         raise SystemExit(f"seeds: expected 1 to {max(STUDENT_T) + 1}; got {options.seeds}")
     options.out.mkdir(parents=True, exist_ok=True)

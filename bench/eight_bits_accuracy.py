@@ -23,12 +23,11 @@ from typing import Any, Literal
 import devices
 import evidence
 import torch
-import tyro
 from peers import calibration
 from torch import Tensor
 
 import deit
-from deit import networks
+from deit import flags, networks
 from deit.data.augment import evaluation_transform
 from deit.data.loader import Loader, in_order
 from deit.data.sources import open_source
@@ -45,7 +44,7 @@ PHOTOGRAPHS = 256
 class Options:
     """Compare a DeiT's products in 8 bits with its fp32."""
 
-    run: tyro.conf.Positional[Path | None] = None
+    run: flags.Positional[Path | None] = None
     """A folder that `deit train` filled, or a weights' file in it."""
     data: str | None = None
     """The images it is judged by, as `deit eval` takes it."""
@@ -176,7 +175,7 @@ def subject(options: Options) -> tuple[DeiT, str, Tensor, Tensor | None]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Exit status 0; 1 beyond 0.3 points of top-1 or below 99 % agreement."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    options = tyro.cli(Options, args=given, description=__doc__)
+    options = flags.parse(Options, given, __doc__)
     device = torch.device(options.device)
     if options.dtype == "int8" and device.type != "cpu":
         raise SystemExit(f"device: int8 runs on a CPU; got {device}")

@@ -28,7 +28,8 @@ import devices
 import evidence
 import report
 import table5
-import tyro
+
+from deit import flags
 
 RESULTS = evidence.ROOT / "bench" / "results"
 RACE = "python bench/throughput.py "
@@ -159,7 +160,7 @@ def _wrong(status: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Exit status: 0; 1 where a benchmark failed; 2 for bad input."""
-    options = tyro.cli(Options, args=arguments, description=__doc__)
+    options = flags.parse(Options, arguments, __doc__)
     try:
         device = devices.resolve(options.device)
         jobs = JOBS[device.type]

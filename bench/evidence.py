@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -72,6 +73,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "peer": (str, type(None)),  # another runtime's version and settings
     "kernels_scope": (str, type(None)),  # what the hash covers; None for all
 }
+SPEEDS = {"img_per_s", "img_per_s_low", "img_per_s_high", "img_per_s_mean"}
 LATER = {"peer", "parameters", "kernels_scope", "teacher"}  # which the oldest rows lack: None
 
 # Sources that never run on a device: a change of theirs leaves its figures as they were.
@@ -141,7 +143,9 @@ def is_stale(row: dict[str, Any], root: Path = ROOT) -> bool:
 
 
 def check(row: dict[str, Any]) -> None:
-    """Raises ValueError naming every field that is missing, unknown or of the wrong type."""
+    """Raises ValueError naming every field that is missing, unknown or not what it may be."""
+    if not isinstance(row, dict):
+        raise ValueError(f"row: expected a JSON object; got {type(row).__name__}")
     wrong = [f"{name} is missing" for name in FIELDS if name not in row and name not in LATER]
     wrong += [f"{name} is unknown" for name in row if name not in FIELDS]
     for name, types in FIELDS.items():
@@ -150,6 +154,8 @@ def check(row: dict[str, Any]) -> None:
             wrong.append(f"{name} is {type(value).__name__}, not {types[0].__name__}")
         elif isinstance(value, bool) and bool not in types:
             wrong.append(f"{name} is bool, not {types[0].__name__}")
+        elif name in SPEEDS and name in row and not 0 < value < math.inf:
+            wrong.append(f"{name} is {value}, not a positive number")
     if wrong:
         raise ValueError("row: " + "; ".join(wrong))
 
@@ -180,10 +186,9 @@ def save(path: Path, content: Any) -> None:
 
 def load(path: Path) -> Any:
     """A results file's content: a list of rows, or a dict; ValueError that names the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
+    from deit.kernels import json_files  # here: hashing the sources needs no package to be there
+
+    content = json_files.read(path)
     if not isinstance(content, (list, dict)):
         raise ValueError(f"{path.name}: expected JSON rows; got {type(content).__name__}")
     return content

@@ -2,13 +2,21 @@
 
     python bench/host_cost.py
     python bench/host_cost.py --json bench/results/host-cost-cpu-amd-epyc.json
+    python bench/host_cost.py --gpu
 
 Every operator runs on CPU tensors of one row, so that the host's work is what there is to see, in
 three forms, in turns: the public function; the launch alone, which is the implementation that
 the public function picks on arguments it would hand over (a registered overload, or the
 reference's own calls of PyTorch); and the operator in torch.nn.functional (kernels/reference.py).
 "training" is the forward with every gradient wanted. The last rows are what `fuse` asks a block
-and a model before each forward. Time is the calling thread's own (CPU time), which a busy
+and a model before each forward.
+
+`--gpu` measures the Triton operators instead, in inference: kept calls, as
+kernels/triton/launching.py has them, beside what they hand to the driver. Where there is no GPU
+the driver's launch is stubbed, and the rows say so. "whole forward" is a fused DeiT-Ti of 12
+blocks at batch 1, in microseconds too.
+
+Time is the calling thread's own (CPU time), which a busy
 machine lengthens little; a figure is the median of the rounds, and "over" that of the
 differences within a round.
 """
@@ -24,21 +32,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import devices
 import evidence
+import stubbed_gpu
 import torch
-import tyro
 from timing import interleave, spread
 from torch import Tensor
 
 import deit
 import deit.kernels
+from deit import flags
 from deit.fused_vit import fuse
 from deit.kernels import dispatch, ops
+from deit.kernels.triton import drivers, launching
 
 LIMIT = 10.0  # microseconds over the launch, in inference
+GPU_LIMIT = 12.0  # over the driver's launch
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,8 @@ class Settings:
     """calls a round and form"""
     operator: tuple[str, ...] = ()
     """only these operators"""
+    gpu: bool = False
+    """the Triton operators, on a GPU or with its driver's launch stubbed"""
     json: Path | None = None
     """write every figure here"""
 
@@ -116,6 +129,13 @@ def cases() -> list[Case]:
     ]  # fmt: skip
 
 
+def on(device: torch.device, case: Case) -> Case:
+    """The same call with its tensors there."""
+    place = lambda value: value.to(device) if isinstance(value, Tensor) else value
+    keywords = {name: place(value) for name, value in case.keywords.items()}
+    return Case(case.operator, case.options, tuple(map(place, case.inputs)), keywords)
+
+
 def trained(case: Case) -> Case:
     """The same call with every gradient wanted that kernels have."""
     operator = dispatch.OPERATORS[case.operator]
@@ -163,6 +183,45 @@ def measure(case: Case, mode: str, settings: Settings) -> Row:
                over.low, over.median, over.high, over.n, settings.calls)  # fmt: skip
 
 
+def gpu_rows(wanted: Sequence[Case], settings: Settings) -> list[Row]:
+    """The Triton operators' kept calls beside the launches they make, and a whole forward."""
+    if not torch.cuda.is_available():
+        with stubbed_gpu.stubbed():
+            return _triton_rows(wanted, torch.device("cpu"), "triton, launch stubbed", settings)
+    return _triton_rows(wanted, torch.device("cuda"), "triton", settings)
+
+
+def _triton_rows(
+    wanted: Sequence[Case], device: torch.device, label: str, settings: Settings
+) -> list[Row]:
+    driver, rows = drivers.active(), []
+    if driver is None:
+        raise SystemExit("this version of Triton has no launcher that is known: no call is kept")
+    for case in (on(device, case) for case in wanted):
+        function = getattr(deit.kernels, case.operator)
+        call = lambda case=case, run=function: run(*case.inputs, **case.keywords, impl="triton")
+        with torch.no_grad():
+            with stubbed_gpu.handed(driver) as launches:
+                outputs = [call(), call()]  # these hold what the launches write to
+            launching.forget()  # what was noted is not to be timed
+            alone = lambda made=tuple(launches): [start(at, given) for start, at, given in made]
+            found = timed([call, alone], settings)
+        over = spread([ours - bare for ours, bare in zip(*found, strict=True)])
+        medians = [statistics.median(samples) for samples in found]
+        rows.append(Row(case.operator, case.options, "inference", label, *medians, None,
+                        over.low, over.median, over.high, over.n, settings.calls))  # fmt: skip
+        del outputs
+    model = deit.create("deit_ti").eval().to(device, torch.float16)
+    fuse(model, "triton", block="parts")
+    images = torch.randn(1, 3, 224, 224, device=device, dtype=torch.float16)
+    with torch.inference_mode():
+        (samples,) = timed([lambda: model(images)], settings)
+    took = spread(samples)
+    rows.append(Row("whole forward", "", "inference", label, took.median, None, None,
+                    took.low, took.median, took.high, took.n, settings.calls))  # fmt: skip
+    return rows
+
+
 def timed(forms: Sequence[Callable[[], object]], settings: Settings) -> list[list[float]]:
     """Samples of each form, taken in turns after one round that is thrown away."""
     steps = [lambda _, form=form: thread_microseconds(form, settings.calls) for form in forms]
@@ -195,7 +254,8 @@ def markdown(rows: Sequence[Row]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        name = f"`{row.operator}`" if row.operator in ops.SCHEMAS else f"a {row.operator} asks"
+        name = f"`{row.operator}`" if row.operator in ops.SCHEMAS else f"a {row.operator}"
+        name += " asks" * (row.options == "asks")
         options = f", {row.options}" if row.options and row.implementation else ""
         by = f"{row.mode}, {row.implementation}" if row.implementation else ""
         lines.append(
@@ -205,12 +265,12 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, rows: Sequence[Row]) -> None:
-    """The rows with what a reader must know to repeat them."""
-    facts = devices.describe(torch.device("cpu"))
+def write(path: Path, rows: Sequence[Row], device: str) -> None:
+    """The rows with what a reader must know to repeat them; `device` has the kernels measured."""
+    facts = devices.describe(torch.device(device if torch.cuda.is_available() else "cpu"))
     facts["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    facts["command"] = "python bench/host_cost.py"
-    facts["kernels_scope"] = scope = evidence.scope_of("cpu", int8=False)
+    facts["command"] = "python bench/host_cost.py" + " --gpu" * (device == "cuda")
+    facts["kernels_scope"] = scope = evidence.scope_of(device, int8=False)
     facts["kernels_sha256"] = evidence.kernels_sha256(scope=scope)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
@@ -227,16 +287,21 @@ def main(settings: Settings) -> int:
         return 2
     torch.set_num_threads(1)
     wanted = [c for c in cases() if not settings.operator or c.operator in settings.operator]
-    rows = [measure(case, mode, settings) for mode in ("inference", "training") for case in wanted]
-    rows += questions(settings)
+    if settings.gpu:
+        rows = gpu_rows(wanted, settings)
+    else:
+        modes = ("inference", "training")
+        rows = [measure(case, mode, settings) for mode in modes for case in wanted]
+        rows += questions(settings)
     print(markdown(rows))
     if settings.json is not None:
-        write(settings.json, rows)
-    above = [row for row in rows if row.mode == "inference" and row.launch and row.over > LIMIT]
+        write(settings.json, rows, "cuda" if settings.gpu else "cpu")
+    limit = GPU_LIMIT if settings.gpu else LIMIT
+    above = [row for row in rows if row.mode == "inference" and row.launch and row.over > limit]
     for row in above:
-        print(f"above {LIMIT:.0f} us: {row.operator} {row.options}: {row.over:.1f}")
+        print(f"above {limit:.0f} us: {row.operator} {row.options}: {row.over:.1f}")
     return 1 if above else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Annotated[Settings, tyro.conf.arg(name="")], description=__doc__)))
+    sys.exit(main(flags.parse(Settings, None, __doc__)))

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 import timing
 import torch
-import tyro
 from torch import Tensor
 
 import deit
+from deit import flags
 from deit.kernels import int8_gelu_mlp, int8_linear, linear
 
 CLOCK = timing.Clock(torch.device("cpu"))
@@ -100,7 +100,7 @@ def show(label: str, operations: float, samples: dict[str, list[float]]) -> None
 @torch.inference_mode()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; always 0."""
-    options = tyro.cli(Options, args=arguments, description=__doc__)
+    options = flags.parse(Options, arguments, __doc__)
     torch.set_num_threads(options.threads)
     for arch in options.archs:
         config = deit.config(arch)

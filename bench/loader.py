@@ -24,9 +24,9 @@ import devices
 import evidence
 import timing
 import torch
-import tyro
 from PIL import Image, ImageOps
 
+from deit import flags
 from deit.commands import RecipeName
 from deit.data.augment import training_transform
 from deit.data.drawn import split
@@ -125,7 +125,7 @@ def measure(options: Options, source: Source, device: torch.device) -> dict[str,
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Exit status 0; 2 for bad options or data."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    options = tyro.cli(Options, args=given, description=__doc__)
+    options = flags.parse(Options, given, __doc__)
     with ExitStack() as stack:
         try:
             device = devices.resolve(options.device)

@@ -21,10 +21,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import tyro
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the rule is stated there
@@ -35,6 +34,7 @@ import numerics_cases as cases
 import oracle
 
 import deit.kernels
+from deit import flags
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -299,4 +299,4 @@ def write(path: Path, rows: Sequence[Row], device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Annotated[Settings, tyro.conf.arg(name="")], description=__doc__)))
+    sys.exit(main(flags.parse(Settings, None, __doc__)))

@@ -163,8 +163,10 @@ def prepare(function: Function, sets: Sequence[Call], backward: bool) -> Prepare
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
                 kept = run()
-            # The graph's memory is the tensors' that were captured: they stay.
-            run, how = functools.partial(lambda graph, kept: graph.replay(), graph, kept), "graph"
+            # What was captured, and what the steps hold of a forward done before, stays: the next
+            # capture empties the allocator's cache, and a replay would read unmapped memory.
+            held = (kept, steps)
+            run, how = functools.partial(lambda graph, held: graph.replay(), graph, held), "graph"
         except Exception as error:
             warnings.warn(f"not captured: {error}", stacklevel=1)
             torch.cuda.synchronize()

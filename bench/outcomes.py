@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,8 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
+
+from deit.runs import RunFolder
 
 POINTS = 60  # of a curve
 # 97.5 % quantiles of Student's t by degrees of freedom, for the interval of a mean difference.
@@ -19,7 +20,7 @@ STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.3
 
 def entries(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's log."""
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return RunFolder(folder).entries()
 
 
 def score(folder: Path, weights: str = "average") -> dict[str, float]:

@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 import deit
+from deit import flags
 from deit.fused_vit import fuse
 
 if TYPE_CHECKING:
@@ -198,11 +198,18 @@ def tabulate(found: list[Row]) -> Table:
     return table
 
 
-def main(json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None) -> int:
+@dataclass(frozen=True)
+class Options:
+    """Compare every published network's logits with timm's and transformers'."""
+
+    json: Path | None = None
+    """Also write the rows to this file."""
+
+
+def main(json: Path | None = None) -> int:
     """Print the table of all networks; 1 if a difference is over the bound.
 
-    Args:
-        json: also write the rows to this file.
+    json: also write the rows to this file.
     """
     from rich.console import Console
     from rich.progress import track
@@ -228,4 +235,4 @@ def main(json: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None) -> 
 
 
 if __name__ == "__main__":
-    raise SystemExit(tyro.cli(main))
+    raise SystemExit(main(flags.parse(Options, None, __doc__).json))

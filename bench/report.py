@@ -19,9 +19,10 @@ from typing import Any
 
 import evidence
 import paper_table
-import tyro
 from page import distillation, html, listings, pictures
 from page.pictures import Picture
+
+from deit import flags
 
 Row = dict[str, Any]
 RESULTS = evidence.ROOT / "bench" / "results"
@@ -32,7 +33,7 @@ TITLE = "fused-deit: what was measured"
 class Options:
     """Make the page."""
 
-    results: tyro.conf.Positional[tuple[Path, ...]] = ()
+    results: flags.Positional[tuple[Path, ...]] = ()
     """Files of results. Not given: all of bench/results."""
     out: Path = evidence.ROOT / "build" / "report.html"
     """Where the page goes."""
@@ -242,7 +243,7 @@ def save_pictures(folder: Path, named: Sequence[str], found: Found) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exit status 2 for files that hold no results."""
-    options = tyro.cli(Options, args=arguments, description=__doc__)
+    options = flags.parse(Options, arguments, __doc__)
     try:
         found = load(options.results or sorted(RESULTS.glob("*.json")))
         if options.pictures:

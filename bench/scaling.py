@@ -31,7 +31,6 @@ import processes
 import tables
 import throughput
 import torch
-import tyro
 from contenders import Contender, Network
 from progress import Progress
 from race import Race
@@ -42,6 +41,7 @@ from settings import Settings
 from timing import median_interval
 
 import deit
+from deit import flags
 
 Row = dict[str, Any]
 Sweep = Literal["batch", "resolution", "depth", "width", "processes", "ddp", "nodes"]
@@ -85,9 +85,9 @@ class Options:
     """Timed seconds of each point and contender: as of bench/throughput.py."""
     budget: float | None = None
     """Seconds a sweep; 0 for no limit. Not given: 240 on a CPU, none on a GPU."""
-    threads: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    threads: Annotated[int | None, flags.arg(metavar="INT")] = None
     """CPU threads. Not given: torch's choice."""
-    link: Annotated[nodes.Link, tyro.conf.arg(name="")] = field(default_factory=nodes.Link)
+    link: Annotated[nodes.Link, flags.arg(name="")] = field(default_factory=nodes.Link)
     """The stated link of the paper model."""
     json: Path | None = None
     """Write rows, fits and the model into this file, for bench/report.py."""
@@ -321,7 +321,7 @@ def measure(options: Options, settings: Settings, console: Console) -> Row:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Exit status: 0; 1 where a sweep failed; 2 for bad input."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = tyro.cli(Options, args=arguments, description=__doc__)
+    options = flags.parse(Options, arguments, __doc__)
     compiling.quiet_loggers()
     try:
         settings = settle(options)

@@ -31,13 +31,14 @@ import planning
 import tables
 import throughput
 import torch
-import tyro
 from contenders import Network
 from paper_table import Quoted
 from progress import Progress
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from deit import flags
 
 Row = dict[str, Any]
 Protocol = Literal["modern", "deit2021"]
@@ -75,7 +76,7 @@ class Options:
     """What else runs the networks under the modern protocol: as of bench/throughput.py."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto for a GPU where there is one."""
-    threads: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    threads: Annotated[int | None, flags.arg(metavar="INT")] = None
     """CPU threads. Not given: torch's choice."""
     json: Path | None = None
     """The rows, read and completed. Not given: bench/results/table5-DEVICE.json."""
@@ -281,7 +282,7 @@ def terms(row: Row) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Exit status: 0; 1 where a network gave no rows; 2 for bad input."""
-    options = tyro.cli(Options, args=arguments, description=__doc__)
+    options = flags.parse(Options, arguments, __doc__)
     compiling.quiet_loggers()
     try:
         networks = chosen(options.only)

@@ -26,12 +26,13 @@ import peers
 import photos
 import tables
 import torch
-import tyro
 from contenders import Network
 from progress import Progress, process_start
 from race import Race
 from selection import Selection
 from settings import Settings
+
+from deit import flags
 
 CPU_BUDGET = 540.0
 TABLE5_DEITS = ("deit_ti", "deit_s", "deit_b", "deit_b_384")
@@ -81,7 +82,7 @@ class Options:
     --train the trainer's loader, which augments by the paper's recipe."""
     json: Path | None = None
     """Write one evidence row a contender into this file."""
-    threads: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    threads: Annotated[int | None, flags.arg(metavar="INT")] = None
     """CPU threads. Not given: torch's choice."""
 
 
@@ -187,7 +188,7 @@ def main(arguments: Sequence[str] | None = None, start: float | None = None) -> 
     line that says what was expected.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = tyro.cli(Options, args=arguments, description=__doc__)
+    options = flags.parse(Options, arguments, __doc__)
     compiling.quiet_loggers()
     progress = Progress(time.perf_counter() if start is None else start)
     with progress:

@@ -36,7 +36,8 @@ def network(options: Options, classes: int) -> nn.Module:
     if options.arch.startswith(networks.TIMM):
         return _timm(options.weights, options, classes)
     source: Any = networks.weights_of(Path(options.weights)) or options.weights
-    own = checkpoint.load(source, drop_path=recipe.drop_path)
+    heads = options.shape.num_heads  # for weights that do not say it
+    own = checkpoint.load(source, num_heads=heads, drop_path=recipe.drop_path)
     return checkpoint.load(
         source,
         own.config,

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deit.beside import neighbour
 from deit.configs import VARIANTS, Config, config
-from deit.layouts import UNKNOWN, Converted, convert, describe, infer, sample, strip_wrappers
+from deit.layouts import Converted, convert, describe, infer, sample, strip_wrappers
 from deit.model import DeiT
 from deit.readers import ABOUT_KEY, METADATA_KEY, Weights, read
 from deit.runs import write_tensors
@@ -39,6 +40,9 @@ OFFICIAL_FILES = {
 
 HEADS = ("head", "head_dist")
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
+          torch.float8_e5m2)  # fmt: skip
+
 
 def load(
     source: str | os.PathLike[str] | Mapping[str, object],
@@ -47,6 +51,7 @@ def load(
     distilled: bool | None = None,
     img_size: int | None = None,
     num_classes: int | None = None,
+    num_heads: int | None = None,
     test_head: str = "softmax-sum",
     reset_head: bool = False,
     drop_path: float = 0.0,
@@ -59,10 +64,14 @@ def load(
 
     Args:
         source: an official, timm or torchvision `.pth`/`.pt`/`.bin`; a `.safetensors` of timm's,
-            Hugging Face's or ours; a Hugging Face model folder; or a state dict. Prefixes of
-            DistributedDataParallel and torch.compile are removed. No code in a file is run.
+            Hugging Face's or ours; the folder of a run here or of a Hugging Face model; or a
+            state dict. Prefixes of DistributedDataParallel and torch.compile are removed. No
+            code in a file is run. What lies beside a file is read: the run.json of a run (two
+            folders above its checkpoints' weights), the config.json of transformers and timm.
         arch: a name as `deit.config` takes, or a Config; None to see it from the weights, as is
             everything that a name leaves open (image size, classes, LayerScale).
+        num_heads: of attention, which no shape shows. None: what the file or its neighbour says,
+            else `arch`'s, else the published network's that has this whole shape.
         distilled, img_size, num_classes: as in `deit.config`; None for the weights' own. Another
             img_size resizes the position embeddings as timm does (bicubic, antialiased).
         test_head, drop_path: of `DeiT`. A Hugging Face DeiTForImageClassification has the
@@ -78,15 +87,16 @@ def load(
 
     Raises:
         ValueError: naming the file: damaged, holding anything but weights, of another
-            architecture; with missing, unexpected and mis-shaped keys in one message.
+            architecture; with missing, unexpected and mis-shaped keys in one message; of a shape
+            that is no published network's, where nothing says its number of heads.
         FileNotFoundError: no such file. TypeError: another kind of source.
     """
     weights = read(source, entry)
     converted = _converted(weights, prefix, ignore)
     own = _infer(weights, converted)
-    settings = _target(own, arch, distilled, img_size, num_classes)
+    settings = _target(own, arch, distilled, img_size, num_classes, num_heads)
     if not isinstance(arch, Config):
-        settings = replace(settings, eps=own.eps, layer_scale=own.layer_scale)
+        settings = replace(settings, eps=own.config.eps, layer_scale=own.config.layer_scale)
     if eps is not None:
         settings = replace(settings, eps=eps)
     with torch.device("meta"):  # shapes alone: no time goes into weights that get replaced
@@ -186,6 +196,7 @@ def _converted(weights: Weights, prefix: str | None, ignore: Sequence[str]) -> C
 def _check_tensors(state: Mapping[str, Tensor]) -> None:
     kinds = {
         "not floating point": lambda t: not t.is_floating_point(),
+        "of no dtype that is converted": lambda t: t.is_floating_point() and t.dtype not in FLOATS,
         "without values (meta device)": lambda t: t.is_meta,
         "not dense": lambda t: t.layout != torch.strided or t.is_quantized,
     }
@@ -197,38 +208,61 @@ def _check_tensors(state: Mapping[str, Tensor]) -> None:
         raise ValueError("; ".join(problems))
 
 
-def _infer(weights: Weights, converted: Converted) -> Config:
+@dataclass(frozen=True)
+class _Own:
+    """The network that weights are of. heads: what a file says of its number of heads, else None;
+    known: whether that number is certain enough to be used unasked."""
+
+    config: Config
+    heads: int | None
+    known: bool
+
+
+def _infer(weights: Weights, converted: Converted) -> _Own:
+    saved, heads, where = weights.config, None, weights.where
     try:
-        own = infer(converted, weights.config)
+        if saved is None and weights.neighbour is not None:
+            name, where = converted.layout.name, str(weights.neighbour)
+            saved, heads = neighbour(weights.neighbour, name, strict=weights.named)
+        own, known = infer(converted, saved, where)
+        if saved is not None:
+            heads = saved.num_heads
+        elif heads is not None:
+            own, known = replace(own, num_heads=heads), True
     except ValueError as error:
-        raise ValueError(f"{weights.name}: {error}") from None
-    return own if weights.eps is None else replace(own, eps=weights.eps)
+        named = where and str(error).startswith(where)
+        raise ValueError(str(error) if named else f"{weights.name}: {error}") from None
+    return _Own(own, heads, known)
 
 
 def _target(
-    own: Config,
+    weights_own: _Own,
     arch: str | Config | None,
     distilled: bool | None,
     img_size: int | None,
     num_classes: int | None,
+    num_heads: int | None,
 ) -> Config:
     """The network asked for: `arch`, with the weights' own where neither it nor the rest says."""
+    own = weights_own.config
     if isinstance(arch, str):
         settings = config(arch, distilled=distilled)
         if img_size is None and not re.search(r"_\d+$", arch):
             img_size = own.img_size
         if num_classes is None:
             num_classes = own.num_classes
-    elif arch is None and own.name == UNKNOWN:
-        widths = ", ".join(f"{v.name} {v.embed_dim}" for v in VARIANTS.values())
+    elif arch is None and num_heads is None and not weights_own.known:
+        widths = ", ".join(f"{v.depth} of {v.embed_dim}" for v in VARIANTS.values())
         raise ValueError(
-            f"arch: the weights' {own.embed_dim} channels are of no variant ({widths}); "
-            "pass a deit.Config"
+            "num_heads: expected a number, or a deit.Config as arch: nothing here says how many "
+            f"heads {own.depth} blocks of {own.embed_dim} have, with patches of {own.patch_size} "
+            f"pixels, and no published network has this shape ({widths}, ...)"
         )
     else:
         settings = own if arch is None else arch
     return replace(
         settings,
+        num_heads=settings.num_heads if num_heads is None else num_heads,
         distilled=settings.distilled if distilled is None else distilled,
         img_size=settings.img_size if img_size is None else img_size,
         num_classes=settings.num_classes if num_classes is None else num_classes,
@@ -236,15 +270,20 @@ def _target(
 
 
 def _fit(
-    model: DeiT, weights: Weights, converted: Converted, own: Config, reset_head: bool
+    model: DeiT, weights: Weights, converted: Converted, weights_own: _Own, reset_head: bool
 ) -> dict[str, Tensor]:
     """Tensors for each of the model's keys, in its shapes and dtypes. Changes nothing.
 
     Raises ValueError listing everything that does not fit.
     """
-    settings = model.config
+    settings, own = model.config, weights_own.config
     expected = model.state_dict()
     problems = list(converted.broken)
+    if weights_own.heads not in (None, settings.num_heads):
+        problems.append(
+            f"num_heads: the weights have {weights_own.heads}, by what is written in the file or "
+            f"beside it; the network asked for has {settings.num_heads}"
+        )
     if own.distilled != settings.distilled:
         has, wants = ("a", "without one") if own.distilled else ("no", "with one")
         problems.append(
@@ -264,7 +303,11 @@ def _fit(
         for key, value in tensors.items()
         if key in expected and value.shape != expected[key].shape
     ]
-    ready = {k: v.detach().to(expected[k].dtype) for k, v in tensors.items() if k in expected}
+    ready = {
+        key: value.detach().to(expected[key].dtype)
+        for key, value in tensors.items()
+        if key in expected and value.shape == expected[key].shape
+    }
     ready |= {key: value for key, value in heads.items() if value is not None}
     wild = [key for key, value in ready.items() if not value.isfinite().all()]
     kinds = {

@@ -6,14 +6,15 @@ needs when it runs.
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import tyro
-
+from deit import flags
 from deit.commands import (
     Eval,
     ExplainImage,
@@ -101,7 +102,7 @@ class Tune:
     """Pixels along a side; the networks' own if left out."""
     train: bool = True
     """Also the kernels of the backward."""
-    only: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="")] = ()
+    only: Annotated[tuple[str, ...], flags.arg(help_behavior_hint="")] = ()
     """Kernels to measure, such as linear; all if left out."""
     candidates: int = 40
     """Configurations to try for each kernel and shape."""
@@ -119,17 +120,39 @@ class Tune:
 
 
 Command = (
-    Annotated[Info, tyro.conf.subcommand("info")]
-    | Annotated[Predict, tyro.conf.subcommand("predict")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
-    | Annotated[Fixres, tyro.conf.subcommand("fixres")]
-    | Annotated[Eval, tyro.conf.subcommand("eval")]
-    | Annotated[Report, tyro.conf.subcommand("report")]
-    | Annotated[Export, tyro.conf.subcommand("export")]
-    | Annotated[ExplainImage, tyro.conf.subcommand("explain-image")]
-    | Annotated[Tune, tyro.conf.subcommand("tune")]
+    Annotated[Info, flags.subcommand("info")]
+    | Annotated[Predict, flags.subcommand("predict")]
+    | Annotated[Train, flags.subcommand("train")]
+    | Annotated[Finetune, flags.subcommand("finetune")]
+    | Annotated[Fixres, flags.subcommand("fixres")]
+    | Annotated[Eval, flags.subcommand("eval")]
+    | Annotated[Report, flags.subcommand("report")]
+    | Annotated[Export, flags.subcommand("export")]
+    | Annotated[ExplainImage, flags.subcommand("explain-image")]
+    | Annotated[Tune, flags.subcommand("tune")]
 )
+
+
+def _any_name(error: UnicodeError) -> tuple[bytes, int]:
+    """Encodes what a stream's encoding has no character for, which a file's name may hold.
+
+    A byte that is no UTF-8 in a name is that byte again, anything else its escape.
+    """
+    assert isinstance(error, UnicodeEncodeError)
+    characters = error.object[error.start : error.end]
+    return b"".join(
+        bytes([ord(c) - 0xDC00])
+        if "\udc80" <= c <= "\udcff"
+        else c.encode("ascii", "backslashreplace")
+        for c in characters
+    ), error.end
+
+
+def _print_any_name() -> None:
+    codecs.register_error("deit-any-name", _any_name)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="deit-any-name")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -138,13 +161,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Bad input, a ValueError, TypeError or OSError, becomes one line on stderr and exit code 2;
     with DEIT_TRACEBACK=1 in the environment it stays a traceback.
     """
+    _print_any_name()
     try:
-        command = tyro.cli(
+        command = flags.cli(
             Command,
+            arguments,
             prog="deit",
             description="DeiT vision transformers on fused kernels.",
-            args=arguments,
-            config=(tyro.conf.OmitArgPrefixes,),
         )
         return command.run()
     except BrokenPipeError:

@@ -7,22 +7,21 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_type_hints
 
-import tyro
-
+from deit import flags
 from deit.options import WORKERS, Distillation, Options, Shape
 from deit.recipes import RECIPES, Recipe
 
 
 def _may_be_left_out(metavar: str) -> Any:
     """For a flag whose help says itself what happens without it."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+    return flags.arg(metavar=metavar, help_behavior_hint="")
 
 
 OptionalPath = Annotated[Path | None, _may_be_left_out("PATH")]
 OptionalName = Annotated[str | None, _may_be_left_out("NAME")]
 OptionalInt = Annotated[int | None, _may_be_left_out("INT")]
 OptionalFloat = Annotated[float | None, _may_be_left_out("FLOAT")]
-Paths = Annotated[tuple[Path, ...], tyro.conf.Positional, _may_be_left_out("PATH ...")]
+Paths = Annotated[tuple[Path, ...], flags.Positional, _may_be_left_out("PATH ...")]
 
 RecipeName = Literal["deit", "deit3", "finetune", "fashion-mnist", "folder", "fixres"]
 
@@ -34,7 +33,7 @@ def _flag(setting: Any, kind: Any) -> Any:
     others = ", ".join(f"{name} {value}" for name, value in values.items() if value != usual)
     hint = f"({usual}; {others})" if others else f"({usual})"
     metavar = {float | None: "FLOAT|None", str | None: "NAME|None"}.get(kind)
-    note = tyro.conf.arg(help=setting.metadata["help"], help_behavior_hint=hint, metavar=metavar)
+    note = flags.arg(help=setting.metadata["help"], help_behavior_hint=hint, metavar=metavar)
     return Annotated[kind, note]
 
 
@@ -125,14 +124,14 @@ class Train:
     keep: int = 2
     """Checkpoints kept."""
     track: Annotated[
-        tuple[Literal["tensorboard", "wandb", "mlflow"], ...], tyro.conf.arg(help_behavior_hint="")
+        tuple[Literal["tensorboard", "wandb", "mlflow"], ...], flags.arg(help_behavior_hint="")
     ] = ()
     """Where the log's numbers go besides log.jsonl."""
     on_nan: Literal["stop", "skip"] = "stop"
     """What a loss that is NaN or infinite does, after its images were named in a file."""
     max_unreadable: float = 0.01
     """The run stops when a larger share of the training images cannot be read."""
-    changes: Annotated[Changes, tyro.conf.arg(name="recipe's")] = field(default_factory=dict)
+    changes: Annotated[Changes, flags.arg(name="recipe's")] = field(default_factory=dict)
     """Each replaces one line of the recipe. In brackets: its value in the recipe `deit`, then in
     the recipes that have another."""
 
@@ -180,7 +179,7 @@ class Fixres(Train):
 class Eval:
     """Top-1 of a network on labelled images, for each of its heads."""
 
-    weights: tyro.conf.Positional[Path]
+    weights: flags.Positional[Path]
     """A run's folder, a weights' file in it (average.safetensors), or a DeiT's weights."""
     data: str
     """As for `deit train`; the val part is taken."""
@@ -228,7 +227,7 @@ class Report:
 class ExplainImage:
     """Draw where a network's class and distillation tokens look in a photograph."""
 
-    image: tyro.conf.Positional[Path]
+    image: flags.Positional[Path]
     """The photograph."""
     weights: Path
     """A run's folder, or a DeiT's weights."""
@@ -250,7 +249,7 @@ class ExplainImage:
 class Export:
     """Write a trained network for other programs, and compare the file with the network."""
 
-    weights: tyro.conf.Positional[Path]
+    weights: flags.Positional[Path]
     """A run's folder, or a DeiT's weights."""
     out: Path
     """The file: .safetensors, .pt2 or .onnx."""

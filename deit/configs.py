@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from dataclasses import dataclass, replace
+
+_WHOLE = ("embed_dim", "num_heads", "depth", "img_size", "num_classes", "patch_size", "in_chans",
+          "mlp_ratio")  # fmt: skip
+DEEPEST = 1000  # blocks; the deepest published vision transformers have 48
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,20 @@ class Config:
     layer_scale: float | None = None
 
     def __post_init__(self) -> None:
+        for name in _WHOLE:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise TypeError(f"{name}: expected an int; got {value!r}")
+        for name in ("embed_dim", "depth", "num_classes", "patch_size", "in_chans", "mlp_ratio"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1; got {getattr(self, name)}")
+        if self.depth > DEEPEST:
+            raise ValueError(f"depth: expected at most {DEEPEST}; got {self.depth}")
+        if not (isinstance(self.eps, (int, float)) and 0 <= self.eps <= 1):
+            raise ValueError(f"eps: expected a number from 0 to 1; got {self.eps!r}")
+        scale = self.layer_scale
+        if not (scale is None or (isinstance(scale, (int, float)) and math.isfinite(scale))):
+            raise ValueError(f"layer_scale: expected a finite number or None; got {scale!r}")
         if self.num_heads < 1 or self.embed_dim % self.num_heads:
             raise ValueError(
                 f"num_heads: expected a divisor of embed_dim={self.embed_dim}; got {self.num_heads}"
@@ -39,9 +58,6 @@ class Config:
                 f"img_size: expected a positive multiple of the patch size {self.patch_size}; "
                 f"got {self.img_size}"
             )
-        for name in ("depth", "num_classes", "in_chans"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1; got {getattr(self, name)}")
 
     @property
     def prefix_tokens(self) -> int:
@@ -83,6 +99,23 @@ VARIANTS: dict[str, Config] = {
     "deit_b": Config("deit_b", embed_dim=768, num_heads=12),
     "vit_l": Config("vit_l", embed_dim=1024, num_heads=16, depth=24),
 }
+
+# Other published networks, by what their weights' shapes say: DeiT III's, ViT-H.
+_OTHERS = (
+    Config("deit_m", embed_dim=512, num_heads=8),
+    Config("vit_h", embed_dim=1280, num_heads=16, depth=32, patch_size=14),
+)
+_PATCHES = (8, 14, 16, 32)  # pixels of theirs
+
+
+def published(width: int, depth: int, patch_size: int, mlp_ratio: int) -> Config | None:
+    """The published network that has this shape, whatever its images and classes, and so its
+    number of heads; None for no such."""
+    if patch_size not in _PATCHES or mlp_ratio != 4:
+        return None
+    known = (*VARIANTS.values(), *_OTHERS)
+    return next((c for c in known if (c.embed_dim, c.depth) == (width, depth)), None)
+
 
 # timm's and the official repository's words for the same networks.
 _SIZES = {

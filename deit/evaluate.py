@@ -122,7 +122,10 @@ def run(command: Eval) -> int:
     from deit.data.augment import evaluation_transform
 
     model, about = networks.opened(command.weights, command.img_size)
-    source = open_source(command.data, "val", limit=command.limit)
+    classes = about.get("classes")  # by which the network counts, whatever folders there are
+    source = open_source(
+        command.data, "val", None if classes is None else tuple(classes), command.limit
+    )
     size = command.img_size or (
         model.config.img_size if isinstance(model, DeiT) else about["network"]["img_size"]
     )

@@ -52,7 +52,9 @@ def to_safetensors(model: DeiT, about: dict[str, Any], out: Path) -> None:
     """
     readme = out.with_name("README.md")
     begins = _CARD.partition("\n#")[0]
-    if readme.exists() and not readme.read_text(errors="replace").startswith(begins):
+    if readme.exists() and not readme.read_text(encoding="utf-8", errors="replace").startswith(
+        begins
+    ):
         raise ValueError(
             f"out: the model card would overwrite {readme}, which is none; name a folder for it"
         )
@@ -79,7 +81,7 @@ def to_safetensors(model: DeiT, about: dict[str, Any], out: Path) -> None:
         names=", ".join(about.get("classes", ())) or "ImageNet's, if a thousand; else not known",
         file=out.name,
     )
-    readme.write_text(card)
+    readme.write_text(card, encoding="utf-8", errors="backslashreplace")  # classes may be any bytes
 
 
 def to_program(model: nn.Module, images: Tensor, out: Path) -> Callable[[Tensor], Tensor]:

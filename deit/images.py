@@ -16,123 +16,36 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
+
+from deit.decoding import UnreadableImage, find_images, load_image
 
 # Channel statistics of ImageNet, which every published DeiT was trained with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
-
-# The decoders tried, whatever a file is called. Not all of Pillow's: its EPS reader, for one,
-# hands the file to another program.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-
-# Modes that hold one 16-bit channel; Pillow's own conversion to RGB clips them at 255, which
-# turns most of such an image white.
-_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
-
-
-class UnreadableImage(ValueError):
-    """A file that is no image, or not a whole one; `path` and `reason` say which and why."""
-
-    def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path = Path(path)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "NothingReadable",
+    "PhotoLoader",
+    "Prepare",
+    "Unreadable",
+    "UnreadableImage",
+    "crop_ratio",
+    "find_images",
+    "load_image",
+    "normalise",
+]
 
 
 class NothingReadable(ValueError):
     """Not one of a loader's images could be read."""
-
-
-def find_images(source: str | Path | Iterable[str | Path]) -> list[Path]:
-    """The image files that `source` names: a file, a folder (searched recursively), or several.
-
-    Files in folders are chosen by suffix, whatever its case (see SUFFIXES), and sorted; a file
-    given by name is taken whatever it is called. Duplicates count once.
-
-    Raises ValueError for a path that does not exist and a folder without images, and OSError for
-    a folder that may not be read.
-    """
-    sources = [source] if isinstance(source, (str, Path)) else list(source)
-    if not sources:
-        raise ValueError("images: expected at least one file or folder; got none")
-    found: dict[Path, None] = {}
-    for path in map(Path, sources):
-        if path.is_dir():
-            inside = _search(path)
-            if not inside:
-                known = " ".join(sorted(SUFFIXES))
-                raise ValueError(f"images: no image file in folder {path} (looked for {known})")
-            found.update(dict.fromkeys(inside))
-        elif path.exists():
-            found[path] = None
-        else:
-            raise ValueError(f"images: no such file or folder: {path}")
-    return list(found)
-
-
-def _search(folder: Path) -> list[Path]:
-    def refuse(error: OSError) -> None:
-        raise error  # os.walk would pass over a folder it may not read
-
-    return sorted(
-        Path(parent, name)
-        for parent, _, names in os.walk(folder, onerror=refuse)
-        for name in names
-        if Path(name).suffix.lower() in SUFFIXES
-    )
-
-
-def load_image(source: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """Decode one file to 8-bit RGB, upright by its EXIF orientation; the first frame of several.
-
-    `source` is a path, or an open file called `name` in messages. Palettes, grey, CMYK and
-    16-bit grey are converted; an alpha channel is dropped, as torchvision's and timm's loaders do.
-
-    Raises UnreadableImage, a ValueError, with the reason: not an image, truncated, larger than
-    Pillow's limit against decompression bombs, or of a mode without a defined range.
-    """
-    path = source if isinstance(source, (str, Path)) else name or "image"
-    try:
-        with Image.open(source, formats=FORMATS) as image:
-            limit = Image.MAX_IMAGE_PIXELS
-            # Pillow itself only warns up to twice its limit.
-            if limit is not None and image.width * image.height > limit:
-                raise UnreadableImage(
-                    path, f"{image.width} x {image.height} pixels exceed Pillow's limit of {limit}"
-                )
-            return to_rgb(ImageOps.exif_transpose(image), path)
-    except UnreadableImage:
-        raise
-    except Image.UnidentifiedImageError:
-        raise UnreadableImage(path, "not an image in a known format") from None
-    except Exception as error:
-        # Pillow's decoders raise OSError, SyntaxError, EOFError, struct.error, zlib.error, ... on
-        # damaged files; whatever it is, it goes into the report and the other files go on.
-        reason = getattr(error, "strerror", None) or str(error) or "no reason given"
-        raise UnreadableImage(path, f"{reason} ({type(error).__name__})") from error
-
-
-def to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
-    """8-bit RGB of an image of any mode; raises UnreadableImage for one without a known range."""
-    if image.mode in _SIXTEEN_BIT:
-        image = image.point(lambda value: value * (1 / 256), "L")
-    elif image.mode in ("I", "F"):
-        raise UnreadableImage(path, f"mode {image.mode!r} has no defined range of values")
-    elif image.mode == "P":
-        image = image.convert("RGBA")  # a palette may hold transparency; RGBA reads both kinds
-    return image.convert("RGB")
 
 
 def crop_ratio(size: int) -> float:
@@ -146,8 +59,9 @@ def crop_ratio(size: int) -> float:
 class Prepare:
     """RGB image -> [3, size, size] uint8: bicubic resize of the short side, centre crop.
 
-    `ratio` None takes `crop_ratio(size)`. Raises ValueError for a size below 1, a ratio outside
-    (0, 1], or an image so elongated that its resized self would pass Pillow's pixel limit.
+    `ratio` None takes `crop_ratio(size)`. Raises ValueError for a size below 1 or a ratio outside
+    (0, 1]; UnreadableImage for an image so elongated that its resized self would pass Pillow's
+    pixel limit.
     """
 
     def __init__(self, size: int, ratio: float | None = None) -> None:
@@ -167,11 +81,12 @@ class Prepare:
 
     def __call__(self, image: Image.Image) -> Tensor:
         long_side = self.short_side * max(image.size) / min(image.size)
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and long_side * self.short_side > limit:
-            raise ValueError(
-                f"image: {image.width} x {image.height} is too elongated: resized to a short side "
-                f"of {self.short_side} it exceeds Pillow's limit of {limit} pixels"
+        most = Image.MAX_IMAGE_PIXELS
+        if most is not None and long_side * self.short_side > most:
+            raise UnreadableImage(
+                "image",
+                f"{image.width} x {image.height} is too elongated: resized to a short side "
+                f"of {self.short_side} it exceeds Pillow's limit of {most} pixels",
             )
         return self.steps(image)
 
@@ -216,8 +131,6 @@ class _Decoded(Dataset):
             return path, self.prepare(load_image(path))
         except UnreadableImage as error:
             return path, error.reason
-        except ValueError as error:
-            return path, str(error)
 
 
 _Batch = tuple[Tensor, list[Path], list[Unreadable]]

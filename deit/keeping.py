@@ -9,51 +9,34 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deit import checkpoint, scale
+from deit import checkpoint, continuing, scale
+from deit.data.sampling import Plan
 from deit.model import DeiT
 from deit.runs import State, load_state, write_tensors
+from deit.trackers import Trackers
 
 if TYPE_CHECKING:
     from deit.train import Trainer
 
-# What a run may not change when it is continued.
-FIXED = ("data", "arch", "shape", "distilled", "img_size", "seed", "limit_train")
-
-
-def describe(trainer: Trainer) -> None:
-    """Write `run.json`; refuse to go on with another network or other data.
-
-    Raises ValueError naming what differs. Another recipe, such as more epochs, is said and taken.
-    """
-    about = json.loads(json.dumps(_about(trainer), default=str))
-    path = trainer.folder.root / "run.json"
-    if path.exists():
-        before = json.loads(path.read_text())["options"]
-        now = about["options"]
-        for name in FIXED:
-            if before[name] != now[name]:
-                raise ValueError(
-                    f"out: {trainer.folder.root} holds a run with {name} {before[name]}; "
-                    f"got {now[name]}"
-                )
-        for name, value in now["recipe"].items():
-            if before["recipe"].get(name) != value:
-                trainer.watch.say(
-                    f"going on with {name} {value}; it was {before['recipe'].get(name)}"
-                )
-    trainer.folder.begin(about)
-
 
 def _about(trainer: Trainer) -> dict[str, Any]:
-    return {
-        "network": {"arch": trainer.options.arch, "img_size": trainer.options.img_size},
+    """What `run.json` says, as it reads it again."""
+    model = scale.plain(trainer.network)
+    # Whoever reads a checkpoint's weights needs what no shape shows: heads, epsilon.
+    shape = {"config": asdict(model.config)} if isinstance(model, DeiT) else {}
+    about = {
+        "network": {"arch": trainer.options.arch, "img_size": trainer.options.img_size, **shape},
         "classes": trainer.source.classes,
         "mean": trainer.source.mean,
         "std": trainer.source.std,
+        "images": len(trainer.source),
+        "images_digest": continuing.digest(trainer.source),
+        "held_out_images": len(trainer.held_out),
         "options": asdict(trainer.options),
         "parameters": trainer.size,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
+    return json.loads(json.dumps(about, default=str))
 
 
 def save(trainer: Trainer) -> None:
@@ -65,57 +48,117 @@ def save(trainer: Trainer) -> None:
         "optimizer": scale.optimizer_state(trainer.network, trainer.optimizer),
         "scaler": trainer.scaler.state_dict(),
         "unreadable": trainer.unreadable,
+        "plan": continuing.place(trainer.plan, trainer.update),
     }
     if trainer.world.first:
         try:
-            trainer.folder.save(State(trainer.update, model, average, rest))
+            trainer.folder.save(State(trainer.made, model, average, rest))
         except OSError as error:
             if trainer.stopping:
                 raise
-            trainer.watch.say(f"no checkpoint after update {trainer.update}: {error}")
-            trainer.log(update=trainer.update, checkpoint=str(error))
+            trainer.watch.say(f"no checkpoint after update {trainer.made}: {error}")
+            trainer.log(update=trainer.made, checkpoint=str(error))
     trainer.world.wait()
 
 
 def resume(trainer: Trainer) -> None:
-    """Take up the newest whole checkpoint, if there is any.
+    """Take up the newest whole checkpoint, if there is any, and write down what is trained now.
 
+    All is checked before anything is written; of a run that has nothing left to do nothing is.
     The first process reads, and the others get from it what they need: a node without the folder
     takes part, too.
+
+    Raises ValueError naming what the run was begun with and cannot go on without.
     """
     world, network = trainer.world, trainer.network
-    state = _read_newest(trainer) if world.first else None
+    about = _about(trainer) if world.first else {}
+    state = _take_up(trainer, about) if world.first else None
     rest = None if state is None else {**state.rest, "optimizer": None, "update": state.update}
     rest = world.share(rest)
-    if rest is None:
-        return
-    state = state or State(rest["update"], {}, {}, {"optimizer": {}})
-    scale.restore_model(network, state.model, world)
-    if trainer.average is not None:
-        scale.restore_model(trainer.average.module, state.average or {}, world)
-    scale.restore_optimizer(network, trainer.optimizer, state.rest["optimizer"], world)
-    trainer.scaler.load_state_dict(rest["scaler"])
-    trainer.update, trainer.unreadable = rest["update"], rest["unreadable"]
-    trainer.scored, trainer.scores = rest["scored"], rest["scores"]
+    if rest is not None:
+        trainer.update = rest["position"]
+        trainer.shift = trainer.update - rest["update"]
+        trainer.unreadable, trainer.settled = rest["unreadable"], rest["settled"]
+        trainer.scored, trainer.scores = rest["scored"], rest["scores"]
+        if trainer.settled:
+            return
+        state = state or State(rest["update"], {}, {}, {"optimizer": {}})
+        scale.restore_model(network, state.model, world)
+        if trainer.average is not None:
+            scale.restore_model(trainer.average.module, state.average or {}, world)
+        _restore_optimizer(trainer, state.rest["optimizer"])
+        if rest["scaler"]:  # empty in other dtypes than fp16
+            trainer.scaler.load_state_dict(rest["scaler"])
+    if world.first:
+        made = None if rest is None else trainer.made
+        trainer.folder.root.mkdir(parents=True, exist_ok=True)
+        trainer.trackers = Trackers(trainer.options.track, trainer.folder.root, made)
+        trainer.folder.begin(about)
+        trainer.folder.rewind(made)
 
 
-def _read_newest(trainer: Trainer) -> State | None:
-    """The newest whole checkpoint, and what the log says of it; what comes after is dropped."""
-    path = trainer.folder.newest(trainer.watch.say)
+def _restore_optimizer(trainer: Trainer, moments: dict[str, Any]) -> None:
+    """The moments from the checkpoint; betas, eps and weight decay are the recipe's of today."""
+    groups = trainer.optimizer.param_groups
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+    scale.restore_optimizer(trainer.network, trainer.optimizer, moments, trainer.world)
+    for group, own in zip(trainer.optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
+def _take_up(trainer: Trainer, about: dict[str, Any]) -> State | None:
+    """The newest whole checkpoint, and what the log says of it; None where none is.
+
+    Raises ValueError where it does not fit `about`.
+    """
+    folder, say = trainer.folder, trainer.watch.say
+    path = folder.newest(say)
+    if path is None and not folder.holds_something():
+        return None
+    found = continuing.changes(folder.about(), about)
+    facts = [change for change in found if change.name in continuing.FACTS]
+    continuing.check([c for c in found if c not in facts], folder.root, say)
     if path is None:
+        continuing.check(facts, folder.root, say)
+        say("no checkpoint is whole: beginning again")
         return None
     state = load_state(path)
     if trainer.average is not None and state.average is None:
         raise ValueError(f"ema: {path} has no averaged weights; expected --ema None")
-    trainer.folder.rewind(state.update)
+    kept = state.rest.pop("plan", None) or _plan_of(folder.about(), about, state.update)
+    position = continuing.position(kept, trainer.plan)
+    if position > trainer.total:
+        raise ValueError(
+            f"epochs: expected at least {position / trainer.plan.updates:g}, which the run in "
+            f"{folder.root} has made; got {trainer.recipe.epochs}"
+        )
     scored, scores = 0, {}
-    for entry in trainer.folder.entries():
+    for entry in folder.entries(state.update):
         if "model" in entry:
             scored = entry["update"]
             scores = {name: entry[name] for name in ("model", "average") if name in entry}
-    state.rest |= {"scored": scored, "scores": scores}
-    trainer.watch.say(f"going on after update {state.update} ({path})")
+    settled = position == trainer.total and scored == state.update and _is_finished(trainer)
+    if settled:
+        for change in facts:
+            say(f"{change.name} changed since: {change.now} now; it was {change.before}")
+        say(f"the run in {folder.root} is finished; nothing is left to do, it stays as it was")
+    else:
+        continuing.check(facts, folder.root, say)
+        say(f"going on after update {state.update} ({path})")
+    state.rest |= {"scored": scored, "scores": scores, "position": position, "settled": settled}
     return state
+
+
+def _plan_of(before: dict[str, Any], about: dict[str, Any], update: int) -> dict[str, int]:
+    """The plan of a checkpoint that an older version wrote without one."""
+    recipe = before["options"].get("recipe", {})
+    batch = int(recipe.get("batch_size", about["options"]["recipe"]["batch_size"]))
+    return continuing.place(Plan(about["images"], batch), update)
+
+
+def _is_finished(trainer: Trainer) -> bool:
+    names = ["model"] if trainer.average is None else ["model", "average"]
+    return all((trainer.folder.root / f"{name}.safetensors").is_file() for name in names)
 
 
 def finish(trainer: Trainer) -> None:

@@ -11,17 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from deit.configs import VARIANTS, Config
+from deit.configs import VARIANTS, Config, published
 
 # What DistributedDataParallel and torch.compile put before every key.
 _WRAPPERS = ("module.", "_orig_mod.")
-
-# The name of what has a width that no variant has: its number of heads is not in the shapes.
-UNKNOWN = "network"
 
 _PART = re.compile(r"(?P<name>.+)@(?P<index>\d)/(?P<count>\d)")
 
@@ -213,43 +211,72 @@ def _stack(name: str, pieces: dict[int, Tensor], origin: dict[str, str], result:
         result.tensors[name] = torch.cat([pieces[index] for index in range(3)])
 
 
-def infer(converted: Converted, saved: Config | None = None) -> Config:
-    """The network that converted weights are of, from their shapes.
+def infer(
+    converted: Converted, saved: Config | None = None, where: str = "metadata"
+) -> tuple[Config, bool]:
+    """The network that converted weights are of, from their shapes, and whether its number of
+    heads, which no shape shows, is known.
 
-    `saved`: the configuration kept with them, for what shapes do not show. eps is the layout's,
-    and LayerScale counts as started from DeiT III's 1e-4 where `saved` does not say.
+    `saved`: the configuration kept with them, in `where`, for what shapes do not show. Without it
+    the number of heads is a published network's, where the whole shape is, and else not known; eps
+    is the layout's, and LayerScale counts as started from DeiT III's 1e-4.
     Whether every tensor is there and fits is not looked at. Raises ValueError where the shapes
-    are of no square-image transformer.
+    are of no square-image transformer, or not those that `saved` says.
     """
     tensors = converted.tensors
     needed = ("patch_embed.proj.weight", "pos_embed", "cls_token")
     for name, dims in zip(needed, (4, 3, 3), strict=True):
-        if name not in tensors or tensors[name].dim() != dims:
+        if name not in tensors or tensors[name].dim() != dims or not tensors[name].numel():
             got = list(tensors[name].shape) if name in tensors else "none"
             raise ValueError(f"{name}: expected {dims} dimensions; got {got}")
     width, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
-    blocks = {int(m[1]) for key in tensors if (m := re.match(r"blocks\.(\d+)\.", key))}
+    blocks = {int(m[1]) for key in tensors if (m := re.match(r"blocks\.(\d{1,9})\.", key))}
     distilled = "dist_token" in tensors
     tokens = tensors["pos_embed"].shape[1] - (2 if distilled else 1)
     side = round(max(tokens, 0) ** 0.5)
     if side * side != tokens or side == 0:
         raise ValueError(f"pos_embed: expected a square grid of patches; got {tokens} patches")
-    known = [saved, *VARIANTS.values()]
-    base = next((c for c in known if c is not None and c.embed_dim == width), None)
-    if base is None:
-        base = Config(UNKNOWN, embed_dim=width, num_heads=1)
     head = tensors.get("head.weight")
-    return replace(
+    shape: dict[str, Any] = {
+        "embed_dim": width,
+        "depth": len(blocks),
+        "distilled": distilled,
+        "img_size": side * patch,
+        "patch_size": patch,
+        "in_chans": channels,
+        "mlp_ratio": _mlp_ratio(tensors, width),
+    }
+    if saved is not None:
+        wrong = [
+            f"{name}: expected {value}, as the weights have; got {getattr(saved, name)}"
+            for name, value in shape.items()
+            if value != getattr(saved, name)
+        ]
+        if wrong:
+            raise ValueError(f"{where}: " + "; ".join(wrong))
+    known = saved or published(width, len(blocks), patch, shape["mlp_ratio"])
+    near = (variant for variant in VARIANTS.values() if variant.embed_dim == width)
+    base = known or next(near, Config("vit", embed_dim=width, num_heads=1))
+    own = replace(
         base,
-        depth=len(blocks),
-        distilled=distilled,
-        img_size=side * patch,
+        **shape,
         num_classes=base.num_classes if head is None or head.dim() != 2 else head.shape[0],
-        patch_size=patch,
-        in_chans=channels,
         eps=saved.eps if saved else converted.layout.eps,
         layer_scale=_layer_scale(tensors, saved),
     )
+    return own, known is not None
+
+
+def _mlp_ratio(tensors: Mapping[str, Tensor], width: int) -> int:
+    """The hidden layer's width in the blocks' own; 4 where none is there to ask."""
+    weight = tensors.get("blocks.0.mlp.fc1.weight")
+    if weight is None or weight.dim() != 2 or not weight.shape[0]:
+        return 4
+    if weight.shape[0] % width:
+        raise ValueError(
+            f"blocks.0.mlp.fc1.weight: expected a multiple of {width} rows; got {weight.shape[0]}"
+        )
+    return weight.shape[0] // width
 
 
 def _layer_scale(tensors: Mapping[str, Tensor], saved: Config | None) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -10,28 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from deit.beside import RUN_FILE, TIMM, WEIGHTS_FILE, read_run, run_of
 from deit.checkpoint import load
-from deit.configs import Config, config
 from deit.model import DeiT
-from deit.options import Shape
+from deit.options import Shape, resolve
 from deit.readers import about_of, read
-
-RUN_FILE = "run.json"
-WEIGHTS_FILE = "model.safetensors"
-TIMM = "timm:"
-
-
-def resolve(arch: str, *, img_size: int, num_classes: int, distilled: bool, shape: Shape) -> Config:
-    """The Config of one of our variants, with its shape changed as asked.
-
-    Raises ValueError for an unknown name or an impossible shape.
-    """
-    settings = config(arch, distilled=distilled or None, num_classes=num_classes)
-    changes: dict[str, Any] = {**shape.changes()}
-    if "embed_dim" in changes and "num_heads" not in changes:
-        # Head dimension 64, which is what the kernels are made for.
-        changes["num_heads"] = max(1, changes["embed_dim"] // 64)
-    return replace(settings, img_size=img_size, **changes)
 
 
 def create(
@@ -118,37 +100,40 @@ def fuse(model: nn.Module) -> str:
 
 
 def weights_of(run: Path) -> Path | None:
-    """The weights' file of a finished run, given its folder or the file; None for anything else."""
+    """The weights' file of a run, given its folder, a checkpoint's or the file; else None."""
     weights = run if run.is_file() else run / WEIGHTS_FILE
-    return weights if weights.is_file() and (weights.parent / RUN_FILE).is_file() else None
+    return weights if weights.is_file() and run_of(weights) else None
 
 
 def restore(run: Path, img_size: int | None = None, **how: Any) -> tuple[nn.Module, dict[str, Any]]:
     """The network that a run trained, in evaluation mode, and what `run.json` says of it.
 
     Args:
-        run: the run's folder, or a weights' file in it (`average.safetensors`).
+        run: the run's folder, one of its checkpoints', or a file of weights in either
+            (`average.safetensors`).
         img_size: for another image size than the run's.
         how: options of `deit.load`; a timm network has drop_path alone of them.
 
     Raises:
-        ValueError: no finished run there, or weights that do not fit.
+        ValueError: no run's weights there, weights that do not fit, or a run.json that is none.
     """
     weights = weights_of(run)
-    if weights is None:
+    folder = run_of(weights) if weights else None
+    if weights is None or folder is None:
         raise ValueError(f"{run}: expected the folder of a finished run, with {WEIGHTS_FILE}")
-    about = json.loads((weights.parent / RUN_FILE).read_text())
+    about = read_run(folder)
     network = about["network"]
-    size = network["img_size"] if img_size is None else img_size
     if not network["arch"].startswith(TIMM):
-        return load(weights, img_size=size, **how), about
-    from safetensors.torch import load_file
-
+        return load(weights, img_size=img_size, **how), about
+    classes, state = len(about.get("classes", ())), read(weights).state
+    if all(classes not in tensor.shape[:1] for tensor in state.values()):
+        raise ValueError(
+            f"{folder / RUN_FILE}: classes: expected as many as {weights} has; got {classes}"
+        )
     drop = how.get("drop_path", 0.0)
-    model = create(
-        network["arch"], img_size=size, num_classes=len(about["classes"]), drop_path=drop
-    )
-    _fill(model, load_file(weights), weights)
+    size = network["img_size"] if img_size is None else img_size
+    model = create(network["arch"], img_size=size, num_classes=classes, drop_path=drop)
+    _fill(model, state, weights)
     return model.eval(), about
 
 
@@ -158,18 +143,27 @@ def opened(
     """The network of a run or of a DeiT's weights, and what is known of its images.
 
     Args:
-        weights: a run's folder, a weights' file in it, or any file that `deit.load` takes.
+        weights: a run's folder, a weights' file in it, or anything that `deit.load` takes.
         img_size, how: as for `restore`.
 
     Returns:
-        The network in evaluation mode, and `run.json`, or what an exported run says ("classes",
-        "mean", "std", "options"), or nothing: {}, where ImageNet's statistics are meant.
+        The network in evaluation mode, and `run.json`, or what an exported run, a Hugging Face
+        model's folder or timm's says ("classes", "mean", "std", "options"; all may be missing,
+        where ImageNet's statistics are meant).
 
-    Raises ValueError and OSError as `restore` and `deit.load` do.
+    Raises ValueError and OSError as `restore` and `deit.load` do; ValueError, too, for another
+    number of classes than the network has.
     """
+    model: nn.Module
     if weights_of(weights) is None:
-        return load(weights, img_size=img_size, **how), about_of(weights)
-    return restore(weights, img_size, **how)
+        model, about = load(weights, img_size=img_size, **how), about_of(weights)
+    else:
+        model, about = restore(weights, img_size, **how)
+    if isinstance(model, DeiT) and "classes" in about:
+        said, has = len(about["classes"]), model.config.num_classes
+        if said != has:
+            raise ValueError(f"{weights}: expected names of {has} classes beside it; got {said}")
+    return model, about
 
 
 def crop_of(about: dict[str, Any]) -> float | None:
@@ -177,7 +171,7 @@ def crop_of(about: dict[str, Any]) -> float | None:
 
     `about`: what `run.json` says; empty for weights that no run here trained.
     """
-    return about["options"]["recipe"]["eval_crop"] if about else None
+    return about.get("options", {}).get("recipe", {}).get("eval_crop")
 
 
 def parameters(model: nn.Module) -> int:

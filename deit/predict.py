@@ -22,10 +22,14 @@ from deit.images import (
     Unreadable,
     find_images,
 )
+from deit.limits import not_regular
 from deit.model import DeiT
 
 if TYPE_CHECKING:
     from deit.cli import Predict
+
+
+CLASSES_BYTES = 64 << 20  # of a file of class names
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,7 @@ def class_names(num_classes: int, file: Path | None = None) -> list[str]:
     Raises ValueError if the file is not text, or has not one name for every class.
     """
     if file is not None:
-        try:
-            names = file.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"classes: {file} is not UTF-8 text ({error.reason})") from None
+        names = _lines(file)
         if len(names) != num_classes:
             raise ValueError(
                 f"classes: expected {num_classes} lines, one for each class of the network; "
@@ -66,6 +67,23 @@ def class_names(num_classes: int, file: Path | None = None) -> list[str]:
     from timm.data import ImageNetInfo
 
     return ImageNetInfo("imagenet-1k").label_descriptions()
+
+
+def _lines(file: Path) -> list[str]:
+    """Lines of UTF-8 text, with a byte order mark or without; they end in LF, CR LF or CR alone.
+
+    str.splitlines would end them at form feeds and U+2028 as well, which names may hold.
+    """
+    what = not_regular(file)
+    if what is not None:
+        raise ValueError(f"classes: expected a regular file; got {what}, {file}")
+    if (size := file.stat().st_size) > CLASSES_BYTES:
+        raise ValueError(f"classes: expected at most {CLASSES_BYTES} bytes; {file} has {size}")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"classes: {file} is not UTF-8 text ({error.reason})") from None
+    return lines[:-1] if lines[-1] == "" else lines
 
 
 def predict(

@@ -9,9 +9,11 @@ refuses is an error; there is no second attempt with the full unpickler.
 from __future__ import annotations
 
 import argparse
-import json
+import mmap
 import os
 import re
+import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deit import beside
 from deit.configs import Config
+from deit.kernels import json_files
+from deit.kernels.json_files import Fields
 from deit.layouts import sample
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
@@ -30,25 +35,34 @@ METADATA_KEY = "deit.config"
 # Beside it, what a run says of its images: classes, statistics, recipe.
 ABOUT_KEY = "deit.about"
 
+# Tensors may name more bytes than are there: a stride of 0 makes gigabytes of one number. Small
+# ones are taken, and weights that are tied.
+ROOM, TIED = 64 << 20, 2
+_NO_NAMES = ("", ".", "..")
+
 
 @dataclass(frozen=True)
 class Weights:
-    """What was read: `state` by the source's own keys, and what a configuration beside it says.
+    """What was read: `state` by the source's own keys, and what says more of it than its shapes.
 
-    name: for messages. config: ours, of a file that `deit.checkpoint.save` wrote. eps: of the
-    LayerNorms, from a Hugging Face config.json.
+    name: for messages. config: ours, kept in the file or in its run's run.json; where: which of
+    them. neighbour: a config.json of Hugging Face or timm, to be read once it is known whose keys
+    these are (`deit.beside.neighbour`); named: it must be of these weights, as its folder was
+    asked for.
     """
 
     name: str
     state: dict[str, Tensor]
     config: Config | None = None
-    eps: float | None = None
+    where: str = ""
+    neighbour: Path | None = None
+    named: bool = False
 
 
 def read(
     source: str | os.PathLike[str] | Mapping[str, object], entry: str | None = None
 ) -> Weights:
-    """Weights from a file, a Hugging Face model folder or a state dict.
+    """Weights from a file, a run's folder, a Hugging Face model folder or a state dict.
 
     `entry` picks one of several state dicts in a checkpoint; None takes "model", then
     "state_dict".
@@ -64,6 +78,8 @@ def read(
             + (" (pass its state_dict())" if isinstance(source, torch.nn.Module) else "")
         )
     path = Path(source)
+    if path.is_dir() and beside.run_of(ours := path / beside.WEIGHTS_FILE) and ours.is_file():
+        path = ours
     if path.is_dir():
         return _read_folder(path, entry)
     if not path.exists():
@@ -76,52 +92,61 @@ def _read_file(path: Path, entry: str | None) -> Weights:
         if entry is not None:
             raise ValueError(f"entry: {path} is a safetensors file, which holds one state dict")
         state, metadata = _read_safetensors(path)
-        return Weights(str(path), state, config=_own_config(path, metadata))
+        config, where = _own_config(path, metadata)
+        return Weights(str(path), state, config, where, beside.config_file(path))
     if path.suffix not in PICKLE_SUFFIXES:
         known = ", ".join((".safetensors", *PICKLE_SUFFIXES))
         raise ValueError(f"{path}: expected a file name ending in {known}; got {path.suffix!r}")
-    return Weights(str(path), choose_entry(_read_pickle(path), entry, str(path)))
+    payload, records = _read_pickle(path)
+    state = choose_entry(payload, entry, str(path), path.stat().st_size)
+    if records is not None and _storages(state) - records:
+        raise ValueError(f"{path}: damaged: tensors of more numbers than the file keeps for them")
+    return Weights(str(path), state, neighbour=beside.config_file(path))
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_safetensors(
+    path: Path, *, tensors: bool = True
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A file's tensors, unless they are not wanted, and its metadata."""
     from safetensors import SafetensorError, safe_open
 
+    json_files.regular(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            keys = file.keys()
+            keys = file.keys() if tensors else ()
             return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from None
+    except (SafetensorError, RuntimeError, TypeError) as error:  # torch's own, of shapes
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: damaged or not a safetensors file ({reason})") from None
 
 
 def about_of(path: Path) -> dict[str, Any]:
-    """What a file that `deit export` wrote says of its images; {} for any other file or folder.
+    """What a file that `deit export` wrote, or what lies beside it, says of its images; else {}.
 
     Raises ValueError naming a file whose metadata is damaged.
     """
-    if path.suffix != ".safetensors" or not path.is_file():
-        return {}
-    text = _read_metadata(path).get(ABOUT_KEY, "{}")
+    text = None
+    if path.suffix == ".safetensors" and path.is_file():
+        text = _read_safetensors(path, tensors=False)[1].get(ABOUT_KEY)
+    if text is None:
+        return beside.about_images(path)
     try:
-        return dict(json.loads(text))
-    except (TypeError, ValueError) as error:
+        about = json_files.parse(text, ABOUT_KEY, kind=dict)
+        beside.check_about(Fields(about, ABOUT_KEY))
+    except ValueError as error:
         raise ValueError(f"{path}: its metadata {ABOUT_KEY!r} is damaged ({error})") from None
+    return about
 
 
-def _read_metadata(path: Path) -> dict[str, str]:
-    from safetensors import SafetensorError, safe_open
-
+def _read_pickle(path: Path) -> tuple[object, Counter[int] | None]:
+    """What a file holds, and the sizes of its records where it is an archive of such."""
+    json_files.regular(path)
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from None
-
-
-def _read_pickle(path: Path) -> object:
-    try:
+        records = _check_archive(path)
+        mapped = records is not None
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+        return found, records
     except Exception as error:
         # Damaged bytes surface as RuntimeError, EOFError, UnpicklingError, KeyError, ... alike.
         # torch's own message advises weights_only=False, which this one must not repeat.
@@ -139,10 +164,43 @@ def _read_pickle(path: Path) -> object:
         ) from None
 
 
-def choose_entry(payload: object, entry: str | None, name: str) -> dict[str, Tensor]:
+def _check_program(pickled: bytes | mmap.mmap) -> None:
+    """Refuses the one call that torch's restricted unpickler allows and that takes any memory."""
+    if pickled.find(b"bytearray") >= 0:
+        raise ValueError("its pickle asks for a bytearray, and weights need none")
+
+
+def _check_archive(path: Path) -> Counter[int] | None:
+    """The sizes of a zip archive's records; None for torch's format before 1.6, which is none.
+
+    An archive may be mapped into memory: then a storage that is said to be longer than its record
+    is never read beyond the file. Raises ValueError for one that unpacks to more than it holds.
+    """
+    with json_files.opened(path) as file:
+        if file.read(4) != b"PK\x03\x04":
+            if os.fstat(file.fileno()).st_size:
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+                    _check_program(whole)
+            return None
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+            if packed := [r.filename for r in records if r.compress_type != zipfile.ZIP_STORED]:
+                raise ValueError(f"expected records as they are; {sample(packed)} are compressed")
+            if sum(r.file_size for r in records) > os.fstat(file.fileno()).st_size:
+                raise ValueError("its records are larger than the file")
+            for record in records:
+                if record.filename.endswith("/data.pkl"):
+                    _check_program(archive.read(record))
+    return Counter(record.file_size for record in records)
+
+
+def choose_entry(
+    payload: object, entry: str | None, name: str, room: int | None = None
+) -> dict[str, Tensor]:
     """The state dict in what a file held: under `entry`, "model", "state_dict", or the whole.
 
-    Raises ValueError where there is none, naming what there is.
+    room: the file's bytes. Raises ValueError where there is none, naming what there is, and for
+    tensors that would take far more memory than the file.
     """
     if not isinstance(payload, Mapping):
         raise ValueError(f"{name}: expected a dictionary of tensors; got {type(payload).__name__}")
@@ -155,7 +213,32 @@ def choose_entry(payload: object, entry: str | None, name: str) -> dict[str, Ten
         what = "it" if entry is None else f"its entry {entry!r}"
         holds = sample(map(str, chosen)) if isinstance(chosen, Mapping) else type(chosen).__name__
         raise ValueError(f"{name}: {what} is no state dict of named tensors (it holds {holds})")
+    _check_size(chosen, name, room)
     return dict(chosen)
+
+
+def _held(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta
+
+
+def _storages(state: Mapping[str, Tensor]) -> Counter[int]:
+    """The bytes of each storage, however many tensors share it."""
+    storages = (tensor.untyped_storage() for tensor in state.values() if _held(tensor))
+    return Counter({one._cdata: one.nbytes() for one in storages}.values())
+
+
+def _check_size(state: Mapping[str, Tensor], name: str, room: int | None) -> None:
+    """Refuses tensors that take far more memory, once copied, than what they are views of."""
+    asked = {k: t.numel() * t.element_size() for k, t in state.items() if _held(t)}
+    total, there = sum(asked.values()), _storages(state)
+    most = sum(size * count for size, count in there.items())
+    most = most if room is None else min(most, room)
+    if total > ROOM + TIED * most:
+        largest = max(asked, key=asked.__getitem__)
+        raise ValueError(
+            f"{name}: {largest}: expected tensors of about the {most:,} bytes that are there; got "
+            f"{total:,}, of {list(state[largest].shape)} with strides {state[largest].stride()}"
+        )
 
 
 def _is_state(payload: Mapping[object, object]) -> bool:
@@ -167,14 +250,13 @@ def _read_folder(folder: Path, entry: str | None) -> Weights:
         raise ValueError(f"entry: {folder} is a Hugging Face folder, which holds one state dict")
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder}: no config.json, so no Hugging Face model folder")
-    eps = _check_hugging_face(folder / "config.json")
     state: dict[str, Tensor] = {}
     for file in _shards(folder):
         part = _read_file(file, None).state
         if twice := state.keys() & part.keys():
             raise ValueError(f"{file}: keys that another shard has too: {sample(sorted(twice))}")
         state.update(part)
-    return Weights(str(folder), state, eps=eps)
+    return Weights(str(folder), state, neighbour=folder / "config.json", named=True)
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -183,48 +265,26 @@ def _shards(folder: Path) -> list[Path]:
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.exists():
-            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-            if not names or any(Path(part).name != part for part in names):
+            found = Fields(json_files.read(index), str(index)).fields("weight_map")
+            names = {found.text(key) for key in found.values}
+            odd = [part for part in names if Path(part).name != part or part in _NO_NAMES]
+            if not names or odd or any("\0" in part for part in names):
                 raise ValueError(f"{index}: expected a weight_map to files in the same folder")
-            return [folder / part for part in names]
+            return [folder / part for part in sorted(names)]
     raise ValueError(f"{folder}: neither model.safetensors nor pytorch_model.bin, whole or sharded")
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object; got {type(found).__name__}")
-    return found
-
-
-def _check_hugging_face(path: Path) -> float:
-    """The LayerNorm eps of a config.json, once all it says is what our network computes."""
-    found = _read_json(path)
-    hidden = found.get("hidden_size", 768)
-    # The defaults are DeiTConfig's and ViTConfig's own: older files leave them out.
-    expected: dict[str, tuple[object, tuple[object, ...]]] = {
-        "model_type": (None, ("deit", "vit")),
-        "hidden_act": ("gelu", ("gelu",)),
-        "qkv_bias": (True, (True,)),
-        "num_attention_heads": (12, (hidden // 64,)),
-        "intermediate_size": (3072, (4 * hidden,)),
-        "patch_size": (16, (16, [16, 16])),
-    }
-    for key, (default, accepted) in expected.items():
-        value = found.get(key, default)
-        if value not in accepted:
-            wanted = " or ".join(map(repr, accepted))
-            raise ValueError(f"{path}: {key}: expected {wanted}; got {value!r}")
-    return float(found.get("layer_norm_eps", 1e-12))
-
-
-def _own_config(path: Path, metadata: Mapping[str, str]) -> Config | None:
+def _own_config(path: Path, metadata: Mapping[str, str]) -> tuple[Config | None, str]:
+    """Our Config, of a file we wrote or of the run whose checkpoint this is, and where from."""
     if METADATA_KEY not in metadata:
-        return None
+        run = beside.run_of(path)
+        if run is None:
+            return None, ""
+        file = run / beside.RUN_FILE
+        return beside.run_config(beside.read_run(run), file), str(file)
+    where = f"{path}: its metadata {METADATA_KEY!r}"
     try:
-        return Config(**json.loads(metadata[METADATA_KEY]))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its metadata {METADATA_KEY!r} is no Config ({error})") from None
+        found = json_files.parse(metadata[METADATA_KEY], METADATA_KEY, kind=dict)
+        return beside.config_of(Fields(found, METADATA_KEY)), where
+    except ValueError as error:
+        raise ValueError(f"{where} is no Config ({error})") from None

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from deit.commands import Report
-from deit.runs import RunFolder
+from deit.kernels.json_files import Fields
+from deit.runs import LAST, RunFolder
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,41 @@ def history(run: Path) -> History:
     entries = RunFolder(run).entries()
     if not entries:
         raise ValueError(f"runs: no log.jsonl with entries in {run}")
-    scores: dict[str, list[tuple[int, float]]] = {}
-    for entry in entries:
+    log = str(run / "log.jsonl")
+    # By update: older versions could log one twice, where a run was killed.
+    scores: dict[str, dict[int, float]] = {}
+    losses: dict[int, float] = {}
+    rates: dict[int, tuple[float, float]] = {}
+    teacher = None
+    for values in entries:
+        entry = Fields(values, log)
         for which in ("model", "average"):
-            for head, top1 in entry.get(which, {}).get("top1", {}).items():
-                scores.setdefault(f"{which}, {head}", []).append((entry["update"], top1))
-    steps = [entry for entry in entries if "loss" in entry]
-    teachers = [entry["teacher"]["top1"]["class"] for entry in entries if "teacher" in entry]
+            for head, top1 in _top1(entry, which).items():
+                curve = scores.setdefault(f"{which}, {head}", {})
+                curve[entry.integer("update", 0, LAST)] = top1
+        if "loss" in values:
+            update = entry.integer("update", 0, LAST)
+            losses[update] = entry.real("loss")
+            rates[update] = entry.real("images_per_s"), entry.real("waited_percent")
+        if "teacher" in values:
+            teacher = entry.fields("teacher").fields("top1").number("class", 0, 100)
+    unreadable = sum("unreadable" in entry for entry in entries)
     return History(
         run.name,
-        [(e["update"], e["loss"]) for e in steps],
-        [(e["update"], e["images_per_s"], e["waited_percent"]) for e in steps],
-        scores,
-        teachers[-1] if teachers else None,
-        sum("unreadable" in entry for entry in entries),
+        sorted(losses.items()),
+        [(update, *rates[update]) for update in sorted(rates)],
+        {name: sorted(curve.items()) for name, curve in scores.items()},
+        teacher,
+        unreadable,
     )
+
+
+def _top1(entry: Fields, which: str) -> dict[str, float]:
+    """Head -> percent, of one evaluation."""
+    if which not in entry.values:
+        return {}
+    found = entry.fields(which).fields("top1", {})
+    return {head: found.number(head, 0, 100) for head in found.values}
 
 
 def table(histories: list[History]) -> Any:

@@ -29,7 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deit import beside
+from deit.kernels import json_files
+from deit.kernels.json_files import Fields
+
 MANIFEST = "manifest.json"
+LAST = 1 << 40  # updates that a log may speak of
+LONGEST_LOG = 1 << 29  # bytes; a line a second is 0.4 GB a month
 
 
 @dataclass
@@ -69,22 +75,31 @@ class RunFolder:
                 file.truncate(end)
                 raise
 
-    def entries(self) -> list[dict[str, Any]]:
-        """The log's lines; a last one that a crash cut short is left out."""
-        path = self.root / "log.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        found = []
-        for number, line in enumerate(lines):
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                if number != len(lines) - 1:
-                    raise ValueError(f"{path}: line {number + 1} is damaged") from None
-        return found
+    def about(self) -> dict[str, Any]:
+        """What `run.json` says. Raises ValueError where it is none, or is not there."""
+        if not (self.root / beside.RUN_FILE).is_file():
+            raise ValueError(f"out: {self.root} holds weights, but no run.json to go on by")
+        return beside.read_run(self.root)
 
-    def rewind(self, update: int) -> None:
-        """Drop what the log says of updates after `update`: they will be run again."""
-        kept = [e for e in self.entries() if e.get("update", 0) <= update]
+    def entries(self, update: int | None = None) -> list[dict[str, Any]]:
+        """The log's lines; a last one that a crash cut short is left out.
+
+        `update`: only what was said until that update was made and, if so, evaluated.
+        """
+        path = self.root / "log.jsonl"
+        lines = json_files.lines(path, most=LONGEST_LOG, finite=False) if path.exists() else []
+        found = []
+        for number, (name, entry) in enumerate(lines, start=1):
+            if not isinstance(entry, ValueError):
+                Fields(entry, name).integer("update", 0, LAST, 0)
+                found.append(entry)
+            elif number < len(lines):
+                raise ValueError(f"{name} is damaged") from entry
+        return found if update is None else [e for e in found if _said_by(update, e)]
+
+    def rewind(self, update: int | None) -> None:
+        """Drop what the log says of updates after `update`, or of all: they will be made again."""
+        kept = [] if update is None else self.entries(update)
         text = "".join(json.dumps(entry) + "\n" for entry in kept)
         write_atomically(self.root / "log.jsonl", text)
 
@@ -106,15 +121,24 @@ class RunFolder:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        for old in self._all()[self.keep :]:
-            shutil.rmtree(old)
+        # Later ones are of a run that fell back behind them: damaged, or soon to be made again.
+        there = self._all()
+        whole = [path for path in there if int(path.name) <= state.update]
+        for path in there:
+            if path not in whole[: self.keep]:
+                shutil.rmtree(path)
         return target
+
+    def holds_something(self) -> bool:
+        """Whether there is a checkpoint, be it damaged, or final weights."""
+        return bool(self._all()) or (self.root / "model.safetensors").exists()
 
     def _all(self) -> list[Path]:
         """Checkpoints, newest first."""
         if not self.checkpoints.is_dir():
             return []
-        return sorted((p for p in self.checkpoints.iterdir() if p.name.isdigit()), reverse=True)
+        found = (p for p in self.checkpoints.iterdir() if p.name.isdecimal())
+        return sorted(found, key=lambda path: int(path.name), reverse=True)
 
     def newest(self, say: Callable[[str], None]) -> Path | None:
         """The newest checkpoint that is whole; `say` is told of those that are not."""
@@ -124,6 +148,18 @@ class RunFolder:
                 return path
             say(f"checkpoint {path.name} is passed over: {reason}")
         return None
+
+
+def _said_by(update: int, entry: dict[str, Any]) -> bool:
+    """Whether an entry of the log is older than the checkpoint after `update`.
+
+    An update's number stands on what is said once it is made. An unreadable image and a loss that
+    was skipped are said while the next one is made.
+    """
+    number = entry.get("update", 0)
+    return number < update or (
+        number == update and not ("unreadable" in entry or "skipped" in entry)
+    )
 
 
 def _write_checkpoint(state: State, folder: Path) -> None:
@@ -157,11 +193,14 @@ def load_state(path: Path) -> State:
 def damage(path: Path) -> str | None:
     """Why a checkpoint is not whole; None where it is."""
     try:
-        sums = json.loads((path / MANIFEST).read_text())["sha256"]
-        for name, expected in sums.items():
+        found = Fields(json_files.read(path / MANIFEST), MANIFEST).fields("sha256")
+        for name in found.values:
+            expected = found.text(name)
+            if Path(name).name != name:
+                return f"{MANIFEST}: sha256: expected names of files beside it; got {name!r}"
             if _sha256(path / name) != expected:
                 return f"{name} does not match its checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -239,7 +278,7 @@ def sync(path: Path) -> None:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with json_files.opened(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -20,7 +20,7 @@ def due(trainer: Trainer) -> bool:
     epoch, within = divmod(trainer.update, trainer.plan.updates)
     last = trainer.update == trainer.total
     asked = within == 0 and epoch > 0 and (last or epoch % trainer.options.eval_every == 0)
-    return asked and trainer.scored != trainer.update
+    return asked and trainer.scored != trainer.made
 
 
 def score(trainer: Trainer) -> None:
@@ -36,8 +36,8 @@ def score(trainer: Trainer) -> None:
             return
         row[name] = scores.row()
         line += f", {name}: {scores.text()}"
-    trainer.scores, trainer.scored = row, trainer.update
-    trainer.log(update=trainer.update, **row)
+    trainer.scores, trainer.scored = row, trainer.made
+    trainer.log(update=trainer.made, **row)
     trainer.watch.say(f"{line} of {row['model']['images']:,} held-out images right")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ Sink = tuple[Callable[[dict[str, float], int], None], Callable[[], object]]
 class Trackers:
     """Passes the numbers of a log entry on, by their update."""
 
-    def __init__(self, names: Sequence[str], out: Path, update: int = 0) -> None:
-        """`names`: of "tensorboard", "wandb", "mlflow". `update`: that the run goes on after.
+    def __init__(self, names: Sequence[str], out: Path, update: int | None = None) -> None:
+        """`names`: of "tensorboard", "wandb", "mlflow". `update`: that the run goes on after; None
+        where it begins, be it once more.
 
-        A run that goes on is the same one there, too. Raises ValueError for another name, or a
-        package that is not installed.
+        A run that goes on is the same one there, too, and shows each update once.
+
+        Raises ValueError for another name, or a package that is not installed.
         """
         known = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
         self.sinks: list[Sink] = []
@@ -53,11 +56,12 @@ def _numbers(entry: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
             yield prefix + name, float(value)
 
 
-def _tensorboard(out: Path, update: int) -> Sink:
+def _tensorboard(out: Path, update: int | None) -> Sink:
     from torch.utils.tensorboard import SummaryWriter
 
-    # What a killed run wrote of later updates is not shown.
-    writer = SummaryWriter(str(out / "tensorboard"), purge_step=update + 1 if update else None)
+    # What a killed run wrote of later updates, or of all, is not shown.
+    purge = 0 if update is None else update + 1
+    writer = SummaryWriter(str(out / "tensorboard"), purge_step=purge)
 
     def add(numbers: dict[str, float], update: int) -> None:
         for name, value in numbers.items():
@@ -67,19 +71,30 @@ def _tensorboard(out: Path, update: int) -> Sink:
     return add, writer.close
 
 
-def _wandb(out: Path, update: int) -> Sink:
+def _wandb(out: Path, update: int | None) -> Sink:
     import wandb
 
-    own = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+    own = hashlib.sha256(os.fsencode(out.resolve())).hexdigest()[:16]
     run = wandb.init(project="fused-deit", name=out.name, dir=str(out), id=own, resume="allow")
+    # It takes no step twice, nor an earlier one than its last.
     return lambda numbers, update: run.log(numbers, step=update), run.finish
 
 
-def _mlflow(out: Path, update: int) -> Sink:
+def _mlflow(out: Path, update: int | None) -> Sink:
     import mlflow
 
     kept = out / "mlflow-run.txt"
-    before = kept.read_text().strip() if update and kept.exists() else None
+    before = kept.read_text().strip() if update is not None and kept.exists() else None
     run = mlflow.start_run(run_id=before, run_name=out.name)
     kept.write_text(run.info.run_id + "\n")
-    return lambda numbers, update: mlflow.log_metrics(numbers, step=update), mlflow.end_run
+    client, shown = mlflow.MlflowClient(), dict[str, set[int]]()
+
+    def add(numbers: dict[str, float], update: int) -> None:
+        for name in numbers.keys() - shown.keys():  # MLflow would keep a step twice
+            past = client.get_metric_history(before, name) if before else ()
+            shown[name] = {metric.step for metric in past}
+        new = {name: value for name, value in numbers.items() if update not in shown[name]}
+        if new:
+            mlflow.log_metrics(new, step=update)
+
+    return add, mlflow.end_run

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
@@ -24,7 +25,7 @@ from deit.data.drawn import split
 from deit.data.loader import Batch, Loader, naming_lost_workers
 from deit.data.on_device import Augmentation
 from deit.data.sampling import Batches, Plan, stream
-from deit.data.sources import Source, open_source
+from deit.data.sources import Source, check_labels, open_source
 from deit.distill import Objective
 from deit.options import Options
 from deit.pace import Pace
@@ -46,7 +47,8 @@ def train(options: Options) -> dict[str, Any]:
 
     Returns:
         The last evaluation: {"update", "model": scores, "average": scores or None, "finished"};
-        finished is False where SIGTERM or Ctrl-C ended the run after a checkpoint.
+        finished is False where SIGTERM or Ctrl-C ended the run after a checkpoint, which they do
+        where this is called from the main thread.
 
     Raises:
         ValueError: bad options or data; NotFinite; TooManyUnreadable. OSError: the folder
@@ -78,6 +80,8 @@ class Trainer:
         self.held_out = open_source(
             options.data, "val", self.source.classes, limit=options.limit_val
         )
+        for source in (self.source, self.held_out):  # the second is not read for an epoch
+            check_labels(source)
         pieces = world.size * options.accumulate
         self.plan = Plan(
             len(self.source), self.recipe.batch_size, self.recipe.repeats, options.seed, pieces
@@ -101,11 +105,20 @@ class Trainer:
         self.schedule = assemble.schedule(self.optimizer, self.recipe, self.plan.updates)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=options.dtype == "fp16")
         self.trackers = Trackers((), options.out)
+        # `update` counts in this plan, `made` over all that the run has had: another batch size
+        # makes another plan.
         self.update, self.total = 0, self.recipe.epochs * self.plan.updates
+        self.shift = 0
+        self.settled = False  # finished by an earlier call: nothing is to be done or written
         self.scored = 0
         self.scores: dict[str, Any] = {}
         self.unreadable: dict[str, str] = {}
         self.signalled = self.stopping = False
+
+    @property
+    def made(self) -> int:
+        """Updates that were made: the number that checkpoints and the log go by."""
+        return self.update - self.shift
 
     def _prepare(self, model: nn.Module) -> nn.Module:
         """Fused, sharded and compiled as asked."""
@@ -145,11 +158,11 @@ class Trainer:
                 if self.stopping or (within == 0 and epoch % self.options.save_every == 0):
                     keeping.save(self)
         finished = self.update >= self.total and not self.stopping
-        if finished:
+        if not finished:
+            self.watch.say(f"stopped by a signal after update {self.made}; run it again to go on")
+        elif not self.settled:
             keeping.finish(self)
-        else:
-            self.watch.say(f"stopped by a signal after update {self.update}; run it again to go on")
-        return {"update": self.update, "finished": finished, **self.scores}
+        return {"update": self.made, "finished": finished, **self.scores}
 
     def step(self, parts: list[Batch], pace: Pace) -> tuple[float, bool]:
         """One update; returns its loss over all processes, and whether any of them was stopped."""
@@ -194,21 +207,21 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
-            self.average.update(scale.plain(self.network), step=self.update + 1)
+            self.average.update(scale.plain(self.network), step=self.made + 1)
 
     def _not_finite(self, value: float, parts: list[Batch]) -> None:
         """Name the batch of a loss that is NaN or infinite; then stop, unless told to go on."""
         names = [self.source.name(draw.image) for batch in parts for draw in batch.draws]
         draws = [list(draw) for batch in parts for draw in batch.draws]
-        path = self.folder.root / f"not-finite-{self.update:08d}-rank{self.world.rank}.json"
-        facts = {"update": self.update, "loss": str(value), "images": names, "draws": draws}
+        path = self.folder.root / f"not-finite-{self.made:08d}-rank{self.world.rank}.json"
+        facts = {"update": self.made, "loss": str(value), "images": names, "draws": draws}
         path.parent.mkdir(parents=True, exist_ok=True)  # another node may not have the folder
         write_atomically(path, json.dumps(facts, indent=1))
-        message = f"loss: {value} at update {self.update}; its images are named in {path}"
+        message = f"loss: {value} at update {self.made}; its images are named in {path}"
         if self.options.on_nan == "stop":
             raise NotFinite(message)
         self.watch.say(f"{message}; the update is skipped")
-        self.log(update=self.update, skipped=str(value))
+        self.log(update=self.made, skipped=str(value))
 
     def agree_to_stop(self) -> bool:
         """Whether any process was told to stop; every process has to ask at the same place."""
@@ -251,12 +264,9 @@ class Trainer:
         return devices.autocast(self.world.device, self.options.dtype)
 
     def _begin(self) -> None:
-        if self.world.first:
-            keeping.describe(self)
-        self.world.wait()
         keeping.resume(self)
-        if self.world.first:
-            self.trackers = Trackers(self.options.track, self.options.out, self.update)
+        if self.settled:
+            return
         options, plan = self.options, self.plan
         self.watch.say(
             f"{options.arch}, {self.size:,} parameters; {len(self.source):,} images of "
@@ -273,7 +283,7 @@ class Trainer:
         for name, reason in batch.unreadable:
             if name not in self.unreadable:
                 self.unreadable[name] = reason
-                self.log(update=self.update, unreadable=name, reason=reason)
+                self.log(update=self.made, unreadable=name, reason=reason)
         share = len(self.unreadable) / len(self.source)
         if share > self.options.max_unreadable or not len(batch.labels):
             name, reason = next(iter(self.unreadable.items()))
@@ -288,12 +298,12 @@ class Trainer:
         left = (self.total - self.update) * row.pop("seconds_an_update")
         self.watch.update(
             f"epoch {self.update / self.plan.updates:.2f} of {self.recipe.epochs}, update "
-            f"{self.update}: loss {row['loss']:.4f}{scoring.latest(self)}, lr {lr:.2e}, "
+            f"{self.made}: loss {row['loss']:.4f}{scoring.latest(self)}, lr {lr:.2e}, "
             f"{row['images_per_s']:.0f} "
             f"images/s (loader {row['loader_images_per_s']:.0f}, waited for "
             f"{row['waited_percent']:.0f} %), about {human(left)} left"
         )
-        self.log(update=self.update, lr=lr, **row)
+        self.log(update=self.made, lr=lr, **row)
         return pace.again()
 
     def log(self, **entry: Any) -> None:
@@ -307,7 +317,13 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C end the run after this update or batch, with a checkpoint."""
+        """SIGTERM and Ctrl-C end the run after this update or batch, with a checkpoint.
+
+        Python hears them in the main thread alone: in another one they stay what they were.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
 
         def stop(*_: object) -> None:
             self.signalled = True
@@ -317,7 +333,7 @@ class Trainer:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from deit.tune_problems import Problem
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NO_TIME = "no time left for"  # begins what `measure` reports where it stops early
 MARGIN = 0.02  # about what two runs of one kernel differ by
 FLUSH_BYTES = 1 << 30
 FIRST_ROUNDS, ROUNDS = 3, 20
@@ -174,7 +175,7 @@ def measure(
     outcomes, wrong = [], []
     for index, problem in enumerate(problems):
         if time.monotonic() > end:
-            report(f"no time left for {len(problems) - index} of {len(problems)} kernels")
+            report(f"{NO_TIME} {len(problems) - index} of {len(problems)} kernels")
             break
         tensors = problem.make()
         sound, dropped = check(problem, tensors, candidates_of(problem, count), end)

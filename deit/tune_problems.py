@@ -17,7 +17,6 @@ from deit.kernels.triton import (
     attention,
     attention_bwd,
     common,
-    configs,
     gelu_mlp,
     layer_norm,
     layer_norm_bwd,
@@ -104,8 +103,7 @@ def problems(size: Size, training: bool) -> Iterator[Problem]:
     yield _gelu_mlp(size)
     yield _attention(size)
     for width, activation in ((hidden, "gelu"), (3 * dim, None)):  # of vit_block
-        yield _norm_linear(size, "norm_panel", width, activation)
-        yield _norm_linear(size, "norm_linear", width, activation)
+        yield _norm_panel(size, width, activation)
     yield _layer_norm(size)
     yield _patch_embed(size)
     yield from tune_fp8.problems(size)
@@ -133,8 +131,8 @@ def _linear(size: Size, width: int, depth: int, activation: str | None) -> Probl
     )
 
 
-def _norm_linear(size: Size, factory: str, width: int, activation: str | None) -> Problem:
-    """A LayerNorm in the product's prologue, its rows' statistics given."""
+def _norm_panel(size: Size, width: int, activation: str | None) -> Problem:
+    """LayerNorm and a product: in one kernel, its rows' statistics given, or in two (None)."""
     depth, saved = size.network.embed_dim, []  # type: int, list[Tensor]
     sizes = {"width": width, "depth": depth}
 
@@ -142,8 +140,6 @@ def _norm_linear(size: Size, factory: str, width: int, activation: str | None) -
         x, weight, bias, *norm = t
         if not saved:  # what the product before writes is not what is timed
             saved.append(row_stats.row_stats(x))
-        if config is None and factory == "norm_linear":
-            config = configs.norm_linear(size.arch, size.dtype, **sizes)
         given = row_stats.Norm(saved[0], norm[0], norm[1], *EPS)
         return [norm_linear.norm_linear(x, given, weight, bias, activation, config=config)]
 
@@ -154,7 +150,7 @@ def _norm_linear(size: Size, factory: str, width: int, activation: str | None) -
 
     rows = (size.batch, size.network.tokens, depth)
     shapes: list[tuple[int, ...]] = [rows, (width, depth), (width,), (depth,), (depth,)]
-    return size.problem(factory, sizes, shapes, run, plain)
+    return size.problem("norm_panel", sizes, shapes, run, plain)
 
 
 def _gelu_mlp(size: Size) -> Problem:

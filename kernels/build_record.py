@@ -23,7 +23,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     """The record in `folder`; None where there is none or it is not one."""
     try:
         record = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and "libraries" in record else None
 

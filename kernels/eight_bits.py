@@ -86,10 +86,15 @@ def _norm(norm: Norm | None, x: Tensor) -> tuple[Tensor | None, Tensor | None, f
 
 
 def without_gradient(operator: str, arguments: dispatch.Arguments) -> dispatch.Arguments:
-    """The arguments; NotImplementedError where autograd wants the call's gradients."""
+    """The arguments; NotImplementedError where autograd wants the call's derivatives."""
     if dispatch.needs_gradient(arguments):
         raise NotImplementedError(
             f"{operator}: a tensor requires grad, and rounding to 8 bits has no gradient: call it "
             "under torch.no_grad() or torch.inference_mode()"
+        )
+    if dispatch.has_tangent(arguments):
+        raise NotImplementedError(
+            f"{operator}: a tensor has a forward-mode tangent, and rounding to 8 bits has no "
+            "derivative"
         )
     return arguments

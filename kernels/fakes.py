@@ -71,6 +71,13 @@ def _like(given: Tensor | None, other: Tensor) -> Tensor:
     return other.new_empty(0) if given is None else given.new_empty(given.shape)
 
 
+def _of(wanted: Sequence[bool] | None, *gradients: Tensor) -> tuple[Tensor, ...]:
+    """The gradients that are wanted, and empty tensors in place of the others."""
+    if wanted is None:
+        return gradients
+    return tuple(g if w else g.new_empty(0) for g, w in zip(gradients, wanted, strict=True))
+
+
 def _layer_norm_fwd_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, ...]:
@@ -78,9 +85,14 @@ def _layer_norm_fwd_fake(
 
 
 def _layer_norm_bwd_fake(
-    dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    wanted: Sequence[bool] | None = None,
 ) -> tuple[Tensor, ...]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+    return _of(wanted, _like(x, x), _like(weight, x), _like(weight, x))
 
 
 def _add_layer_norm_fwd_fake(x: Tensor, residual: Tensor, *_: object) -> tuple[Tensor, ...]:
@@ -90,17 +102,17 @@ def _add_layer_norm_fwd_fake(x: Tensor, residual: Tensor, *_: object) -> tuple[T
 def _add_layer_norm_bwd_fake(
     dout: Tensor,
     dtotal: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     total: Tensor,
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
     gamma: Tensor | None,
     keep: Tensor | None,
+    wanted: Sequence[bool] | None = None,
 ) -> tuple[Tensor, ...]:
-    dweight, dbias = weight.new_empty(weight.shape), weight.new_empty(weight.shape)
-    dgamma = _like(gamma, weight)
-    return x.new_empty(x.shape), total.new_empty(x.shape), dweight, dbias, dgamma
+    dweight, dbias, dgamma = (_like(t, weight) for t in (weight, weight, gamma))
+    return _of(wanted, _like(dout, dout), _like(total, total), dweight, dbias, dgamma)
 
 
 def _attention_fwd_fake(
@@ -131,15 +143,21 @@ def _linear_fwd_fake(
 
 def _linear_bwd_fake(
     dout: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
-    affine: Tensor,
+    affine: Tensor | None,
     activation: str | None,
     gamma: Tensor | None,
     keep: Tensor | None,
+    wanted: Sequence[bool] | None = None,
 ) -> tuple[Tensor, ...]:
-    dbias = x.new_empty(weight.shape[0])
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, _like(gamma, x)
+    dx, dbias = _through(dout, weight), weight.new_empty(weight.shape[0])
+    return _of(wanted, dx, _like(weight, weight), dbias, _like(gamma, weight))
+
+
+def _through(dout: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of a layer's input, in its weight's dtype."""
+    return weight.new_empty((*dout.shape[:-1], weight.shape[1]))
 
 
 def _gelu_mlp_fwd_fake(
@@ -159,25 +177,30 @@ def _gelu_mlp_fwd_fake(
 
 def _gelu_mlp_bwd_fake(
     dout: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     w1: Tensor,
     w2: Tensor,
     hidden: Tensor,
-    affine: Tensor,
+    affine: Tensor | None,
     gamma: Tensor | None,
     keep: Tensor | None,
+    wanted: Sequence[bool] | None = None,
 ) -> tuple[Tensor, ...]:
-    db1, db2 = x.new_empty(w1.shape[0]), x.new_empty(w2.shape[0])
-    dw1, dw2 = w1.new_empty(w1.shape), w2.new_empty(w2.shape)
-    return x.new_empty(x.shape), dw1, db1, dw2, db2, _like(gamma, x)
+    db1, db2 = w1.new_empty(w1.shape[0]), w2.new_empty(w2.shape[0])
+    dx, dw1, dw2 = _through(hidden, w1), _like(w1, w1), _like(w2, w2)
+    return _of(wanted, dx, dw1, db1, dw2, db2, _like(gamma, w1))
 
 
 def _patch_embed_bwd_fake(
-    dout: Tensor, images: Tensor, weight: Tensor, prefix_tokens: int
+    dout: Tensor,
+    images: Tensor | None,
+    weight: Tensor,
+    prefix_tokens: int,
+    wanted: Sequence[bool] | None = None,
 ) -> tuple[Tensor, ...]:
     _, tokens, dim = dout.shape
     dprefix, dpos = weight.new_empty((1, prefix_tokens, dim)), weight.new_empty((1, tokens, dim))
-    return weight.new_empty(weight.shape), weight.new_empty(dim), dprefix, dpos
+    return _of(wanted, _like(weight, weight), weight.new_empty(dim), dprefix, dpos)
 
 
 def _cross_entropy_fwd_fake(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -200,9 +223,15 @@ def _distillation_loss_bwd_fake(
     target: Tensor,
     teacher_logits: Tensor,
     distillation_logits: Tensor | None,
-    *_: object,
-) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(logits.shape), _like(distillation_logits, logits)
+    statistics: Tensor,
+    kind: str,
+    alpha: float,
+    temperature: float,
+    label_smoothing: float,
+    kl_reduction: str,
+    wanted: Sequence[bool] | None = None,
+) -> tuple[Tensor, ...]:
+    return _of(wanted, _like(logits, logits), _like(distillation_logits, logits))
 
 
 FAKES: dict[str, Callable[..., object]] = {

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from deit.kernels import dispatch, ops, validate
+from deit.kernels import dispatch, hopper, ops, validate
+from deit.kernels.linear import train as train_linear
 
 
 def gelu_mlp(
@@ -92,8 +93,18 @@ def _prepare(
 
 
 def _limits(
-    implementation: str, x: Tensor, w1: Tensor, _: Tensor | None, w2: Tensor, *__: object
+    implementation: str,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
 ) -> list[str]:
+    if implementation == "cuda":
+        return hopper.limits(x, w1, w2, residual=residual, keep=keep)
     return dispatch.product_limits(implementation, x, w1, w2)
 
 
@@ -121,11 +132,12 @@ class _GeluMlp(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.implementation, ctx.recompute, x, w1, b1, w2, b2, residual, gamma, keep = inputs
+        ctx.implementation, ctx.recompute, x, w1, b1, w2, _, _, gamma, keep = inputs
         _, hidden, affine = output
-        ctx.has = tuple(t is not None for t in (b1, b2, residual, gamma))
-        kept_b1 = b1 if ctx.recompute else None
-        ctx.save_for_backward(x, w1, kept_b1, w2, hidden, affine, gamma, keep)
+        *_, of_w1, _, _, _, _, of_gamma, _ = ctx.needs_input_grad
+        kept_x, kept_b1 = x if of_w1 or ctx.recompute else None, b1 if ctx.recompute else None
+        kept_affine = affine if of_gamma else None
+        ctx.save_for_backward(kept_x, w1, kept_b1, w2, hidden, kept_affine, gamma, keep)
         ctx.mark_non_differentiable(hidden, affine)
 
     @staticmethod
@@ -133,20 +145,29 @@ class _GeluMlp(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         kernels = ops.COMPILED[ctx.implementation]
         x, w1, b1, w2, hidden, affine, gamma, keep = ctx.saved_tensors
-        if ctx.recompute:
-            hidden = kernels["linear"](x, w1, b1, None, None, None, None)
-        dx, dw1, db1, dw2, db2, dgamma = kernels["gelu_mlp_bwd"](
-            dout, x, w1, w2, hidden, affine, gamma, keep
-        )
-        db1, db2, dresidual, dgamma = (
-            gradient if has else None
-            for gradient, has in zip((db1, db2, dout, dgamma), ctx.has, strict=True)
-        )
-        return None, None, dx, dw1, db1, dw2, db2, dresidual, dgamma, None
+
+        def backward(wanted: list[bool]) -> tuple[Tensor, ...]:
+            if not ctx.recompute:
+                return kernels["gelu_mlp_bwd"](dout, x, w1, w2, hidden, affine, gamma, keep, wanted)
+            first = any(wanted[:3])
+            found = kernels["linear"](x, w1, b1, None if first else "gelu", None, None, None)
+            if first:
+                return kernels["gelu_mlp_bwd"](dout, x, w1, w2, found, affine, gamma, keep, wanted)
+            second = [False, *wanted[3:]]
+            parts = kernels["linear_bwd"](dout, found, w2, affine, None, gamma, keep, second)
+            return (*parts[:1] * 3, *parts[1:])
+
+        found = dispatch.gradients(ctx, backward, (2, 3, 4, 5, 6, 8))
+        found[7] = dout if ctx.needs_input_grad[7] else None
+        return tuple(found)
 
 
 def _train(implementation: str, *arguments: Any, recompute: bool = False) -> Tensor:
     x, w1, b1, w2, b2, residual, gamma, keep = arguments
+    if not recompute and not dispatch.needs_gradient((x, w1, b1)):
+        # What lies before the second product is as constant as an input.
+        hidden = ops.COMPILED[implementation]["linear"](x, w1, b1, "gelu", None, None, None)
+        return train_linear(implementation, hidden, w2, b2, None, residual, gamma, keep)
     if residual is x:  # torch.compile traces no autograd.Function given one tensor twice
         residual = x.view_as(x)
     return _GeluMlp.apply(implementation, recompute, x, w1, b1, w2, b2, residual, gamma, keep)[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from deit.kernels.attention_reference import attention
 from deit.kernels.quantize import quantize_channels, quantize_tokens
 
 
@@ -89,10 +90,6 @@ def int8_vit_block(
 ) -> Tensor:
     """s = x + gamma1 * proj(attention(qkv(LN(x)))); s + gamma2 * fc2(gelu(fc1(LN(s))))."""
     qkv = _product(_normalised(x, norm1_weight, norm1_bias, eps), qkv_weight, qkv_bias)
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    scores = (q * scale) @ k.transpose(-2, -1)
-    if key_bias is not None:
-        scores = scores + key_bias[:, None, None, :]
-    mixed = (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+    mixed = attention(qkv, num_heads, scale, key_bias)
     stream = _joined(_product(mixed, proj_weight, proj_bias), x, gamma1)
     return int8_gelu_mlp(stream, w1, b1, w2, b2, norm2_weight, norm2_bias, eps, stream, gamma2)

@@ -108,9 +108,8 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.implementation, x, weight, bias, _ = inputs
+        ctx.implementation, x, weight, _, _ = inputs
         _, mean, rstd = output
-        ctx.has_bias = bias is not None
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)  # or autograd fills zeros for mean and rstd
@@ -118,9 +117,11 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        backward = ops.COMPILED[ctx.implementation]["layer_norm_bwd"]
-        dx, dweight, dbias = backward(dout, *ctx.saved_tensors)
-        return None, dx, dweight, dbias if ctx.has_bias else None, None
+        kernel = ops.COMPILED[ctx.implementation]["layer_norm_bwd"]
+        saved = ctx.saved_tensors
+        return tuple(
+            dispatch.gradients(ctx, lambda wanted: kernel(dout, *saved, wanted), (1, 2, 3))
+        )
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -132,10 +133,11 @@ class _AddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.implementation, x, _, weight, bias, _, gamma, keep = inputs
+        ctx.implementation, x, _, weight, _, _, gamma, keep = inputs
         _, total, mean, rstd = output
-        ctx.has_bias, ctx.has_gamma = bias is not None, gamma is not None
-        ctx.save_for_backward(x, total, weight, mean, rstd, gamma, keep)
+        of_gamma = ctx.needs_input_grad[6]
+        ctx.save_for_backward(x if of_gamma else None, total, weight, mean, rstd, gamma, keep)
+        ctx.dtype = x.dtype
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)  # or autograd fills zeros for mean and rstd
 
@@ -144,21 +146,17 @@ class _AddLayerNorm(torch.autograd.Function):
     def backward(
         ctx: Any, dout: Tensor | None, dtotal: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        backward = ops.COMPILED[ctx.implementation]["add_layer_norm_bwd"]
-        x, total, *_ = ctx.saved_tensors
-        dout = torch.zeros_like(x) if dout is None else dout
-        dtotal = torch.zeros_like(total) if dtotal is None else dtotal
-        dx, dresidual, dweight, dbias, dgamma = backward(dout, dtotal, *ctx.saved_tensors)
-        return (
-            None,
-            dx,
-            dresidual,
-            dweight,
-            dbias if ctx.has_bias else None,
-            None,
-            dgamma if ctx.has_gamma else None,
-            None,
+        kernel, saved = ops.COMPILED[ctx.implementation]["add_layer_norm_bwd"], ctx.saved_tensors
+        total = saved[1]
+        douts = (
+            torch.zeros_like(total, dtype=ctx.dtype) if dout is None else dout,
+            torch.zeros_like(total) if dtotal is None else dtotal,
         )
+
+        def backward(wanted: list[bool]) -> tuple[Tensor, ...]:
+            return kernel(*douts, *saved, wanted)
+
+        return tuple(dispatch.gradients(ctx, backward, (1, 2, 3, 4, 6)))
 
 
 def _train(implementation: str, *arguments: Any) -> Tensor:

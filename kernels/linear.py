@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deit.kernels import dispatch, ops, validate
+from deit.kernels import dispatch, hopper, ops, validate
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh")
 
@@ -70,7 +70,18 @@ def _prepare(
     return x, weight, bias, activation, residual, gamma, keep
 
 
-def _limits(implementation: str, x: Tensor, weight: Tensor, *_: object) -> list[str]:
+def _limits(
+    implementation: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+) -> list[str]:
+    if implementation == "cuda":
+        return hopper.limits(x, weight, residual=residual, keep=keep)
     return dispatch.product_limits(implementation, x, weight)
 
 
@@ -83,35 +94,35 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.implementation, x, weight, bias, ctx.activation, residual, gamma, keep = inputs
+        ctx.implementation, x, weight, _, ctx.activation, _, gamma, keep = inputs
         _, affine = output
-        ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
-        ctx.save_for_backward(x, weight, affine, gamma, keep)
+        _, _, of_weight, *_, of_gamma, _ = ctx.needs_input_grad
+        reads_affine = ctx.activation is not None or of_gamma
+        ctx.save_for_backward(
+            x if of_weight else None, weight, affine if reads_affine else None, gamma, keep
+        )
         ctx.mark_non_differentiable(affine)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, affine, gamma, keep = ctx.saved_tensors
-        backward = ops.COMPILED[ctx.implementation]["linear_bwd"]
-        dx, dweight, dbias, dgamma = backward(dout, x, weight, affine, ctx.activation, gamma, keep)
-        return (
-            None,
-            dx,
-            dweight,
-            dbias if ctx.has_bias else None,
-            None,
-            dout if ctx.has_residual else None,
-            None if gamma is None else dgamma,
-            None,
-        )
+        kernel = ops.COMPILED[ctx.implementation]["linear_bwd"]
+
+        def backward(wanted: list[bool]) -> tuple[Tensor, ...]:
+            return kernel(dout, x, weight, affine, ctx.activation, gamma, keep, wanted)
+
+        found = dispatch.gradients(ctx, backward, (1, 2, 3, 6))
+        found[5] = dout if ctx.needs_input_grad[5] else None
+        return tuple(found)
 
 
-def _train(implementation: str, *arguments: Any) -> Tensor:
+def train(implementation: str, *arguments: Any) -> Tensor:
+    """The linear layer, differentiable by `implementation`'s own kernels."""
     x, weight, bias, activation, residual, gamma, keep = arguments
     if residual is x:  # torch.compile traces no autograd.Function given one tensor twice
         residual = x.view_as(x)
     return _Linear.apply(implementation, x, weight, bias, activation, residual, gamma, keep)[0]
 
 
-_LINEAR = dispatch.Operator("linear", _prepare, _limits, _train, {6: "keep"})
+_LINEAR = dispatch.Operator("linear", _prepare, _limits, train, {6: "keep"})

@@ -202,10 +202,9 @@ class _DistillationLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        backward = ops.COMPILED[ctx.implementation]["distillation_loss_bwd"]
-        dlogits, dtoken = backward(dloss, *ctx.saved_tensors, *ctx.options)
-        has_token = ctx.saved_tensors[3] is not None
-        return (None, dlogits, None, None, dtoken if has_token else None, *[None] * 5)
+        kernel = ops.COMPILED[ctx.implementation]["distillation_loss_bwd"]
+        saved = (*ctx.saved_tensors, *ctx.options)
+        return tuple(dispatch.gradients(ctx, lambda wanted: kernel(dloss, *saved, wanted), (1, 4)))
 
 
 def _train_ce(implementation: str, *arguments: Any) -> Tensor:

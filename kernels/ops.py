@@ -60,26 +60,28 @@ SCHEMAS: dict[str, str] = {
 }
 
 # What training needs beside them: `_fwd` also returns what `_bwd` reads again, and `_bwd` returns
-# the gradients in the order of the forward's arguments. A gradient or saved tensor that the call
-# has no use for (no bias, no gamma) is an empty tensor. lse, mean, rstd and a
-# loss's statistics of its rows are fp32.
+# the gradients in the order of the forward's arguments: those that `wanted`, in that order, says
+# (None: all). A gradient or saved tensor that the call has no use for (not wanted, no gamma) is an
+# empty tensor. What is read for one gradient alone may be None where that is not wanted: x for
+# dweight, in add_layer_norm x for dgamma; affine for dgamma, and for all of them behind an
+# activation. lse, mean, rstd and a loss's statistics of its rows are fp32.
 TRAINING_SCHEMAS: dict[str, str] = {
     "layer_norm_fwd": (
         "(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor out, Tensor mean, "
         "Tensor rstd)"
     ),
     "layer_norm_bwd": (
-        "(Tensor dout, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor dx, "
-        "Tensor dweight, Tensor dbias)"
+        "(Tensor dout, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool[]? wanted=None) "
+        "-> (Tensor dx, Tensor dweight, Tensor dbias)"
     ),
     "add_layer_norm_fwd": (
         "(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, Tensor? gamma, "
         "Tensor? keep) -> (Tensor out, Tensor total, Tensor mean, Tensor rstd)"
     ),
     "add_layer_norm_bwd": (
-        "(Tensor dout, Tensor dtotal, Tensor x, Tensor total, Tensor weight, Tensor mean, "
-        "Tensor rstd, Tensor? gamma, Tensor? keep) -> (Tensor dx, Tensor dresidual, "
-        "Tensor dweight, Tensor dbias, Tensor dgamma)"
+        "(Tensor dout, Tensor dtotal, Tensor? x, Tensor total, Tensor weight, Tensor mean, "
+        "Tensor rstd, Tensor? gamma, Tensor? keep, bool[]? wanted=None) -> (Tensor dx, "
+        "Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dgamma)"
     ),
     "attention_fwd": (
         "(Tensor qkv, int num_heads, float scale, Tensor? key_bias) -> (Tensor out, Tensor lse)"
@@ -93,21 +95,22 @@ TRAINING_SCHEMAS: dict[str, str] = {
         "Tensor? gamma, Tensor? keep) -> (Tensor out, Tensor affine)"
     ),
     "linear_bwd": (
-        "(Tensor dout, Tensor x, Tensor weight, Tensor affine, str? activation, Tensor? gamma, "
-        "Tensor? keep) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dgamma)"
+        "(Tensor dout, Tensor? x, Tensor weight, Tensor? affine, str? activation, Tensor? gamma, "
+        "Tensor? keep, bool[]? wanted=None) -> (Tensor dx, Tensor dweight, Tensor dbias, "
+        "Tensor dgamma)"
     ),
     "gelu_mlp_fwd": (
         "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual, "
         "Tensor? gamma, Tensor? keep) -> (Tensor out, Tensor hidden, Tensor affine)"
     ),
     "gelu_mlp_bwd": (
-        "(Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor hidden, Tensor affine, "
-        "Tensor? gamma, Tensor? keep) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, "
-        "Tensor db2, Tensor dgamma)"
+        "(Tensor dout, Tensor? x, Tensor w1, Tensor w2, Tensor hidden, Tensor? affine, "
+        "Tensor? gamma, Tensor? keep, bool[]? wanted=None) -> (Tensor dx, Tensor dw1, Tensor db1, "
+        "Tensor dw2, Tensor db2, Tensor dgamma)"
     ),
     "patch_embed_bwd": (
-        "(Tensor dout, Tensor images, Tensor weight, int prefix_tokens) -> (Tensor dweight, "
-        "Tensor dbias, Tensor dprefix, Tensor dpos_embed)"
+        "(Tensor dout, Tensor? images, Tensor weight, int prefix_tokens, bool[]? wanted=None) "
+        "-> (Tensor dweight, Tensor dbias, Tensor dprefix, Tensor dpos_embed)"
     ),
     "cross_entropy_fwd": (
         "(Tensor logits, Tensor target, float label_smoothing) -> (Tensor loss, Tensor statistics)"
@@ -124,7 +127,7 @@ TRAINING_SCHEMAS: dict[str, str] = {
     "distillation_loss_bwd": (
         "(Tensor dloss, Tensor logits, Tensor target, Tensor teacher_logits, "
         "Tensor? distillation_logits, Tensor statistics, str kind, float alpha, float temperature, "
-        "float label_smoothing, str kl_reduction) -> (Tensor dlogits, "
+        "float label_smoothing, str kl_reduction, bool[]? wanted=None) -> (Tensor dlogits, "
         "Tensor ddistillation_logits)"
     ),
 }
@@ -187,7 +190,7 @@ KERNELS: dict[str, frozenset[str]] = {
         }
     )
     | eight_bits.FP8.keys(),
-    "cuda": frozenset({"layer_norm", "add_layer_norm"}),
+    "cuda": frozenset({"layer_norm", "add_layer_norm", "linear", "gelu_mlp"}),
 }
 
 

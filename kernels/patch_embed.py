@@ -76,16 +76,18 @@ class _PatchEmbed(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.implementation, images, weight, bias, prefix, _ = inputs
-        ctx.has_bias, ctx.prefix_tokens = bias is not None, prefix.shape[1]
-        ctx.save_for_backward(images, weight)
+        ctx.implementation, images, weight, _, prefix, _ = inputs
+        ctx.prefix_tokens = prefix.shape[1]
+        ctx.save_for_backward(images if ctx.needs_input_grad[2] else None, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        backward = ops.COMPILED[ctx.implementation]["patch_embed_bwd"]
-        dweight, dbias, dprefix, dpos = backward(dout, *ctx.saved_tensors, ctx.prefix_tokens)
-        return None, None, dweight, dbias if ctx.has_bias else None, dprefix, dpos
+        kernel = ops.COMPILED[ctx.implementation]["patch_embed_bwd"]
+        saved = (*ctx.saved_tensors, ctx.prefix_tokens)
+        return tuple(
+            dispatch.gradients(ctx, lambda wanted: kernel(dout, *saved, wanted), (2, 3, 4, 5))
+        )
 
 
 def _train(implementation: str, *arguments: Any) -> Tensor:

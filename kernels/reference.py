@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deit.kernels.attention_reference import attention
 from deit.kernels.fakes import STATS_COLUMNS
 from deit.kernels.fp8_reference import fp8_gelu_mlp, fp8_linear  # noqa: F401
 from deit.kernels.int8_reference import (  # noqa: F401
@@ -53,20 +54,6 @@ def add_layer_norm(
     """(LN(s), s) with s = residual + keep * gamma * x; LN(s) in x's dtype, s in residual's."""
     total = _add_residual(x, residual, gamma, keep)
     return layer_norm(total, weight, bias, eps).to(x.dtype), total
-
-
-def attention(qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None) -> Tensor:
-    """softmax(q kT * scale + key_bias) v (arXiv 1706.03762, eq. 1) on the packed projection."""
-    batch, tokens, channels = qkv.shape
-    head_dim = channels // (3 * num_heads)
-    if qkv.stride(2) != 1 or qkv.stride(1) < channels:
-        # PyTorch's attention on a CPU reads channels that are not side by side (before 2.15), and
-        # tokens that overlap, from the wrong places.
-        qkv = qkv.contiguous()
-    q, k, v = qkv.view(batch, tokens, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-    mask = None if key_bias is None else key_bias.to(qkv.dtype).contiguous()[:, None, None, :]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return out.transpose(1, 2).reshape(batch, tokens, channels // 3)
 
 
 def linear(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
@@ -29,8 +30,12 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
+from deit.kernels import json_files
+from deit.kernels.json_files import Fields
+
 SCHEMA = 1
 KEPT = 4  # sets of versions a file holds: the newest
+LONGEST = 1e9  # microseconds that a kernel may have taken
 PINNED = "pinned default, never timed on a GPU"
 
 P = ParamSpec("P")
@@ -48,11 +53,13 @@ class Entry:
     candidates: int
     date: str
 
-    def __post_init__(self) -> None:
-        """Raises TypeError for what an edited file may hold."""
-        numbers = isinstance(self.microseconds, (int, float)) and isinstance(self.candidates, int)
-        if not numbers or not isinstance(self.date, str):
-            raise TypeError(f"expected microseconds, candidates and a date; got {self}")
+
+@dataclass(frozen=True)
+class Set:
+    """What was measured with the same versions of everything."""
+
+    versions: dict[str, str]
+    entries: dict[str, Entry]
 
 
 @dataclass(frozen=True)
@@ -110,27 +117,46 @@ def store(device: str, entries: Mapping[str, Entry]) -> Path:
 
     Concurrent processes wait for one another (a lock beside the file), and a reader sees the old
     file or the new one, whole: it is put in place by a rename. A file that is not ours or is
-    broken is kept as <name>.unreadable.
+    broken is kept as <name>.unreadable. Raises OSError, such as for a lock that is a symbolic link
+    or another user's.
     """
     target = path(device)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _locked(target.with_suffix(".lock")):
         try:
-            sets = _read(target)
-        except ValueError:
-            target.replace(target.with_suffix(".unreadable"))
-            sets = []
+            sets = _read(target, device)
         except FileNotFoundError:
             sets = []
-        mine = next((s for s in sets if s["versions"] == versions()), None)
-        rest = [s for s in sets if s is not mine]
-        merged = {**(mine or {}).get("entries", {})}
-        merged |= {name: dataclasses.asdict(entry) for name, entry in entries.items()}
-        newest = {"versions": versions(), "entries": dict(sorted(merged.items()))}
-        document = {"schema": SCHEMA, "device": device, "sets": [newest, *rest][:KEPT]}
-        _write(target, json.dumps(document, indent=1) + "\n")
+        except (ValueError, OSError):
+            target.replace(target.with_suffix(".unreadable"))
+            sets = []
+        mine = next((one.entries for one in sets if one.versions == versions()), {})
+        newest = Set(versions(), dict(sorted({**mine, **entries}.items())))
+        rest = [one for one in sets if one.versions != versions()]
+        kept = [dataclasses.asdict(one) for one in [newest, *rest][:KEPT]]
+        document = {"schema": SCHEMA, "device": device, "sets": kept}
+        _write(target, json.dumps(document, indent=1, allow_nan=False) + "\n")
     return target
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Within: no other process is. The file is made where it is missing, and never written to.
+
+    In a folder that others may write it could be a link to any file of this user's, or a file
+    whose owner keeps the lock for ever: neither is taken (OSError).
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(file, flags, 0o600)
+    try:
+        try:
+            json_files.check_kind(descriptor, file, own=True)
+        except ValueError as error:
+            raise OSError(errno.EINVAL, str(error), str(file)) from None
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _write(target: Path, text: str) -> None:
@@ -152,17 +178,34 @@ def _write(target: Path, text: str) -> None:
         os.close(directory)
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
-    """The file's sets. Raises ValueError for what is not such a file, FileNotFoundError."""
-    document = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise ValueError(f"{file.name}: expected a tuning file of schema {SCHEMA}")
-    sets = document.get("sets")
-    if not isinstance(sets, list) or not all(
-        isinstance(s, dict) and isinstance(s.get("entries"), dict) and "versions" in s for s in sets
-    ):
-        raise ValueError(f"{file.name}: expected `sets`, each with `versions` and `entries`")
+def _read(file: Path, device: str) -> list[Set]:
+    """The file's sets. Raises ValueError for what is not such a file, OSError for another's."""
+    found = Fields(json_files.read(file, own=True), file.name)
+    found.choice("schema", (SCHEMA,))
+    found.choice("device", (device,))
+    sets = []
+    for number, one in enumerate(found.array("sets", dict, "objects")):
+        one = Fields(one, file.name, f"sets[{number}]")
+        names = one.fields("versions")
+        entries = one.fields("entries")
+        sets.append(
+            Set(
+                {name: names.text(name) for name in names.values},
+                {name: _entry(entries.fields(name)) for name in entries.values},
+            )
+        )
     return sets
+
+
+def _entry(found: Fields) -> Entry:
+    found.only([one.name for one in dataclasses.fields(Entry)])
+    return Entry(
+        found.optional("config", lambda name: found.fields(name).values),
+        found.number("microseconds", 0, LONGEST),
+        found.optional("pinned_microseconds", found.number, 0, LONGEST),
+        found.integer("candidates", 1, 1 << 20),
+        found.text("date")[:40],
+    )
 
 
 def load(device: str) -> Table:
@@ -171,22 +214,22 @@ def load(device: str) -> Table:
     Warns of a file that is there and cannot be read: its user believes that it is used.
     """
     try:
-        sets = _read(path(device))
-        for one in sets:
-            if one["versions"] == versions():
-                return Table(device, {name: Entry(**e) for name, e in one["entries"].items()})
+        sets = _read(path(device), device)
     except FileNotFoundError:
         return Table(device)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         ignored = f"{path(device)} cannot be read: {error}"
         warnings.warn(f"deit.kernels: {ignored}; the pinned defaults run", stacklevel=2)
         return Table(device, ignored=ignored)
+    for one in sets:
+        if one.versions == versions():
+            return Table(device, one.entries)
     if not sets:
         return Table(device)
     other = [
-        f"{name} {sets[0]['versions'].get(name)}, now {now}"
+        f"{name} {sets[0].versions.get(name)}, now {now}"
         for name, now in versions().items()
-        if sets[0]["versions"].get(name) != now
+        if sets[0].versions.get(name) != now
     ]
     return Table(device, ignored="tuned with other versions: " + "; ".join(other))
 

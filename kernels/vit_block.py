@@ -95,22 +95,26 @@ def vit_blocks(x: Tensor, blocks: Sequence[Mapping[str, Any]]) -> Tensor:
     Raises:
         As `vit_block` does, before anything has run.
     """
-    calls = []
+    calls, differentiated = [], False
     for block in blocks:
         given = dict(block)
         impl = given.pop("impl", "auto")
         arguments = _prepare(x, **given)
-        calls.append((arguments, dispatch.choose(_VIT_BLOCK, arguments, impl)))
+        calls.append((arguments, impl, dispatch.choose(_VIT_BLOCK, arguments, impl)))
+        differentiated |= dispatch.needs_gradient(arguments) or dispatch.has_tangent(arguments)
     row_stats = None
-    for (_, _, *others), name in calls:
-        x, row_stats = dispatch.run_chosen(_VIT_BLOCK, (x, row_stats, *others), name)
+    for (_, _, *others), impl, name in calls:
+        arguments = (x, row_stats, *others)
+        if differentiated:  # in one block, and so in all that follow it
+            name = dispatch.choose(_VIT_BLOCK, arguments, impl)
+        x, row_stats = dispatch.run_chosen(_VIT_BLOCK, arguments, name)
     return x
 
 
 def served(x: Tensor, qkv_weight: Tensor) -> bool:
     """Whether "auto" runs a kernel for `vit_block` in inference on this stream and weight."""
     kernels = dispatch.measured("vit_block", x.device.type, x.device.index)
-    if kernels != ("cpu",):
+    if not kernels == ("cpu",):  # noqa: SIM201 - torch 2.11's Dynamo has no `!=` for tuples
         return bool(kernels)
     products = dispatch.autocast_dtype(x) or qkv_weight.dtype
     return (

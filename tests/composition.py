@@ -6,6 +6,8 @@ from typing import Any
 
 import schema_calls
 import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deit.kernels
 from deit.kernels import dispatch
@@ -31,17 +33,26 @@ def call(name: str, impl: str) -> tuple[Any, list[torch.Tensor]]:
 
 def differentiable(name: str, tensors: list[torch.Tensor]) -> list[int]:
     """Which of `call`'s tensors a kernel has gradients for."""
-    inputs, options = schema_calls.CALLS[name]
-    names = schema_calls.argument_names(name)
-    order = [names[i] for i, v in enumerate(inputs) if isinstance(v, torch.Tensor)]
-    order += [k for k, v in options.items() if isinstance(v, torch.Tensor)]
-    held = set(dispatch.OPERATORS[name].constants.values())
+    held, order = set(dispatch.OPERATORS[name].constants.values()), tensor_names(name)
     return [i for i, n in enumerate(order) if n not in held and tensors[i].is_floating_point()]
 
 
-def gradients(run: Any, tensors: list[torch.Tensor], wanted: list[int]) -> list[torch.Tensor]:
+def tensor_names(name: str) -> list[str]:
+    """The arguments that `call`'s tensors are."""
+    inputs, options = schema_calls.CALLS[name]
+    names = schema_calls.argument_names(name)
+    order = [names[i] for i, v in enumerate(inputs) if isinstance(v, torch.Tensor)]
+    return order + [k for k, v in options.items() if isinstance(v, torch.Tensor)]
+
+
+def gradients(
+    run: Any, tensors: list[torch.Tensor], wanted: list[int], *, clone: bool = True
+) -> list[torch.Tensor]:
     """Outputs, and gradients of a fixed random projection of them."""
-    leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+    leaves = [
+        (t.clone() if clone else t).requires_grad_(i in wanted) if t.is_floating_point() else t
+        for i, t in enumerate(tensors)
+    ]
     outputs = schema_calls.each(run(*leaves))
     generator = torch.Generator().manual_seed(1)
     douts = [torch.randn(o.shape, generator=generator) for o in outputs]
@@ -59,6 +70,60 @@ def compiled_is_eager(name: str, impl: str) -> None:
         gradients(whole, tensors, wanted), gradients(run, tensors, wanted), strict=True
     ):
         torch.testing.assert_close(got, want)
+
+
+# What a backward reads for one gradient alone; what it gives without computing.
+READ_FOR = {
+    "linear": ("x", "weight"),
+    "gelu_mlp": ("x", "w1"),
+    "add_layer_norm": ("x", "gamma"),
+    "patch_embed": ("images", "weight"),
+}
+PASSED_ON = {"linear": {"residual"}, "gelu_mlp": {"residual"}}
+
+
+class Backwards(TorchDispatchMode):
+    """The outputs of each `_bwd` that is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Any] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if str(func).startswith("deit_") and "_bwd" in str(func):
+            self.found.append(schema_calls.each(out))
+        return out
+
+
+def frozen_parts_cost_nothing(name: str, impl: str) -> None:
+    """Each gradient alone, and all but each: the same values, no other one computed or kept for."""
+    run, tensors = call(name, impl)
+    names, wanted = tensor_names(name), differentiable(name, tensors)
+    outputs = len(schema_calls.each(run(*tensors)))
+    whole = gradients(run, tensors, wanted)[outputs:]
+    for subset in ([i] for i in wanted), ([j for j in wanted if j != i] for i in wanted):
+        for chosen in filter(None, subset):
+            kept: list[int] = []
+
+            def keep(tensor: torch.Tensor, kept: list[int] = kept) -> torch.Tensor:
+                kept.append(tensor.data_ptr())
+                return tensor
+
+            given = [t.clone() for t in tensors]
+            with Backwards() as seen, saved_tensors_hooks(keep, lambda t: t):
+                found = gradients(run, given, chosen, clone=False)[outputs:]
+            for i, gradient in zip(chosen, found, strict=True):
+                torch.testing.assert_close(
+                    gradient, whole[wanted.index(i)], atol=1e-4, rtol=1e-4, msg=names[i]
+                )
+            computed = {names[i] for i in chosen} - PASSED_ON.get(name, set())
+            assert len(seen.found) == min(len(computed), 1), chosen
+            assert sum(g.numel() > 0 for out in seen.found for g in out) == len(computed)
+            if name in READ_FOR:
+                read, of = READ_FOR[name]
+                held = given[names.index(read)].data_ptr() in kept
+                assert held == (of in computed), (names[chosen[0]], chosen)
 
 
 class Module(torch.nn.Module):

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 SETS = ("avx512_bf16", "avx512", "avx2", "portable")
+INT8_SETS = ("avx512vnni", "avxvnni", "avx2", "portable")
+
+
+def _limited(select: Callable[[str | None], None], sets: tuple[str, ...], limit: str):
+    def select_within(name: str | None) -> None:
+        if name in sets[: sets.index(limit)]:
+            raise RuntimeError(f"this processor does not run {name}")
+        select(name or limit)
+
+    select_within(None)
+    return select_within
+
+
+def pytest_configure() -> None:
+    """DEIT_TEST_ISA=avx2 makes the C++ library's best set one that more processors run.
+
+    `make avx2` limits PyTorch's too, and so shows what a processor without AVX-512 shows.
+    """
+    limit = os.environ.get("DEIT_TEST_ISA")
+    if limit is None:
+        return
+    from deit.kernels import native
+
+    native.select_cpu_isa = _limited(native.select_cpu_isa, SETS, limit)
+    native.select_cpu_int8_isa = _limited(native.select_cpu_int8_isa, INT8_SETS, limit)
 
 
 def _selected(name: str) -> Iterator[str]:

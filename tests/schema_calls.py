@@ -4,7 +4,7 @@
 
 Those of a forward are a public call's with every optional set (test_dispatch.CALLS), or with none
 (`full=False`). Those of a `_bwd` are found by name: the forward's own, what its `_fwd` returned,
-and a random `d<output>` for each output.
+a random `d<output>` for each output, and which gradients are wanted.
 """
 
 from __future__ import annotations
@@ -70,6 +70,9 @@ def arguments(name: str, impl: str, **options: Any) -> list[Any]:
     for formal, value in zip(schema(saving).returns, outputs, strict=True):
         known[formal.name or "out"] = value
         known[f"d{formal.name or 'out'}"] = torch.randn_like(value)
+    # Every gradient, and in a call without optionals every other one.
+    full = options.get("full", True)
+    known["wanted"] = [full or i % 2 == 0 for i in range(len(schema(name).returns))]
     if "prefix" in known:
         known["prefix_tokens"] = known["prefix"].shape[1]
     return [known[formal.name] for formal in schema(name).arguments]

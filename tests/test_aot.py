@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("the interpreter has no compiler", allow_module_level=True)
 
-from deit.kernels.triton import aot, cases, chips, configs
+from deit.kernels.triton import aot, cases, chips, configs, hazards
 
 # For every architecture: each kernel in bf16 with its longest epilogue, the widest tile
 # (D = 768) for its registers and shared memory, and both forms of attention.
@@ -46,7 +47,7 @@ SUBSET = [
         ("distillation_loss", "soft smoothed student kl", "bf16", 21841),
         ("distillation_loss_bwd", "index hard", "bf16", 1000),
         ("patch_embed", "channels last", "bf16", 768),
-        ("norm_linear", "fp32 gelu", "bf16", 768),
+        ("layer_norm", "fp32 rows", "bf16", 768),
         ("linear_stats", "fp32 gamma", "bf16", 768),
         ("linear_stats", "plain", "fp32", 192),
         ("norm_panel", "fp32 gelu", "bf16", 192),
@@ -131,10 +132,11 @@ def test_faults_are_named():
         shared=chips.SHARED_MEMORY[90] + 1,
         instructions=("mma.sync",),
         overflows=("overflows: %at",),
+        overwrites=("%a may be overwritten",),
     )
     text = " ".join(result.faults)
     for part in ("spills 16 bytes", "shared memory", "no wgmma", "no cp.async.bulk.tensor",
-                 "overflows: %at"):  # fmt: skip
+                 "overflows: %at", "%a may be overwritten"):  # fmt: skip
         assert part in text
     assert "FAULT" in aot.row(result)
 
@@ -155,6 +157,17 @@ def test_each_fault_is_found_in_a_real_kernel(arch, change, fault, monkeypatch):
     wrong = dataclasses.replace(configs.linear(arch, case.torch_dtype, 768, 768), **change)
     monkeypatch.setattr(configs, "linear", lambda *_: wrong)
     assert fault in " ".join(aot.compile_case(case).faults)
+
+
+def test_a_product_that_is_not_waited_for_is_a_fault(monkeypatch):
+    """Attention's second product, by the compiler's own IR with its waits taken out."""
+    case = cases.Case("attention", "577", "bf16", 64, 90)
+    read = hazards.faults
+    assert aot.compile_case(case).faults == []
+    monkeypatch.setattr(
+        hazards, "faults", lambda ir: read(re.sub("pendings = [0-9]+", "pendings = 9", ir))
+    )
+    assert "may be overwritten while it is read" in " ".join(aot.compile_case(case).faults)
 
 
 def test_a_kernel_that_does_not_compile_is_a_fault(monkeypatch):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import re
 from pathlib import Path
@@ -12,6 +13,8 @@ import schema_calls
 import torch
 from schema_calls import CALLS, each
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deit.kernels
 from deit.kernels import dispatch, native, ops, warmup
@@ -78,6 +81,54 @@ def test_torch_func_grad(name):
     leaves = [tensors[i].clone().requires_grad_() for i in wanted]
     for a, b in zip(got, torch.autograd.grad(loss(*leaves), leaves), strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm() + 1e-6 * b.numel() ** 0.5
+
+
+@pytest.mark.parametrize("name", [n for n in CPU if f"{n}_bwd" in ops.KERNELS["cpu"]])
+def test_frozen_parts_cost_nothing(name):
+    composition.frozen_parts_cost_nothing(name, "cpu")
+
+
+def by_dual_numbers(function, primals, tangents):
+    """What torch.func.jvp returns, by torch.autograd.forward_ad."""
+    with forward_ad.dual_level():
+        found = each(function(*map(forward_ad.make_dual, primals, tangents)))
+        return tuple(zip(*map(forward_ad.unpack_dual, found), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # PyTorch's own, by forward_ad
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("jvp", [by_dual_numbers, torch.func.jvp])
+@pytest.mark.parametrize("name", CALLS)
+def test_forward_mode(name, jvp, grad):
+    """A tangent on each input in its turn, whether or not autograd records, is the reference's."""
+    run, tensors = composition.call(name, "auto")
+    plain, _ = composition.call(name, "reference")
+    for place, tensor in enumerate(tensors):
+        if not tensor.is_floating_point():
+            continue
+
+        def along(call, x, place=place):
+            return call(*tensors[:place], x, *tensors[place + 1 :])
+
+        given, tangent = tensor.clone().requires_grad_(grad), torch.randn_like(tensor)
+        with torch.set_grad_enabled(grad), sdpa_kernel(SDPBackend.MATH):
+            _, found = jvp(functools.partial(along, run), (given,), (tangent,))
+            _, want = jvp(functools.partial(along, plain), (given,), (tangent,))
+        for a, b in zip(each(found), each(want), strict=True):
+            if b is None:  # vit_block's row_stats, which the reference leaves unread
+                assert a is None
+                continue
+            assert (a - b).norm() <= 1e-5 * b.norm() + 1e-6
+
+
+@pytest.mark.parametrize("name", CPU)
+def test_a_tangent_is_refused_by_a_named_kernel(name):
+    run, (first, *rest) = composition.call(name, "cpu")
+    with forward_ad.dual_level():
+        run(first, *rest)  # what has none is served
+        dual = forward_ad.make_dual(first, torch.ones_like(first))
+        with pytest.raises(NotImplementedError, match="an input has a forward-mode tangent"):
+            run(dual, *rest)
 
 
 @pytest.mark.parametrize("name", CPU)

@@ -1,24 +1,22 @@
 """Labelled images: sources, augmentation by counters, mixing."""
 # ruff: noqa: NPY002 (the augmentation libraries draw from the global generator)
 
-import functools
 import gzip
-import http.server
 import io
 import random
 import struct
-import tarfile
-import threading
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
+from torchvision.datasets import ImageFolder
 
 from deit.data.augment import evaluation_transform, mix, seeded, training_transform
 from deit.data.loader import Loader, in_order
 from deit.data.sampling import Batches, Draw, Plan
 from deit.data.sources import FashionMnist, Folder, open_source
+from deit.images import UnreadableImage
 from deit.recipes import recipe
 
 STATS = ((0.5,) * 3, (0.25,) * 3)
@@ -75,6 +73,16 @@ def test_folder_classes_come_from_training(folder):
         Folder.open(folder / "val", train.classes)
     with pytest.raises(ValueError, match="expected a folder with one folder a class"):
         open_source(str(folder / "nowhere"), "train")
+
+
+def test_classes_that_a_network_does_not_count_in_are_refused(folder, datasets):
+    assert open_source(str(folder), "val", ("ant", "cat", "dog")).labels == [1] * 8 + [2] * 4
+    save_hub(datasets, folder / "set", [colour(5)], [1])
+    name = f"hf:{folder / 'set'}"
+    assert open_source(name, "val", ("cat", "dog")).labels.tolist() == [1]
+    with pytest.raises(ValueError, match=r"the classes ant, cat, ... \(2 in all\); hf:.* has cat"):
+        open_source(name, "val", ("ant", "cat"))
+    assert open_source(name, "val", ("0", "1")).classes == ("cat", "dog")  # of a run on shards
 
 
 def test_a_limit_keeps_the_shares_of_classes(folder):
@@ -193,72 +201,107 @@ def test_both_kinds_occur_about_equally_often():
     assert 60 < blended < 140
 
 
-def shard(path, samples):
-    with tarfile.open(path, "w") as archive:
-        for key, image, label in samples:
-            file = io.BytesIO()
-            image.save(file, "PNG")
-            for suffix, data in (("png", file.getvalue()), ("cls", label)):
-                if data is not None:
-                    member = tarfile.TarInfo(f"{key}.{suffix}")
-                    member.size = len(data)
-                    archive.addfile(member, io.BytesIO(data))
-
-
 def colour(value):
     return Image.new("RGB", (6, 6), (value, 0, 0))
 
 
-def test_shards_are_a_list(tmp_path):
-    shard(tmp_path / "train-00.tar", [("a/1", colour(10), b"2"), ("a/2", colour(20), b"0")])
-    shard(tmp_path / "train-01.tar", [("b/1", colour(30), b"1")])
-    source = open_source(f"wds:{tmp_path}/{{split}}-{{00..01}}.tar", "train")
-    assert len(source) == 3
-    assert source.classes == ("0", "1", "2")
-    assert [(im.getpixel((0, 0))[0], y) for im, y in map(source.read, range(3))] == [
-        (10, 2),
-        (20, 0),
-        (30, 1),
-    ]
-    assert source.name(2).endswith("train-01.tar:b/1")
-
-
-def test_remote_shards_are_fetched_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    served = tmp_path / "served"
-    served.mkdir()
-    shard(served / "val-0.tar", [("1", colour(10), b"0")])
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=served)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        name = f"wds:http://127.0.0.1:{server.server_port}/{{split}}-0.tar"
-        assert len(open_source(name, "val")) == 1
-        (served / "val-0.tar").unlink()
-        assert len(open_source(name, "val")) == 1
-        with pytest.raises(ValueError, match=r"train-0.tar: HTTP Error 404"):
-            open_source(name, "train")
-        server.shutdown()
-
-
-def test_bad_shards_are_named(tmp_path):
-    (tmp_path / "train.tar").write_text("no tar")
-    with pytest.raises(ValueError, match=r"train.tar"):
-        open_source(f"wds:{tmp_path}/{{split}}.tar", "train")
-    shard(tmp_path / "val.tar", [("x", colour(1), None)])
-    with pytest.raises(ValueError, match=r"val.tar: no label \(x.cls\) for 1 images"):
-        open_source(f"wds:{tmp_path}/{{split}}.tar", "val")
-    with pytest.raises(ValueError, match=r"expected \{split\}"):
-        open_source("wds:x.tar", "train")
-
-
-def test_hugging_face_datasets(tmp_path):
-    datasets = pytest.importorskip("datasets", reason="needs the package datasets")
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
-    )
-    rows = {"image": [colour(5), colour(6)], "label": [1, 0]}
+def save_hub(datasets, folder, images, labels, **more):
+    """A dataset of train and test, as `save_to_disk` keeps it; `more` columns hold images, too."""
+    kinds = {name: datasets.Image() for name in ("image", *more)}
+    features = datasets.Features({**kinds, "label": datasets.ClassLabel(names=["cat", "dog"])})
+    rows = {"image": images, "label": labels, **more}
     data = datasets.Dataset.from_dict(rows, features=features)
-    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "set")
+    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(folder)
+    return data
+
+
+@pytest.fixture
+def datasets():
+    return pytest.importorskip("datasets", reason="needs the package datasets")
+
+
+def test_hugging_face_datasets(datasets, tmp_path):
+    save_hub(datasets, tmp_path / "set", [colour(5), colour(6)], [1, 0])
     source = open_source(f"hf:{tmp_path / 'set'}", "val")
     assert source.classes == ("cat", "dog")
     assert (source.read(0)[0].getpixel((0, 0))[0], source.read(0)[1]) == (5, 1)
+
+
+def test_no_decoder_that_runs_programs_is_tried_on_a_hugging_face_dataset(
+    datasets, tmp_path, monkeypatch
+):
+    file, ran = io.BytesIO(), []
+    colour(7).save(file, "EPS")
+    eps = {"bytes": file.getvalue(), "path": None}
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: ran.append(1))
+    (tmp_path / "file.png").write_bytes(file.getvalue())
+    rows = [eps, colour(6), {"bytes": None, "path": str(tmp_path / "file.png")}]
+    data = save_hub(datasets, tmp_path / "set", rows, [0, 1, 0], other=[eps] * 3)
+    source = open_source(f"hf:{tmp_path / 'set'}", "train")
+    for index in (0, 2):
+        with pytest.raises(UnreadableImage, match="not an image in a known format"):
+            source.read(index)
+    assert source.read(1)[0].getpixel((0, 0)) == (6, 0, 0)  # its other image is EPS
+    data.save_to_disk(tmp_path / "one")
+    with pytest.raises(ValueError, match="expected a DatasetDict, with splits; got a Dataset"):
+        open_source(f"hf:{tmp_path / 'one'}", "train")
+    assert not ran
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_limits_hold_in_a_hugging_face_dataset(datasets, tmp_path, monkeypatch):
+    save_hub(datasets, tmp_path / "set", [colour(5)], [1])
+    source = open_source(f"hf:{tmp_path / 'set'}", "train")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)
+    with pytest.raises(UnreadableImage, match="6 x 6 pixels exceed Pillow's limit of 30"):
+        source.read(0)
+    monkeypatch.setenv("DEIT_MAX_IMAGE_BYTES", "20")
+    with pytest.raises(UnreadableImage, match="bytes exceed DEIT_MAX_IMAGE_BYTES=20"):
+        source.read(0)
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+def test_images_without_a_label_are_refused_before_any_is_read(datasets, tmp_path, limit):
+    save_hub(datasets, tmp_path / "set", [colour(5)] * 4, [1, -1, None, 0])
+    source = open_source(f"hf:{tmp_path / 'set'}", "val", limit=limit)
+    loader = Loader(source, None, in_order(2, 2), seed=0, workers=0, device=torch.device("cpu"))
+    with pytest.raises(
+        ValueError, match=r"data: expected labels from 0 to 1; .*set/\d with label -1"
+    ):
+        next(iter(loader))
+
+
+def test_a_class_folder_may_be_a_link_and_hold_links(folder):
+    elsewhere = folder / "elsewhere"
+    (folder / "train" / "dog").rename(elsewhere)
+    (folder / "train" / "dog").symlink_to(elsewhere)
+    (folder / "train" / "cat" / "album").symlink_to(elsewhere)
+    for name in ("nowhere", "self"):
+        (folder / "train" / "cat" / name).symlink_to("self")
+    source = open_source(str(folder), "train")
+    theirs = ImageFolder(folder / "train")
+    assert sorted(zip(map(str, source.paths), source.labels, strict=True)) == sorted(theirs.samples)
+    assert list(source.labels).count(0) == 12
+
+
+def test_an_image_too_elongated_to_be_resized_is_unreadable_and_the_others_go_on(folder):
+    Image.new("RGB", (1, 65_535)).save(folder / "train" / "cat" / "9.png")
+    source, how = open_source(str(folder), "train"), {"seed": 0, "device": torch.device("cpu")}
+    transform = evaluation_transform(224, None, *STATS)
+    (batch,) = Loader(source, transform, in_order(13, 13), workers=0, **how)
+    assert len(batch.labels) == 12
+    ((name, reason),) = batch.unreadable
+    assert name.endswith("9.png")
+    assert "1 x 65535 is too elongated" in reason
+
+
+def test_an_idx_file_that_unpacks_without_end_is_damaged(tmp_path):
+    header = struct.pack(">4I", 0x803, 2, 28, 28)
+    with gzip.open(tmp_path / "train-images-idx3-ubyte.gz", "wb") as file:
+        file.write(header + bytes(1 << 24))
+    with pytest.raises(ValueError, match=r"damaged .*\(1569 bytes for 1568\)"):
+        FashionMnist.open(tmp_path, "train")
+    (tmp_path / "train-images-idx3-ubyte.gz").unlink()
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, *[2**32 - 1] * 3))
+    with pytest.raises(ValueError, match="damaged"):
+        FashionMnist.open(tmp_path, "train")

@@ -1,5 +1,7 @@
 """Which implementation runs, and that nothing falls back unseen."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from deit.kernels import (
     dispatch,
     eight_bits_schemas,
     explain,
+    gelu_mlp,
     layer_norm,
     linear,
     ops,
@@ -167,6 +170,26 @@ def test_an_unproven_gpu_is_announced_and_left_to_pytorch(monkeypatch):
         assert dispatch.measured("attention", "cuda", 1234) == ()
 
 
+def test_measurements_speak_for_what_was_measured():
+    scope = dispatch.Scope((torch.bfloat16,), (64,), 10)
+    assert scope.excludes(X.bfloat16()) == ""  # 2 x 5 rows
+    assert "torch.float32" in scope.excludes(X)
+    assert "a width of 32" in scope.excludes(X[..., :32].bfloat16())
+    assert "fewer than 10 rows" in scope.excludes(X[:1].bfloat16())
+
+
+def test_every_scope_belongs_to_measurements():
+    assert dispatch.SCOPES.keys() <= dispatch.MEASURED.keys()
+
+
+def test_auto_leaves_calls_outside_the_scope_to_the_reference(monkeypatch):
+    assert explain("layer_norm", X, WEIGHT).unmeasured == ""
+    monkeypatch.setattr(dispatch, "unmeasured", lambda x: "not measured")
+    found = explain("layer_norm", X, WEIGHT)
+    assert found.chosen == "reference"
+    assert str(found).startswith("layer_norm: auto runs reference (not measured)")
+
+
 def test_autocast_reaches_products_and_not_the_norm():
     weight = torch.randn(32, 64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -189,8 +212,18 @@ def test_fullgraph_compile_of_the_public_function(name):
             torch.testing.assert_close(got, want)
 
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # nested tensors are a prototype
+    JAGGED = torch.nested.nested_tensor([X[0], X[1, :3]], layout=torch.jagged)
+    NESTED = torch.nested.nested_tensor([X[0], X[1, :3]])
 BAD = {
     "not a tensor": (lambda: layer_norm([1.0], WEIGHT), TypeError, "x: expected a Tensor"),
+    "jagged": (lambda: layer_norm(JAGGED, WEIGHT), TypeError, "x: expected a tensor that is not"),
+    "nested": (
+        lambda: gelu_mlp(NESTED, torch.ones(64, 64), None, torch.ones(64, 64), None),
+        TypeError,
+        "x: expected a tensor that is not nested",
+    ),
     "integers": (lambda: layer_norm(X.int(), WEIGHT), TypeError, "x: expected a floating-point"),
     "width": (lambda: layer_norm(X, torch.ones(63)), ValueError, r"weight: expected shape \(64,\)"),
     "dtype mix": (

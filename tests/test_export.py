@@ -171,6 +171,8 @@ def test_reports_read_the_log(tmp_path, capsys, monkeypatch):
         run.log(update=update, loss=2.0 / update, lr=0.1, **pace)
         run.log(update=update, model=scores)
     run.log(update=2, unreadable="x.png", reason="broken")
+    run.log(update=1, loss=2.0, lr=0.1, **pace)  # twice, as an older version's killed run
+    run.log(update=1, model=scores)
     found = history(tmp_path / "a")
     assert found.losses == [(1, 2.0), (2, 1.0)]
     expected = {"model, class": 50.0, "model, distillation": 55.0, "model, softmax-sum": 60.0}
@@ -186,3 +188,19 @@ def test_reports_read_the_log(tmp_path, capsys, monkeypatch):
         assert word in shown
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     assert json.loads((tmp_path / "a" / "run.json").read_text()) == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"update": 1, "loss": "low"}', "loss: expected a number; got 'low'"),
+        ('{"update": 1, "loss": 1.0}', "images_per_s: expected a number; got none"),
+        ('{"update": 1, "model": 3}', "model: expected a JSON object; got 3"),
+        ('{"update": 1, "model": {"top1": {"class": 101}}}', "model.top1.class: .* got 101"),
+        ('{"update": 1, "teacher": {}}', "teacher.top1: expected a JSON object; got none"),
+    ],
+)
+def test_a_log_that_no_run_wrote_is_named_with_its_field(tmp_path, line, message):
+    (tmp_path / "log.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=rf"log\.jsonl: {message}"):
+        history(tmp_path)

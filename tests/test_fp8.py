@@ -85,7 +85,7 @@ def test_the_edges_of_a_scale(largest):
     e4m3, scales = quantize(x, GROUP)
     expected = max(math.ceil(math.log2(float(x.abs().max()) / 448)), -126)
     assert scales.item() == 2.0**expected
-    assert e4m3.isfinite().all()
+    assert e4m3.float().isfinite().all()  # which torch 2.11 cannot ask of e4m3
     assert abs(e4m3.float()[0, 3].item()) <= LARGEST
 
 

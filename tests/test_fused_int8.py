@@ -112,7 +112,10 @@ def test_by_parts_when_asked(build, images):
     assert {"int8_linear", "int8_gelu_mlp", "attention"} <= seen
     assert "int8_vit_block" not in seen
     assert "int8_vit_block" not in report.operators
-    assert 0 < (parts - whole).norm() < 0.015 * whole.norm()  # bf16 and flipped integers
+    if native.cpu_isa() == "avx512_bf16":  # the block's attention is in bf16, and integers flip
+        assert 0 < (parts - whole).norm() < 0.015 * whole.norm()
+    else:
+        assert torch.equal(parts, whole)
 
 
 def test_it_is_never_chosen_unasked(images):

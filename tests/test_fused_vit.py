@@ -9,6 +9,8 @@ import timm
 import torch
 from fusing import forbid_originals
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deit
 from deit import fused_vit
@@ -243,6 +245,32 @@ def test_fullgraph_compile(name):
     want = model(IMAGES)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(IMAGES), want, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # PyTorch's own, by forward_ad
+@pytest.mark.parametrize("dual", ["images", "weights"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_forward_mode_derivatives(frozen, dual):
+    """A tangent that enters by the images, or by the weights of one block among frozen ones."""
+    model = ours().requires_grad_(not frozen)
+    names = [n for n, _ in model.named_parameters() if n.startswith("blocks.1.")]
+    weights = dict(model.named_parameters())
+
+    def call(images, *given):
+        replaced = dict(zip(names, given, strict=True))
+        return torch.func.functional_call(model, weights | replaced, (images,))
+
+    def derivative():
+        primals = [IMAGES, *(weights[n].detach() for n in names)]
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            for i in range(1 if dual == "images" else len(primals)):
+                if (i == 0) == (dual == "images"):
+                    primals[i] = forward_ad.make_dual(primals[i], torch.ones_like(primals[i]))
+            return forward_ad.unpack_dual(call(*primals)).tangent.detach()
+
+    want = derivative()
+    fuse(model)
+    torch.testing.assert_close(derivative(), want, atol=2e-4 * float(want.abs().max()), rtol=1e-4)
 
 
 @torch.no_grad()

@@ -11,8 +11,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import host_cost
+import stubbed_gpu
 
 from deit.kernels import dispatch, ops
+from deit.kernels.triton import drivers, launching
 
 QUICK = host_cost.Settings(rounds=2, calls=2)
 
@@ -78,3 +80,31 @@ def test_more_than_the_limit_is_a_failure(over, status, monkeypatch, capsys):
 def test_bad_options(settings, why, capsys):
     assert host_cost.main(settings) == 2
     assert re.search(why, capsys.readouterr().err)
+
+
+def test_triton_operators_launch_stubbed_where_there_is_no_gpu(tmp_path, monkeypatch, capsys):
+    """Every operator and a forward; nothing of the stub stays behind."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path / "rows.json"
+    host_cost.main(host_cost.Settings(rounds=2, calls=2, gpu=True, json=path))
+    rows = json.loads(path.read_text())["rows"]
+    assert {*ops.SCHEMAS, "whole forward"} == {row["operator"] for row in rows}
+    assert {row["implementation"] for row in rows} == {"triton, launch stubbed"}
+    assert "launch stubbed" in capsys.readouterr().out
+    assert not isinstance(drivers.active(), stubbed_gpu.Stub)
+    assert not any(kept.calls for kept in launching._all)
+
+
+def test_a_stubbed_call_is_kept_and_repeated():
+    case = next(c for c in host_cost.cases() if c.operator == "linear")
+    call = lambda: host_cost.deit.kernels.linear(*case.inputs, impl="triton")
+    with stubbed_gpu.stubbed(), stubbed_gpu.handed(drivers.active()) as launches:
+        launching.forget()
+        call()
+        assert launches == []
+        first, second = call(), call()
+    assert len(launches) == 2
+    addresses = [{a for a in given if isinstance(a, int)} for _, _, given in launches]
+    assert first.data_ptr() in addresses[0] - addresses[1]
+    assert second.data_ptr() in addresses[1] - addresses[0]
+    launching.forget()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ import pytest
 import skimage.data
 import sklearn.datasets
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from deit.images import (
     IMAGENET_MEAN,
@@ -82,6 +85,29 @@ def test_nothing_to_find(tmp_path):
         find_images([])
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(folder):
+    albums = folder / "albums"
+    albums.mkdir()
+    (albums / "one").symlink_to(folder / "inner")
+    (albums / "two").symlink_to(folder / "inner")
+    (albums / "up").symlink_to(folder)
+    found = [str(path.relative_to(albums)) for path in find_images(albums)]
+    assert [name for name in found if not name.startswith("up/")] == [
+        *("one/c.png", "one/d.PNG", "two/c.png", "two/d.PNG")
+    ]
+    # `up` leads to all of the folder, and from there not to the albums again.
+    assert len(found) == 4 + 8
+    (folder / "inner" / "self").symlink_to(folder / "inner")
+    assert names(find_images(folder / "inner")) == ["c.png", "d.PNG"]
+
+
+def test_macos_files_beside_images_are_none(folder):
+    for name in ("._a.jpg", "inner/._c.png"):
+        (folder / name).write_bytes(b"\0\5\x16\7 AppleDouble")
+    assert len(find_images(folder)) == 8
+    assert find_images(folder / "._a.jpg") == [folder / "._a.jpg"]  # as named
+
+
 # ---- decoding
 
 
@@ -131,6 +157,87 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     how = turned.get(orientation)
     expected = image if how is None else image.transpose(Image.Transpose[how])
     assert np.array_equal(np.asarray(load_image(tmp_path / "turned.png")), np.asarray(expected))
+
+
+def chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def exif(entries, after=b"\0\0\0\0"):
+    packed = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + packed + after
+
+
+SIX = (0x0112, 3, 1, b"\6\0\0\0")
+BROKEN = {  # EXIF, and whether its orientation, 6, can be read
+    "noise": (bytes(range(64)), False),
+    "empty": (b"", False),
+    "cut": (b"II*\0\x08\0\0\0\x06\0\x12\x01\x03", False),
+    "no header": (b"\0\x08\0\x02\x01\x12\0\x03", False),
+    "beyond": (b"II*\0\xff\xff\xff\x0f", False),
+    "a text": (exif([(0x0112, 2, 2, b"6\0\0\0")]), False),
+    "nine": (exif([(0x0112, 3, 1, b"\x09\0\0\0")]), False),
+    "six": (exif([SIX]), True),
+    "a bad rational": (exif([SIX, (0x011A, 5, 1, b"\xf0\xff\0\0")]), True),
+    "a bad thumbnail": (exif([SIX], b"\xf0\xf0\0\0"), True),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow says that EXIF is corrupt
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_exif_turns_nothing_and_is_no_fault_of_the_pixels(tmp_path, kind, name):
+    image, path = Image.open(CHINA).resize((64, 48)), tmp_path / f"image.{kind}"
+    broken, turned = BROKEN[name]
+    if kind == "png":  # Pillow would not write it
+        image.save(path)
+        data = path.read_bytes()
+        path.write_bytes(data[:33] + chunk(b"eXIf", broken) + data[33:])
+    else:
+        image.save(
+            path, exif=b"Exif\0\0" + broken, **({"lossless": True} if kind == "webp" else {})
+        )
+    expected = Image.open(path).convert("RGB")
+    if turned:
+        expected = expected.transpose(Image.Transpose.ROTATE_270)
+    assert np.array_equal(np.asarray(load_image(path)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_images_are_turned_as_pillow_turns_them(tmp_path, kind, orientation):
+    image, path = Image.open(FLOWER).resize((64, 32)), tmp_path / f"image.{kind}"
+    tags = image.getexif()
+    tags[0x0112] = orientation
+    image.save(path, exif=tags)
+    expected = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    assert np.array_equal(np.asarray(load_image(path)), np.asarray(expected))
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "p.jpg")
+    shutil.copy(CHINA, tmp_path / "q.jpg")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    loader = PhotoLoader(find_images(tmp_path), 32, workers=0)
+    assert [names(paths) for _, paths in loader] == [["q.jpg"]]
+    assert [bad.reason for bad in loader.unreadable] == [
+        "expected a regular file; got a FIFO",
+        "expected a regular file; got a device",
+    ]
+
+
+def test_the_limit_of_bytes_holds_before_a_file_is_read(tmp_path, monkeypatch):
+    with open(tmp_path / "long.jpg", "wb") as file:
+        file.truncate(1 << 40)  # no block of it is on the disk
+    with pytest.raises(UnreadableImage, match=r"exceed DEIT_MAX_IMAGE_BYTES=268435456"):
+        load_image(tmp_path / "long.jpg")
+    monkeypatch.setenv("DEIT_MAX_IMAGE_BYTES", "1000")
+    for source in (CHINA, CHINA.read_bytes()):
+        with pytest.raises(UnreadableImage, match=r"\d+ bytes exceed DEIT_MAX_IMAGE_BYTES=1000"):
+            load_image(source)
+    monkeypatch.setenv("DEIT_MAX_IMAGE_BYTES", "many")
+    with pytest.raises(ValueError, match="DEIT_MAX_IMAGE_BYTES: expected a whole number above 0"):
+        load_image(CHINA)
 
 
 @pytest.mark.parametrize(

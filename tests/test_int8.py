@@ -315,6 +315,12 @@ def test_a_gradient_is_refused():
         int8_linear(X, WEIGHT.clone().requires_grad_())
     with torch.enable_grad(), pytest.raises(NotImplementedError, match="int8_gelu_mlp"):
         int8_gelu_mlp(X.clone().requires_grad_(), WEIGHT, None, WEIGHT, None)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(X, X)
+        with pytest.raises(NotImplementedError, match="int8_linear: a tensor has a forward-mode"):
+            int8_linear(dual, WEIGHT)
+    with pytest.raises(NotImplementedError, match="rounding to 8 bits has no derivative"):
+        torch.func.jvp(lambda w: int8_gelu_mlp(X, w, None, WEIGHT, None), (WEIGHT,), (WEIGHT,))
 
 
 @needs_library

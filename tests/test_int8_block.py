@@ -124,6 +124,19 @@ def test_what_is_not_finite_stays_in_its_image():
     assert out[0].isfinite().all()
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_an_image_without_keys(impl):
+    """Its attention is 0: what is left of the first branch is the projection's bias."""
+    x, arguments = oracle.make("random", (2, 9, 64)), block(64, 2)
+    bias = torch.zeros(2, 9)
+    bias[1] = -torch.inf
+    out = int8_vit_block(x, *arguments, key_bias=bias, impl=impl)
+    arguments[4] = torch.zeros_like(arguments[4])
+    without = int8_vit_block(x, *arguments, impl=impl)
+    torch.testing.assert_close(out[1], without[1], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(out[0], without[0], atol=1e-2)
+
+
 def test_no_image_at_all():
     assert int8_vit_block(torch.empty(0, 5, 64), *block(64, 1), impl="cpu").shape == (0, 5, 64)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -166,6 +169,62 @@ def test_other_classes_are_numbered_or_named(capsys, small, tmp_path):
         "is not UTF-8 text"
         in predict(capsys, PHOTOS[0], "--weights", small, "--classes", listed)[2]
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        (b"\xef\xbb\xbfcat\ndog\nemu\n", ["cat", "dog", "emu"]),
+        (b"cat\r\ndog\r\nemu", ["cat", "dog", "emu"]),
+        ("cat\nd\u2028o\x85g\nemu\n".encode(), ["cat", "d\u2028o\x85g", "emu"]),
+        (b"cat\nd\x0co\x0b\x1cg\nemu", ["cat", "d\x0co\x0b\x1cg", "emu"]),
+        (b" cat \n\ndog\thound\n", [" cat ", "", "dog\thound"]),
+    ],
+)
+def test_class_names_are_lines_whatever_they_hold(tmp_path, content, names):
+    (tmp_path / "names.txt").write_bytes(content)
+    assert class_names(3, tmp_path / "names.txt") == names
+
+
+def test_class_names_come_from_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "names.txt")
+    for path, what in ((tmp_path / "names.txt", "a FIFO"), (Path("/dev/zero"), "a device")):
+        with pytest.raises(ValueError, match=f"classes: expected a regular file; got {what}"):
+            class_names(3, path)
+    with open(tmp_path / "long.txt", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match="classes: expected at most 67108864 bytes"):
+        class_names(3, tmp_path / "long.txt")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+@pytest.mark.parametrize("how", ["text", "--json"])
+def test_every_name_is_printed_by_every_stream(small, tmp_path, monkeypatch, encoding, how):
+    photo = PHOTOS[0].read_bytes()
+    given = [b"caf\xe9.jpg", "caf\u00e9.jpg".encode(), "\U0001f600.jpg".encode(), b"plain.jpg"]
+    for name in given:
+        Path(tmp_path, os.fsdecode(name)).write_bytes(photo)
+    Path(tmp_path, os.fsdecode(b"b\xffd.jpg")).write_bytes(b"no")
+    kept = io.BytesIO(), io.BytesIO()
+    for name, file in zip(("stdout", "stderr"), kept, strict=True):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(file, encoding, "strict"))
+    flags = ["--weights", str(small), "--topk", "1", *([how] if how != "text" else [])]
+    assert main(["predict", str(tmp_path), *flags]) == 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    out, err = (file.getvalue() for file in kept)
+    assert b"cannot read" in err
+    assert b"b\xffd.jpg" in err
+    if how == "--json":
+        found = [os.fsencode(p["path"]) for p in json.loads(out)["predictions"]]
+        assert sorted(Path(os.fsdecode(p)).name for p in found) == sorted(map(os.fsdecode, given))
+        return
+    assert out.count(b"%  class") == 4
+    assert b"/caf\xe9.jpg\n" in out  # the bytes that name the file
+    if encoding == "utf-8":
+        assert all(name in out for name in given)
+    else:
+        assert b"/\\U0001f600.jpg" in out
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

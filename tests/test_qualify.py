@@ -40,7 +40,8 @@ def test_dry_run(tmp_path):
     stages = [stage.name for stage in qualify.STAGES if stage.name != "throughput"]
     run = command(out, "--dry-run", "--minutes", "20", "--only", ",".join(stages))
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.splitlines()[len(stages)] == "No failures"
+    headline = run.stdout.splitlines()[len(stages)]
+    assert headline == "No failures; not run: all of throughput"
     for stage in stages:
         found = read(out, stage)
         assert (found["status"], found["failures"]) == ("finished", [])
@@ -168,7 +169,9 @@ def test_exit_status_limits_and_again(failures, status, tmp_path, monkeypatch, c
     qualify.checkout.importable()
     arguments = ["--out", str(tmp_path), "--dry-run", "--minutes", "10", "--only", "tune,speed"]
     assert qualify.main(arguments) == status
-    assert limits["tune"] == pytest.approx(600 * 60 / 150, rel=0.01)
+    tune, speed = (next(s for s in qualify.STAGES if s.name == name) for name in limits)
+    share = tune.seconds / (tune.seconds + speed.seconds)
+    assert limits["tune"] == pytest.approx(600 * share, rel=0.01)
     assert limits["speed"] == pytest.approx(600, rel=0.01)  # nothing was used up before it
     limits.clear()
     assert qualify.main(arguments) == status
@@ -184,9 +187,54 @@ def test_a_failed_stage_is_reported_first(tmp_path):
     qualify.save(tmp_path, "speed", "finished", {**nothing, "failures": ["too slow"]})
     text, count = summary.write(tmp_path, ["build", "speed", "tune"])
     assert count == 1
-    assert text.splitlines()[:4] == ["1 failures", "", "FAILED speed: 1", "  too slow"]
+    first = "1 failures; not run: all of tune"
+    assert text.splitlines()[:4] == [first, "", "FAILED speed: 1", "  too slow"]
     assert "tune: not run" in text
     assert (tmp_path / "summary.txt").read_text() == text + "\n"
+
+
+def test_what_did_not_run_is_in_the_headline(tmp_path):
+    nothing = {"failures": [], "notes": [], "rows": []}
+    qualify.checkout.importable()
+    for name in ("build", "speed"):
+        qualify.save(tmp_path, name, "finished", nothing)
+    assert summary.write(tmp_path, ["build", "speed"])[0].startswith("No failures; all was run\n")
+    parts = [f"part {number}: no time" for number in range(3)]
+    qualify.save(tmp_path, "speed", "finished", {**nothing, "unrun": parts})
+    qualify.save(tmp_path, "build", "finished", {**nothing, "unrun": parts[:1]})
+    text, count = summary.write(tmp_path, ["build", "speed", "tune", "fp8"])
+    expected = "not run: 1 part of build and 3 parts of speed and all of tune, fp8"
+    assert text.splitlines()[0] == f"No failures; {expected}"
+    assert "NOT RUN speed: 3\n  part 0: no time\n" in text
+    assert count == 0
+    assert not qualify.finished(tmp_path, SPEED)  # given again, it runs
+
+
+def test_jobs_without_time_are_counted(tmp_path):
+    late = Context("speed", tmp_path, "", True, time.monotonic() - 1)
+    late.fan_out(["one", "two"])
+    assert late.unrun == ["one: no time", "two: no time"]
+    assert contexts.read_partial(late.partial)["unrun"] == late.unrun
+
+
+def test_throughput_without_its_packages_is_said_not_failed(tmp_path, monkeypatch):
+    from qualification import models
+
+    monkeypatch.setattr(models, "PACKAGES", ("PIL", "no_such_package"))
+    context = Context("throughput", tmp_path, "", True, time.monotonic() + 60)
+    models.throughput(context)
+    assert context.unrun == ["every network: bench/throughput.py needs no_such_package"]
+    assert not context.failures
+
+
+@pytest.mark.parametrize("name", qualify.CALLS)
+def test_three_calls_are_whole_and_short(name):
+    options = qualify.parse(["--out", "x", "--only", name])
+    assert tuple(stage.name for stage in options.stages) == qualify.CALLS[name]
+    assert options.minutes == sum(stage.seconds for stage in options.stages) / 60
+    assert 8 < options.minutes < 10
+    all_of_them = {stage for stages in qualify.CALLS.values() for stage in stages}
+    assert all_of_them == {stage.name for stage in qualify.STAGES}
 
 
 def test_a_lost_cuda_context_ends_the_process_and_other_errors_do_not(tmp_path):

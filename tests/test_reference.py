@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from deit.kernels import cross_entropy, distillation_loss, ops, reference
+from deit.kernels import attention, cross_entropy, distillation_loss, ops, reference
 
 torch.manual_seed(0)
 
@@ -36,6 +36,27 @@ def test_attention_by_its_formula():
     scores = q @ k.transpose(-1, -2) * 0.3 + bias[:, None, None]
     want = (scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 5, 12)
     torch.testing.assert_close(reference.attention(qkv, 3, 0.3, bias), want)
+
+
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_hidden_keys(dtype, impl):
+    """fp32's smallest number beside half precision is a number: keys that all have it count alike.
+
+    Samples: none hidden; some by it, some by -inf; all by it; all by it but one a little less; all
+    by -inf.
+    """
+    tokens, least = 40, torch.finfo(torch.float32).min
+    qkv, bias = torch.randn(5, tokens, 3 * 64).to(dtype), torch.zeros(5, tokens)
+    bias[1, 7:], bias[1, 20:] = least, -torch.inf
+    bias[2:4], bias[3, 5], bias[4] = least, -1e38, -torch.inf
+    q, k, v = qkv.double().view(5, tokens, 3, 2, 32).permute(2, 0, 3, 1, 4)
+    scores = q @ k.mT * 0.2 + bias.double()[:, None, None]
+    want = (scores.softmax(-1).nan_to_num(0.0) @ v).transpose(1, 2).flatten(2)
+    found = attention(qkv, 2, scale=0.2, key_bias=bias, impl=impl)
+    near = 1e-5 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(found.double(), want, atol=near, rtol=near)
+    assert (found[4] == 0).all()
 
 
 def test_linear_and_mlp_by_their_formulas():

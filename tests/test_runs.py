@@ -172,6 +172,39 @@ def test_the_log_is_rewound_to_the_checkpoint(folder):
         folder.entries()
 
 
+def test_the_log_keeps_what_was_said_before_the_checkpoint_and_no_more(folder):
+    folder.log(update=0, teacher=1)
+    folder.log(update=1, unreadable="a.png")  # while the second update is made
+    folder.log(update=2, loss=0.5)
+    folder.log(update=2, model={})
+    folder.log(update=2, unreadable="b.png")  # while the third is made
+    folder.log(update=2, skipped="nan")
+    folder.log(update=3, loss=0.4)
+    said = folder.entries()
+    assert folder.entries(2) == said[:4]
+    folder.rewind(2)
+    assert folder.entries() == said[:4]
+    folder.rewind(None)
+    assert folder.entries() == []
+    for rest in (b'{"update": 9, "x": "', b"\0" * 90, b"\xff\x0c\xe2\x80\xa8{}\x85"):  # of a crash
+        folder.log(update=1)
+        with open(folder.root / "log.jsonl", "ab") as file:
+            file.write(rest)
+        assert folder.entries(1) == [{"update": 1}]
+        folder.rewind(0)
+
+
+def test_a_new_checkpoint_outlives_damaged_ones_after_it(folder):
+    for update in (9, 8, 7):
+        (folder.checkpoints / f"{update:08d}").mkdir()
+    (folder.checkpoints / "100000000").mkdir()
+    folder.save(state(3))
+    folder.save(state(5))
+    assert [path.name for path in folder._all()] == ["00000005", "00000003"]
+    (folder.checkpoints / "100000000").mkdir()
+    assert folder._all()[0].name == "100000000"  # newer than any of eight digits
+
+
 def test_a_checkpoint_runs_no_code(folder, tmp_path):
     path = folder.save(state(1))
 
@@ -186,3 +219,30 @@ def test_a_checkpoint_runs_no_code(folder, tmp_path):
     with pytest.raises(Exception, match=r"Unsupported|weights_only|WeightsUnpickler"):
         load_state(folder.newest(print))
     assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"update": "3"}', "update: expected a whole number from 0 .*; got '3'"),
+        ('{"update": -1}', "update: expected a whole number from 0 .*; got -1"),
+        ("[1]", "line 1 is damaged"),
+        ('{"update": 1, "loss": ' + "[" * 500, "line 1 is damaged"),
+    ],
+)
+def test_a_log_of_something_else(folder, line, message):
+    (folder.root / "log.jsonl").write_text(f'{line}\n{{"update": 2}}\n')
+    with pytest.raises(ValueError, match=rf"log\.jsonl: .*{message}"):
+        folder.entries()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[" * 1000, '{"sha256": []}', '{"sha256": {"../../run.json": "0"}}',
+     '{"sha256": {"model.safetensors": 3}}'],
+)  # fmt: skip
+def test_a_manifest_of_something_else(folder, text):
+    path = folder.save(state(1))
+    (path / "manifest.json").write_text(text)
+    assert "expected" in runs.damage(path)
+    assert folder.newest(lambda _: None) is None

@@ -45,7 +45,7 @@ class Recorder:
     """Stands in for wandb and mlflow: they are services, which no test can have."""
 
     def __init__(self):
-        self.begun, self.ended, self.active = [], 0, False
+        self.begun, self.ended, self.active, self.kept = [], 0, False, []
 
     def init(self, **given):
         self.begun.append(given)
@@ -59,6 +59,14 @@ class Recorder:
 
     def log_metrics(self, numbers, step):
         assert self.active
+        self.kept += [(name, step) for name in numbers]
+
+    def MlflowClient(self):
+        return self
+
+    def get_metric_history(self, run_id, name):
+        assert run_id == "17"
+        return [SimpleNamespace(step=step) for known, step in self.kept if known == name]
 
     def end_run(self):
         self.ended, self.active = self.ended + 1, False
@@ -73,3 +81,15 @@ def test_services_are_told_that_a_run_goes_on_and_ends(name, data, tmp_path, mon
     first, second = (given["id"] for given in service.begun)
     assert second == ("17" if name == "mlflow" else first)
     assert service.ended == 2
+
+
+def test_mlflow_which_keeps_a_step_twice_is_given_it_once(tmp_path, monkeypatch):
+    service = Recorder()
+    monkeypatch.setitem(sys.modules, "mlflow", service)
+    for goes_on_after, updates in ((None, (1, 2, 3)), (1, (2, 3, 4))):
+        trackers = Trackers(("mlflow",), tmp_path, goes_on_after)
+        for update in updates:
+            trackers.add({"update": update, "loss": 0.5})
+        trackers.add({"update": 3, "score": 1.0, "text": "x"})
+        trackers.close()
+    assert sorted(service.kept) == [("loss", n) for n in (1, 2, 3, 4)] + [("score", 3)]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -259,5 +260,10 @@ def test_the_commands_run(data, whole, tmp_path, capsys):
     last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["model"]
     assert (found["images"], found["top1"]) == (24, last["top1"])
     assert found["loss"] == pytest.approx(last["loss"], rel=1e-5)  # the run's own crop
+    other = tmp_path / "other"
+    shutil.copytree(data / "val", other / "val")
+    (other / "val" / "blue").rename(other / "val" / "azure")  # labels would move
+    assert main(["eval", str(tmp_path / "run"), "--data", str(other), "--workers", "0"]) == 2
+    assert "classes that training has not: ['azure']" in capsys.readouterr().err
     assert main(["train", *flags.split(), "--mixup", "-1"]) == 2
     assert "mixup: expected at least 0; got -1" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -34,6 +35,21 @@ def test_a_killed_run_goes_on_to_the_same_weights(number, status, kept, whole, d
     again, _ = run(command)
     assert min(losses(again)) == kept
     assert same(training.weights(whole[0]), training.weights(out)) == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_in_another_thread_is_the_same_run(workers, whole, data, tmp_path):
+    """A notebook's or a service's: Python sets no signal's handler there."""
+    results = []
+    before = signal.getsignal(signal.SIGTERM)
+    options = training.options(data, tmp_path, workers=workers)
+    thread = threading.Thread(target=lambda: results.append(train(options)))
+    thread.start()
+    thread.join()
+    assert results
+    assert results[0]["finished"]
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert same(training.weights(whole[0]), training.weights(tmp_path)) == []
 
 
 def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(whole, data, tmp_path, capfd):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,6 @@ SIZES = {
     "attention": {"head_dim": 64, "tokens": 197, "tma": True},
     "attention_bwd": {"head_dim": 64, "tokens": 197, "tma": True},
     "linear": {"width": 768, "depth": 192},
-    "norm_linear": {"width": 768, "depth": 192},
     "norm_panel": {"width": 768, "depth": 192},
     "input_gradient": {"width": 768, "depth": 192, "gelu": True},
     "weight_gradient": {"width": 768, "depth": 192},
@@ -90,6 +90,16 @@ def test_pinned_defaults_are_legal_and_candidates_distinct(factory, arch, dtype)
 )
 def test_illegal(changes, why):
     assert why in "; ".join(candidates.illegal("linear", tuned(**changes), LINEAR))
+
+
+@pytest.mark.parametrize("factory", SIZES)
+def test_absurd_numbers_are_illegal_everywhere(factory):
+    arguments = tuning.TUNABLE[factory].arguments(90, torch.bfloat16, **SIZES[factory])
+    config = next(c for c in candidates.candidates(factory, arguments) if c is not None)
+    for field in dataclasses.fields(config):
+        for value in (0, -1, 2**13, 2**40, 2**70) if field.type == "int" else ():
+            changed = dataclasses.replace(config, **{field.name: value})
+            assert candidates.illegal(factory, changed, arguments), (field.name, value)
 
 
 @pytest.mark.parametrize("factory", ["layer_norm_bwd", "patch_embed_bwd"])
@@ -168,6 +178,9 @@ def test_sets_of_other_versions_are_kept(cache, monkeypatch):
         ({"num_warps": 6}, "num_warps is 6"),
         ({"num_stages": "3"}, "illegal"),
         ({"block_m": 0}, "block_m is 0, expected a power of two"),
+        ({"block_m": 8}, "block_m is 8, expected 16 to 4096"),
+        ({"block_k": 2**40}, "block_k is 1099511627776, expected 16 to 4096"),
+        ({"group": 2**40}, "group is 1099511627776, expected 1 to 64"),
         ({"tma": 1}, "illegal"),
         ({"num_warps": True}, "illegal"),
         ({"surprise": 1}, "illegal"),
@@ -182,7 +195,21 @@ def test_an_edited_entry_that_cannot_run_is_not_used(cache, config, why):
     assert why in evidence
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"schema": 2}', '{"schema": 1, "sets": [1]}', "[]"])
+SETS = '{"schema": 1, "device": "Test H100", "sets": '
+BROKEN = [
+    "", "{", "[]", "null", "[" * 100_000, '{"schema": 2}', '{"schema": true, "sets": []}',
+    '{"schema": 1, "device": "Another", "sets": []}',
+    *(f"{SETS}{sets}}}" for sets in (
+        "{}", "null", "[1]", "[{}]", '[{"versions": {}}]',
+        '[{"versions": [], "entries": {}}]', '[{"versions": {"torch": 2}, "entries": {}}]',
+        '[{"versions": {}, "entries": []}]', '[{"versions": {}, "entries": {"a": 1}}]',
+        '[{"versions": {}, "entries": {"a": {"config": []}}}]', "[" * 500 + "]" * 500,
+    )),
+    SETS + '[], "sets": []}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
 def test_a_broken_file_is_ignored_and_set_aside(cache, text):
     file = tuning.path("Test H100")
     file.parent.mkdir(parents=True)
@@ -200,9 +227,17 @@ def test_a_broken_file_is_ignored_and_set_aside(cache, text):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"microseconds": "fast"}, "expected microseconds, candidates and a date"),
-        ({"date": None}, "expected microseconds, candidates and a date"),
-        ({"surprise": 1}, "unexpected keyword argument 'surprise'"),
+        ({"microseconds": "fast"}, ").microseconds: expected a number from 0 to 1e+09; got 'fast'"),
+        ({"microseconds": True}, "microseconds: expected a number from 0 to 1e+09; got True"),
+        ({"microseconds": -1.0}, "microseconds: expected a number from 0 to 1e+09; got -1.0"),
+        ({"microseconds": 1e300}, "microseconds: expected a number from 0 to 1e+09; got 1e+300"),
+        ({"microseconds": float("inf")}, "microseconds: expected a finite number; got inf"),
+        ({"pinned_microseconds": "a"}, "pinned_microseconds: expected a number"),
+        ({"candidates": 0}, "candidates: expected a whole number from 1 to 1048576; got 0"),
+        ({"candidates": 10**400}, "candidates: expected a finite number"),
+        ({"date": None}, "date: expected a text; got None"),
+        ({"config": [1]}, "config: expected a JSON object; got [1]"),
+        ({"surprise": 1}, "surprise: expected no field but config, microseconds"),
     ],
 )
 def test_an_entry_that_is_none_is_reported_and_not_used(cache, change, why):
@@ -221,13 +256,82 @@ def test_a_file_that_may_not_be_read_is_reported(cache, monkeypatch):
     file = tuning.store("Test H100", {ENTRY: entry(tuned(block_n=128))})
     forget()
 
-    def refuse(self, *_, **__):
-        raise PermissionError(13, "Permission denied", str(self))
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(tuning.json_files, "read", refuse)
     with pytest.warns(UserWarning, match="Permission denied"):
         assert "Permission denied" in configs.linear.explain(**LINEAR)[1]
     assert file.exists()
+
+
+# ---- a folder that others may write
+
+
+def test_a_link_by_the_locks_name_empties_nothing(cache):
+    cache.mkdir()
+    treasure = cache.parent / "treasure"
+    treasure.write_text("years of work")
+    tuning.path("Test H100").with_suffix(".lock").symlink_to(treasure)
+    with pytest.raises(OSError, match=r"Test_H100\.lock"):
+        tuning.store("Test H100", {ENTRY: entry(tuned())})
+    assert treasure.read_text() == "years of work"
+    assert not tuning.path("Test H100").exists()
+
+
+def test_a_link_to_nowhere_makes_no_file(cache):
+    cache.mkdir()
+    tuning.path("Test H100").with_suffix(".lock").symlink_to(cache.parent / "made")
+    with pytest.raises(OSError, match=r"Test_H100\.lock"):
+        tuning.store("Test H100", {ENTRY: entry(tuned())})
+    assert not (cache.parent / "made").exists()
+
+
+def test_a_fifo_by_the_locks_name_is_not_waited_for(cache):
+    cache.mkdir()
+    os.mkfifo(tuning.path("Test H100").with_suffix(".lock"))
+    with pytest.raises(OSError, match="expected a regular file; got a FIFO"):
+        tuning.store("Test H100", {ENTRY: entry(tuned())})
+
+
+def test_a_link_by_the_files_name_is_set_aside_and_its_target_left(cache):
+    elsewhere = cache.parent / "elsewhere.json"
+    stored = tuning.store("Test H100", {ENTRY: entry(tuned(block_n=128))})
+    stored.rename(elsewhere)
+    stored.symlink_to(elsewhere)
+    before = elsewhere.read_text()
+    forget()
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert configs.linear(**LINEAR) == configs.linear.pinned(**LINEAR)
+    tuning.store("Test H100", {ENTRY: entry(tuned(block_n=128, num_stages=4))})
+    assert elsewhere.read_text() == before
+    assert not stored.is_symlink()
+    forget()
+    assert configs.linear(**LINEAR) == tuned(block_n=128, num_stages=4)
+
+
+def test_another_users_files_are_not_taken(cache, monkeypatch):
+    tuning.store("Test H100", {ENTRY: entry(tuned(block_n=128))})
+    forget()
+    owner = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    real = os.fstat
+
+    def another(descriptor):  # of a user that is neither this one nor root
+        found = real(descriptor)
+        return os.stat_result((*found[:4], owner + 2, *found[5:10]))
+
+    monkeypatch.setattr(os, "fstat", another)
+    with pytest.warns(UserWarning, match=rf"cannot be read: .*a file of user {owner + 2}"):
+        assert configs.linear(**LINEAR) == configs.linear.pinned(**LINEAR)
+    with pytest.raises(PermissionError, match=rf"a file of user {owner + 2}.*lock"):
+        tuning.store("Test H100", {ENTRY: entry(tuned())})
+
+
+def test_the_folder_and_its_files_are_this_users_alone(cache):
+    stored = tuning.store("Test H100", {ENTRY: entry(tuned())})
+    assert cache.stat().st_mode & 0o777 == 0o700
+    assert {p.stat().st_mode & 0o777 for p in (stored, stored.with_suffix(".lock"))} == {0o600}
 
 
 def test_switched_off(cache, monkeypatch):

@@ -5,7 +5,16 @@ import torch
 from torch import nn
 
 import deit
-from deit.kernels import attention, gelu_mlp, layer_norm, linear, native, reference, vit_block
+from deit.kernels import (
+    attention,
+    dispatch,
+    gelu_mlp,
+    layer_norm,
+    linear,
+    native,
+    reference,
+    vit_block,
+)
 from deit.kernels.vit_block import vit_blocks
 
 needs_library = pytest.mark.skipif(
@@ -139,8 +148,10 @@ def by_operators(x, given, heads, scale=None, eps=1e-6):
     [(torch.float32, 64, 96, 2), (torch.float32, 200, 390, 5), (torch.bfloat16, 104, 790, 2)],
 )
 def test_the_cpu_kernel_gives_the_operators_bits_at_any_number_of_threads(
-    isa, threads, images, dtype, dim, hidden, heads
+    isa, threads, monkeypatch, images, dtype, dim, hidden, heads
 ):
+    # Every set multiplies bf16, if slowly; "auto" would leave it to PyTorch without AVX512-BF16.
+    monkeypatch.setattr(dispatch, "_cpu_isa", lambda: "avx512_bf16")
     generator = torch.Generator().manual_seed(images)
     draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)
     given = {
@@ -179,6 +190,22 @@ def test_blocks_in_a_row_are_vit_block_after_vit_block():
     assert vit_blocks(x, []) is x
     with pytest.raises(ValueError, match="w2: expected shape"):
         vit_blocks(x, [block, block | {"w2": given["w1"]}])
+
+
+@needs_library
+def test_what_is_differentiated_in_one_block_is_in_those_after_it():
+    given = tensors()
+    x = given.pop("x")
+    frozen = given | {"num_heads": HEADS}
+    weight = given["w1"].clone().requires_grad_()
+    vit_blocks(x, [frozen, frozen | {"w1": weight}, frozen]).sum().backward()
+    want = given["w1"].clone().requires_grad_()
+    for w1 in (given["w1"], want, given["w1"]):
+        x = vit_block(x, **frozen | {"w1": w1}, impl="reference")[0]
+    x.sum().backward()
+    torch.testing.assert_close(weight.grad, want.grad, atol=1e-4, rtol=1e-4)
+    with pytest.raises(NotImplementedError, match="requires grad"):
+        vit_blocks(X, [frozen, frozen | {"w1": weight, "impl": "cpu"}])
 
 
 def test_the_stream_may_be_fp32_beside_half_precision_products():

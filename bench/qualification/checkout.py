@@ -34,10 +34,6 @@ def importable() -> None:
     for folder in (ROOT, ROOT / "tests", ROOT / "bench"):
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
-    if importlib.util.find_spec("tyro") is None:
-        # The other scripts of bench/ import tyro for their command lines alone, and those are
-        # not used here.
-        sys.modules["tyro"] = ModuleType("tyro")
 
 
 def load_setup() -> ModuleType:

@@ -29,8 +29,9 @@ class Poisoned(Exception):
 class Context:
     """One stage's process.
 
-    rows: evidence, one dict each. failures: sentences; any makes the stage fail. notes: what a
-    reader should know that is no failure (what was left out and why).
+    rows: evidence, one dict each. failures: sentences; any makes the stage fail. unrun: what this
+    stage should have run and did not, for want of time, memory or a tool, a sentence each. notes:
+    what a reader should know that is neither.
     """
 
     stage: str
@@ -42,6 +43,7 @@ class Context:
     jobs: int = 1
     rows: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    unrun: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _facts: dict[str, Any] = field(default_factory=dict)
 
@@ -69,6 +71,11 @@ class Context:
 
     def fail(self, text: str) -> None:
         self._keep("failures", text)
+
+    def skip(self, text: str) -> None:
+        """Say that something was not run: the headline counts it."""
+        if text not in self.unrun:
+            self._keep("unrun", text)
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -110,7 +117,8 @@ class Context:
                 if process.poll() is not None or self.left() < -10:
                     self._collect(job, running.pop(job))
             if waiting and self.left() <= 0 and not running:
-                self.note(f"no time for {', '.join(waiting)}")
+                for job in waiting:
+                    self.skip(f"{job}: no time")
                 return
             time.sleep(0.05)
 
@@ -141,22 +149,23 @@ class Context:
         self.rows += found["rows"]
         self.notes += [n for n in found["notes"] if n not in self.notes]
         self.failures += found["failures"]
+        self.unrun += found["unrun"]
         if late:
-            self.note(f"{job}: stopped at the stage's time limit")
+            self.skip(f"{job}: stopped at the stage's time limit")
         elif code not in (0, 1):
             self.fail(f"{job}: {ending(code)}; {tail(part.with_suffix('.log'))}")
 
 
 def read_partial(*paths: Path) -> dict[str, list[Any]]:
     """Findings as they were kept; a last line cut off by a kill is dropped."""
-    found: dict[str, list[Any]] = {"rows": [], "failures": [], "notes": []}
+    found: dict[str, list[Any]] = {"rows": [], "failures": [], "unrun": [], "notes": []}
     for path in filter(Path.is_file, paths):
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 kind, value = json.loads(line)
-            except ValueError:
+                found[kind].append(value)
+            except (ValueError, KeyError, TypeError):
                 continue
-            found[kind].append(value)
     return found
 
 

@@ -71,8 +71,20 @@ def _nvidia_smi() -> str | None:
 
 
 def build(context: Context) -> None:
-    """Build csrc/ into kernels/, as an editable installation does; a dry run builds nothing."""
+    """Build csrc/ into kernels/, as an editable installation does; a dry run builds nothing, and
+    what is built of these very sources is not built again."""
     builder = load_setup()
+    before = builder.build_record.read(ROOT / "kernels")
+    if (
+        not context.dry
+        and before
+        and before["sources"] == builder.build_record.sources_hash(builder.CSRC)
+        and all(library["built"] for library in before["libraries"].values())
+    ):
+        context.note(f"built of these sources at {before['time']}")
+        for kind, library in before["libraries"].items():
+            context.row(library=kind, **library)
+        return
     with tempfile.TemporaryDirectory() as temp:
         target = Path(temp) if context.dry else ROOT / "kernels"
         env = {**os.environ, **({"FUSED_DEIT_BUILD": "none"} if context.dry else {})}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import time
 
 from qualification.context import Context
@@ -10,11 +11,14 @@ from qualification.context import Context
 ARCHITECTURES = ("deit_b", "deit_s", "deit_ti")
 IMPLEMENTATIONS = ("triton", "auto")
 FP8 = ("deit_b", "triton")
+PACKAGES = ("PIL", "rich", "timm", "torchvision")  # which the other stages do without
 
 
 def throughput(context: Context) -> None:
     """As a stage: one job a network and implementation, one at a time. As a job: its rows."""
-    if context.job:
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        context.skip(f"every network: bench/throughput.py needs {', '.join(missing)}")
+    elif context.job:
         arch, impl = context.job.split(":")
         context.attempt(context.job, functools.partial(measure, context, arch, impl))
     elif context.dry:

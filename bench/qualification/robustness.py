@@ -46,7 +46,7 @@ def each(
         for name, check in checks.items():
             for impl in IMPLEMENTATIONS:
                 if context.left() < 0:
-                    context.note(f"{operator}: no time for {name}")
+                    context.skip(f"{operator}: no time for {name}")
                 elif _runs(context, operator, impl):
                     label = f"{impl} {operator}, {name}"
                     if context.attempt(label, functools.partial(check, context, operator, impl)):
@@ -228,7 +228,7 @@ def _large(context: Context, operator: str, impl: str) -> None:
     largest = {"attention": 3 * tokens * dim, "patch_embed": 3 * 224 * 224}
     batch = 2**31 // largest.get(operator, tokens * dim) + 4
     if torch.cuda.mem_get_info()[0] < 14 * 2**31:  # about six tensors of that size
-        context.note(f"{operator}: not enough free memory for tensors past 2**31 elements")
+        context.skip(f"{operator}: not enough free memory for tensors past 2**31 elements")
         return
     build = functools.partial(calls.build, operator, torch.bfloat16, context.device, tokens=tokens,
                               dim=dim, epilogue=False)  # fmt: skip
@@ -256,8 +256,11 @@ def sanitizer(context: Context) -> None:
         each(context, (context.job,), {"memcheck": _once})
         return
     tool = find_tool("compute-sanitizer")
-    if context.dry or tool is None:
-        context.note("compute-sanitizer was not run: " + ("a dry run" if context.dry else "absent"))
+    if context.dry:
+        context.note("compute-sanitizer was not run: a dry run")
+        return
+    if tool is None:
+        context.skip("compute-sanitizer: absent")
         return
     # Each tensor an allocation of its own, so that a step past its end is seen.
     context.fan_out(
@@ -276,7 +279,7 @@ def sanitizer(context: Context) -> None:
     unable = [text for text in context.failures if "Device not supported" in text]
     if unable:
         context.failures = [text for text in context.failures if text not in unable]
-        context.note("compute-sanitizer does not support this device")
+        context.skip("compute-sanitizer: it does not support this device")
     logs = context.partial.parent.glob("sanitizer.*.log")
     for log in logs:  # the whole report, for whoever has to find the access
         if "Invalid" in log.read_text(encoding="utf-8", errors="replace"):

@@ -34,7 +34,7 @@ def speed(context: Context) -> None:
                     continue
                 direction = "backward" if backward else "forward"
                 if context.left() < 3:
-                    context.note(f"no time for {operator} {direction}, D {dim}")
+                    context.skip(f"{operator} {direction}, D {dim}: no time")
                     continue
                 work = functools.partial(_operator, context, operator, dim, backward, ceilings)
                 context.attempt(f"{operator} {direction}, D {dim}", work)

@@ -10,17 +10,21 @@ SHOWN = 40  # failures listed of each stage
 
 
 def write(out: Path, stages: list[str]) -> tuple[str, int]:
-    """Write <out>/summary.txt; returns its text and the number of failures."""
+    """Write <out>/summary.txt; returns its text and the number of failures.
+
+    The headline counts what did not run, too: stages that were never begun, and parts of others.
+    """
     found = {name: read(out / f"{name}.json") for name in stages}
     count = sum(len(stage["failures"]) for stage in found.values() if stage)
-    lines = [f"{count} failures" if count else "No failures", ""]
-    for name, stage in found.items():
-        if stage and stage["failures"]:
-            lines.append(f"FAILED {name}: {len(stage['failures'])}")
-            lines += [f"  {text}" for text in stage["failures"][:SHOWN]]
-            if len(stage["failures"]) > SHOWN:
-                lines.append(f"  and {len(stage['failures']) - SHOWN} more in {name}.json")
-            lines.append("")
+    lines = [headline(found, count), ""]
+    for kind, title in (("failures", "FAILED"), ("unrun", "NOT RUN")):
+        for name, stage in found.items():
+            if stage and (texts := stage.get(kind)):
+                lines.append(f"{title} {name}: {len(texts)}")
+                lines += [f"  {text}" for text in texts[:SHOWN]]
+                if len(texts) > SHOWN:
+                    lines.append(f"  and {len(texts) - SHOWN} more in {name}.json")
+                lines.append("")
     for name, stage in found.items():
         if stage is None:
             lines.append(f"{name}: not run")
@@ -31,6 +35,16 @@ def write(out: Path, stages: list[str]) -> tuple[str, int]:
     text = "\n".join(lines)
     (out / "summary.txt").write_text(text + "\n", encoding="utf-8")
     return text, count
+
+
+def headline(found: dict[str, dict[str, Any] | None], failures: int) -> str:
+    """ "No failures; not run: 3 parts of tune, and all of speed"."""
+    text = f"{failures} failures" if failures else "No failures"
+    parts = {n: len(stage.get("unrun", ())) for n, stage in found.items() if stage}
+    unrun = [f"{many} part{'s' * (many > 1)} of {n}" for n, many in parts.items() if many]
+    if absent := [name for name, stage in found.items() if stage is None]:
+        unrun.append("all of " + ", ".join(absent))
+    return f"{text}; not run: {' and '.join(unrun)}" if unrun else f"{text}; all was run"
 
 
 def read(path: Path) -> dict[str, Any] | None:

@@ -67,7 +67,7 @@ void output_gradient(const OutputGradientArgs& args, int64_t begin, int64_t end)
           g = g * gelu.slope;
         }
         if (sums) add_exactly(sums + j, sums + channels + j, dy * y, lanes);
-        store_lanes(args.g + at + j, g, lanes);
+        if (args.g) store_lanes(args.g + at + j, g, lanes);
       });
     }
   }

@@ -132,7 +132,7 @@ DEIT_INLINE void finish(const TrainingProductArgs& p, const float* sums, int64_t
       Vec y = load(sums + j);
       if (p.hidden) {
         const Activated gelu = activate(load_lanes(p.hidden + at + j, lanes), p.activation);
-        store_lanes(p.activated + at + j, gelu.value, lanes);
+        if (p.activated) store_lanes(p.activated + at + j, gelu.value, lanes);
         return store_lanes(p.out + at + j, y * gelu.slope, lanes);
       }
       if (p.bias) y = y + load_lanes(p.bias + column + j, lanes);

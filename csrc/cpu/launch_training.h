@@ -17,6 +17,27 @@ inline int64_t grain_of(int64_t work) {
   return std::max<int64_t>(1, 4 * kGrain / std::max<int64_t>(1, work));
 }
 
+// The gradients that a backward is asked for, in the order in which it returns them: all of them
+// where nothing is said. In place of one that is not wanted it returns an empty tensor.
+class Wanted {
+ public:
+  Wanted(const std::optional<std::vector<bool>>& given, size_t count)
+      : given_(given.value_or(std::vector<bool>(count, true))) {
+    STD_TORCH_CHECK(given_.size() == count, "wanted: expected ", count, " values; got ",
+                    given_.size());
+  }
+  bool operator[](size_t i) const { return given_[i]; }
+
+ private:
+  std::vector<bool> given_;
+};
+
+// What a backward reads for one of them.
+inline const Tensor& required(const char* name, const Optional& tensor) {
+  STD_TORCH_CHECK(tensor.has_value(), name, ": expected a Tensor for the gradients that are wanted");
+  return *tensor;
+}
+
 inline Tensor none(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
 inline int64_t last(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); }

@@ -8,7 +8,7 @@
 // off, as in the forward: at mean 1000 and deviation 1 it would put 3e-5 on every xhat.
 
 struct RowSums {
-  float *weight, *bias, *gamma;  // [D], and what rounding took from each at `low` past it
+  float *weight, *bias, *gamma;  // [D] or null, and what rounding took from each at `low` past it
   int64_t low;
 };
 
@@ -31,15 +31,18 @@ DEIT_INLINE void gradient_of_row(const LayerNormGradientArgs& args, int64_t row,
     const Vec dy = load_lanes(dout + j, lanes), wdy = dy * load_lanes(args.weight + j, lanes);
     plain[chain] = plain[chain] + wdy;
     along[chain] = fma(wdy, xhat, along[chain]);
-    add_exactly(sums.weight + j, sums.weight + sums.low + j, dy * xhat, lanes);
-    add_exactly(sums.bias + j, sums.bias + sums.low + j, dy, lanes);
+    if (sums.weight) {
+      add_exactly(sums.weight + j, sums.weight + sums.low + j, dy * xhat, lanes);
+    }
+    if (sums.bias) add_exactly(sums.bias + j, sums.bias + sums.low + j, dy, lanes);
   });
+  if (!args.dresidual && !args.dx && !sums.gamma) return;
   const Vec mean_plain = broadcast(sum(plain[0] + plain[1]) / count);
   const Vec mean_along = broadcast(sum(along[0] + along[1]) / count);
-  R* out = static_cast<R*>(args.dresidual) + row * channels;
+  R* out = args.dresidual ? static_cast<R*>(args.dresidual) + row * channels : nullptr;
   const R* dtotal = static_cast<const R*>(args.dtotal.data);
   if (dtotal) dtotal += row_offset(args.dtotal, row);
-  const X* x = args.dx ? static_cast<const X*>(args.x.data) + row_offset(args.x, row) : nullptr;
+  const X* x = sums.gamma ? static_cast<const X*>(args.x.data) + row_offset(args.x, row) : nullptr;
   X* dx = args.dx ? static_cast<X*>(args.dx) + row * channels : nullptr;
   const Vec kept = broadcast(args.keep ? args.keep[row / args.rows_per_sample] : 1.0f);
   each_vector(channels, [&](int64_t j, int lanes) __attribute__((always_inline)) {
@@ -47,13 +50,13 @@ DEIT_INLINE void gradient_of_row(const LayerNormGradientArgs& args, int64_t row,
     const Vec wdy = load_lanes(dout + j, lanes) * load_lanes(args.weight + j, lanes);
     Vec g = rstd * ((wdy - mean_plain) - xhat * mean_along);
     if (dtotal) g = load_lanes(dtotal + j, lanes) + g;
-    store_lanes(out + j, g, lanes);
-    if (!dx) return;
+    if (out) store_lanes(out + j, g, lanes);
     g = g * kept;
-    if (args.gamma) {
+    if (x) {
       add_exactly(sums.gamma + j, sums.gamma + sums.low + j, g * load_lanes(x + j, lanes), lanes);
-      g = g * load_lanes(args.gamma + j, lanes);
     }
+    if (!dx) return;
+    if (args.gamma) g = g * load_lanes(args.gamma + j, lanes);
     store_lanes(dx + j, g, lanes);
   });
 }
@@ -63,10 +66,11 @@ void layer_norm_gradient_typed(const LayerNormGradientArgs& args, int64_t begin,
   const X* dout = static_cast<const X*>(args.dout.data);
   const R* total = static_cast<const R*>(args.total.data);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    float* start = args.sums + chunk * 6 * args.channels;
-    for (int64_t i = 0; i < 6 * args.channels; ++i) start[i] = 0.0f;
-    const RowSums sums{start, start + args.channels, start + 2 * args.channels,
-                       3 * args.channels};
+    float* start = args.sums ? args.sums + chunk * 6 * args.channels : nullptr;
+    for (int64_t i = 0; start && i < 6 * args.channels; ++i) start[i] = 0.0f;
+    const RowSums sums{args.dweight ? start : nullptr,
+                       args.dbias ? start + args.channels : nullptr,
+                       args.dgamma ? start + 2 * args.channels : nullptr, 3 * args.channels};
     const int64_t first_row = chunk * kRowChunk, left = args.rows - first_row;
     for (int64_t row = first_row; row < first_row + (left < kRowChunk ? left : kRowChunk); ++row) {
       gradient_of_row(args, row, dout + row_offset(args.dout, row),

@@ -52,7 +52,8 @@ void run_product(const TrainingProductArgs& args) {
 }
 
 int64_t tasks_of(const WeightGradientArgs& args) {
-  return blocks(args.outputs, args.output_block) * blocks(args.inputs, args.input_block);
+  const int64_t across = std::max<int64_t>(1, blocks(args.inputs, args.input_block));
+  return blocks(args.outputs, args.output_block) * across;
 }
 
 // Large blocks pack less for each multiply-add; as large as leaves every thread its share. No sum's
@@ -68,24 +69,26 @@ void share_out(WeightGradientArgs& args) {
   }
 }
 
-// dweight [M, K] and dbias [M] of a layer whose output's gradient is g [T, M] and input x [T, K].
-std::tuple<Tensor, Tensor> run_weight_gradient(const Tensor& g, const Tensor& x) {
+// dweight [M, K] and dbias [M] of a layer whose output's gradient is g [T, M] and input x [T, K],
+// which is read for dweight alone.
+std::tuple<Tensor, Tensor> run_weight_gradient(const Tensor& g, const Optional& x,
+                                               bool wants_weight, bool wants_bias) {
+  if (!wants_weight && !wants_bias) return {none(g), none(g)};
   WeightGradientArgs args{};
   args.outputs = args.ldg = last(g);
-  args.inputs = args.ldx = last(x);
+  const Tensor inputs = wants_weight ? fp32("x", required("x", x)) : none(g);
+  args.inputs = args.ldx = last(inputs);
   args.rows = args.outputs == 0 ? 0 : g.numel() / args.outputs;
-  Tensor dweight = torch::stable::new_empty(x, {args.outputs, args.inputs});
-  Tensor dbias = torch::stable::new_empty(x, {args.outputs});
-  if (args.rows == 0 || args.inputs == 0) {
-    return {torch::stable::zero_(dweight), torch::stable::zero_(dbias)};
-  }
+  Tensor dweight = wants_weight ? torch::stable::new_empty(g, {args.outputs, args.inputs}) : none(g);
+  Tensor dbias = wants_bias ? torch::stable::new_empty(g, {args.outputs}) : none(g);
+  if (args.rows == 0) return {torch::stable::zero_(dweight), torch::stable::zero_(dbias)};
   args.g = floats(g);
-  args.x = floats(x);
-  args.dweight = mutable_floats(dweight);
-  args.dbias = mutable_floats(dbias);
+  args.x = floats(inputs);
+  args.dweight = wants_weight ? mutable_floats(dweight) : nullptr;
+  args.dbias = wants_bias ? mutable_floats(dbias) : nullptr;
   share_out(args);
   const TrainingKernels& set = kernels().training;
-  const int64_t work = args.rows * args.output_block * args.input_block;
+  const int64_t work = args.rows * args.output_block * std::min(args.input_block, args.inputs + 1);
   parallel_for(0, tasks_of(args), grain_of(work), [&](int64_t begin, int64_t end) {
     const Buffer workspace = allocate(set.weight_gradient_workspace(args));
     set.weight_gradient(args, workspace.get(), begin, end);
@@ -151,9 +154,11 @@ std::tuple<Tensor, Tensor> linear_fwd(Tensor x, Tensor weight, Optional bias,
 }
 
 // g = keep * gamma * dout * activation'(affine), dout itself where it may be, and dgamma.
-std::tuple<Tensor, Tensor> output_gradient(const Tensor& dout, const Tensor& affine,
+std::tuple<Tensor, Tensor> output_gradient(const Tensor& dout, const Optional& affine,
                                            Activation activation, const Optional& gamma,
-                                           const Optional& keep) {
+                                           const Optional& keep, bool wants_g, bool wants_gamma) {
+  wants_gamma = wants_gamma && gamma.has_value();
+  if (!wants_g && !wants_gamma) return {none(dout), none(dout)};
   const Tensor rows = fp32("dout", dout);
   if (activation == Activation::none && !gamma.has_value() && !keep.has_value()) {
     return {rows, none(dout)};
@@ -166,21 +171,21 @@ std::tuple<Tensor, Tensor> output_gradient(const Tensor& dout, const Tensor& aff
   args.keep = parameter("keep", keep, dout.size(0), dout, keep_held);
   args.rows_per_sample = std::max<int64_t>(1, args.rows / std::max<int64_t>(1, dout.size(0)));
   args.activation = activation;
-  const bool reads_affine = activation != Activation::none || gamma.has_value();
-  const Tensor affine_held = reads_affine ? fp32("affine", affine) : affine;
-  STD_TORCH_CHECK(!reads_affine || same_shape(affine, dout), "affine: expected dout's shape");
+  const bool reads_affine = activation != Activation::none || wants_gamma;
+  const Tensor affine_held = reads_affine ? fp32("affine", required("affine", affine)) : rows;
+  STD_TORCH_CHECK(same_shape(affine_held, dout), "affine: expected dout's shape");
   args.affine = reads_affine ? floats(affine_held) : nullptr;
   args.dout = floats(rows);
-  Tensor g = torch::stable::new_empty(rows, rows.sizes());
-  args.g = mutable_floats(g);
+  Tensor g = wants_g ? torch::stable::new_empty(rows, rows.sizes()) : none(rows);
+  args.g = wants_g ? mutable_floats(g) : nullptr;
   const int64_t chunks = blocks(args.rows, kRowChunk);
-  const int64_t sums_size = gamma.has_value() ? chunks * 2 * args.channels : 0;
+  const int64_t sums_size = wants_gamma ? chunks * 2 * args.channels : 0;
   const Buffer sums = allocate(static_cast<size_t>(sums_size));
-  args.dgamma = gamma.has_value() ? sums.get() : nullptr;
+  args.dgamma = wants_gamma ? sums.get() : nullptr;
   const TrainingKernels& set = kernels().training;
   parallel_for(0, chunks, std::max<int64_t>(1, kGrain / (kRowChunk * args.channels + 1)),
                [&](int64_t begin, int64_t end) { set.output_gradient(args, begin, end); });
-  if (!gamma.has_value()) return {g, none(dout)};
+  if (!wants_gamma) return {g, none(dout)};
   return {g, sum_of_chunks(sums.get(), chunks, args.channels, args.channels, *gamma)};
 }
 
@@ -193,23 +198,29 @@ Tensor input_gradient(const Tensor& g, const Tensor& weight) {
   return dx;
 }
 
-// `dout` is shaped as the output of the layer `weight` on x.
-void check_gradient(const Tensor& dout, const Tensor& x, const Tensor& weight,
+// `dout` is shaped as the output of the layer `weight` on x, where that is given.
+void check_gradient(const Tensor& dout, const Optional& x, const Tensor& weight, const char* name,
                     const char* message = "dout: expected the output's shape") {
-  STD_TORCH_CHECK(dout.dim() == x.dim() && last(dout) == weight.size(0) &&
-                      std::equal(x.sizes().begin(), x.sizes().end() - 1, dout.sizes().begin()),
+  STD_TORCH_CHECK(dout.dim() >= 1 && weight.dim() == 2 && last(dout) == weight.size(0), message);
+  if (!x.has_value()) return;
+  check_linear(*x, weight, name);
+  STD_TORCH_CHECK(dout.dim() == x->dim() &&
+                      std::equal(x->sizes().begin(), x->sizes().end() - 1, dout.sizes().begin()),
                   message);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_bwd(Tensor dout, Tensor x, Tensor weight,
-                                                      Tensor affine,
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_bwd(Tensor dout, Optional x, Tensor weight,
+                                                      Optional affine,
                                                       std::optional<std::string> activation,
-                                                      Optional gamma, Optional keep) {
-  check_linear(x, weight, "weight");
-  check_gradient(dout, x, weight);
-  const auto [g, dgamma] = output_gradient(dout, affine, activation_of(activation), gamma, keep);
-  const auto [dweight, dbias] = run_weight_gradient(g, fp32("x", x));
-  return {input_gradient(g, fp32("weight", weight)), dweight, dbias, dgamma};
+                                                      Optional gamma, Optional keep,
+                                                      std::optional<std::vector<bool>> wanted) {
+  const Wanted wants(wanted, 4);
+  check_gradient(dout, x, weight, "weight");
+  const auto [g, dgamma] = output_gradient(dout, affine, activation_of(activation), gamma, keep,
+                                           wants[0] || wants[1] || wants[2], wants[3]);
+  const auto [dweight, dbias] = run_weight_gradient(g, x, wants[1], wants[2]);
+  Tensor dx = wants[0] ? input_gradient(g, fp32("weight", weight)) : none(dout);
+  return {dx, dweight, dbias, dgamma};
 }
 
 // Both products on a tile of rows at a time: the activated hidden layer never leaves the cache.
@@ -242,25 +253,30 @@ std::tuple<Tensor, Tensor, Tensor> gelu_mlp_fwd(Tensor x, Tensor w1, Optional b1
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gelu_mlp_bwd(
-    Tensor dout, Tensor x, Tensor w1, Tensor w2, Tensor hidden, Tensor affine, Optional gamma,
-    Optional keep) {
-  check_linear(x, w1, "w1");
-  check_linear(hidden, w2, "w2");
-  check_gradient(hidden, x, w1, "hidden: expected [.., M] with M the rows of w1");
-  check_gradient(dout, hidden, w2);
+    Tensor dout, Optional x, Tensor w1, Tensor w2, Tensor hidden, Optional affine, Optional gamma,
+    Optional keep, std::optional<std::vector<bool>> wanted) {
+  const Wanted wants(wanted, 6);
+  check_gradient(hidden, x, w1, "w1", "hidden: expected [.., M] with M the rows of w1");
+  check_gradient(dout, hidden, w2, "w2");
   hidden = fp32("hidden", hidden);
-  const auto [g, dgamma] = output_gradient(dout, affine, Activation::none, gamma, keep);
-  Tensor dhidden = torch::stable::new_empty(hidden, hidden.sizes());
-  Tensor activated = torch::stable::new_empty(hidden, hidden.sizes());
-  TrainingProductArgs args = product_of(g, w2.size(1), dhidden);
-  args.hidden = floats(hidden);
-  args.activated = mutable_floats(activated);
-  args.activation = Activation::gelu;
-  const Buffer packed = pack_operand(args, fp32("w2", w2), false);
-  run_product(args);
-  const auto [dw2, db2] = run_weight_gradient(g, activated);
-  const auto [dw1, db1] = run_weight_gradient(dhidden, fp32("x", x));
-  return {input_gradient(dhidden, fp32("w1", w1)), dw1, db1, dw2, db2, dgamma};
+  const bool first = wants[0] || wants[1] || wants[2];  // what lies before the hidden layer
+  const auto [g, dgamma] = output_gradient(dout, affine, Activation::none, gamma, keep,
+                                           first || wants[3] || wants[4], wants[5]);
+  Tensor dhidden = none(hidden), activated = none(hidden);
+  if (wants[3]) activated = torch::stable::new_empty(hidden, hidden.sizes());
+  if (first || wants[3]) {
+    dhidden = torch::stable::new_empty(hidden, hidden.sizes());
+    TrainingProductArgs args = product_of(g, w2.size(1), dhidden);
+    args.hidden = floats(hidden);
+    args.activated = wants[3] ? mutable_floats(activated) : nullptr;
+    args.activation = Activation::gelu;
+    const Buffer packed = pack_operand(args, fp32("w2", w2), false);
+    run_product(args);
+  }
+  const auto [dw2, db2] = run_weight_gradient(g, activated, wants[3], wants[4]);
+  const auto [dw1, db1] = run_weight_gradient(dhidden, x, wants[1], wants[2]);
+  Tensor dx = wants[0] ? input_gradient(dhidden, fp32("w1", w1)) : none(dout);
+  return {dx, dw1, db1, dw2, db2, dgamma};
 }
 
 }  // namespace

@@ -25,7 +25,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(Tensor x, Tensor r
   return {out, total, saved.mean, saved.rstd};
 }
 
-// Completes `args`, whose row tensors are described, and runs it: (dweight, dbias, dgamma).
+// Completes `args`, whose row tensors are described and what is wanted of it, and runs it: (dweight,
+// dbias, dgamma).
 std::tuple<Tensor, Tensor, Tensor> run_layer_norm_gradient(LayerNormGradientArgs& args,
                                                            const Tensor& total,
                                                            const Tensor& weight,
@@ -38,56 +39,69 @@ std::tuple<Tensor, Tensor, Tensor> run_layer_norm_gradient(LayerNormGradientArgs
   args.mean = parameter("mean", mean, args.rows, total, held[1]);
   args.rstd = parameter("rstd", rstd, args.rows, total, held[2]);
   args.gamma = parameter("gamma", gamma, args.channels, total, held[3]);
+  args.dgamma = args.dgamma && args.gamma;
+  const bool sums_rows = args.dweight || args.dbias || args.dgamma;
   const int64_t chunks = blocks(args.rows, kRowChunk), low = 3 * args.channels;
-  const Buffer sums = allocate(static_cast<size_t>(chunks * 2 * low));
-  args.sums = sums.get();
+  const Buffer sums = allocate(static_cast<size_t>(sums_rows ? chunks * 2 * low : 0));
+  args.sums = sums_rows ? sums.get() : nullptr;
   const TrainingKernels& set = kernels().training;
   parallel_for(0, chunks, std::max<int64_t>(1, kGrain / (kRowChunk * args.channels + 1)),
                [&](int64_t begin, int64_t end) { set.layer_norm_gradient(args, begin, end); });
-  const auto total_of = [&](int64_t slot, const Tensor& like) {
-    return sum_of_chunks(args.sums + slot * args.channels, chunks, low, args.channels, like);
+  const auto total_of = [&](bool wanted, int64_t slot, const Optional& like) {
+    if (!wanted) return none(weight);
+    return sum_of_chunks(args.sums + slot * args.channels, chunks, low, args.channels, *like);
   };
-  return {total_of(0, weight), total_of(1, weight),
-          gamma.has_value() ? total_of(2, *gamma) : none(weight)};
+  return {total_of(args.dweight, 0, weight), total_of(args.dbias, 1, weight),
+          total_of(args.dgamma, 2, gamma)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dout, Tensor x, Tensor weight,
-                                                  Tensor mean, Tensor rstd) {
+                                                  Tensor mean, Tensor rstd,
+                                                  std::optional<std::vector<bool>> wanted) {
+  const Wanted wants(wanted, 3);
   STD_TORCH_CHECK(same_shape(dout, x), "dout: expected x's shape");
   STD_TORCH_CHECK(dout.scalar_type() == x.scalar_type(), "dout: expected x's dtype");
-  Tensor dx = torch::stable::new_empty(x, x.sizes());
+  Tensor dx = wants[0] ? torch::stable::new_empty(x, x.sizes()) : none(x);
   LayerNormGradientArgs args{};
   args.x_type = args.total_type = scalar_of("x", x);
   args.dout = rows_of(dout);
   args.total = rows_of(x);
-  args.dresidual = dx.mutable_data_ptr();
+  args.dresidual = wants[0] ? dx.mutable_data_ptr() : nullptr;
+  args.dweight = wants[1];
+  args.dbias = wants[2];
   auto [dweight, dbias, _] = run_layer_norm_gradient(args, x, weight, mean, rstd, std::nullopt);
   return {dx, dweight, dbias};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
-    Tensor dout, Tensor dtotal, Tensor x, Tensor total, Tensor weight, Tensor mean, Tensor rstd,
-    Optional gamma, Optional keep) {
-  check_residual(x, total);
-  STD_TORCH_CHECK(same_shape(dout, x) && same_shape(dtotal, x),
-                  "dout, dtotal: expected x's shape");
-  STD_TORCH_CHECK(dout.scalar_type() == x.scalar_type(), "dout: expected x's dtype");
+    Tensor dout, Tensor dtotal, Optional x, Tensor total, Tensor weight, Tensor mean, Tensor rstd,
+    Optional gamma, Optional keep, std::optional<std::vector<bool>> wanted) {
+  const Wanted wants(wanted, 5);
+  check_residual(dout, total);
+  STD_TORCH_CHECK(same_shape(dtotal, dout), "dout, dtotal: expected x's shape");
   STD_TORCH_CHECK(dtotal.scalar_type() == total.scalar_type(), "dtotal: expected total's dtype");
-  Tensor dx = torch::stable::new_empty(x, x.sizes());
-  Tensor dresidual = torch::stable::new_empty(total, total.sizes());
+  if (x.has_value()) {
+    STD_TORCH_CHECK(same_shape(dout, *x), "dout, dtotal: expected x's shape");
+    STD_TORCH_CHECK(dout.scalar_type() == x->scalar_type(), "dout: expected x's dtype");
+  }
+  Tensor dx = wants[0] ? torch::stable::new_empty(dout, dout.sizes()) : none(dout);
+  Tensor dresidual = wants[1] ? torch::stable::new_empty(total, total.sizes()) : none(total);
   LayerNormGradientArgs args{};
-  args.x_type = scalar_of("x", x);
+  args.x_type = scalar_of("dout", dout);
   args.total_type = scalar_of("total", total);
   args.dout = rows_of(dout);
   args.dtotal = rows_of(dtotal);
-  args.x = rows_of(x);
   args.total = rows_of(total);
-  args.dx = dx.mutable_data_ptr();
-  args.dresidual = dresidual.mutable_data_ptr();
-  Tensor keep_held;
-  args.keep = parameter("keep", keep, x.size(0), x, keep_held);
+  args.dx = wants[0] ? dx.mutable_data_ptr() : nullptr;
+  args.dresidual = wants[1] ? dresidual.mutable_data_ptr() : nullptr;
+  args.dweight = wants[2];
+  args.dbias = wants[3];
+  args.dgamma = wants[4] && gamma.has_value();
+  Tensor x_held = args.dgamma ? required("x", x) : dout, keep_held;
+  if (args.dgamma) args.x = rows_of(x_held);
+  args.keep = parameter("keep", keep, total.size(0), total, keep_held);
   args.rows_per_sample = 1;
-  for (int64_t d = 1; d < x.dim() - 1; ++d) args.rows_per_sample *= x.size(d);
+  for (int64_t d = 1; d < total.dim() - 1; ++d) args.rows_per_sample *= total.size(d);
   auto [dweight, dbias, dgamma] = run_layer_norm_gradient(args, total, weight, mean, rstd, gamma);
   return {dx, dresidual, dweight, dbias, dgamma};
 }

@@ -39,19 +39,20 @@ struct TrainingProductArgs {
   const float* keep;      // [rows / rows_per_sample] or null
   const float* residual;  // [rows, width] or null
   const float* hidden;    // [rows, width] or null
-  float* activated;       // [rows, width]; null where hidden is
+  float* activated;       // [rows, width] beside hidden, or null
   int64_t rows_per_sample, first_row;
   Activation activation;
 };
 
 // dweight = gT x and dbias = the sum of g's rows. A task is one block of dweight over all rows:
 // no partial sum is shared, and its order is that of the rows whatever the number of threads.
+// dbias alone is a weight without inputs, in blocks of outputs.
 struct WeightGradientArgs {
   const float* g;  // [rows, outputs], row stride ldg
   const float* x;  // [rows, inputs], row stride ldx
   int64_t ldg, ldx, rows, outputs, inputs;
-  float* dweight;  // [outputs, inputs]
-  float* dbias;    // [outputs]
+  float* dweight;  // [outputs, inputs]; null where inputs is 0
+  float* dbias;    // [outputs] or null
   int64_t output_block, input_block;
 };
 
@@ -63,19 +64,20 @@ constexpr int64_t kRowChunk = 64;
 // keep * dout * activation(affine), dgamma's.
 struct OutputGradientArgs {
   const float* dout;    // [rows, channels], row stride ldd
-  const float* affine;  // [rows, channels]; null where activation is none and gamma null
+  const float* affine;  // [rows, channels]; null where activation is none and dgamma null
   const float* gamma;   // [channels] or null
   const float* keep;    // [rows / rows_per_sample] or null
-  float* g;             // [rows, channels]
-  float* dgamma;        // [chunks, 2, channels]; null where gamma is
+  float* g;             // [rows, channels] or null
+  float* dgamma;        // [chunks, 2, channels] or null
   int64_t ldd, rows, channels, rows_per_sample;
   Activation activation;
 };
 
 // The gradients of LN(total), with dtotal and the branch (x, gamma, keep) where there are any.
-// Partial sums over chunks of rows: [chunks, 2, 3, D] for dweight, dbias and dgamma.
+// Partial sums over chunks of rows: [chunks, 2, 3, D] for dweight, dbias and dgamma, of which those
+// that nobody wants stay 0. What is written is null where nobody wants it.
 struct LayerNormGradientArgs {
-  Rows dout, x, total, dtotal;  // x.data and dtotal.data null for a LayerNorm alone
+  Rows dout, x, total, dtotal;  // x.data null without dgamma, dtotal.data for a LayerNorm alone
   Scalar x_type;                // of dout, x and dx
   Scalar total_type;            // of total, dtotal and dtotal_out
   const float* weight;          // [D]
@@ -83,9 +85,10 @@ struct LayerNormGradientArgs {
   const float* rstd;            // [rows]
   const float* gamma;           // [D] or null
   const float* keep;            // [rows / rows_per_sample] or null
-  void* dx;                     // [rows, D]; null for a LayerNorm alone
-  void* dresidual;              // [rows, D]: the gradient of total
-  float* sums;                  // [chunks, 2, 3, D]
+  void* dx;                     // [rows, D] or null; null for a LayerNorm alone
+  void* dresidual;              // [rows, D] or null: the gradient of total
+  float* sums;                  // [chunks, 2, 3, D]; null where none of them is wanted
+  bool dweight, dbias, dgamma;  // which are
   int64_t rows, channels, rows_per_sample;
 };
 

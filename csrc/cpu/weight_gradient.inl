@@ -15,7 +15,8 @@ struct GradientBlock {
 };
 
 DEIT_INLINE GradientBlock block_of(const WeightGradientArgs& args, int64_t task, float* workspace) {
-  const int64_t across = (args.inputs + args.input_block - 1) / args.input_block;
+  const int64_t blocks = (args.inputs + args.input_block - 1) / args.input_block;
+  const int64_t across = blocks > 1 ? blocks : 1;
   GradientBlock b;
   b.first_output = task / across * args.output_block;
   b.first_input = task % across * args.input_block;
@@ -71,7 +72,7 @@ void weight_gradient(const WeightGradientArgs& args, float* workspace, int64_t b
                      int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     const GradientBlock b = block_of(args, task, workspace);
-    const bool sums_bias = b.first_input == 0;
+    const bool sums_bias = args.dbias && b.first_input == 0;
     for (int64_t i = 0; i < b.outputs; ++i) b.bias[i] = 0.0;
     for (int64_t row = 0; row < args.rows; row += kChain) {
       const int64_t rows = args.rows - row < kChain ? args.rows - row : kChain;
@@ -85,12 +86,13 @@ void weight_gradient(const WeightGradientArgs& args, float* workspace, int64_t b
       add_chunk(b, args.output_block, rows, row > 0);
     }
     for (int64_t i = 0; i < b.outputs; ++i) {
+      if (sums_bias) args.dbias[b.first_output + i] = static_cast<float>(b.bias[i]);
+      if (b.inputs == 0) continue;
       const float* from = b.sums + i * b.inputs_padded;
       float* to = args.dweight + (b.first_output + i) * args.inputs + b.first_input;
       each_vector(b.inputs, [&](int64_t j, int lanes) __attribute__((always_inline)) {
         store_lanes(to + j, load(from + j), lanes);
       });
-      if (sums_bias) args.dbias[b.first_output + i] = static_cast<float>(b.bias[i]);
     }
   }
 }

@@ -19,8 +19,8 @@ from deit.data.augment import Transform, seeded
 from deit.data.drawn import Drawing
 from deit.data.on_device import Augmentation, Drawn
 from deit.data.sampling import Batches, Draw
-from deit.data.sources import Source
-from deit.images import UnreadableImage
+from deit.data.sources import Source, check_labels
+from deit.decoding import UnreadableImage
 
 
 class WorkerDied(OSError):
@@ -84,11 +84,11 @@ class _Augmented(Dataset[_Item]):
         start = time.perf_counter()
         try:
             image, label = self.source.read(draw.image)
-        except UnreadableImage as error:
+            with seeded(self.seed, draw.epoch, draw.image, draw.view):
+                made = self.transform(image)
+        except UnreadableImage as error:  # too elongated to be resized, too
             fault = self.source.name(draw.image), error.reason
             return _Item(draw, None, None, -1, fault, time.perf_counter() - start)
-        with seeded(self.seed, draw.epoch, draw.image, draw.view):
-            made = self.transform(image)
         tensor, drawn = made if isinstance(made, tuple) else (made, None)
         return _Item(draw, tensor, drawn, label, None, time.perf_counter() - start)
 
@@ -134,7 +134,7 @@ class Loader:
         """`augmentation`: does on the device what a `transform` that only draws has drawn."""
         if workers < 0:
             raise ValueError(f"workers: expected at least 0; got {workers}")
-        self.device, self.augmentation = device, augmentation
+        self.source, self.device, self.augmentation = source, device, augmentation
         self.waited = 0.0
         self.data: DataLoader[_Item] = DataLoader(
             _Augmented(source, transform, seed),
@@ -150,6 +150,8 @@ class Loader:
         return len(self.data)
 
     def __iter__(self) -> Iterator[Batch]:
+        """Raises ValueError for a label that is none of the source's classes."""
+        check_labels(self.source)
         batches = iter(self.data)
         while True:
             start = time.perf_counter()

@@ -7,7 +7,10 @@ makes the order of training a function of the seed (see sampling.py).
 from __future__ import annotations
 
 import gzip
+import math
 import struct
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +20,8 @@ from PIL import Image
 
 from deit.data.hub import HubDataset
 from deit.data.shards import Shards
-from deit.images import IMAGENET_MEAN, IMAGENET_STD, find_images, load_image
+from deit.decoding import find_images, load_image
+from deit.images import IMAGENET_MEAN, IMAGENET_STD
 
 # The Debian package dataset-fashion-mnist puts its files here; torchvision below <root>.
 FASHION_FOLDERS = ("/usr/share/datasets/fashion-mnist",)
@@ -27,6 +31,7 @@ FASHION_CLASSES = (
 )  # fmt: skip
 # Of its 60,000 training images, scaled to [0, 1].
 FASHION_MEAN, FASHION_STD = (0.2860,) * 3, (0.3530,) * 3
+IDX_BYTES = 1 << 30  # of an IDX file's data; Fashion-MNIST's largest has 47 MB
 
 
 class Source(Protocol):
@@ -36,6 +41,10 @@ class Source(Protocol):
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @property
+    def labels(self) -> Sequence[int] | np.ndarray:
+        """Of every image."""
+
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
@@ -43,6 +52,18 @@ class Source(Protocol):
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """The RGB image and its class; raises `deit.images.UnreadableImage`."""
+
+
+def check_labels(source: Source) -> None:
+    """Raises ValueError where an image's label is none of the classes: -1 marks those without."""
+    labels = np.asarray(source.labels)
+    bad = np.flatnonzero((labels < 0) | (labels >= len(source.classes)))
+    if len(bad):
+        raise ValueError(
+            f"data: expected labels from 0 to {len(source.classes) - 1}; {len(bad)} of "
+            f"{len(labels)} images have another, such as {source.name(int(bad[0]))} with label "
+            f"{labels[bad[0]]} (-1: unlabelled)"
+        )
 
 
 @dataclass
@@ -123,12 +144,20 @@ def _read_idx(root: Path, name: str, dimensions: int) -> np.ndarray:
     path = next((p for p in (root / name, root / f"{name}.gz") if p.is_file()), None)
     if path is None:
         raise ValueError(f"data: expected {name}[.gz] in {root}")
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     header = 4 * (1 + dimensions)
-    magic, *sizes = struct.unpack(f">{1 + dimensions}I", data[:header].ljust(header, b"\0"))
-    if magic != 0x800 + dimensions or len(data) != header + int(np.prod(sizes)):
-        raise ValueError(f"data: {path} is damaged or no IDX file of {dimensions} dimensions")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(sizes)
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            magic, *sizes = struct.unpack(f">{1 + dimensions}I", file.read(header))
+            if magic != 0x800 + dimensions or (count := math.prod(sizes)) > IDX_BYTES:
+                raise ValueError(f"sizes {sizes}")
+            data = file.read(count + 1)  # a byte too many is damage, too
+            if len(data) != count:
+                raise ValueError(f"{len(data)} bytes for {count}")
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
+        raise ValueError(
+            f"data: {path} is damaged or no IDX file of {dimensions} dimensions ({error})"
+        ) from error
+    return np.frombuffer(data, np.uint8).reshape(sizes)
 
 
 def _fashion_root(root: str | None) -> Path:
@@ -143,6 +172,11 @@ def _fashion_root(root: str | None) -> Path:
     )
 
 
+def _numbers(classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of as many classes in a source that names none, as shards are."""
+    return tuple(map(str, range(len(classes))))
+
+
 def open_source(
     name: str, split: str, classes: tuple[str, ...] | None = None, limit: int | None = None
 ) -> Source:
@@ -153,11 +187,12 @@ def open_source(
             "fashion-mnist[:FOLDER]"; "wds:PATTERN", WebDataset shards with {split} in their
             path or URL and ranges as {000..146}; "hf:NAME", a Hugging Face dataset.
         split: "train" or "val".
-        classes: those of the training split, for folders and shards.
+        classes: those that labels are to count in: the training split's, or a network's.
         limit: take this many images, evenly spread over the source; None for all.
 
     Raises:
-        ValueError: nothing there, or not in the layout expected.
+        ValueError: nothing there, or not in the layout expected, or past a limit of
+            `deit.limits`.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split: expected 'train' or 'val'; got {split!r}")
@@ -172,6 +207,11 @@ def open_source(
         source = HubDataset(rest, split)
     else:
         source = Folder.open(Path(name) / split, classes)
+    if classes is not None and source.classes != classes and classes != _numbers(classes):
+        raise ValueError(
+            f"data: expected the classes {', '.join(classes[:5])}, ... ({len(classes)} in all); "
+            f"{name} has {', '.join(source.classes[:5])}, ... ({len(source.classes)})"
+        )
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected at least 1; got {limit}")
     return source if limit is None or limit >= len(source) else Subset(source, limit)
@@ -184,6 +224,7 @@ class Subset:
         self.source = source
         self.indices = np.linspace(0, len(source) - 1, count).round().astype(int).tolist()
         self.classes, self.mean, self.std = source.classes, source.mean, source.std
+        self.labels = np.asarray(source.labels)[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -7,6 +7,8 @@ ViT projects into the packed form and copies nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,22 +20,29 @@ from deit.kernels import attention
 def register(name: str, impl: str) -> None:
     """Register attention and mask functions as `name`; see `deit.fused_vit.register_hf`."""
     import transformers
+    from transformers import masking_utils
+    from transformers.integrations import sdpa_attention
 
     if int(transformers.__version__.split(".")[0]) < 5:
         # Before 5, ViT passed its multiplicative head_mask where an additive mask is expected.
         raise ImportError(
             f"transformers: expected version 5 or later; got {transformers.__version__}"
         )
-    transformers.AttentionInterface.register(name, _Forward(impl))
+    fallback = sdpa_attention.sdpa_attention_forward
+    transformers.AttentionInterface.register(name, _Forward(impl, fallback))
     # Without a mask function of the same name transformers drops every mask.
-    transformers.AttentionMaskInterface.register(name, make_mask)
+    transformers.AttentionMaskInterface.register(name, _Mask(masking_utils))
 
 
 class _Forward:
-    """The attention function for one choice of implementation."""
+    """The attention function for one choice of implementation.
 
-    def __init__(self, impl: str) -> None:
-        self.impl = impl
+    It is given transformers' own, which serves what ours does not: torch 2.11's Dynamo traces no
+    import within a call.
+    """
+
+    def __init__(self, impl: str, fallback: Callable[..., Any]) -> None:
+        self.impl, self.fallback = impl, fallback
 
     def __call__(
         self,
@@ -53,9 +62,7 @@ class _Forward:
         plain = query.shape == key.shape == value.shape and not dropout and not any_set(options)
         masked_otherwise = attention_mask is not None and bias is None
         if not plain or masked_otherwise or (causal and attention_mask is None):
-            from transformers.integrations import sdpa_attention
-
-            return sdpa_attention.sdpa_attention_forward(
+            return self.fallback(
                 module,
                 query,
                 key,
@@ -118,41 +125,44 @@ def _in_range(bias: Tensor | None, x: Tensor) -> Tensor | None:
     return bias if bias is None or bias.dtype in (x.dtype, torch.float32) else bias.float()
 
 
-def make_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Any = None,
-    attention_mask: Tensor | None = None,
-    use_vmap: bool = False,
-    allow_is_bidirectional_skip: bool = False,
-    **options: Any,
-) -> Tensor | None:
-    """transformers' mask for SDPA; for plain padding as a view of the padding, nothing written.
+class _Mask:
+    """transformers' mask for SDPA; for plain padding as a view of the padding, nothing written."""
 
-    Returns:
-        A boolean [B, 1, q_length, kv_length], True where a key is seen; or None for no mask.
-    """
-    from transformers import masking_utils
+    def __init__(self, masking_utils: ModuleType) -> None:
+        self.masking_utils = masking_utils
 
-    padding_only = mask_function is masking_utils.bidirectional_mask_function and not use_vmap
-    whole = q_offset == kv_offset == 0 and allow_is_bidirectional_skip
-    if padding_only and whole:
-        if attention_mask is None:
-            return None
-        if attention_mask.shape == (batch_size, kv_length):
-            return attention_mask.bool()[:, None, None, :].expand(-1, -1, q_length, -1)
-    return masking_utils.sdpa_mask(
-        batch_size,
-        q_length,
-        kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        use_vmap=use_vmap,
-        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
-        **options,
-    )
+    def __call__(
+        self,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int = 0,
+        kv_offset: int = 0,
+        mask_function: Any = None,
+        attention_mask: Tensor | None = None,
+        use_vmap: bool = False,
+        allow_is_bidirectional_skip: bool = False,
+        **options: Any,
+    ) -> Tensor | None:
+        """A boolean [B, 1, q_length, kv_length], True where a key is seen; None for no mask."""
+        padding_only = (
+            mask_function is self.masking_utils.bidirectional_mask_function and not use_vmap
+        )
+        whole = q_offset == kv_offset == 0 and allow_is_bidirectional_skip
+        if padding_only and whole:
+            if attention_mask is None:
+                return None
+            if attention_mask.shape == (batch_size, kv_length):
+                return attention_mask.bool()[:, None, None, :].expand(-1, -1, q_length, -1)
+        return self.masking_utils.sdpa_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            use_vmap=use_vmap,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+            **options,
+        )

@@ -5,9 +5,9 @@
 Runs Triton's whole compiler, ptxas included, on a CPU, and reads registers and spills out of
 the machine code. The exit status is 1 if a kernel spills a register, asks for more shared memory
 than the architecture has, lacks the matrix instructions (wgmma on Hopper, tcgen05 on Blackwell,
-mma elsewhere) or the tensor copies (TMA) meant for it, or computes an index that its bits cannot
-hold (`offsets`). Launches of the same kernel share one compilation. Nothing is proved about
-values.
+mma elsewhere) or the tensor copies (TMA) meant for it, computes an index that its bits cannot
+hold (`offsets`), or may overwrite what a product still reads (`hazards`). Launches of the same
+kernel share one compilation. Nothing is proved about values.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from deit.kernels.triton import cases, chips, offsets
+from deit.kernels.triton import cases, chips, hazards, offsets
 
 _MATRIX = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 _TMA = "cp.async.bulk.tensor"
@@ -45,6 +45,7 @@ class Result:
 
     blocks: how many blocks of `warps` warps a multiprocessor holds at once.
     overflows: what `offsets` says of the case on tensors of more than 2**31 elements.
+    overwrites: what `hazards` says of the kernel.
     """
 
     case: cases.Case
@@ -56,6 +57,7 @@ class Result:
     warps: int = 0
     blocks: int = 0
     overflows: tuple[str, ...] = ()
+    overwrites: tuple[str, ...] = ()
     error: str = ""
 
     @property
@@ -78,7 +80,7 @@ class Result:
             found.append(f"no {_MATRIX[case.arch]}")
         if case.tma and _TMA not in self.instructions:
             found.append(f"no {_TMA}")
-        return found + list(self.overflows)
+        return [*found, *self.overflows, *self.overwrites]
 
 
 class _Target:
@@ -140,6 +142,7 @@ def compile_group(group: list[cases.Case]) -> list[Result]:
         shared=made.shared,
         instructions=tuple(i for i in (*sorted(set(_MATRIX.values())), _TMA) if i in ptx),
         warps=made.num_warps,
+        overwrites=tuple(hazards.faults(compiled.asm["ttgir"])),
         blocks=chips.resident_blocks(case.arch, made.num_warps, registers, made.shared, columns),
     )
     ir = compiled.asm["ttir"]

@@ -20,11 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from deit.kernels.triton import attention_tiles as tiles
-from deit.kernels.triton import common, configs
+from deit.kernels.triton import common, configs, launching
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
+@launching.kept
 def attention(
     qkv: Tensor,
     num_heads: int,
@@ -44,6 +45,7 @@ def attention(
     return out
 
 
+@launching.kept
 def attention_fwd(
     qkv: Tensor,
     num_heads: int,

@@ -31,11 +31,12 @@ import triton.language as tl
 from torch import Tensor
 
 from deit.kernels.triton import attention_tiles as tiles
-from deit.kernels.triton import common, configs
+from deit.kernels.triton import common, configs, launching
 
 _DELTA_ROWS = 16  # 32 rows of 128 fp32 channels spill 8 bytes on Hopper
 
 
+@launching.kept
 def attention_bwd(
     dout: Tensor,
     qkv: Tensor,

@@ -55,6 +55,8 @@ def key_bias(bias, batch, token, tokens, bias_b, bias_n, BLOCK: tl.constexpr):
     else:
         at = bias + batch.to(tl.int64) * bias_b + keys.to(tl.int64) * bias_n
         values = tl.load(at, mask=keys < tokens, other=float("-inf")).to(tl.float32)
+        # fp32's smallest number times log2(e) would be -inf, which hides a key altogether.
+        values = tl.where(values == float("-inf"), values, tl.maximum(values, -2.35e38))
     return values
 
 

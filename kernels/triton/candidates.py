@@ -42,12 +42,11 @@ def illegal(factory: str, config: Any, arguments: Arguments) -> list[str]:
         for f in fields(config)
         if f.name in _POWERS and not _power_of_two(getattr(config, f.name))
     ]
-    if not 1 <= config.num_warps <= 32:
-        found.append(f"num_warps is {config.num_warps}, expected 1 to 32")
-    if not 1 <= getattr(config, "num_stages", 1) <= 8:
-        found.append(f"num_stages is {config.num_stages}, expected 1 to 8")
-    if not 1 <= getattr(config, "programs", 1) <= 32:  # as many as a multiprocessor may hold
-        found.append(f"programs is {config.programs}, expected 1 to 32")
+    found += [
+        f"{name} is {getattr(config, name)}, expected {least} to {most}"
+        for name, (least, most) in _RANGES.items()
+        if not least <= getattr(config, name, least) <= most
+    ]
     if found:
         return found
     arch, dtype = arguments.get("arch", 90), arguments.get("dtype", torch.bfloat16)
@@ -64,6 +63,19 @@ def illegal(factory: str, config: Any, arguments: Arguments) -> list[str]:
 
 _POWERS = {"block_m", "block_n", "block_k", "block_h", "chunk", "rows", "columns", "resident",
            "passing", "group", "block", "num_warps"}  # fmt: skip
+
+
+# Tensor cores take tiles of 16 and more. `group` orders tiles and `programs` counts those of a
+# multiprocessor: beyond these they say nothing. A file may hold any number.
+_RANGES = {
+    "num_warps": (1, 32),
+    "num_stages": (1, 8),
+    "programs": (1, 32),
+    "group": (1, 64),
+    "rows": (1, 64),
+    **dict.fromkeys(("block_m", "block_n", "block_k", "block_h", "chunk", "resident", "passing"),
+                    (16, 4096)),
+}  # fmt: skip
 
 
 def _power_of_two(value: int) -> bool:
@@ -223,7 +235,7 @@ def _gelu_mlp(arguments: Arguments, pinned: configs.MlpConfig | None) -> Iterato
 
 
 def _norm_panel(arguments: Arguments, pinned: configs.PanelConfig | None) -> Iterator[Any]:
-    yield None  # by tile
+    yield None  # LayerNorm in a kernel of its own
     chunk = arguments["depth"] // 3
     for block_m, block_n, stages in itertools.product((128, 64), (128, 64), (2, 3)):
         yield configs.PanelConfig(block_m, block_n, chunk, num_warps=8, num_stages=stages)
@@ -248,7 +260,6 @@ def _patch_embed(arguments: Arguments, pinned: configs.PatchEmbedConfig) -> Iter
 
 _SPACES: dict[str, Callable[[Arguments, Any], Iterator[Any]]] = {
     "linear": _linear,
-    "norm_linear": _linear,
     "fp8_product": _fp8_product,
     "norm_panel": _norm_panel,
     "input_gradient": _linear,

@@ -17,13 +17,12 @@ _TOKENS = 197
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "row_stats": ("plain",),
-    "norm_linear": ("plain", "fp32 gelu", "unaligned", "fp32 gelu unaligned"),
     "norm_panel": ("plain", "fp32 gelu"),
     "linear_stats": ("plain", "fp32 gamma", "fp32 gamma unaligned"),
     "norm_mlp": ("plain", "fp32 gamma"),
 }
 # Compiled for a tile and not for a width.
-TILED = ("norm_linear", "norm_panel", "linear_stats", "norm_mlp")
+TILED = ("norm_panel", "linear_stats", "norm_mlp")
 
 
 def config(operator: str, arch: int, dtype: torch.dtype, size: int) -> object:
@@ -68,18 +67,13 @@ def _row_stats(case: Case) -> common.Launch:
     return _launch(row_stats.plan(_stream(case), config=chosen))
 
 
-def _norm_linear(case: Case) -> common.Launch:
+def _norm_panel(case: Case) -> common.Launch:
     x, dim = _stream(case), case.size
     activation = "gelu" if "gelu" in case.variant else None
     parameters = _parameters(case, dim, dim)
-    if case.operator == "norm_panel":
-        panel = configs.norm_panel(case.arch, case.torch_dtype, dim, dim)
-        assert panel is not None  # all_cases leaves these out
-        return _launch(norm_linear.plan(x, _norm(x), *parameters, activation, config=panel))
-    tile = configs.norm_linear(case.arch, case.torch_dtype, dim, dim)
-    return _launch(
-        linear.plan(x, *parameters, activation, None, None, None, norm=_norm(x), config=tile)
-    )
+    panel = configs.norm_panel(case.arch, case.torch_dtype, dim, dim)
+    assert panel is not None  # all_cases leaves these out
+    return _launch(norm_linear.plan(x, _norm(x), *parameters, activation, config=panel))
 
 
 def _linear_stats(case: Case) -> common.Launch:
@@ -112,8 +106,7 @@ def _norm_mlp(case: Case) -> common.Launch:
 
 BUILDERS: dict[str, Callable[[Case], common.Launch]] = {
     "row_stats": _row_stats,
-    "norm_linear": _norm_linear,
-    "norm_panel": _norm_linear,
+    "norm_panel": _norm_panel,
     "linear_stats": _linear_stats,
     "norm_mlp": _norm_mlp,
 }

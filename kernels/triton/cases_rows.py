@@ -27,7 +27,7 @@ _TOKENS = 197
 CLASSES = (1000, 21841)  # ImageNet, and ImageNet-21k: one block and a loop
 
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "layer_norm": ("plain", "fp32 weights"),
+    "layer_norm": ("plain", "fp32 weights", "fp32 rows"),  # the last one of a block in autocast
     "layer_norm_fwd": ("fp32 weights",),
     "layer_norm_bwd": ("plain", "fp32 weights"),
     "add_layer_norm": ("plain", "gamma keep fp32"),
@@ -73,10 +73,15 @@ def _layer_norm(case: Case) -> common.Launch:
     dtype, dim = case.torch_dtype, case.size
     full, save = case.variant != "plain", case.operator.endswith("_fwd")
     weight, bias = (_empty(dim, dtype=torch.float32 if full else dtype) for _ in range(2))
-    x = _empty(case.batch, _TOKENS, dim, dtype=dtype)
-    config = configs.layer_norm(case.arch, dtype, dim)
+    wide = case.variant == "fp32 rows"
+    x = _empty(case.batch, _TOKENS, dim, dtype=torch.float32 if wide else dtype)
+    config = configs.layer_norm(case.arch, x.dtype, dim)
     if case.operator.startswith("layer_norm"):
-        return _first(layer_norm.plan_layer_norm(x, weight, bias, 1e-6, save=save, config=config))
+        return _first(
+            layer_norm.plan_layer_norm(
+                x, weight, bias, 1e-6, save=save, dtype=dtype if wide else None, config=config
+            )
+        )
     residual = _empty(*x.shape, dtype=torch.float32 if full else dtype)
     gamma, keep = (_empty(dim), _empty(case.batch)) if full else (None, None)
     return _first(

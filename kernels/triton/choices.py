@@ -14,10 +14,7 @@ from deit.kernels.triton import common, configs, fp8_configs
 
 def explain(operator: str, arguments: tuple[Any, ...]) -> tuple[str, ...]:
     """ "LinearConfig(...): pinned default, ..." for each kernel of the call, in launch order."""
-    return tuple(
-        f"{'two products' if config is None else config}: {evidence}"
-        for config, evidence in _CHOICES[operator](*arguments)
-    )
+    return tuple(f"{config}: {evidence}" for config, evidence in _CHOICES[operator](*arguments))
 
 
 def _layer_norm(x: Tensor, *_: Any) -> list[tuple[Any, str]]:
@@ -35,26 +32,30 @@ def _linear(x: Tensor, weight: Tensor, *_: Any) -> list[tuple[Any, str]]:
 
 
 def _gelu_mlp(x: Tensor, w1: Tensor, b1: Any, w2: Tensor, *_: Any) -> list[tuple[Any, str]]:
-    one = configs.gelu_mlp.explain(common.architecture(x), x.dtype, x.shape[-1])
-    return [one] if one[0] is not None else [one, *_linear(x, w1), *_linear(x, w2)]
+    one, evidence = configs.gelu_mlp.explain(common.architecture(x), x.dtype, x.shape[-1])
+    if one is not None:
+        return [(one, evidence)]
+    return [("two products", evidence), *_linear(x, w1), *_linear(x, w2)]
 
 
 def _vit_block(x: Tensor, row_stats: Tensor | None, *rest: Any) -> list[tuple[Any, str]]:
     qkv_weight, proj_weight, w1, b1, w2, num_heads = (rest[i] for i in (2, 4, 9, 10, 11, 15))
-    arch, dtype = common.architecture(x), qkv_weight.dtype
-    qkv = x.new_empty((*x.shape[:-1], qkv_weight.shape[0]), dtype=dtype)
+    qkv = x.new_empty((*x.shape[:-1], qkv_weight.shape[0]), dtype=qkv_weight.dtype)
     mlp = _gelu_mlp(qkv[..., : x.shape[-1]], w1, b1, w2)
-    if mlp[0][0] is None:
-        mlp[1:2] = _norm_linear(arch, dtype, w1)
-    rows = [] if row_stats is not None else _layer_norm(x)
-    return [*rows, *_norm_linear(arch, dtype, qkv_weight), *_attention(qkv, num_heads),
-            *_linear(qkv, proj_weight), *mlp]  # fmt: skip
+    if len(mlp) > 1:  # two products
+        mlp[1:2] = _norm_linear(x, w1, has_statistics=True)
+    return [*_norm_linear(x, qkv_weight, has_statistics=row_stats is not None),
+            *_attention(qkv, num_heads), *_linear(qkv, proj_weight), *mlp]  # fmt: skip
 
 
-def _norm_linear(arch: int, dtype: torch.dtype, weight: Tensor) -> list[tuple[Any, str]]:
-    panel = configs.norm_panel.explain(arch, dtype, *weight.shape)
-    by_tile = configs.norm_linear.explain(arch, dtype, *weight.shape)
-    return [by_tile if panel[0] is None else panel]
+def _norm_linear(x: Tensor, weight: Tensor, *, has_statistics: bool) -> list[tuple[Any, str]]:
+    panel, evidence = configs.norm_panel.explain(
+        common.architecture(x), weight.dtype, *weight.shape
+    )
+    if panel is not None:
+        return [*([] if has_statistics else _layer_norm(x)), (panel, evidence)]
+    linear = configs.linear.explain(common.architecture(x), weight.dtype, *weight.shape)
+    return [("LayerNorm by itself", evidence), *_layer_norm(x), linear]
 
 
 def _fp8_linear(x: Tensor, weight: Tensor, *_: Any) -> list[tuple[Any, str]]:

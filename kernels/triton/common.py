@@ -15,7 +15,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deit.kernels import dispatch
-from deit.kernels.triton import configs
+from deit.kernels.triton import configs, interpreter, launching
+
+interpreter.mend()
 
 # The interpreter stands for a Hopper GPU, so that it runs the descriptor forms, and has few
 # "multiprocessors", so that its persistent programs meet several tiles each.
@@ -37,7 +39,7 @@ class Launch:
     def run(self, like: Tensor) -> None:
         """Launch on the GPU (or in the interpreter) that holds `like`."""
         with dispatch.device_guard(like):
-            self._call(self.kernel[self.grid])
+            launching.started(self, lambda: self._call(self.kernel[self.grid]))
 
     def compile(self) -> Any:
         """Compile for the active driver's target without running."""
@@ -169,11 +171,51 @@ def gelu_tanh(x):
 
 
 @triton.jit
-def gelu_and_slope(x):
-    """gelu(x) and its derivative, Phi(x) + x * phi(x), from one erf."""
-    below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-    density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    return x * below, below + x * density
+def _tail(x):
+    """min(|x|, 5), exp(-x^2 / 2), and their Mills ratio R: Phi(-|x|) = exp(-x^2 / 2) * R(|x|).
+
+    R is a polynomial of degree 8, fitted here for the least relative error on [0, 5]: 1.2e-4, a
+    quarter of half an ulp in fp16. One exponential and 8 multiply-adds; erf is 32 instructions.
+    """
+    a = tl.minimum(tl.abs(x), 5.0)
+    root = 0.8493218002880191 * x  # sqrt(log2(e) / 2)
+    ratio = 5.790430350316456e-06 * a - 0.0001453153818147257
+    ratio = ratio * a + 0.0015831056516617537
+    ratio = ratio * a - 0.009921562857925892
+    ratio = ratio * a + 0.04025886952877045
+    ratio = ratio * a - 0.11416839063167572
+    ratio = ratio * a + 0.24129194021224976
+    ratio = ratio * a - 0.3972645103931427
+    ratio = ratio * a + 0.4999416470527649
+    return a, tl.math.exp2(-(root * root)), ratio
+
+
+@triton.jit
+def gelu_into(out, x, TMA: tl.constexpr):
+    """gelu(x) to be rounded to the dtype of `out`, a descriptor or pointers; shorter if not fp32.
+
+    As x - |x| Phi(-|x|) or -|x| Phi(-|x|) nothing cancels, where 1 + erf loses the negative
+    side: at x = -4 half of fp16's digits.
+    """
+    if (out.dtype if TMA else out.dtype.element_ty) == tl.float32:
+        y = gelu(x)
+    else:
+        a, density, ratio = _tail(x)
+        y = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - a * density * ratio
+    return y
+
+
+@triton.jit
+def gelu_and_slope(out, x, TMA: tl.constexpr):
+    """gelu(x) and its derivative, Phi(x) + x * phi(x), to be rounded to the dtype of `out`."""
+    if (out.dtype if TMA else out.dtype.element_ty) == tl.float32:
+        below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        density = tl.exp(-0.5 * x * x)
+    else:
+        _, density, ratio = _tail(x)
+        below = density * ratio
+        below = tl.where(x > 0, 1.0 - below, below)
+    return x * below, below + x * (0.3989422804014327 * density)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deit.kernels.fp8_quantize import E4M3, GROUP, quantize
 from deit.kernels.packing import packed
-from deit.kernels.triton import common, fp8_product, fp8_rows
+from deit.kernels.triton import common, fp8_product, fp8_rows, launching
 from deit.kernels.triton.fp8_product import Weight
 
 
@@ -27,10 +27,29 @@ def fp8_linear(
     gamma: Tensor | None,
 ) -> Tensor:
     """`deit.kernels.fp8_linear`; x and residual as `linear` takes them (`common.as_rows`)."""
+    made = kept(weight)
+    return _linear(
+        x, made.e4m3, made.scales, bias, norm_weight, norm_bias, eps, gelu, residual, gamma
+    )
+
+
+@launching.kept
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    gelu: bool,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+) -> Tensor:
     out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
     rows = _rows(x, norm_weight, norm_bias, eps)
-    activation = "gelu" if gelu else None
-    _run(fp8_product.plan(rows, kept(weight), bias, activation, residual, gamma, out), x)
+    weights, activation = Weight(weight, weight_scales), "gelu" if gelu else None
+    _run(fp8_product.plan(rows, weights, bias, activation, residual, gamma, out), x)
     return out
 
 
@@ -47,11 +66,31 @@ def fp8_gelu_mlp(
     gamma: Tensor | None,
 ) -> Tensor:
     """`deit.kernels.fp8_gelu_mlp`; the hidden layer is in memory as e4m3, 1 byte a channel."""
+    first, second = (*kept(w1), b1), (*kept(w2), b2)
+    return _gelu_mlp(x, *first, *second, norm_weight, norm_bias, eps, residual, gamma)
+
+
+@launching.kept
+def _gelu_mlp(
+    x: Tensor,
+    w1: Tensor,
+    w1_scales: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    w2_scales: Tensor,
+    b2: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+) -> Tensor:
     out = torch.empty((*x.shape[:-1], w2.shape[0]), dtype=x.dtype, device=x.device)
     rows = _rows(x, norm_weight, norm_bias, eps)
-    hidden, launch = fp8_product.plan_hidden(rows, kept(w1), b1)
+    hidden, launch = fp8_product.plan_hidden(rows, Weight(w1, w1_scales), b1)
     _run(launch, x)
-    _run(fp8_product.plan(hidden, kept(w2), b2, None, residual, gamma, out), x)
+    weights = Weight(w2, w2_scales)
+    _run(fp8_product.plan(hidden, weights, b2, None, residual, gamma, out), x)
     return out
 
 

@@ -14,11 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from deit.kernels.fakes import STATS_COLUMNS
-from deit.kernels.triton import common, configs
+from deit.kernels.triton import common, configs, launching
 from deit.kernels.triton import linear as linear_module
 from deit.kernels.triton import row_stats as statistics
 
 
+@launching.kept
 def gelu_mlp(
     x: Tensor,
     w1: Tensor,
@@ -48,6 +49,7 @@ def gelu_mlp(
     return linear_module.linear(hidden, w2, b2, None, residual, gamma, keep)
 
 
+@launching.kept
 def gelu_mlp_fwd(
     x: Tensor,
     w1: Tensor,
@@ -87,7 +89,8 @@ def plan(
     spaced list of rows, or an address or stride is not a multiple of 16 bytes; nor write
     row statistics of chunks that are no whole number of their parts.
 
-    norm, row_stats: as for `linear.plan`.
+    norm: the LayerNorm of x, which is then in w1's dtype or fp32; its row statistics are read.
+    row_stats: as for `linear.plan`.
     """
     hidden, dim = w1.shape
     if (dim, w2.shape[0]) != (3 * config.chunk, 3 * config.chunk) or x.numel() == 0:
@@ -218,7 +221,7 @@ def _gelu_mlp_kernel(
                 at = h0 + tl.arange(0, BLOCK_H)
                 h += tl.load(b1 + at, mask=at < hidden, other=0.0).to(tl.float32)[None, :]
             # Channels past the last are gelu(0) = 0, and meet zeros of w2.
-            p = common.gelu(h).to(w2.dtype)
+            p = common.gelu_into(w2, h, True).to(w2.dtype)
             acc0 = tl.dot(p, w2.load([0, h0]).T, acc0)
             acc1 = tl.dot(p, w2.load([CHUNK, h0]).T, acc1)
             acc2 = tl.dot(p, w2.load([2 * CHUNK, h0]).T, acc2)

@@ -17,24 +17,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.triton import common, configs
+from deit.kernels.triton import common, configs, launching
 
 
+@launching.kept
 def layer_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
     *,
+    dtype: torch.dtype | None = None,
     config: configs.LayerNormConfig | None = None,
 ) -> Tensor:
-    """`deit.kernels.layer_norm` on Triton; the last axis is made contiguous, others stay."""
-    (out, *_), launch = plan_layer_norm(x, weight, bias, eps, config=config)
+    """`deit.kernels.layer_norm` on Triton; the last axis is made contiguous, others stay.
+
+    dtype: of the output, x's by default.
+    """
+    (out, *_), launch = plan_layer_norm(x, weight, bias, eps, dtype=dtype, config=config)
     if launch is not None:
         launch.run(x)
     return out
 
 
+@launching.kept
 def layer_norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, ...]:
@@ -45,6 +51,7 @@ def layer_norm_fwd(
     return outputs
 
 
+@launching.kept
 def add_layer_norm(
     x: Tensor,
     residual: Tensor,
@@ -65,6 +72,7 @@ def add_layer_norm(
     return out, total
 
 
+@launching.kept
 def add_layer_norm_fwd(
     x: Tensor,
     residual: Tensor,
@@ -88,13 +96,14 @@ def plan_layer_norm(
     eps: float,
     *,
     save: bool = False,
+    dtype: torch.dtype | None = None,
     config: configs.LayerNormConfig | None = None,
 ) -> tuple[tuple[Tensor, ...], common.Launch | None]:
     """The outputs, unwritten, and the launch that writes them; None for an empty input.
 
-    `save`: mean and rstd are outputs too.
+    `save`: mean and rstd are outputs too. `dtype`: of the first output, x's by default.
     """
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     statistics = _statistics(x) if save else ()
     if out.numel() == 0:
         return (out, *statistics), None

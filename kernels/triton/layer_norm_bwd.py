@@ -16,6 +16,7 @@ Statistics and partial sums add 2 % at D = 192 and 1.6 % at 768 (batch 256, bf16
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,34 +24,48 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.triton import common, configs, layer_norm, partials
+from deit.kernels.triton import common, configs, launching, layer_norm, partials
 
 
+@launching.kept
 def layer_norm_bwd(
-    dout: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    wanted: Sequence[bool] | None = None,
 ) -> tuple[Tensor, ...]:
-    """(dx, dweight, dbias) in the dtypes of x and weight."""
-    (_, dx, dweight, dbias, _), launches = plan(dout, None, None, x, weight, mean, rstd, None, None)
+    """(dx, dweight, dbias) in the dtypes of x and weight; those not `wanted` are empty."""
+    (_, dx, dweight, dbias, _), launches = plan(
+        dout, None, None, x, weight, mean, rstd, None, None,
+        wanted=None if wanted is None else (False, *wanted, False),
+    )  # fmt: skip
     for launch in launches:
         launch.run(x)
     return dx, dweight, dbias
 
 
+@launching.kept
 def add_layer_norm_bwd(
     dout: Tensor,
     dtotal: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     total: Tensor,
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
     gamma: Tensor | None,
     keep: Tensor | None,
+    wanted: Sequence[bool] | None = None,
 ) -> tuple[Tensor, ...]:
-    """(dx, dresidual, dweight, dbias, dgamma); dgamma is empty without gamma."""
-    outputs, launches = plan(dout, dtotal, x, total, weight, mean, rstd, gamma, keep)
+    """(dx, dresidual, dweight, dbias, dgamma).
+
+    Those not `wanted` are empty, and so is dgamma without gamma.
+    """
+    outputs, launches = plan(dout, dtotal, x, total, weight, mean, rstd, gamma, keep, wanted=wanted)
     for launch in launches:
-        launch.run(x)
+        launch.run(total)
     return outputs
 
 
@@ -65,35 +80,47 @@ def plan(
     gamma: Tensor | None,
     keep: Tensor | None,
     *,
+    wanted: Sequence[bool] | None = None,
     config: configs.LayerNormBwdConfig | None = None,
 ) -> tuple[tuple[Tensor, ...], list[common.Launch]]:
     """(dx, dtotal's gradient through, dweight, dbias, dgamma), unwritten, and their launches.
 
-    `total` is what was normalised. For layer_norm, which adds nothing, dtotal and x are None,
-    and so in effect is dx: the gradient at `total` is the second output.
+    `total` is what was normalised, x the branch that was added, read for dgamma alone. For
+    layer_norm, which adds nothing, dtotal is None and dx not `wanted`: the gradient at `total` is
+    the second output. Sums for dweight and dbias are made where either is wanted. None: all.
     """
     dim, device = total.shape[-1], total.device
-    dx = weight.new_empty(0) if x is None else x.new_empty(x.shape)
-    dsum = torch.empty(total.shape, dtype=total.dtype, device=device)
-    dweight, dbias = (weight.new_empty(dim) for _ in range(2))
-    dgamma = weight.new_empty(0) if gamma is None else gamma.new_empty(dim)
+    of_x, of_total, of_weight, of_bias, of_gamma = wanted or (
+        dtotal is not None,
+        True,
+        True,
+        True,
+        True,
+    )
+    of_gamma, of_parameters = of_gamma and gamma is not None, of_weight or of_bias
+    dx = dout.new_empty(dout.shape if of_x else 0)
+    dsum = torch.empty(total.shape if of_total else 0, dtype=total.dtype, device=device)
+    dweight, dbias = (weight.new_empty(dim if of else 0) for of in (of_weight, of_bias))
+    dgamma = weight.new_empty(0) if gamma is None else gamma.new_empty(dim if of_gamma else 0)
     outputs = dx, dsum, dweight, dbias, dgamma
-    if total.numel() == 0:
+    if total.numel() == 0 or not any((of_x, of_total, of_parameters, of_gamma)):
         for gradient in outputs[2:]:
             gradient.zero_()
         return outputs, []
     config = config or configs.layer_norm_bwd(common.architecture(total), total.dtype, dim)
-    arguments = _views(dout, dtotal, x if gamma is not None else None, total) | common.contiguous(
+    arguments = _views(dout, dtotal, x if of_gamma else None, total) | common.contiguous(
         weight=weight, mean=mean, rstd=rstd, gamma=gamma, keep=keep
     )
     blocks = triton.cdiv(total.numel() // dim, config.rows)
     programs = min(blocks, config.programs * common.multiprocessors(total))
-    sums = (dweight, dbias) if gamma is None else (dweight, dbias, dgamma)
+    pair = [t if t.numel() else weight.new_empty(dim) for t in (dweight, dbias)]
+    sums = [*(pair if of_parameters else ()), *((dgamma,) if of_gamma else ())]
     partial = torch.empty((len(sums), programs, dim), dtype=torch.float32, device=device)
     arguments |= {
-        "dx": None if x is None else dx,
-        "dsum": dsum,
-        "partial": partial,
+        "dx": dx if of_x else None,
+        "dsum": dsum if of_total else None,
+        "partial": partial if of_parameters else None,
+        "gamma_partial": partial[-1] if of_gamma else None,
         "rows": total.numel() // dim,
         "dim": dim,
         "rows_per_sample": common.rows_per_sample(total),
@@ -102,7 +129,7 @@ def plan(
         "STAGES": config.num_stages,
     }
     launch = common.Launch(_backward_kernel, (programs,), arguments, config.num_warps)
-    return outputs, [launch, partials.plan_sum(partial, *sums)]
+    return outputs, [launch, partials.plan_sum(partial, *sums)] if sums else [launch]
 
 
 def _views(dout: Tensor, dtotal: Tensor | None, x: Tensor | None, total: Tensor) -> dict[str, Any]:
@@ -145,6 +172,7 @@ def _backward_kernel(
     dx,
     dsum,
     partial,
+    gamma_partial,
     rows,
     dim,
     inner,
@@ -168,6 +196,7 @@ def _backward_kernel(
     dbias = tl.zeros((ROWS, BLOCK_D), tl.float32)
     if gamma is not None:
         scale = tl.load(gamma + cols, mask=col_mask, other=0.0).to(tl.float32)
+    if gamma_partial is not None:
         dgamma = tl.zeros((ROWS, BLOCK_D), tl.float32)
     # STAGES: the next rows are on their way (cp.async) while these are worked on.
     for r0 in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
@@ -185,19 +214,21 @@ def _backward_kernel(
         if dtotal is not None:
             ds += _load(dtotal, row, cols, mask, inner, dtotal_outer, dtotal_inner)
         out_at = row.to(tl.int64)[:, None] * dim + cols[None, :]
-        tl.store(dsum + out_at, ds.to(dsum.dtype.element_ty), mask=mask)
+        if dsum is not None:
+            tl.store(dsum + out_at, ds.to(dsum.dtype.element_ty), mask=mask)
         if keep is not None:
             factor = tl.load(keep + row // rows_per_sample, mask=row_mask, other=0.0)
             ds = ds * factor.to(tl.float32)[:, None]
-        if gamma is not None:
+        if gamma_partial is not None:
             dgamma += ds * _load(x, row, cols, mask, inner, x_outer, x_inner)
+        if gamma is not None:
             ds = ds * scale[None, :]
         if dx is not None:
             tl.store(dx + out_at, ds.to(dx.dtype.element_ty), mask=mask)
 
-    slot = tl.num_programs(0) * dim
-    at = partial + tl.program_id(0) * dim + cols
-    tl.store(at, tl.sum(dweight, 0), mask=col_mask)
-    tl.store(at + slot, tl.sum(dbias, 0), mask=col_mask)
-    if gamma is not None:
-        tl.store(at + 2 * slot, tl.sum(dgamma, 0), mask=col_mask)
+    at = tl.program_id(0) * dim + cols
+    if partial is not None:
+        tl.store(partial + at, tl.sum(dweight, 0), mask=col_mask)
+        tl.store(partial + tl.num_programs(0) * dim + at, tl.sum(dbias, 0), mask=col_mask)
+    if gamma_partial is not None:
+        tl.store(gamma_partial + at, tl.sum(dgamma, 0), mask=col_mask)

@@ -5,11 +5,12 @@ that reuse x and weight in L2. Operands come by tensor descriptors (TMA) on Hopp
 by pointers elsewhere and for addresses or strides that descriptors cannot take. The epilogue
 works on the fp32 accumulator; PyTorch rounds to x's dtype before GELU and before the residual.
 
-For a whole block (vit_block.py) the same kernel takes a LayerNorm as its prologue: tiles of x are
-normalised as they are loaded, from row statistics; and it writes those of its output.
+For a whole block (vit_block.py) the same kernel also writes the row statistics of its output.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -17,10 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from deit.kernels.fakes import STATS_COLUMNS
-from deit.kernels.triton import common, configs
+from deit.kernels.triton import common, configs, launching
 from deit.kernels.triton import row_stats as statistics
 
 
+@launching.kept
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -43,6 +45,7 @@ def linear(
     return out
 
 
+@launching.kept
 def linear_fwd(
     x: Tensor,
     weight: Tensor,
@@ -86,14 +89,12 @@ def plan(
     keep: Tensor | None,
     *,
     affine: Tensor | None = None,
-    norm: statistics.Norm | None = None,
     row_stats: Tensor | None = None,
     config: configs.LinearConfig | None = None,
 ) -> tuple[Tensor, common.Launch | None]:
     """The output, unwritten, and the launch that writes it; None for an empty output.
 
     affine: contiguous, of the output's shape and x's dtype, to be written too; or None.
-    norm: the LayerNorm of x, which is then in weight's dtype or fp32; the output is in weight's.
     row_stats: `statistics.empty` of the output, to be written too; or None.
     """
     width, depth = weight.shape
@@ -102,8 +103,7 @@ def plan(
     if out.numel() == 0:
         return out, None
     if config is None:
-        factory = configs.linear if norm is None else configs.norm_linear
-        config = factory(common.architecture(x), weight.dtype, width, depth)
+        config = configs.linear(common.architecture(x), weight.dtype, width, depth)
     x_view, residual_view = common.as_rows(x, residual)
     weight = common.last_contiguous(weight)
     outer, inner, _ = x_view.shape
@@ -111,13 +111,14 @@ def plan(
     affine_rows = None if affine is None else affine.view(outer * inner, width)
     if not _tma_can_take(x_view, weight, out_rows, affine_rows):
         config = config.without_tma()
+    if out.element_size() == 4:  # twice the staging: flattened, 256 to 272 KB of shared memory
+        config = replace(config, flatten=False)
     # With affine, 128 columns of an fp32 output would ask for 96 KB of staging, and pointers to
     # 64 spill 8 bytes on sm_100 and sm_120.
     columns = 128
     if affine is not None:
         columns = 32 if not config.tma else 64 if out.element_size() == 4 else 128
-    # After a norm 128 spill 8 bytes on sm_90 under triton 3.6; by pointers 64 spill 16 on sm_100.
-    if row_stats is not None or (norm is not None and config.tma):
+    if row_stats is not None:
         columns = STATS_COLUMNS
     epilogues = config.epilogues(columns)
     x_outer, x_inner = common.row_strides(x_view)
@@ -125,7 +126,6 @@ def plan(
         **_operands(x_view, weight, out_rows, affine_rows, config, config.block_n // epilogues),
         **common.contiguous(bias=bias),
         **common.epilogue_arguments(x, residual_view, gamma, keep),
-        **statistics.prologue(norm, depth),
         "row_stats_out": row_stats,
         "rows": outer * inner,
         "width": width,
@@ -139,12 +139,13 @@ def plan(
         "PRECISION": common.precision(weight.dtype),
         "GROUP": config.group,
         "EPILOGUES": epilogues,
+        "FLATTEN": config.flatten,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
     }
     tiles = triton.cdiv(outer * inner, config.block_m) * triton.cdiv(width, config.block_n)
-    grid = (min(tiles, common.multiprocessors(x)),)
+    grid = (min(tiles, config.programs * common.multiprocessors(x)),)
     return out, common.Launch(_linear_kernel, grid, arguments, config.num_warps, config.num_stages)
 
 
@@ -207,7 +208,7 @@ def epilogue(
     if affine is not None:
         common.store_tile(affine, acc, m0, n0, rows, width, TMA)
     if ACTIVATION == "gelu":
-        acc = common.gelu(acc)
+        acc = common.gelu_into(out, acc, TMA)
     elif ACTIVATION == "gelu_tanh":
         acc = common.gelu_tanh(acc)
     added = None
@@ -230,10 +231,6 @@ def _linear_kernel(
     residual,
     gamma,
     keep,
-    row_stats,
-    norm_weight,
-    norm_bias,
-    eps,
     out,
     affine,
     row_stats_out,
@@ -251,26 +248,20 @@ def _linear_kernel(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
-    PARTS: tl.constexpr,
     EPILOGUES: tl.constexpr,
+    FLATTEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(width, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         m0, n0 = common.tile_origin(tile, rows, width, BLOCK_M, BLOCK_N, GROUP)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if row_stats is not None:
-            pivot, offset, rstd = statistics.merge(row_stats, m0, rows, depth, eps, BLOCK_M, PARTS)
         if TMA:
             for k0 in tl.range(0, depth, BLOCK_K):
                 a = x.load([m0, k0])
                 b = weight.load([n0, k0])
-                if row_stats is not None:
-                    a = statistics.normalise(
-                        a, pivot, offset, rstd, norm_weight, norm_bias, k0, depth
-                    ).to(b.dtype)
                 acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
         else:
             row = m0 + tl.arange(0, BLOCK_M)
@@ -282,10 +273,6 @@ def _linear_kernel(
                 k_mask = (ks < depth - k0)[None, :]
                 a = tl.load(a_at + k0, mask=(row < rows)[:, None] & k_mask, other=0.0)
                 b = tl.load(b_at + k0, mask=(col < width)[:, None] & k_mask, other=0.0)
-                if row_stats is not None:
-                    a = statistics.normalise(
-                        a, pivot, offset, rstd, norm_weight, norm_bias, k0, depth
-                    ).to(b.dtype)
                 acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
 
         parts = common.column_parts(acc, EPILOGUES)

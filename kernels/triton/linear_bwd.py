@@ -15,72 +15,96 @@ itself, and the pass only reads it, for dbias.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.triton import common, configs, partials, products
+from deit.kernels.triton import common, configs, launching, partials, products
 
 
+@launching.kept
 def linear_bwd(
     dout: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
-    affine: Tensor,
+    affine: Tensor | None,
     activation: str | None,
     gamma: Tensor | None,
     keep: Tensor | None,
+    wanted: Sequence[bool] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias, dgamma) of `deit.kernels.linear`, each as its forward argument.
 
     dout [..., M] in any floating-point dtype and strides; affine from `linear_fwd`. dbias is in x's
-    dtype; without gamma, dgamma is empty. Products accumulate in fp32, and in fp32 they are IEEE.
+    dtype. Those not `wanted` are empty, and so is dgamma without gamma. Products accumulate in
+    fp32, and in fp32 they are IEEE.
     """
-    g, dbias, dgamma = output_gradient(dout, x.dtype, affine, activation, gamma, keep)
-    dx = products.input_gradient(g, weight).view(x.shape)
-    return dx, products.weight_gradient(g, x), dbias, dgamma
+    of_x, of_weight, of_bias, of_gamma = wanted or (True,) * 4
+    g, dbias, dgamma = output_gradient(
+        dout, weight.dtype, affine, activation, gamma, keep,
+        of_g=of_x or of_weight, of_bias=of_bias, of_gamma=of_gamma,
+    )  # fmt: skip
+    dx, dweight = weight.new_empty(0), weight.new_empty(0)
+    if of_x:
+        dx = products.input_gradient(g, weight).view(*dout.shape[:-1], weight.shape[1])
+    if of_weight:
+        assert x is not None  # as the schema has it
+        dweight = products.weight_gradient(g, x)
+    return dx, dweight, dbias, dgamma
 
 
 def output_gradient(
     dout: Tensor,
     dtype: torch.dtype,
-    affine: Tensor,
+    affine: Tensor | None,
     activation: str | None,
     gamma: Tensor | None,
     keep: Tensor | None,
+    *,
+    of_g: bool = True,
+    of_bias: bool = True,
+    of_gamma: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """g [T, M] in `dtype`, dbias [M] in `dtype`, and dgamma, empty where gamma is None.
 
-    g is dout itself where it may be.
+    g is dout itself where it may be. What is not asked for by an `of_` is empty, or g unwritten.
     """
-    (g, parts), launch = plan(dout, dtype, affine, activation, gamma, keep)
-    dbias = parts.new_empty(dout.shape[-1], dtype=dtype)
-    if gamma is None:
-        totals, dgamma = [dbias], dbias.new_empty(0)
-    else:
+    of_gamma = of_gamma and gamma is not None
+    (g, parts), launch = plan(
+        dout, dtype, affine, activation, gamma, keep, of_g=of_g, of_bias=of_bias, of_gamma=of_gamma
+    )
+    dbias = parts.new_empty(dout.shape[-1] if of_bias else 0, dtype=dtype)
+    dgamma = dbias.new_empty(0)
+    if gamma is not None and of_gamma:
         dgamma = gamma.new_empty(gamma.shape)
-        totals = [dbias, dgamma]
     if launch is None:
         return g, dbias.zero_(), dgamma.zero_()
     launch.run(dout)
-    partials.plan_sum(parts, *totals).run(dout)
+    totals = [total for total, of in ((dbias, of_bias), (dgamma, of_gamma)) if of]
+    if totals:
+        partials.plan_sum(parts, *totals).run(dout)
     return g, dbias, dgamma
 
 
 def plan(
     dout: Tensor,
     dtype: torch.dtype,
-    affine: Tensor,
+    affine: Tensor | None,
     activation: str | None,
     gamma: Tensor | None,
     keep: Tensor | None,
     *,
+    of_g: bool = True,
+    of_bias: bool = True,
+    of_gamma: bool = True,
     config: configs.OutputGradientConfig | None = None,
 ) -> tuple[tuple[Tensor, Tensor], common.Launch | None]:
-    """g and partial sums [1 or 2, chunks, M] (dbias; dgamma), unwritten, and their launch.
+    """g and partial sums [0 to 2, chunks, M] (dbias; dgamma), unwritten, and their launch.
 
-    The launch is None where dout is empty.
+    The launch is None where it would write nothing.
     """
     (view,) = common.as_rows(dout)
     outer, inner, width = view.shape
@@ -90,18 +114,19 @@ def plan(
     as_it_is = unchanged and common.evenly_spaced(view) and common.describable(view.view(-1, width))
     g = view.view(-1, width) if as_it_is else dout.new_empty((rows, width), dtype=dtype)
     chunks = triton.cdiv(rows, config.chunk)
-    slots = 1 if gamma is None else 2
-    parts = dout.new_empty((slots, chunks, width), dtype=torch.float32)
-    if dout.numel() == 0:
+    of_gamma = of_gamma and gamma is not None
+    parts = dout.new_empty((of_bias + of_gamma, chunks, width), dtype=torch.float32)
+    writes_g = of_g and not as_it_is
+    if dout.numel() == 0 or not (writes_g or of_bias or of_gamma):
         return (g, parts), None
     dout_outer, dout_inner = common.row_strides(view)
-    needs_affine = activation is not None or gamma is not None
+    needs_affine = activation is not None or of_gamma
     arguments = {
         "dout": view,
         **common.contiguous(affine=affine if needs_affine else None, gamma=gamma, keep=keep),
-        "g": None if as_it_is else g,
-        "dbias": parts[0],
-        "dgamma": None if gamma is None else parts[1],
+        "g": g if writes_g else None,
+        "dbias": parts[0] if of_bias else None,
+        "dgamma": parts[-1] if of_gamma else None,
         "rows": rows,
         "width": width,
         "inner": inner,
@@ -159,17 +184,21 @@ def _output_gradient_kernel(
             value = tl.load(affine + at, mask=mask, other=0.0).to(tl.float32)
             slope = 1.0
             if ACTIVATION == "gelu":
-                value, slope = common.gelu_and_slope(value)
+                value, slope = common.gelu_and_slope(affine, value, False)
             elif ACTIVATION == "gelu_tanh":
                 value, slope = common.gelu_tanh_and_slope(value)
-            if gamma is not None:
+            if dgamma is not None:
                 gamma_sum += d * value
+            if gamma is not None:
                 d *= scale
             d *= slope
+        elif gamma is not None:
+            d *= scale
         if g is not None:
             tl.store(g + at, d.to(g.dtype.element_ty), mask=mask)
         bias_sum += d
     at = chunk.to(tl.int64) * width + col
-    tl.store(dbias + at, tl.sum(bias_sum, 0), mask=col_mask)
+    if dbias is not None:
+        tl.store(dbias + at, tl.sum(bias_sum, 0), mask=col_mask)
     if dgamma is not None:
         tl.store(dgamma + at, tl.sum(gamma_sum, 0), mask=col_mask)

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.triton import common, configs
+from deit.kernels.triton import common, configs, launching
 
 # Rows of the saved statistics, [CE_STATISTICS or STATISTICS, B] fp32: maximum and log-sum of
 # `logits` and sum(t'); maximum and log-sum of the student at the temperature, and of the teacher
@@ -32,6 +32,7 @@ from deit.kernels.triton import common, configs
 CE_STATISTICS, STATISTICS = 3, 7
 
 
+@launching.kept
 def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
     """`deit.kernels.cross_entropy` on Triton."""
     (loss, _), launches = plan(logits, target, label_smoothing)
@@ -40,6 +41,7 @@ def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float) -> Ten
     return loss
 
 
+@launching.kept
 def cross_entropy_fwd(
     logits: Tensor, target: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
@@ -50,6 +52,7 @@ def cross_entropy_fwd(
     return loss, statistics
 
 
+@launching.kept
 def distillation_loss(
     logits: Tensor,
     target: Tensor,
@@ -69,6 +72,7 @@ def distillation_loss(
     return loss
 
 
+@launching.kept
 def distillation_loss_fwd(
     logits: Tensor,
     target: Tensor,

@@ -12,13 +12,16 @@ head serves as both, dx is their sum. All fp32 between load and store.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.triton import common, configs, losses
+from deit.kernels.triton import common, configs, launching, losses
 
 
+@launching.kept
 def cross_entropy_bwd(
     dloss: Tensor, logits: Tensor, target: Tensor, statistics: Tensor, label_smoothing: float
 ) -> Tensor:
@@ -29,6 +32,7 @@ def cross_entropy_bwd(
     return dlogits
 
 
+@launching.kept
 def distillation_loss_bwd(
     dloss: Tensor,
     logits: Tensor,
@@ -41,12 +45,20 @@ def distillation_loss_bwd(
     temperature: float,
     label_smoothing: float,
     kl_reduction: str,
+    wanted: Sequence[bool] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(dlogits, ddistillation_logits), in their dtypes; the latter empty without that head."""
+    """(dlogits, ddistillation_logits), in their dtypes.
+
+    Those not `wanted` are empty, and so is the latter without that head.
+    """
     teaching = losses.Teaching(
         teacher_logits, distillation_logits, kind, alpha, temperature, kl_reduction
     )
-    gradients, launch = plan(dloss, logits, target, statistics, label_smoothing, teaching)
+    of_logits, of_student = wanted or (True, True)
+    gradients, launch = plan(
+        dloss, logits, target, statistics, label_smoothing, teaching,
+        of_logits=of_logits, of_student=of_student,
+    )  # fmt: skip
     if launch is not None:
         launch.run(logits)
     return gradients
@@ -60,22 +72,27 @@ def plan(
     label_smoothing: float,
     teaching: losses.Teaching | None = None,
     *,
+    of_logits: bool = True,
+    of_student: bool = True,
     config: configs.LossConfig | None = None,
 ) -> tuple[tuple[Tensor, Tensor], common.Launch | None]:
-    """(dlogits, dstudent), unwritten, and their launch; None for an empty batch."""
+    """(dlogits, dstudent), unwritten, and their launch; None where it would write nothing."""
     batch, classes = logits.shape
     student = None if teaching is None else teaching.student
-    dlogits = logits.new_empty((batch, classes))
-    dstudent = logits.new_empty(0) if student is None else student.new_empty((batch, classes))
-    if batch == 0:
+    of_student = of_student and student is not None
+    dlogits = logits.new_empty((batch, classes) if of_logits else 0)
+    dstudent = logits.new_empty(0)
+    if student is not None and of_student:
+        dstudent = student.new_empty((batch, classes))
+    if batch == 0 or not (of_logits or of_student):
         return (dlogits, dstudent), None
     config = config or configs.loss(classes)
     blocks = triton.cdiv(classes, config.block)
     arguments = losses.row_arguments(logits, target, label_smoothing, teaching) | {
         "dloss": dloss,
         "statistics": statistics.contiguous(),
-        "dlogits": dlogits,
-        "dstudent": None if student is None else dstudent,
+        "dlogits": dlogits if of_logits else None,
+        "dstudent": dstudent if of_student else None,
         "batch": batch,
         "blocks": blocks,
         "BLOCK": config.block,
@@ -139,7 +156,9 @@ def _backward_kernel(
         ds = imitation * inverse_temperature * (ps - pt)
         if student is None:
             dx += ds
-        else:
+        if dstudent is not None:
             at = dstudent + row * classes + cols
             tl.store(at, (scale * ds).to(dstudent.dtype.element_ty), mask=mask)
-    tl.store(dlogits + row * classes + cols, (scale * dx).to(dlogits.dtype.element_ty), mask=mask)
+    if dlogits is not None:
+        at = dlogits + row * classes + cols
+        tl.store(at, (scale * dx).to(dlogits.dtype.element_ty), mask=mask)

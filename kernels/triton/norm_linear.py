@@ -1,9 +1,10 @@
-"""act(LN(x) @ weight.T + bias): a LayerNorm that is its product's prologue. Two forms.
+"""act(LN(x) @ weight.T + bias): a LayerNorm that is its product's prologue, or a kernel before it.
 
 By panel, for narrow rows: a program normalises its rows of x once, keeps them in shared memory,
 and passes over the output's columns; x is read once, and only weight comes from L2 again (0.2 MB
-of qkv's for every 128 rows at D = 192). By tile (`linear` with a prologue), for wider rows and
-where descriptors cannot be used: a tile of x is normalised for every tile of output.
+of qkv's for every 128 rows at D = 192). For wider rows, and where descriptors cannot be used,
+LayerNorm is a kernel of its own. A third form, tiles of x normalised for every tile of output,
+lost: a block of DeiT-B took 1.25 times as long so (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.triton import common, configs, linear
+from deit.kernels.triton import common, configs, layer_norm, linear
 from deit.kernels.triton import row_stats as statistics
 
 
@@ -24,29 +25,25 @@ def norm_linear(
     bias: Tensor | None,
     activation: str | None = None,
     *,
-    config: configs.PanelConfig | configs.LinearConfig | None = None,
+    config: configs.PanelConfig | None,
 ) -> Tensor:
     """act(LN(x) @ weight.T + bias), in weight's dtype; x in that or fp32.
 
-    LN(x) is rounded to weight's dtype before the product, as a LayerNorm's output in memory is.
-    The form is that of `config`; by default `configs.norm_panel`'s where it has an entry and the
-    tensors are what its descriptors can take.
+    LN(x) is rounded to weight's dtype before the product, in either form. By panel where `config`
+    is one and the tensors are what its descriptors can take. No other form reads row statistics,
+    so those that are not there are not computed for it.
     """
-    panel = config
-    if config is None:
-        panel = configs.norm_panel(common.architecture(x), weight.dtype, *weight.shape)
-    if isinstance(panel, configs.PanelConfig):
-        planned = plan(x, norm, weight, bias, activation, config=panel)
+    if config is not None:
+        complete, statistics_launch = statistics.completed(norm, x)
+        planned = plan(x, complete, weight, bias, activation, config=config)
         if planned is not None:
             out, launch = planned
+            if statistics_launch is not None:
+                statistics_launch.run(x)
             launch.run(x)
             return out
-    tile = config if isinstance(config, configs.LinearConfig) else None
-    rest = (None, None, None)
-    out, by_tile = linear.plan(x, weight, bias, activation, *rest, norm=norm, config=tile)
-    if by_tile is not None:
-        by_tile.run(x)
-    return out
+    normed = layer_norm.layer_norm(x, norm.weight, norm.bias, norm.eps, dtype=weight.dtype)
+    return linear.linear(normed, weight, bias, activation, None, None, None)
 
 
 def plan(
@@ -154,7 +151,7 @@ def _panel_kernel(
                 col = n0 + tl.arange(0, BLOCK_N)
                 acc += tl.load(bias + col, mask=col < width, other=0.0).to(tl.float32)[None, :]
             if ACTIVATION == "gelu":
-                acc = common.gelu(acc)
+                acc = common.gelu_into(out, acc, True)
             elif ACTIVATION == "gelu_tanh":
                 acc = common.gelu_tanh(acc)
             out.store([m0, n0], acc.to(out.dtype))

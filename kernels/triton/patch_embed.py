@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.triton import common, configs
+from deit.kernels.triton import common, configs, launching
 
 
+@launching.kept
 def patch_embed(
     images: Tensor,
     weight: Tensor,

@@ -12,24 +12,42 @@ each split.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.triton import common, configs, partials, patch_embed
+from deit.kernels.triton import common, configs, launching, partials, patch_embed
 
 
+@launching.kept
 def patch_embed_bwd(
-    dout: Tensor, images: Tensor, weight: Tensor, prefix_tokens: int
+    dout: Tensor,
+    images: Tensor | None,
+    weight: Tensor,
+    prefix_tokens: int,
+    wanted: Sequence[bool] | None = None,
 ) -> tuple[Tensor, ...]:
-    """(dweight, dbias, dprefix, dpos_embed), in weight's dtype."""
+    """(dweight, dbias, dprefix, dpos_embed), in weight's dtype; those not `wanted` are empty.
+
+    The last three are one reading of dout, made where any of them is wanted.
+    """
     dout = common.last_contiguous(dout)
-    dweight, launches = plan_weight(dout, images, weight, prefix_tokens)
-    others, more = plan_tokens(dout, weight, prefix_tokens)
-    for launch in launches + more:
-        launch.run(images)
-    return dweight, *others
+    of_weight, *of_others = wanted or (True,) * 4
+    dweight = weight.new_empty(0)
+    launches: list[common.Launch] = []
+    if of_weight:
+        assert images is not None  # as the schema has it
+        dweight, launches = plan_weight(dout, images, weight, prefix_tokens)
+    others = (weight.new_empty(0),) * 3
+    if any(of_others):
+        others, more = plan_tokens(dout, weight, prefix_tokens)
+        launches = launches + more
+    for launch in launches:
+        launch.run(dout)
+    return dweight, *(t if of else t.new_empty(0) for t, of in zip(others, of_others, strict=True))
 
 
 def plan_weight(

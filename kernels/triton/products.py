@@ -30,11 +30,19 @@ def input_gradient(
 
 
 def gelu_input_gradient(
-    g: Tensor, weight: Tensor, hidden: Tensor, *, config: configs.LinearConfig | None = None
+    g: Tensor,
+    weight: Tensor,
+    hidden: Tensor,
+    *,
+    of_weight: bool = True,
+    of_bias: bool = True,
+    config: configs.LinearConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Through gelu too: d = (g @ weight) * gelu'(hidden), gelu(hidden), and d's column sums.
 
-    hidden [T, K] contiguous in g's dtype, as both matrices that come back; the sums are [K].
+    hidden [T, K] contiguous in g's dtype, as both matrices that come back; the sums are [K]. The
+    second is for the gradient of `weight`, the third for that of the bias before hidden: empty
+    where those are not asked for.
 
     gelu(hidden), which dW2 needs, is written here since gelu' has its erf already: that costs
     the write, T * K elements (310 MB for DeiT-B at batch 256, 0.10 ms at 3 TB/s). Computed as
@@ -42,12 +50,13 @@ def gelu_input_gradient(
     and pass through registers on its way to the matrix unit: some 25 instructions * 6 * T * K is
     0.8 ms of an H100's plain cores.
     """
-    (out, activated, parts), launch = plan_input_gradient(g, weight, hidden, config=config)
-    assert activated is not None  # written because hidden is given
-    assert parts is not None
-    total = g.new_empty(weight.shape[1])
+    (out, activated, parts), launch = plan_input_gradient(
+        g, weight, hidden, of_weight=of_weight, of_bias=of_bias, config=config
+    )
+    activated = g.new_empty(0) if activated is None else activated
+    total = g.new_empty(weight.shape[1] if of_bias else 0)
     _launched(launch, out, activated, total)
-    if launch is not None:
+    if launch is not None and parts is not None:
         partials.plan_sum(parts, total).run(g)
     return out, activated, total
 
@@ -88,11 +97,14 @@ def plan_input_gradient(
     weight: Tensor,
     hidden: Tensor | None = None,
     *,
+    of_weight: bool = True,
+    of_bias: bool = True,
     config: configs.LinearConfig | None = None,
 ) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], common.Launch | None]:
     """(out, gelu(hidden), partial column sums), unwritten, and the launch that writes them.
 
-    The last two are None without hidden, the launch is None where there is nothing to sum.
+    The last two are None without hidden and where they are not asked for, as in
+    `gelu_input_gradient`; the launch is None where there is nothing to sum.
     """
     (rows, depth), width = g.shape, weight.shape[1]
     config = config or configs.input_gradient(
@@ -101,16 +113,21 @@ def plan_input_gradient(
     out = g.new_empty((rows, width))
     activated = column_sums = None
     if hidden is not None:
-        activated = g.new_empty((rows, width))
         tiles_down = triton.cdiv(rows, config.block_m)
-        column_sums = g.new_empty((1, tiles_down, width), dtype=torch.float32)
+        if of_weight:
+            activated = g.new_empty((rows, width))
+        if of_bias:
+            column_sums = g.new_empty((1, tiles_down, width), dtype=torch.float32)
     if out.numel() == 0 or depth == 0:
         return (out, activated, column_sums), None
     weight = common.last_contiguous(weight)
     if not all(common.describable(t) for t in (g, weight, out, hidden) if t is not None):
         config = config.without_tma()
     whole = config.tma or g.dtype == torch.float32
-    epilogues = config.epilogues(128 if hidden is None and whole else 32)
+    columns = 128 if whole else 32
+    if hidden is not None:  # 64 columns on sm_90: half the waits for tiles of hidden
+        columns = 64 if config.tma and common.architecture(g) == 90 else 32
+    epilogues = config.epilogues(columns)
     operands: dict[str, Any] = {
         "g": g,
         "weight": weight,
@@ -136,7 +153,7 @@ def plan_input_gradient(
         **_constants(config, g.dtype, epilogues),
     }
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n)
-    grid = (min(tiles, common.multiprocessors(g)),)
+    grid = (min(tiles, config.programs * common.multiprocessors(g)),)
     launch = common.Launch(
         _input_gradient_kernel, grid, arguments, config.num_warps, config.num_stages
     )
@@ -166,7 +183,7 @@ def plan_weight_gradient(
     )
     if not tma:
         config = config.without_tma()
-    programs = programs or common.multiprocessors(g)
+    programs = programs or config.programs * common.multiprocessors(g)
     tiles = triton.cdiv(width, config.block_m) * triton.cdiv(depth, config.block_n)
     steps = triton.cdiv(rows, config.block_k)
     split_steps = triton.cdiv(steps, configs.splits(tiles, steps, programs))
@@ -207,6 +224,7 @@ def _constants(
         "PRECISION": common.precision(dtype),
         "GROUP": config.group,
         "EPILOGUES": epilogues,
+        "FLATTEN": config.flatten,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -217,7 +235,7 @@ def _constants(
 def _through_gelu(
     acc, hidden, activated, column_sums, m0, n0, tile_row, rows, width, TMA: tl.constexpr
 ):
-    """Multiply by gelu'(hidden); write gelu(hidden) and the product's column sums."""
+    """Multiply by gelu'(hidden); write gelu(hidden) and the product's column sums, if asked."""
     col = n0 + tl.arange(0, acc.shape[1])
     if TMA:
         h = hidden.load([m0, n0])
@@ -225,11 +243,13 @@ def _through_gelu(
         row = m0 + tl.arange(0, acc.shape[0])
         at = row.to(tl.int64)[:, None] * width + col[None, :]
         h = tl.load(hidden + at, mask=(row < rows)[:, None] & (col < width)[None, :], other=0.0)
-    value, slope = common.gelu_and_slope(h.to(tl.float32))
-    common.store_tile(activated, value, m0, n0, rows, width, TMA)
+    value, slope = common.gelu_and_slope(hidden, h.to(tl.float32), TMA)
+    if activated is not None:
+        common.store_tile(activated, value, m0, n0, rows, width, TMA)
     acc *= slope
-    # Rows past the last are zeros: g was read as zeros there.
-    tl.store(column_sums + tile_row.to(tl.int64) * width + col, tl.sum(acc, 0), mask=col < width)
+    if column_sums is not None:  # rows past the last are zeros: g was read as zeros there
+        at = column_sums + tile_row.to(tl.int64) * width + col
+        tl.store(at, tl.sum(acc, 0), mask=col < width)
     return acc
 
 
@@ -250,13 +270,14 @@ def _input_gradient_kernel(
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
     EPILOGUES: tl.constexpr,
+    FLATTEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """out [rows, width] = g [rows, depth] @ weight [depth, width]."""
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(width, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         m0, n0 = common.tile_origin(tile, rows, width, BLOCK_M, BLOCK_N, GROUP)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if TMA:
@@ -307,6 +328,7 @@ def _weight_gradient_kernel(
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
     EPILOGUES: tl.constexpr,
+    FLATTEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -316,7 +338,7 @@ def _weight_gradient_kernel(
     The tiles of one split run together, so they share its rows of g and x in L2.
     """
     tiles = tl.cdiv(width, BLOCK_M) * tl.cdiv(depth, BLOCK_N)
-    for unit in tl.range(tl.program_id(0), tiles * splits, tl.num_programs(0)):
+    for unit in tl.range(tl.program_id(0), tiles * splits, tl.num_programs(0), flatten=FLATTEN):
         split = unit // tiles
         m0, n0 = common.tile_origin(unit % tiles, width, depth, BLOCK_M, BLOCK_N, GROUP)
         first = split * split_rows

@@ -3,7 +3,7 @@
 The kernel that writes a stream also writes, for each row and each `STATS_COLUMNS` columns of it,
 the mean and the sum of squares about that mean (M2). Their count is known from the width. The
 kernel that reads the stream merges a row's parts by the formula of Chan, Golub and LeVeque (1979)
-and normalises its tiles as they are loaded. Every part has one writer and is merged in one order:
+and normalises its rows as they are loaded. Every part has one writer and is merged in one order:
 no atomics, and the same bits every time.
 
 [..., 2, parts] of fp32 next to a row of D channels: 6 % of a bf16 row's bytes.
@@ -34,9 +34,12 @@ _COLUMNS = tl.constexpr(STATS_COLUMNS)
 
 
 class Norm(NamedTuple):
-    """The LayerNorm of a product's input: row_stats [..., 2, parts] of x, weight and bias [K]."""
+    """The LayerNorm of a product's input: row_stats [..., 2, parts] of x, weight and bias [K].
 
-    row_stats: Tensor
+    row_stats is None where no kernel has written them with x: see `completed`.
+    """
+
+    row_stats: Tensor | None
     weight: Tensor
     bias: Tensor | None
     eps: float
@@ -82,11 +85,20 @@ def plan(
     return out, common.Launch(_row_stats_kernel, grid, arguments, config.num_warps)
 
 
+def completed(norm: Norm, x: Tensor) -> tuple[Norm, common.Launch | None]:
+    """norm with the statistics of x, and the launch that writes them where they are not there."""
+    if norm.row_stats is not None:
+        return norm, None
+    row_stats, launch = plan(x)
+    return norm._replace(row_stats=row_stats), launch
+
+
 def prologue(norm: Norm | None, depth: int) -> dict[str, Any]:
     """The arguments of a kernel that calls `merge` and `normalise`."""
     if norm is None:
         nothing = dict.fromkeys(("row_stats", "norm_weight", "norm_bias"))
         return nothing | {"eps": 0.0, "PARTS": 1}
+    assert norm.row_stats is not None  # `completed`
     return {
         "row_stats": norm.row_stats.contiguous(),
         **common.contiguous(norm_weight=norm.weight, norm_bias=norm.bias),

@@ -1,11 +1,13 @@
-"""A whole pre-norm block in four launches, or five where the MLP's hidden layer is in memory.
+"""A whole pre-norm block: in four launches where LayerNorm is a prologue, in seven elsewhere.
 
     qkv = LN1(x) @ Wqkv.T            LN1 in the prologue, from the statistics that came with x
     mixed = attention(qkv)
     s = x + proj(mixed)              writes the statistics of s
-    y = s + fc2(gelu(fc1(LN2(s))))   LN2 in the prologue; writes the statistics of y
+    y = s + fc2(gelu(fc1(LN2(s))))   one kernel, LN2 its prologue; writes the statistics of y
 
-Neither LayerNorm is a pass over memory: each would read and write the stream, 2 * T * D elements.
+So no LayerNorm is a pass over memory, which would read and write the stream, 2 * T * D elements.
+Where rows are too wide to be kept on chip (norm_linear.py), LN1 and LN2 are kernels of their own,
+fc1 and fc2 two products, and of all statistics only those of y are written, for the caller.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from deit.kernels.triton import attention as attention_module
-from deit.kernels.triton import common, configs, gelu_mlp, linear
+from deit.kernels.triton import common, configs, gelu_mlp, launching, linear
 from deit.kernels.triton import row_stats as statistics
 from deit.kernels.triton.norm_linear import norm_linear
 
 
+@launching.kept
 def vit_block(
     x: Tensor,
     row_stats: Tensor | None,
@@ -41,14 +44,25 @@ def vit_block(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """`deit.kernels.vit_block` on Triton; strides as for `linear`."""
-    if row_stats is None:
-        row_stats = statistics.row_stats(x)
+    panel = configs.norm_panel(common.architecture(x), qkv_weight.dtype, *qkv_weight.shape)
     norm1 = statistics.Norm(row_stats, norm1_weight, norm1_bias, eps)
-    qkv = norm_linear(x, norm1, qkv_weight, qkv_bias)
+    qkv = norm_linear(x, norm1, qkv_weight, qkv_bias, config=panel)
     mixed = attention_module.attention(qkv, num_heads, scale, key_bias)
-    s, row_stats = linear_stats(mixed, proj_weight, proj_bias, x, gamma1)
-    norm2 = statistics.Norm(row_stats, norm2_weight, norm2_bias, eps)
-    return norm_mlp(s, norm2, w1, b1, w2, b2, gamma2)
+    form = mlp_form(x, w1)
+    if form is None:  # no prologue reads the statistics of s
+        s = linear.linear(mixed, proj_weight, proj_bias, None, x, gamma1, None)
+        norm2 = statistics.Norm(None, norm2_weight, norm2_bias, eps)
+    else:
+        s, row_stats = linear_stats(mixed, proj_weight, proj_bias, x, gamma1)
+        norm2 = statistics.Norm(row_stats, norm2_weight, norm2_bias, eps)
+    return norm_mlp(s, norm2, w1, b1, w2, b2, gamma2, config=form)
+
+
+def mlp_form(x: Tensor, w1: Tensor) -> configs.MlpConfig | configs.PanelConfig | None:
+    """The MLP in one kernel, its first product by panel, or LayerNorm by itself: None."""
+    arch = common.architecture(x)
+    single = configs.gelu_mlp(arch, w1.dtype, x.shape[-1])
+    return single or configs.norm_panel(arch, w1.dtype, *w1.shape)
 
 
 def linear_stats(
@@ -79,23 +93,24 @@ def norm_mlp(
     b2: Tensor | None,
     gamma: Tensor | None,
     *,
-    config: configs.MlpConfig | None = None,
+    config: configs.MlpConfig | configs.PanelConfig | None,
 ) -> tuple[Tensor, Tensor]:
     """x + gamma * (gelu(LN(x) @ w1.T + b1) @ w2.T + b2), in x's dtype, and its row statistics.
 
-    In one kernel where `configs.gelu_mlp` has an entry (or `config` is given) and its
-    descriptors can take the tensors, else in two products.
+    In the form of `config` (`mlp_form`) where its descriptors can take the tensors.
     """
-    if config is None:
-        config = configs.gelu_mlp(common.architecture(x), w1.dtype, x.shape[-1])
-    row_stats = statistics.empty(x)
-    if config is not None:
+    panel = config if isinstance(config, configs.PanelConfig) else None
+    if isinstance(config, configs.MlpConfig):
+        row_stats = statistics.empty(x)
+        complete, statistics_launch = statistics.completed(norm, x)
         planned = gelu_mlp.plan(
-            x, w1, b1, w2, b2, x, gamma, None, norm=norm, row_stats=row_stats, config=config
+            x, w1, b1, w2, b2, x, gamma, None, norm=complete, row_stats=row_stats, config=config
         )
         if planned is not None:
             out, launch = planned
+            if statistics_launch is not None:
+                statistics_launch.run(x)
             launch.run(x)
             return out, row_stats
-    hidden = norm_linear(x, norm, w1, b1, "gelu")
+    hidden = norm_linear(x, norm, w1, b1, "gelu", config=panel)
     return linear_stats(hidden, w2, b2, x, gamma)

@@ -84,6 +84,15 @@ def test_nan_spreads_as_far_as_in_pytorch(tokens):
     assert out[1].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [50, 300])
+def test_keys_at_the_smallest_number(tokens, dtype):
+    """Times log2(e) it would be -inf, and what is 1/N of each value would be 0."""
+    bias = torch.zeros(3, tokens)
+    bias[1], bias[2, tokens // 2 :] = (torch.finfo(torch.float32).min,) * 2
+    assert _check(make_qkv(3, tokens, heads=1, dtype=dtype), 1, bias)[1].abs().max() > 0
+
+
 def test_nan_of_the_next_sample_stays_there():
     """Keys are padded to a block: what is read there must not be the next sample's."""
     qkv = make_qkv(2, 50, heads=1)

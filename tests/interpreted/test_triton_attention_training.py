@@ -111,14 +111,20 @@ def test_batches(batch):
 
 
 def test_logits_beyond_fp16():
-    """q kT overflows fp16, by itself and after the scale; scores are fp32 throughout."""
+    """q kT overflows fp16, by itself and after the scale; scores are fp32 throughout.
+
+    Keys score alike in pairs, which differ where queries are 0. Else a softmax of such scores is
+    one key and q's and k's gradients nothing but rounding, whose size depends on the processor.
+    """
     qkv = _exact_scores(make_qkv(1, 50, heads=1, family="one_hot"), 1 / 8)
+    qkv[..., :32] = 0
+    qkv[:, 25:, 96:128] = qkv[:, :25, 96:128]
     qkv[..., :128] *= 64
     q, k, _ = qkv.double().chunk(3, dim=-1)
     assert (0.125 * q @ k.mT).abs().max() > torch.finfo(torch.float16).max
     out, _ = FWD(qkv, 1, 0.125, None)
     oracle.check(out, reference.attention, (qkv, 1, 0.125, None))
-    assert _check(qkv, 1).isfinite().all()
+    assert _check(qkv, 1)[..., :32].abs().mean() > 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

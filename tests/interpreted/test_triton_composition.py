@@ -36,6 +36,11 @@ def test_fullgraph_compile_with_gradients(name):
     composition.compiled_is_eager(name, "triton")
 
 
+@pytest.mark.parametrize("name", TRAINS)
+def test_frozen_parts_cost_nothing(name):
+    composition.frozen_parts_cost_nothing(name, "triton")
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_export_round_trip(name, tmp_path):
     found = composition.exported_is_eager(name, "triton", tmp_path / "program.pt2")

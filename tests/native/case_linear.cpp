@@ -98,7 +98,7 @@ struct Product {
         hidden(samples * each * width, gradient ? 1.0 : 0.0, random),
         out(last ? samples * each * width : 0, f32, random),
         affine(!gradient && random.chance(0.6) ? samples * each * width : 0, f32, random),
-        activated_hidden(gradient ? samples * each * width : 0, f32, random) {
+        activated_hidden(gradient && random.chance(0.7) ? samples * each * width : 0, f32, random) {
     args.panels = operand.panels();
     args.rows = samples * each, args.depth = depth, args.width = width;
     args.bias = bias.data, args.gamma = gamma.data, args.keep = keep.data;
@@ -108,7 +108,7 @@ struct Product {
                                : any_activation(random);
     if (last) args.out = out.memory.floats();
     if (affine.memory.bytes()) args.affine = affine.memory.floats();
-    if (gradient) args.activated = activated_hidden.memory.floats();
+    if (activated_hidden.memory.bytes()) args.activated = activated_hidden.memory.floats();
   }
 
   // The output of `a`, [rows, depth]; what was written on the way is checked.
@@ -119,7 +119,7 @@ struct Product {
       double& y = all[static_cast<size_t>(i)];
       if (gradient) {
         const Activated gelu = activated(hidden.at(i, 0.0), args.activation);
-        near("activated", i, activated_hidden.at(i), gelu.value, f32);
+        if (args.activated) near("activated", i, activated_hidden.at(i), gelu.value, f32);
         y *= gelu.slope;
         continue;
       }
@@ -173,18 +173,22 @@ void fuzz_weight_gradient(Random& random, const deit::Kernels& set) {
   deit::WeightGradientArgs args{};
   const bool large = random.chance(0.1);
   args.rows = random.size(large ? 200 : 140);
-  args.outputs = random.size(large ? 400 : 110), args.inputs = random.size(large ? 400 : 110);
+  args.outputs = random.size(large ? 400 : 110);
+  args.inputs = random.chance(0.15) ? 0 : random.size(large ? 400 : 110);  // 0: dbias alone
+  const bool sums_bias = args.inputs == 0 || random.chance(0.7);
   Strided g({args.rows}, args.outputs, f32, random), x({args.rows}, args.inputs, f32, random);
-  Elements dweight(args.outputs * args.inputs, f32, random), dbias(args.outputs, f32, random);
+  Elements dweight(args.outputs * args.inputs, f32, random);
+  Elements dbias(sums_bias ? args.outputs : 0, f32, random);
   args.g = g.elements.memory.floats(), args.ldg = stride_of(g);
   args.x = x.elements.memory.floats(), args.ldx = stride_of(x);
-  args.dweight = dweight.memory.floats(), args.dbias = dbias.memory.floats();
+  if (args.inputs > 0) args.dweight = dweight.memory.floats();
+  if (sums_bias) args.dbias = dbias.memory.floats();
   const int64_t blocks[][2] = {{48, 64}, {192, 192}, {random.size(120), random.size(120)}};
   std::vector<uint8_t> bits[2];
   for (const auto& [output_block, input_block] : blocks) {  // any may be chosen, to the same bits
     args.output_block = output_block, args.input_block = input_block;
     const int64_t down = (args.outputs + output_block - 1) / output_block;
-    run(down * ((args.inputs + input_block - 1) / input_block),
+    run(down * std::max<int64_t>(1, (args.inputs + input_block - 1) / input_block),
         set.training.weight_gradient_workspace(args), {&dweight, &dbias}, random,
         [&](float* workspace, int64_t begin, int64_t end) {
           set.training.weight_gradient(args, workspace, begin, end);
@@ -211,7 +215,7 @@ void fuzz_weight_gradient(Random& random, const deit::Kernels& set) {
     const int64_t index = static_cast<int64_t>(i);
     near("dweight", index, dweight.at(index), weight[i], f32);
   }
-  for (size_t i = 0; i < bias.size(); ++i) {
+  for (size_t i = 0; sums_bias && i < bias.size(); ++i) {
     near("dbias", static_cast<int64_t>(i), dbias.at(static_cast<int64_t>(i)), bias[i], f32);
   }
 }
@@ -223,15 +227,16 @@ void fuzz_output_gradient(Random& random, const deit::Kernels& set) {
   args.activation = any_activation(random);
   Strided dout({args.rows}, args.channels, f32, random);
   Parameter gamma(args.channels, 0.5, random), keep(samples, 0.5, random);
-  const bool reads_affine = args.activation != Activation::none || gamma.data;
+  const bool wants_g = random.chance(0.8), wants_gamma = gamma.data && random.chance(0.7);
+  const bool reads_affine = args.activation != Activation::none || wants_gamma;
   Parameter affine(args.rows * args.channels, reads_affine ? 1.0 : 0.0, random);
   const int64_t chunks = (args.rows + deit::kRowChunk - 1) / deit::kRowChunk;
-  Elements g(args.rows * args.channels, f32, random);
-  Elements sums(gamma.data ? chunks * 2 * args.channels : 0, f32, random);
+  Elements g(wants_g ? args.rows * args.channels : 0, f32, random);
+  Elements sums(wants_gamma ? chunks * 2 * args.channels : 0, f32, random);
   args.dout = dout.elements.memory.floats(), args.ldd = stride_of(dout);
   args.affine = affine.data, args.gamma = gamma.data, args.keep = keep.data;
-  args.g = g.memory.floats();
-  if (gamma.data) args.dgamma = sums.memory.floats();
+  if (wants_g) args.g = g.memory.floats();
+  if (wants_gamma) args.dgamma = sums.memory.floats();
   run(chunks, 0, {&g, &sums}, random, [&](float*, int64_t begin, int64_t end) {
     set.training.output_gradient(args, begin, end);
   });
@@ -241,10 +246,10 @@ void fuzz_output_gradient(Random& random, const deit::Kernels& set) {
     const int64_t row = i / args.channels, n = i % args.channels;
     const double dy = dout.at(row, n) * keep.at(row / each, 1.0);
     const Activated y = activated(affine.at(i, 0.0), args.activation);
-    near("g", i, g.at(i), dy * gamma.at(n, 1.0) * y.slope, f32);
+    if (wants_g) near("g", i, g.at(i), dy * gamma.at(n, 1.0) * y.slope, f32);
     dgamma[static_cast<size_t>(row / deit::kRowChunk * args.channels + n)] += dy * y.value;
   }
-  for (int64_t i = 0; gamma.data && i < chunks * args.channels; ++i) {
+  for (int64_t i = 0; wants_gamma && i < chunks * args.channels; ++i) {
     const int64_t high = i + i / args.channels * args.channels;
     near("dgamma", i, sums.at(high) + sums.at(high + args.channels),
          dgamma[static_cast<size_t>(i)], f32);

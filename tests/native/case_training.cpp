@@ -130,14 +130,21 @@ void fuzz_layer_norm_gradient(Random& random, const deit::Kernels& set) {
   Parameter weight(width, 1.0, random), mean(rows, 1.0, random), rstd(rows, 1.0, random);
   for (int64_t row = 0; row < rows; ++row) rstd.data[row] = std::abs(rstd.data[row]) / 4.0f;
   Parameter gamma(width, add ? 0.5 : 0.0, random), keep(samples, add ? 0.5 : 0.0, random);
-  Elements dx(add ? rows * width : 0, args.x_type, random);
-  Elements dresidual(rows * width, args.total_type, random);
-  Elements sums(chunks * 6 * width, deit::Scalar::f32, random);
+  args.dweight = random.chance(0.8), args.dbias = random.chance(0.8);
+  args.dgamma = gamma.data && random.chance(0.8);
+  const bool has_sums = args.dweight || args.dbias || args.dgamma;
+  const bool has_dx = add && random.chance(0.8), has_dresidual = random.chance(0.8);
+  Elements dx(has_dx ? rows * width : 0, args.x_type, random);
+  Elements dresidual(has_dresidual ? rows * width : 0, args.total_type, random);
+  Elements sums(has_sums ? chunks * 6 * width : 0, deit::Scalar::f32, random);
   args.dout = dout.rows, args.total = total.rows;
-  if (add) args.x = x.rows, args.dtotal = dtotal.rows, args.dx = dx.memory.data();
+  if (args.dgamma) args.x = x.rows;
+  if (add) args.dtotal = dtotal.rows;
+  if (has_dx) args.dx = dx.memory.data();
   args.weight = weight.data, args.mean = mean.data, args.rstd = rstd.data;
   args.gamma = gamma.data, args.keep = keep.data;
-  args.dresidual = dresidual.memory.data(), args.sums = sums.memory.floats();
+  if (has_dresidual) args.dresidual = dresidual.memory.data();
+  if (has_sums) args.sums = sums.memory.floats();
   args.rows = rows, args.channels = width, args.rows_per_sample = rows / samples;
   run(chunks, 0, {&dx, &dresidual, &sums}, random, [&](float*, int64_t begin, int64_t end) {
     set.training.layer_norm_gradient(args, begin, end);
@@ -156,21 +163,21 @@ void fuzz_layer_norm_gradient(Random& random, const deit::Kernels& set) {
       const double dy = dout.at(row, i), wdy = dy * weight.at(i, 1.0);
       plain += wdy * share;
       along += wdy * value * share;
-      of_weight[i] += dy * value;
-      of_weight[width + i] += dy;
+      if (args.dweight) of_weight[i] += dy * value;
+      if (args.dbias) of_weight[width + i] += dy;
     }
     for (int64_t i = 0; i < width; ++i) {
       const double wdy = dout.at(row, i) * weight.at(i, 1.0);
       double g = rstd.at(row, 1.0) * (wdy - plain - xhat[static_cast<size_t>(i)] * along);
       if (add) g += dtotal.at(row, i);
-      near("dresidual", row * width + i, dresidual.at(row * width + i), g, args.total_type);
-      if (!add) continue;
+      const int64_t at = row * width + i;
+      if (has_dresidual) near("dresidual", at, dresidual.at(at), g, args.total_type);
       g *= keep.at(row / args.rows_per_sample, 1.0);
-      near("dx", row * width + i, dx.at(row * width + i), g * gamma.at(i, 1.0), args.x_type);
-      if (gamma.data) of_weight[2 * width + i] += g * x.at(row, i);
+      if (has_dx) near("dx", at, dx.at(at), g * gamma.at(i, 1.0), args.x_type);
+      if (args.dgamma) of_weight[2 * width + i] += g * x.at(row, i);
     }
   }
-  for (int64_t i = 0; i < chunks * 3 * width; ++i) {  // [chunks, 2, 3, D], high and low
+  for (int64_t i = 0; has_sums && i < chunks * 3 * width; ++i) {  // [chunks, 2, 3, D], high and low
     const int64_t high = i + i / (3 * width) * 3 * width;
     near("sums", i, sums.at(high) + sums.at(high + 3 * width), expected[static_cast<size_t>(i)],
          deit::Scalar::f32);

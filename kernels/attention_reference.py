@@ -1,0 +1,37 @@
+"""Attention in plain PyTorch, for the references of every operator that has one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention(qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None) -> Tensor:
+    """softmax(q kT * scale + key_bias) v (arXiv 1706.03762, eq. 1) on the packed projection.
+
+    A sample whose keys are all -inf gives zeros.
+    """
+    batch, tokens, channels = qkv.shape
+    head_dim = channels // (3 * num_heads)
+    if qkv.stride(2) != 1 or qkv.stride(1) < channels:
+        # PyTorch's attention on a CPU reads channels that are not side by side (before 2.15), and
+        # tokens that overlap, from the wrong places.
+        qkv = qkv.contiguous()
+    mask = None if key_bias is None else _mask(key_bias, qkv)
+    dtype = qkv.dtype
+    if mask is not None and mask.dtype != dtype and qkv.device.type != "cpu":
+        qkv = qkv.to(mask.dtype)  # CUDA's fused attention takes a mask of the queries' dtype alone
+    q, k, v = qkv.view(batch, tokens, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).to(dtype)
+    return out.transpose(1, 2).reshape(batch, tokens, channels // 3)
+
+
+def _mask(key_bias: Tensor, qkv: Tensor) -> Tensor:
+    """key_bias [B, N] for every head and query, fp32 beside half precision, as kernels add it.
+
+    In half precision fp32's smallest number would be -inf, and a sample that holds nothing else,
+    whose keys all count alike, zeros.
+    """
+    dtype = torch.promote_types(key_bias.dtype, qkv.dtype)
+    return key_bias.to(dtype).contiguous()[:, None, None, :]
