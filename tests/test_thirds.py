@@ -119,6 +119,30 @@ def test_gradients():
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_tangents_of_any_of_them():
+    from torch.autograd import forward_ad
+
+    x, (weight, bias) = random(2, 19, 64), projection(32, 64)
+    for place in range(3):
+        with torch.no_grad(), forward_ad.dual_level():
+            dual = list(weight)
+            dual[place] = forward_ad.make_dual(weight[place], torch.ones(32, 64))
+            found = thirds.linear(x, tuple(dual), bias, impl="auto")
+            want = kernels.linear(x, torch.cat(dual), torch.cat(bias), impl="reference")
+            got, expected = (forward_ad.unpack_dual(each).tangent for each in (found, want))
+            torch.testing.assert_close(got, expected)
+
+
+def test_mapped_over_weights():
+    x, (weight, bias) = random(2, 19, 64), projection(32, 64)
+    scales = torch.tensor([1.0, 2.0])
+    got = torch.vmap(
+        lambda scale: thirds.linear(x, tuple(w * scale for w in weight), bias, impl="auto")
+    )(scales)
+    want = [thirds.linear(x, tuple(w * s for w in weight), bias, impl="auto") for s in scales]
+    torch.testing.assert_close(got, torch.stack(want), atol=1e-5, rtol=1e-5)
+
+
 @needs_library
 def test_the_kernel_checks_what_it_reads():
     x, (weight, _) = random(4, 64), projection(32, 64)
