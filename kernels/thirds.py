@@ -27,7 +27,7 @@ def linear(x: Tensor, weight: Weight, bias: Bias, *, impl: str) -> Tensor:
     """`deit.kernels.linear`: [..., K] -> [..., 3 * D']."""
     if isinstance(weight, Tensor):
         return kernels.linear(x, weight, _joined(bias), impl=impl)
-    call = _by_thirds("linear", x, weight, bias, (x, _stand_in(weight), _joined(bias)), {}, impl)
+    call = _by_thirds("linear", "weight", x, weight, bias, {"bias": _joined(bias)}, impl)
     if call is not None:
         x, _, joined, *_ = call
         return ops.COMPILED["cpu"]["linear_thirds"](x, *weight, joined)
@@ -40,8 +40,8 @@ def vit_block(
     """`deit.kernels.vit_block`, its other arguments by name."""
     joined = _joined(qkv_bias)
     if not isinstance(qkv_weight, Tensor):
-        given = {"qkv_weight": _stand_in(qkv_weight), "qkv_bias": joined, **rest}
-        call = _by_thirds("vit_block", x, qkv_weight, qkv_bias, (x,), given, impl)
+        given = {"qkv_bias": joined, **rest}
+        call = _by_thirds("vit_block", "qkv_weight", x, qkv_weight, qkv_bias, given, impl)
         if call is not None:
             x, _, norm_weight, norm_bias, _, *others = call
             return ops.COMPILED["cpu"]["vit_block_thirds"](
@@ -57,9 +57,8 @@ def int8_linear(
     """`deit.kernels.int8_linear`; for three weights without anything after the product."""
     if isinstance(weight, Tensor):
         return kernels.int8_linear(x, weight, _joined(bias), norm=norm, impl=impl, **rest)
-    given = {"norm": norm, **rest}
-    arguments = (x, _stand_in(weight), _joined(bias))
-    call = _by_thirds("int8_linear", x, weight, bias, arguments, given, impl)
+    given = {"bias": _joined(bias), "norm": norm, **rest}
+    call = _by_thirds("int8_linear", "weight", x, weight, bias, given, impl)
     if call is not None:
         x, _, joined, *normed = call
         return ops.COMPILED["cpu"]["int8_linear_thirds"](x, *weight, joined, *normed[:3])
@@ -72,8 +71,8 @@ def int8_vit_block(
     """`deit.kernels.int8_vit_block`, its other arguments by name."""
     joined = _joined(qkv_bias)
     if not isinstance(qkv_weight, Tensor):
-        given = {"qkv_weight": _stand_in(qkv_weight), "qkv_bias": joined, **rest}
-        call = _by_thirds("int8_vit_block", x, qkv_weight, qkv_bias, (x,), given, impl)
+        given = {"qkv_bias": joined, **rest}
+        call = _by_thirds("int8_vit_block", "qkv_weight", x, qkv_weight, qkv_bias, given, impl)
         if call is not None:
             x, norm_weight, norm_bias, _, *others = call
             return ops.COMPILED["cpu"]["int8_vit_block_thirds"](
@@ -102,23 +101,28 @@ def _stand_in(weight: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 
 def _by_thirds(
     operator: str,
+    name: str,
     x: Tensor,
     weight: tuple[Tensor, Tensor, Tensor],
     bias: Bias,
-    inputs: tuple[Any, ...],
     given: dict[str, Any],
     impl: str,
 ) -> dispatch.Arguments | None:
-    """The operator's checked arguments where the CPU's kernel takes it by thirds; else None."""
-    shape = weight[0].shape
+    """The operator's checked arguments where the CPU's kernel takes it by thirds; else None.
+
+    name: what the operator calls the weight, in whose place a stand-in goes. given: the others.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return None
+    shape, tensors = weight[0].shape, (x, *weight, *(bias or ()))
     if any(w.shape != shape or w.dtype != x.dtype or w.device != x.device for w in weight):
         return None
     if x.device.type != "cpu" or shape[0] % _MULTIPLE or dispatch.autocast_dtype(x) is not None:
         return None
-    if dispatch.needs_gradient((x, *weight, *(bias or ()))):
+    if dispatch.needs_gradient(tensors) or dispatch.has_tangent(tensors):
         return None
     known = dispatch.OPERATORS[operator]
-    arguments = known.prepare(*inputs, **given)
+    arguments = known.prepare(x, **{name: _stand_in(weight)}, **given)
     return arguments if dispatch.choose(known, arguments, impl) == "cpu" else None
 
 

@@ -164,6 +164,7 @@ def test_autocast_on_the_cpu(name, dtype):
 def gpu(monkeypatch):
     """CUDA tensors without a GPU: they have shapes, dtypes and a device, and no values."""
     monkeypatch.setattr(dispatch, "environment", lambda *_: ())
+    monkeypatch.setattr(hopper, "_capability", lambda *_: (9, 0))
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 

@@ -15,6 +15,7 @@ from deit.kernels import (
     linear,
     ops,
     reference,
+    thirds_schemas,
 )
 
 torch.manual_seed(0)  # of this module's tensors: what passes passes again
@@ -86,7 +87,7 @@ def test_every_schema_has_an_operator_a_reference_and_a_fake():
     for name in ops.SCHEMAS:
         assert callable(getattr(reference, name))
     for kernels in ops.KERNELS.values():
-        assert kernels <= set(schemas | eight_bits_schemas.ALL)
+        assert kernels <= set(schemas | eight_bits_schemas.ALL | thirds_schemas.SCHEMAS)
 
 
 @pytest.mark.parametrize("name", CALLS)

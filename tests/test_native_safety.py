@@ -88,6 +88,8 @@ _TRAINING |= {
 NORM = (W, W, 1e-6)
 BLOCK = (X, W, W, make(576, 192, seed=7) / 14, None, make(192, 192, seed=8) / 14, W, W, W, W,
          FC1, None, FC2, W, None)  # fmt: skip
+THIRDS = tuple(make(192, 192, seed=seed) / 14 for seed in (9, 10, 11))
+BLOCK_THIRDS = (*BLOCK[:3], *THIRDS, *BLOCK[4:])
 CALLS: dict[str, Call] = _TRAINING | {
     "int8_linear": lambda: OPS["int8_linear"](X, FC1, None, *NORM, True, None, None),
     "int8_gelu_mlp": lambda: OPS["int8_gelu_mlp"](X, FC1, None, FC2, W, *NORM, X, None),
@@ -96,6 +98,12 @@ CALLS: dict[str, Call] = _TRAINING | {
     "int8_gelu_mlp_packed": lambda: OPS["int8_gelu_mlp"](X, FC1, None, FC2, W, *NORM, X, W),
     "int8_vit_block": lambda: OPS["int8_vit_block"](*BLOCK, None, 3, 0.125, 1e-6),
     "int8_vit_block_packed": lambda: OPS["int8_vit_block"](*BLOCK, X[:, :, 0], 3, 0.125, 1e-6),
+    "linear_thirds": lambda: OPS["linear_thirds"](X, *THIRDS, None),
+    "vit_block_thirds": lambda: OPS["vit_block_thirds"](*BLOCK_THIRDS, None, *HEADS[:2], 1e-6),
+    "int8_linear_thirds": lambda: OPS["int8_linear_thirds"](X, *THIRDS, None, *NORM),
+    "int8_vit_block_thirds": lambda: OPS["int8_vit_block_thirds"](
+        *BLOCK_THIRDS, None, *HEADS[:2], 1e-6
+    ),
     "layer_norm": lambda: OPS["layer_norm"](X, W, W, 1e-6),
     "add_layer_norm": lambda: OPS["add_layer_norm"](X, X, W, W, 1e-6, W, None),
     "attention": lambda: OPS["attention"](make(3, 197, 576), 3, 0.125, None),

@@ -320,7 +320,9 @@ def test_export_round_trip(model, tmp_path):
         loaded = torch.export.load(tmp_path / "model.pt2").module()
         torch.testing.assert_close(logits(loaded(IMAGES)), want, atol=5e-5, rtol=1e-4)
     if CPU:
-        assert {"deit_cpu.layer_norm", "deit_cpu.vit_block"} <= operators_in(program)
+        found = operators_in(program)
+        assert "deit_cpu.layer_norm" in found
+        assert found & {"deit_cpu.vit_block", "deit_cpu.vit_block_thirds"}
 
 
 def test_export_with_gradients_holds_pytorch_s_operators():

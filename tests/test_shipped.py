@@ -90,10 +90,10 @@ def test_a_class_in_a_librarys_place_is_not_the_librarys(monkeypatch):
         def forward(self, x):
             return 2 * super().forward(x)
 
-    assert shipped.replaced(((ours.Attention, "forward"),)) is None
-    assert "not as its library" in shipped.replaced(((Attention, "forward"),))
+    assert shipped.Methods([ours.Attention]).replaced() is None
+    assert "not as its library" in shipped.Methods([Attention]).replaced()
     monkeypatch.setattr(ours.Attention, "forward", ours.Mlp.forward)  # the library's, elsewhere
-    assert "Attention.forward was replaced" in shipped.replaced(((ours.Attention, "forward"),))
+    assert "Attention.forward was replaced" in shipped.Methods([ours.Attention]).replaced()
 
 
 def test_compiled_it_runs_as_patched(monkeypatch):

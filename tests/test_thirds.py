@@ -1,4 +1,4 @@
-"""Operators by three weights are those by one, to the bit where the CPU kernels read the three."""
+"""Operators by three weights are those by one, to the bit where the CPU reads the three."""
 
 import pytest
 import torch
@@ -119,6 +119,30 @@ def test_gradients():
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_tangents_of_any_of_them():
+    from torch.autograd import forward_ad
+
+    x, (weight, bias) = random(2, 19, 64), projection(32, 64)
+    for place in range(3):
+        with torch.no_grad(), forward_ad.dual_level():
+            dual = list(weight)
+            dual[place] = forward_ad.make_dual(weight[place], torch.ones(32, 64))
+            found = thirds.linear(x, tuple(dual), bias, impl="auto")
+            want = kernels.linear(x, torch.cat(dual), torch.cat(bias), impl="reference")
+            got, expected = (forward_ad.unpack_dual(each).tangent for each in (found, want))
+            torch.testing.assert_close(got, expected)
+
+
+def test_mapped_over_weights():
+    x, (weight, bias) = random(2, 19, 64), projection(32, 64)
+    scales = torch.tensor([1.0, 2.0])
+    got = torch.vmap(
+        lambda scale: thirds.linear(x, tuple(w * scale for w in weight), bias, impl="auto")
+    )(scales)
+    want = [thirds.linear(x, tuple(w * s for w in weight), bias, impl="auto") for s in scales]
+    torch.testing.assert_close(got, torch.stack(want), atol=1e-5, rtol=1e-5)
+
+
 @needs_library
 def test_the_kernel_checks_what_it_reads():
     x, (weight, _) = random(4, 64), projection(32, 64)
@@ -129,3 +153,17 @@ def test_the_kernel_checks_what_it_reads():
         op(x, *(w[:24] for w in weight), None)
     with pytest.raises(RuntimeError, match="dtype"):
         op(x, weight[0], weight[1].double(), weight[2], None)
+
+
+@needs_library
+def test_fakes_agree():
+    x, (weight, bias), rest = random(2, 19, 64), projection(64, 64), rest_of_a_block(64, 96)
+    joined, ops = torch.cat(bias), torch.ops.deit_cpu
+    norm = (rest["norm1_weight"], rest["norm1_bias"])
+    names = ("proj_weight", "proj_bias", "gamma1", "norm2_weight", "norm2_bias", "w1", "b1")
+    after = [rest[name] for name in (*names, "w2", "b2")]
+    block = (x, *norm, *weight, joined, *after, None, None, 2, 0.2, 1e-6)
+    torch.library.opcheck(ops.linear_thirds.default, (x, *weight, joined))
+    torch.library.opcheck(ops.vit_block_thirds.default, block)
+    torch.library.opcheck(ops.int8_linear_thirds.default, (x, *weight, joined, *norm, 1e-6))
+    torch.library.opcheck(ops.int8_vit_block_thirds.default, block)

@@ -35,7 +35,7 @@ class Fused:
     # Other classes whose forward the fused path stands for, and the original's other methods.
     STANDS_FOR: ClassVar[tuple[type[nn.Module], ...]] = ()
     STEPS: ClassVar[tuple[str, ...]] = ()
-    METHODS: ClassVar[tuple[shipped.Method, ...]] = ()  # all of them, with their classes
+    METHODS: ClassVar[shipped.Methods]  # all of them
 
     # What fuse() leaves on a module, and unfuse() takes away.
     STATE: ClassVar[tuple[str, ...]] = ("fused_impls",)
@@ -57,8 +57,7 @@ class Fused:
             stands_for += [nn.Dropout, nn.Identity]
         if cls.IDENTITIES:
             stands_for.append(nn.Identity)
-        methods = [*((kind, "forward") for kind in stands_for), *((original, s) for s in cls.STEPS)]
-        cls.METHODS = tuple(dict.fromkeys(methods))
+        cls.METHODS = shipped.Methods(stands_for, cls.STEPS)
         cls.fused_forward = cls.forward  # type: ignore[attr-defined]
         cls.forward = swapping.entrance(original.forward)  # type: ignore[attr-defined]
 
@@ -118,7 +117,7 @@ class Fused:
 
     def replaced(self) -> str | None:
         """Which method that the fused path stands for was replaced on its class; None for none."""
-        return shipped.replaced(self.METHODS)
+        return shipped.replaced(type(self))
 
     def waiting(self) -> str | None:
         """Why the original forward would run now; None where the fused one would."""
@@ -244,7 +243,7 @@ class FusedMlp(Fused):
 
     OPERATORS = ("gelu_mlp",)
     LINEARS = ("fc1", "fc2")
-    STANDS_FOR = (nn.GELU,)
+    STANDS_FOR: ClassVar[tuple[type[nn.Module], ...]] = (nn.GELU,)
     ACTIVATION: ClassVar[str] = ""  # the submodule that must be an exact GELU, if there is one
 
     @staticmethod

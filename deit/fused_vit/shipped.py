@@ -7,7 +7,7 @@ class. A fused module stands for the library's forward and for no other, so it a
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +15,34 @@ from typing import Any
 # whatever name it was put under.
 LIBRARIES = frozenset({"deit", "timm", "torch", "torchvision", "transformers"})
 
-Method = tuple[type, str]
 
-# Methods that were found to be their library's own: a call compares them by identity.
-_own: dict[Method, Any] = {}
+class Methods:
+    """The methods that a fused class stands for: forwards of classes, and steps of the first."""
+
+    def __init__(self, kinds: Iterable[type], steps: Iterable[str] = ()) -> None:
+        self.kinds: list[Any] = list(dict.fromkeys(kinds))
+        self.steps = tuple(steps)
+        self._own: list[Any] | None = None  # those that were found to be their library's
+
+    def replaced(self) -> str | None:
+        """Which of them is not its library's own, and what that means; None for none."""
+        found = [kind.forward for kind in self.kinds]
+        found += [getattr(self.kinds[0], step) for step in self.steps]
+        if found == self._own:  # functions are equal where they are the same: 1 us
+            return None
+        for kind in self.kinds:
+            for name in ("forward", *self.steps) if kind is self.kinds[0] else ("forward",):
+                if not _is_own(kind, name):
+                    return f"{kind.__name__}.{name} was replaced: not as its library shipped it"
+        self._own = found
+        return None
 
 
-def replaced(methods: tuple[Method, ...]) -> str | None:
-    """Which of these methods is not its library's own, and why that matters; None for none."""
-    for method in methods:
-        kind, name = method
-        function = getattr(kind, name)
-        if function is not _own.get(method):
-            if not _is_own(kind, name):
-                return f"{kind.__name__}.{name} was replaced: it is not as its library shipped it"
-            _own[method] = function
-    return None
+def replaced(fused: Any) -> str | None:
+    """`Methods.replaced` of a fused class; torch.compile evaluates it once and traces nothing."""
+    return fused.METHODS.replaced()
 
 
-# torch.compile evaluates it once in place of tracing into it.
 replaced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

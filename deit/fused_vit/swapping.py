@@ -82,7 +82,7 @@ def original_of(module: Any, base: type, known: dict[int, Any]) -> Any:
     if isinstance(module, torch.jit.ScriptModule):
         return module
     fused = isinstance(module, base)
-    twin = object.__new__(without(type(module), base) if fused else type(module))
+    twin: Any = object.__new__(without(type(module), base) if fused else type(module))
     known[id(module)] = twin
     state = module.STATE if fused else ()
     twin.__dict__ = {name: v for name, v in module.__dict__.items() if name not in state}
@@ -100,7 +100,7 @@ def as_leaf(module: nn.Module, original: type, x: torch.fx.Proxy) -> Any:
     by being fused. None where the tracer traces into the original, too.
     """
     tracer: Any = x.tracer
-    twin = object.__new__(original)
+    twin: Any = object.__new__(original)
     twin.__dict__ = module.__dict__
     path = tracer.path_of_module(module)
     if not tracer.is_leaf_module(twin, path):
