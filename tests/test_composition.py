@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deit.kernels
-from deit.kernels import dispatch, native, ops, warmup
+from deit.kernels import dispatch, hopper, native, ops, warmup
 
 CPU = sorted(ops.KERNELS["cpu"] & set(CALLS)) if not native.why_not("cpu") else []
 RUNS = [(name, "auto") for name in CALLS] + [(name, "cpu") for name in CPU]
