@@ -182,7 +182,9 @@ def autocast_to_half():
 
 KERNELS = [(name, impl) for impl in ("triton", "cuda") for name in CALLS
            if name in ops.KERNELS[impl]]  # fmt: skip
-ON_CUDA = [(name, "reference") for name in CALLS] + KERNELS
+# The calls have a residual in fp32, which the CUDA library's products do not take.
+REFUSED = {("linear", "cuda"), ("gelu_mlp", "cuda")}
+ON_CUDA = [(name, "reference") for name in CALLS] + [k for k in KERNELS if k not in REFUSED]
 
 
 @pytest.mark.parametrize(("name", "impl"), ON_CUDA, ids=map(ids, ON_CUDA))
@@ -198,6 +200,20 @@ def test_autocast_on_cuda(name, impl, gpu, autocast_to_half):
     if name in ("layer_norm", "add_layer_norm"):
         for output in each(run(*(t.half() for t in tensors))):
             assert output.dtype == torch.float16
+
+
+@pytest.mark.parametrize("name", [name for name, _ in sorted(REFUSED)])
+def test_what_hoppers_products_refuse_is_said(name, gpu, autocast_to_half, monkeypatch):
+    run, tensors = composition.call(name, "cuda")
+    with pytest.raises(NotImplementedError, match=r"a residual in torch\.float32.*keep"):
+        run(*(t.to("cuda:1") for t in tensors))
+    x, weight = (torch.empty(4, 20, device="cuda:1", dtype=torch.float16) for _ in range(2))
+    found = hopper.limits(x, weight, residual=None, keep=None)
+    assert found == ["a weight of 4 x 20 (multiples of 8 are copied)"]
+    monkeypatch.setattr(hopper, "_capability", lambda *_: (8, 0))
+    found = hopper.limits(x.float()[:, :8], weight[:, :16], residual=None, keep=None)
+    assert "this GPU has 8.0" in found[0]
+    assert "torch.float32" in found[1]
 
 
 def test_warmup_makes_the_calls_that_a_capture_would(monkeypatch):

@@ -65,7 +65,7 @@ def fuse(
         block: "parts" runs LayerNorm, attention and MLP as operators of their own. "whole" runs
             a block in inference as one `deit.kernels.vit_block` by `impl`, where that has a kernel
             (the report says where not). "auto" does so where `vit_block` was measured and found
-            faster: on a CPU, and on no GPU so far. On a CPU the two give the same bits; with
+            faster: on a CPU, and on no GPU. On a CPU the two give the same bits; with
             dtype="int8" whole blocks multiply in bf16 within attention where the CPU does.
         dtype: None for the model's own; "int8" for the products of every fused block in 8-bit
             integers (weights by output channel, activations by token, nothing calibrated) in eval

@@ -126,7 +126,8 @@ def plan_input_gradient(
     whole = config.tma or g.dtype == torch.float32
     columns = 128 if whole else 32
     if hidden is not None:  # 64 columns on sm_90: half the waits for tiles of hidden
-        columns = 64 if config.tma and common.architecture(g) == 90 else 32
+        wide = config.tma and config.num_warps == 8 and common.architecture(g) == 90
+        columns = 64 if wide else 32
     epilogues = config.epilogues(columns)
     operands: dict[str, Any] = {
         "g": g,
