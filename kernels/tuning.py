@@ -36,7 +36,7 @@ from deit.kernels.json_files import Fields
 SCHEMA = 1
 KEPT = 4  # sets of versions a file holds: the newest
 LONGEST = 1e9  # microseconds that a kernel may have taken
-PINNED = "pinned default, never timed on a GPU"
+PINNED = "pinned default, not tuned on this GPU"
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -183,11 +183,24 @@ def test_every_scope_belongs_to_measurements():
 
 
 def test_auto_leaves_calls_outside_the_scope_to_the_reference(monkeypatch):
-    assert explain("layer_norm", X, WEIGHT).unmeasured == ""
-    monkeypatch.setattr(dispatch, "unmeasured", lambda x: "not measured")
+    assert explain("layer_norm", X, WEIGHT).left == ""
+    monkeypatch.setattr(dispatch, "left_to_pytorch", lambda *_: "not measured")
     found = explain("layer_norm", X, WEIGHT)
     assert found.chosen == "reference"
     assert str(found).startswith("layer_norm: auto runs reference (not measured)")
+
+
+def test_auto_leaves_products_that_avx2_does_slower_to_pytorch(monkeypatch):
+    weight, wide = torch.randn(64, 64), torch.randn(768, 768)
+    monkeypatch.setattr(dispatch, "_cpu_isa", lambda: "avx512")
+    assert explain("linear", X, weight).left == ""
+    monkeypatch.setattr(dispatch, "_cpu_isa", lambda: "avx2")
+    plain = explain("linear", X, weight)
+    assert (plain.chosen, plain.left) == ("reference", "its C++ kernel by AVX2 is slower")
+    assert explain("linear", X, weight, residual=X).left == ""
+    assert explain("linear", X, weight.requires_grad_()).left == ""  # training was not measured
+    assert explain("gelu_mlp", X, wide[:64, :64], None, wide[:64, :64], None).left == ""
+    assert explain("gelu_mlp", torch.randn(3, 768), wide, None, wide, None).left
 
 
 def test_autocast_reaches_products_and_not_the_norm():

@@ -124,7 +124,7 @@ def test_tensor_copies_need_an_architecture_that_has_them():
 
 def test_the_pinned_default_without_a_file(cache):
     assert configs.linear(**LINEAR) == configs.linear.pinned(**LINEAR)
-    assert configs.linear.explain(**LINEAR)[1] == "pinned default, never timed on a GPU"
+    assert configs.linear.explain(**LINEAR)[1] == "pinned default, not tuned on this GPU"
     assert not cache.exists()  # looking for it makes nothing
 
 

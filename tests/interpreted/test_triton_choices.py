@@ -46,7 +46,7 @@ def test_explain_names_what_is_launched(operator, monkeypatch):
     options = {"num_heads": 3} if operator in ("attention", "vit_block") else {}
     explained = deit.kernels.explain(operator, *inputs, **options)
     getattr(deit.kernels, operator)(*inputs, **options, impl="triton")
-    evidence = "pinned default, never timed on a GPU"
+    evidence = "pinned default, not tuned on this GPU"
     # Explained in launch order; a block asks for the forms of its LayerNorms before what they need.
     assert sorted(explained.configurations) == sorted(f"{name}: {evidence}" for name in launched)
     assert all(line in str(explained) for line in explained.configurations)
