@@ -189,8 +189,7 @@ def test_no_statistics_in_vain(dtype, given, launched):
     own = ["_layer_norm_kernel", "_linear_kernel"]
     first = [*([] if given else ["_row_stats_kernel"]), "_panel_kernel"] if by_panel else own
     mlp = ["_gelu_mlp_kernel"] if by_panel else [*own, "_linear_kernel"]
-    attention = "_one_block_kernel" if by_panel else "_online_kernel"
-    assert launched == [*first, attention, "_linear_kernel", *mlp]
+    assert launched == [*first, "_online_kernel", "_linear_kernel", *mlp]
 
 
 def test_only_statistics_that_are_read_are_written(monkeypatch):
