@@ -10,6 +10,7 @@ those bytes. So a call reads a share of the 64-byte lines and compares their has
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
@@ -17,10 +18,12 @@ from torch import Tensor
 from deit.kernels import native
 
 LINE = 64
-GROUPS = 8  # of lines; one group is a line of every eighth row, all of them a line of every row
-# Multiply-adds of an output channel that pay for looking at one of its lines. A line takes 20 ns,
-# which is a hundredth of what they take: DeiT-Ti at 197 tokens looks at one group, DeiT-B at four.
-_WORK = 300_000
+GROUPS = 64  # of lines; one group is a line of every 64th row, all of them a line of every row
+# Multiply-adds of an output channel that pay for looking at a line of each row. A line takes 50 to
+# 100 ns: it is in a page of its own, and seldom in a cache. That is a hundredth of what they take
+# on two cores of a Zen 4. DeiT-Ti at 197 tokens looks at one group, DeiT-B at four.
+ALL = 2_400_000
+LEAST = 8  # lines that a call looks at, whatever it works
 
 
 class _Record(ctypes.Structure):
@@ -31,14 +34,21 @@ class _Record(ctypes.Structure):
         ("count", ctypes.c_int64),
         ("classes", ctypes.c_int64),
         ("columns", ctypes.c_int64),
+        ("work", ctypes.c_int64),
+        ("least", ctypes.c_int64),
         ("turn", ctypes.c_int64),
         ("marks", ctypes.c_void_p),
     )
 
 
+@functools.cache
+def _library() -> bool:
+    return not native.why_not("cpu")
+
+
 def possible(weight: Tensor) -> bool:
     """Whether marks of this tensor can be made: it is on the CPU, and the C++ library is there."""
-    return weight.device.type == "cpu" and not native.why_not("cpu")
+    return weight.is_cpu and _library()
 
 
 class Marks:
@@ -51,17 +61,24 @@ class Marks:
         columns = max(1, count // max(1, len(weight)) // LINE - 1)
         self._marks = torch.empty(GROUPS * columns, dtype=torch.int32)
         self._record = _Record(
-            weight.data_ptr(), count, GROUPS * columns, columns, 0, self._marks.data_ptr()
+            weight.data_ptr(),
+            count,
+            GROUPS * columns,
+            columns,
+            ALL // GROUPS,
+            min(GROUPS, max(1, LEAST * GROUPS // max(1, len(weight)))),
+            0,
+            self._marks.data_ptr(),
         )
-        self._make, self._has = native.cpu_marks()
-        self._at = ctypes.addressof(self._record)
-        self._make(self._at)
+        make, has = native.cpu_marks()
+        at = ctypes.addressof(self._record)
+        make(at)
+        # A partial, since a frame of Python costs as much here as the lines that are looked at.
+        self._has = functools.partial(has, at)
 
-    def still_there(self, work: int | None = None) -> bool:
+    def still_there(self, work: int = ALL) -> bool:
         """Whether the next lines in turn are as they were; every line has its turn.
 
-        work: multiply-adds of an output channel in this call, whose hundredth may be spent; None
-            to look at a line of every row.
+        work: multiply-adds of an output channel in this call, whose hundredth may be spent.
         """
-        looked = GROUPS if work is None else GROUPS * work // _WORK
-        return bool(self._has(self._at, min(max(looked, 1), GROUPS)))
+        return bool(self._has(work))

@@ -7,9 +7,9 @@ Nothing refers to the tensor weakly, or torch.utils.swap_tensors would refuse it
 What makes a new copy: an in-place write (`Tensor._version`: optimiser steps, `copy_`,
 load_state_dict, an EMA swap by `copy_`), another tensor in its place (`.to`, load_state_dict with
 assign, swap_tensors), and `weight.data = other` (another storage). Writes that PyTorch does not
-count are seen in the memory itself (`deit.kernels.marks`) at a hundredth of the call's time: one to
-all of a weight in the next call, one to whole rows in the next eight at most, one to a few numbers
-when their turn comes, after some hundred calls at most. `forget(weight)` is at once.
+count are seen in the memory itself (`deit.kernels.marks`) at about a hundredth of the call's
+time: one to all of a weight in the next call, one to a 64th of its rows too, one to fewer rows or
+numbers when their turn comes, after 64 or some thousand calls at most. `forget(weight)` is at once.
 
 On a GPU nobody looks, and only parameters' copies are kept. A call with gradients forgets the copy
 (PyTorch's optimisers with fused=True do not count); after other uncounted writes call `forget`.
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from deit.kernels.marks import Marks, possible
+from deit.kernels.marks import ALL, Marks, possible
 
 Packed = TypeVar("Packed")
 
@@ -64,7 +64,7 @@ def packed(
     weight: Tensor | tuple[Tensor, ...],
     key: Hashable,
     make: Callable[..., Packed],
-    work: int | None = None,
+    work: int = ALL,
 ) -> Packed:
     """`make(weight)`, or what it returned the last time if `weight` has not changed since.
 
@@ -74,7 +74,7 @@ def packed(
         key: what `make` makes: one tensor may have several copies.
         make: must read nothing but `weight`'s values and return what nobody writes to.
         work: multiply-adds of an output channel in this call, which set how much of the weight is
-            looked at for writes that PyTorch did not count; None for a line of every row.
+            looked at for writes that PyTorch did not count; a line of every row by default.
 
     For implementations of operators, which torch.compile and torch.export do not trace into: a
     captured graph holds the operator and the weight, never a copy, and a CUDA graph makes its copy
@@ -83,7 +83,7 @@ def packed(
     copies. Thread-safe; `make` runs under a lock.
     """
     weights = weight if isinstance(weight, tuple) else (weight,)
-    view: list[Hashable] = [key]
+    view: tuple[Hashable, ...] = (key,)
     for each in weights:
         if not _may_keep(each):
             return make(*weights)
@@ -95,11 +95,11 @@ def packed(
     first = weights[0]
     if first.is_cuda and torch.cuda.is_current_stream_capturing():
         return make(*weights)  # in the graph's memory, and made anew by every replay
-    found = _find(tuple(view), weights, work)
+    found = _find(view, weights, work)
     if found is not None:
         return found.value
     with _lock:
-        found = _find(tuple(view), weights, work)
+        found = _find(view, weights, work)
         if found is not None:
             return found.value
         # Noted before they are read: a write meanwhile makes the copy stale, not the note.
@@ -112,7 +112,7 @@ def packed(
         copies = _kept.get(id(storage))
         if copies is None or copies.storage() is not storage:
             copies = _kept[id(storage)] = _Copies(storage)
-        copies.entries[tuple(view)] = _Entry(sources, value)
+        copies.entries[view] = _Entry(sources, value)
         return value
 
 
@@ -164,7 +164,7 @@ def _source(weight: Tensor) -> _Source:
     return _Source(storage, weight._version, weight.data_ptr(), marks)
 
 
-def _find(view: Hashable, weights: tuple[Tensor, ...], work: int | None) -> _Entry | None:
+def _find(view: Hashable, weights: tuple[Tensor, ...], work: int) -> _Entry | None:
     copies = _kept.get(id(weights[0].untyped_storage()))
     entry = None if copies is None else copies.entries.get(view)
     if copies is None or entry is None:

@@ -77,10 +77,15 @@ def test_views_and_what_lies_between():
     assert marks.Marks(torch.empty(0, 4)).still_there()
 
 
-def test_the_share_that_is_looked_at(monkeypatch):
-    made = marks.Marks(torch.randn(64, 64))
-    asked = []
-    monkeypatch.setattr(made, "_has", lambda at, looked: asked.append(looked) or 1)
-    for work in (0, 197 * 192, 197 * 768, 8 * 197 * 768, None):  # DeiT-Ti, DeiT-B, a batch of 8
-        made.still_there(work)
-    assert asked == [1, 1, 4, 8, 8]
+def test_the_share_that_is_looked_at():
+    made = marks.Marks(torch.randn(640, 64))
+    looked = []
+    for work in (0, 197 * 192, 197 * 768, 16 * 197 * 768, marks.ALL):  # DeiT-Ti, -B, a batch of 16
+        before = made._record.turn
+        assert made.still_there(work)
+        looked.append(made._record.turn - before)
+    assert looked == [1, 1, 4, 64, 64]
+    for rows, groups in ((64, 8), (8, 64), (1, 64)):  # eight lines at least, or all there are
+        made = marks.Marks(torch.randn(rows, 64))
+        assert made.still_there(0)
+        assert made._record.turn == groups

@@ -20,6 +20,9 @@ struct Hash {
   uint64_t words[kWords];
 };
 
+// Lines on the way at once. They lie in a page each, so nothing but this fetches them ahead.
+constexpr int64_t kAhead = 32;
+
 inline void add(Hash& hash, const char* bytes, int64_t left) {
   uint64_t line[kWords] = {};
   if (left >= kLine) {
@@ -48,6 +51,8 @@ struct DeitCpuMarks {
   int64_t count;    // of bytes
   int64_t classes;  // groups * columns
   int64_t columns;  // classes c, c + columns, c + 2 * columns, ... make a sample of every row
+  int64_t work;     // multiply-adds of an output channel that pay for a group
+  int64_t least;    // groups that a call looks at, whatever it works
   int64_t turn;     // groups looked at so far
   uint32_t* marks;  // [classes]
 };
@@ -62,16 +67,24 @@ DEIT_EXPORT void deit_cpu_make_marks(const DeitCpuMarks* of) {
   std::transform(hashes.begin(), hashes.end(), of->marks, mark_of);
 }
 
-// Whether the next `looked` classes still have their marks: 1 or 0. Threads that ask at once may
-// look at the same ones.
-DEIT_EXPORT int deit_cpu_has_marks(DeitCpuMarks* of, int64_t looked) {
+static inline void fetch(const DeitCpuMarks* of, int64_t at) {
+  if (at < of->count) __builtin_prefetch(of->bytes + at);
+}
+
+// Whether the next classes still have their marks: 1 or 0. As many are looked at as `work`
+// multiply-adds of an output channel pay for. Threads that ask at once may look at the same ones.
+DEIT_EXPORT int deit_cpu_has_marks(DeitCpuMarks* of, int64_t work) {
   const std::atomic_ref<int64_t> turns(of->turn);
   const int64_t groups = of->classes / of->columns;
+  int64_t looked = std::clamp<int64_t>(work / of->work, of->least, groups);
   for (int64_t turn = turns.fetch_add(looked, std::memory_order_relaxed); looked > 0; --looked) {
     const int64_t at = turn % groups * of->columns + turn / groups % of->columns;
     ++turn;
+    const int64_t step = of->classes * kLine;
     Hash hash{};
-    for (int64_t i = at * kLine; i < of->count; i += of->classes * kLine) {
+    for (int64_t i = at * kLine; i < at * kLine + kAhead * step; i += step) fetch(of, i);
+    for (int64_t i = at * kLine; i < of->count; i += step) {
+      fetch(of, i + kAhead * step);
       add(hash, of->bytes + i, of->count - i);
     }
     if (mark_of(hash) != of->marks[at]) return 0;

@@ -76,7 +76,7 @@ def fuse(
             is refused: use torch.inference_mode(). An attention or MLP outside a fused block stays
             as it is. Of the weights 8-bit copies are kept. On a CPU a call sees any write to all
             of a weight or to whole rows of it, through `.data` or from elsewhere, at once or
-            within eight calls, and one to a few numbers within some hundred. On a GPU it sees what
+            within 64 calls, and one to a few numbers within some thousand. On a GPU it sees what
             PyTorch counts: in-place operators, load_state_dict, `.to`, `.data = other`. After
             other writes call `refresh(model)`.
 
