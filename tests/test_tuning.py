@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from deit.kernels import tuning
-from deit.kernels.triton import candidates, configs
+from deit.kernels.device import candidates, configs
+from deit.kernels.engine import tuning
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
