@@ -146,9 +146,7 @@ def compile_part(arguments: Sequence[str]) -> None:
 
 def candidates_of(problem: Problem, count: int) -> list[Any]:
     """At most `count` configurations to try, the pinned default first."""
-    from deit.kernels.device import candidates
-
-    return candidates.candidates(problem.factory, problem.arguments)[: max(1, count)]
+    return tuning.TUNABLE[problem.factory].candidates(problem.arguments)[: max(1, count)]
 
 
 def warm(problems: Sequence[Problem], count: int, end: float = float("inf")) -> None:

@@ -17,7 +17,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("the interpreter has no compiler", allow_module_level=True)
 
-from deit.kernels.device import chips, configs
+from deit.kernels.device import chips
+from deit.kernels.gelu_mlp import tiles as gelu_mlp_tiles
+from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.prove import aot, cases, hazards
 
 # For every architecture: each kernel in bf16 with its longest epilogue, the widest tile
@@ -92,10 +94,10 @@ def test_every_shipped_configuration_is_a_case():
         for dtype in cases.DTYPES:
             for operator in ("layer_norm", "add_layer_norm", "attention", "linear"):
                 assert (operator, arch, dtype) in found
-            single = configs.gelu_mlp(arch, cases.DTYPES[dtype], 192) is not None
+            single = gelu_mlp_tiles.gelu_mlp(arch, cases.DTYPES[dtype], 192) is not None
             assert (("gelu_mlp", arch, dtype) in found) == single
     tiles = {
-        configs.linear(90, cases.DTYPES["bf16"], c.size, c.size).block_n
+        linear_tiles.linear(90, cases.DTYPES["bf16"], c.size, c.size).block_n
         for c in cases.all_cases((90,), ("bf16",))
         if c.operator == "linear"
     }
@@ -155,8 +157,8 @@ def test_faults_are_named():
 def test_each_fault_is_found_in_a_real_kernel(arch, change, fault, monkeypatch):
     """DeiT-B's linear layer, made wrong in one way at a time."""
     case = cases.Case("linear", "fp32 residual", "bf16", 768, arch)
-    wrong = dataclasses.replace(configs.linear(arch, case.torch_dtype, 768, 768), **change)
-    monkeypatch.setattr(configs, "linear", lambda *_: wrong)
+    wrong = dataclasses.replace(linear_tiles.linear(arch, case.torch_dtype, 768, 768), **change)
+    monkeypatch.setattr(linear_tiles, "linear", lambda *_: wrong)
     assert fault in " ".join(aot.compile_case(case).faults)
 
 

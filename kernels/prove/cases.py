@@ -13,10 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deit.kernels.attention import tiles as attention_tiles
 from deit.kernels.attention import triton as attention
 from deit.kernels.attention import triton_bwd as attention_bwd
-from deit.kernels.device import common, configs
+from deit.kernels.device import common
+from deit.kernels.engine import tuning
+from deit.kernels.gelu_mlp import tiles as gelu_mlp_tiles
 from deit.kernels.gelu_mlp import triton as gelu_mlp
+from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton as linear
 from deit.kernels.linear import triton_bwd as linear_bwd
 from deit.kernels.linear import triton_gradients as products
@@ -31,7 +35,7 @@ _TOKENS = 197
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel to compile. `arch` is a key of configs.SHARED_MEMORY, `size` D or head_dim.
+    """One kernel to compile. `arch` is a key of chips.SHARED_MEMORY, `size` D or head_dim.
 
     batch: how many images. They are on the meta device, so any number of them costs nothing.
     """
@@ -65,7 +69,7 @@ class Case:
             return False
         if self.operator in cases_rows.VARIANTS:
             return False
-        if self.operator.startswith("attention") and self.size not in configs.TMA_HEAD_DIMS:
+        if self.operator.startswith("attention") and self.size not in attention_tiles.TMA_HEAD_DIMS:
             return False
         return self.tensor_cores
 
@@ -132,27 +136,28 @@ def _sizes(operator: str) -> tuple[int, ...]:
 
 def _config(operator: str, arch: int, dtype: torch.dtype, size: int) -> object:
     if operator in ("linear", "linear_fwd"):
-        return configs.linear(arch, dtype, size, size)
+        return linear_tiles.linear(arch, dtype, size, size)
     if operator == "output_gradient":
-        return configs.output_gradient(size)
+        return linear_tiles.output_gradient(size)
     if operator == "input_gradient":
         # Both forms, so that each of its configurations is compiled.
         return tuple(
-            configs.input_gradient(arch, dtype, size, size, gelu=gelu) for gelu in (False, True)
+            linear_tiles.input_gradient(arch, dtype, size, size, gelu=gelu)
+            for gelu in (False, True)
         )
     if operator == "weight_gradient":
-        return configs.weight_gradient(arch, dtype, size, size)
+        return linear_tiles.weight_gradient(arch, dtype, size, size)
     if operator == "attention_bwd":
-        return configs.attention_bwd(arch, dtype, size, _TOKENS)
+        return attention_tiles.attention_bwd(arch, dtype, size, _TOKENS)
     if operator.startswith("attention"):
-        return configs.attention(arch, dtype, size, _TOKENS)
+        return attention_tiles.attention(arch, dtype, size, _TOKENS)
     if operator in cases_block.VARIANTS:
         return cases_block.config(operator, arch, dtype, size)
     if operator in cases_fp8.VARIANTS:
         return cases_fp8.config(operator, arch, dtype, size)
     if operator in cases_rows.VARIANTS:
         return cases_rows.config(operator, arch, dtype, size)
-    return getattr(configs, operator)(arch, dtype, size)
+    return tuning.TUNABLE[operator](arch, dtype, size)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -168,10 +173,10 @@ def _attention(case: Case) -> common.Launch:
     key_bias = _empty(case.batch, tokens) if "bias" in case.variant else None
     qkv = qkv[..., : 3 * heads * case.size]
     if case.operator != "attention_bwd":
-        config = configs.attention(case.arch, dtype, case.size, tokens, tma=not spare)
+        config = attention_tiles.attention(case.arch, dtype, case.size, tokens, tma=not spare)
         lse = case.operator == "attention_fwd"
         return _launch(attention.plan(qkv, heads, 0.125, key_bias, save_lse=lse, config=config))
-    bwd_config = configs.attention_bwd(case.arch, dtype, case.size, tokens, tma=not spare)
+    bwd_config = attention_tiles.attention_bwd(case.arch, dtype, case.size, tokens, tma=not spare)
     if case.variant == "delta":
         bwd_config = dataclasses.replace(bwd_config, whole_head=False)
     out, row_lse = (
@@ -204,7 +209,7 @@ def _linear(case: Case) -> common.Launch:
     weight, bias = _empty(dim, dim, dtype=dtype), _empty(dim, dtype=dtype)
     activation = case.variant.split()[0] if case.variant.startswith("gelu") else None
     options = _epilogue(case, x.shape)
-    config = configs.linear(case.arch, dtype, dim, dim)
+    config = linear_tiles.linear(case.arch, dtype, dim, dim)
     affine = _empty(*x.shape, dtype=dtype) if case.operator == "linear_fwd" else None
     return _launch(linear.plan(x, weight, bias, activation, *options, affine=affine, config=config))
 
@@ -230,7 +235,7 @@ def _spaced(case: Case) -> Tensor:
 def _input_gradient(case: Case) -> common.Launch:
     g, dtype, gelu = _spaced(case), DTYPES[case.dtype], "gelu" in case.variant
     weight, hidden = _empty(case.size, case.size, dtype=dtype), _empty(*g.shape, dtype=dtype)
-    config = configs.input_gradient(case.arch, dtype, case.size, case.size, gelu=gelu)
+    config = linear_tiles.input_gradient(case.arch, dtype, case.size, case.size, gelu=gelu)
     return _launch(products.plan_input_gradient(g, weight, hidden if gelu else None, config=config))
 
 
@@ -239,7 +244,7 @@ def _weight_gradient(case: Case) -> common.Launch:
     x = _empty(case.batch, _TOKENS + 1, case.size, dtype=dtype)[:, 1:]
     if case.variant != "token slice":
         x = _empty(case.batch, _TOKENS, case.size, dtype=dtype)
-    config = configs.weight_gradient(case.arch, dtype, case.size, case.size)
+    config = linear_tiles.weight_gradient(case.arch, dtype, case.size, case.size)
     programs = 1 if case.variant == "one part" else 132
     return _launch(products.plan_weight_gradient(g, x, config=config, programs=programs))
 
@@ -249,7 +254,7 @@ def _gelu_mlp(case: Case) -> common.Launch:
     x = _empty(case.batch, _TOKENS, dim, dtype=dtype)
     w1, b1 = _empty(4 * dim, dim, dtype=dtype), _empty(4 * dim, dtype=dtype)
     w2, b2 = _empty(dim, 4 * dim, dtype=dtype), _empty(dim, dtype=dtype)
-    config = configs.gelu_mlp(case.arch, dtype, dim)
+    config = gelu_mlp_tiles.gelu_mlp(case.arch, dtype, dim)
     assert config is not None  # all_cases leaves these out
     return _launch(gelu_mlp.plan(x, w1, b1, w2, b2, *_epilogue(case, x.shape), config=config))
 

@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from deit.kernels.device import common, configs
+from deit.kernels.device import common
+from deit.kernels.engine import tuning
+from deit.kernels.gelu_mlp import tiles as gelu_mlp_tiles
 from deit.kernels.gelu_mlp import triton as gelu_mlp
+from deit.kernels.layer_norm import tiles as layer_norm_tiles
+from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton as linear
 from deit.kernels.linear import triton_norm_linear as norm_linear
 from deit.kernels.linear import triton_row_stats as row_stats
@@ -32,11 +36,11 @@ TILED = ("norm_panel", "linear_stats", "norm_mlp")
 def config(operator: str, arch: int, dtype: torch.dtype, size: int) -> object:
     """What, beside the size, the kernels of an operator are compiled for; None for no kernel."""
     if operator == "row_stats":
-        return configs.layer_norm(arch, dtype, size)
+        return layer_norm_tiles.layer_norm(arch, dtype, size)
     if operator == "norm_mlp":
-        return configs.gelu_mlp(arch, dtype, size)
+        return gelu_mlp_tiles.gelu_mlp(arch, dtype, size)
     name = "linear" if operator == "linear_stats" else operator
-    return getattr(configs, name)(arch, dtype, size, size)
+    return tuning.TUNABLE[name](arch, dtype, size, size)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -67,7 +71,7 @@ def _launch(planned: tuple[object, common.Launch | None] | None) -> common.Launc
 
 
 def _row_stats(case: Case) -> common.Launch:
-    chosen = configs.layer_norm(case.arch, case.torch_dtype, case.size)
+    chosen = layer_norm_tiles.layer_norm(case.arch, case.torch_dtype, case.size)
     return _launch(row_stats.plan(_stream(case), config=chosen))
 
 
@@ -75,7 +79,7 @@ def _norm_panel(case: Case) -> common.Launch:
     x, dim = _stream(case), case.size
     activation = "gelu" if "gelu" in case.variant else None
     parameters = _parameters(case, dim, dim)
-    panel = configs.norm_panel(case.arch, case.torch_dtype, dim, dim)
+    panel = linear_tiles.norm_panel(case.arch, case.torch_dtype, dim, dim)
     assert panel is not None  # all_cases leaves these out
     return _launch(norm_linear.plan(x, _norm(x), *parameters, activation, config=panel))
 
@@ -86,7 +90,7 @@ def _linear_stats(case: Case) -> common.Launch:
     if "unaligned" in case.variant:
         x = _empty(case.batch, _TOKENS, dim + 1, dtype=case.torch_dtype)[..., :dim]
     gamma = _empty(dim) if "gamma" in case.variant else None
-    chosen = configs.linear(case.arch, case.torch_dtype, dim, dim)
+    chosen = linear_tiles.linear(case.arch, case.torch_dtype, dim, dim)
     parameters = _parameters(case, dim, dim)
     stats = row_stats.empty(residual)
     planned = linear.plan(
@@ -99,7 +103,7 @@ def _norm_mlp(case: Case) -> common.Launch:
     x, dim = _stream(case), case.size
     products = (*_parameters(case, 4 * dim, dim), *_parameters(case, dim, 4 * dim))
     gamma = _empty(dim) if "gamma" in case.variant else None
-    chosen = configs.gelu_mlp(case.arch, case.torch_dtype, dim)
+    chosen = gelu_mlp_tiles.gelu_mlp(case.arch, case.torch_dtype, dim)
     assert chosen is not None  # all_cases leaves these out
     stats = row_stats.empty(x)
     planned = gelu_mlp.plan(

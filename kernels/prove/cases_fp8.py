@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from deit.kernels import fp8
-from deit.kernels.device import common, configs
-from deit.kernels.fp8 import tiles as fp8_configs
+from deit.kernels.device import common
+from deit.kernels.fp8 import tiles as fp8_tiles
 from deit.kernels.fp8 import triton_product as fp8_product
 from deit.kernels.fp8 import triton_rows as fp8_rows
 from deit.kernels.fp8.quantize import E4M3, GROUP
+from deit.kernels.layer_norm import tiles as layer_norm_tiles
 
 if TYPE_CHECKING:
     from deit.kernels.prove.cases import Case
@@ -33,9 +34,9 @@ def config(operator: str, arch: int, dtype: torch.dtype, size: int) -> object:
     if arch < 10 * fp8.CAPABILITY[0] + fp8.CAPABILITY[1]:
         return None
     if operator == "fp8_rows":
-        return configs.layer_norm(arch, dtype, size)
+        return layer_norm_tiles.layer_norm(arch, dtype, size)
     # The result's dtype, and the hidden layer's.
-    return tuple(fp8_configs.fp8_product(arch, kind, size, size) for kind in (dtype, E4M3))
+    return tuple(fp8_tiles.fp8_product(arch, kind, size, size) for kind in (dtype, E4M3))
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -46,7 +47,7 @@ def _rows(case: Case) -> common.Launch:
     dtype, dim = case.torch_dtype, case.size
     weight, bias = (_empty(dim, dtype=dtype) for _ in range(2))
     norm = fp8_rows.Norm(weight, bias, 1e-6) if case.variant == "norm" else None
-    chosen = configs.layer_norm(case.arch, dtype, dim)
+    chosen = layer_norm_tiles.layer_norm(case.arch, dtype, dim)
     _, launch = fp8_rows.plan(_empty(case.batch, _TOKENS, dim, dtype=dtype), norm, config=chosen)
     assert launch is not None  # no case is empty
     return launch
@@ -59,7 +60,7 @@ def _product(case: Case) -> common.Launch:
     padded = -(-dim // GROUP) * GROUP
     weight = fp8_product.Weight(_empty(width, padded, dtype=E4M3), _empty(width))
     bias, hidden = _empty(width, dtype=dtype), case.variant == "hidden"
-    chosen = fp8_configs.fp8_product(case.arch, E4M3 if hidden else dtype, width, padded)
+    chosen = fp8_tiles.fp8_product(case.arch, E4M3 if hidden else dtype, width, padded)
     if hidden:
         _, launch = fp8_product.plan_hidden(x, weight, bias, config=chosen)
     else:

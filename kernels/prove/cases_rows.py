@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from deit.kernels.device import common, configs, partials
+from deit.kernels.device import common, partials
+from deit.kernels.engine import tuning
+from deit.kernels.layer_norm import tiles as layer_norm_tiles
 from deit.kernels.layer_norm import triton as layer_norm
 from deit.kernels.layer_norm import triton_bwd as layer_norm_bwd
+from deit.kernels.losses import tiles as losses_tiles
 from deit.kernels.losses import triton as losses
 from deit.kernels.losses import triton_bwd as losses_bwd
+from deit.kernels.patch_embed import tiles as patch_embed_tiles
 from deit.kernels.patch_embed import triton as patch_embed
 from deit.kernels.patch_embed import triton_bwd as patch_embed_bwd
 
@@ -46,9 +50,9 @@ def config(operator: str, arch: int, dtype: torch.dtype, size: int) -> object:
     if operator == "partial_sums":
         return "fp32" if dtype == torch.float32 else None  # whatever the operator's dtype
     if size in CLASSES:
-        return configs.loss(size)
+        return losses_tiles.loss(size)
     name = operator.removeprefix("add_").removesuffix("_fwd")
-    return getattr(configs, name)(arch, dtype, size)
+    return tuning.TUNABLE[name](arch, dtype, size)
 
 
 def build(case: Case) -> common.Launch:
@@ -71,7 +75,7 @@ def _layer_norm(case: Case) -> common.Launch:
     weight, bias = (_empty(dim, dtype=torch.float32 if full else dtype) for _ in range(2))
     wide = case.variant == "fp32 rows"
     x = _empty(case.batch, _TOKENS, dim, dtype=torch.float32 if wide else dtype)
-    config = configs.layer_norm(case.arch, x.dtype, dim)
+    config = layer_norm_tiles.layer_norm(case.arch, x.dtype, dim)
     if case.operator.startswith("layer_norm"):
         return _first(
             layer_norm.plan_layer_norm(
@@ -105,7 +109,7 @@ def _layer_norm_bwd(case: Case) -> common.Launch:
         mean,
         gamma,
         keep,
-        config=configs.layer_norm_bwd(case.arch, dtype, dim),
+        config=layer_norm_tiles.layer_norm_bwd(case.arch, dtype, dim),
     )
     return launches[0]
 
@@ -141,12 +145,12 @@ def _patch_embed(case: Case) -> common.Launch:
     weight, bias = _empty(dim, 3, 16, 16, dtype=dtype), _empty(dim, dtype=dtype)
     tokens = _empty(1, _TOKENS, dim, dtype=dtype)
     if case.operator == "patch_embed":
-        config = configs.patch_embed(case.arch, dtype, dim)
+        config = patch_embed_tiles.patch_embed(case.arch, dtype, dim)
         return _first(patch_embed.plan(images, weight, bias, tokens[:, :1], tokens, config=config))
     dout = _empty(case.batch, _TOKENS, dim, dtype=dtype)
     if case.variant == "tokens":
         return patch_embed_bwd.plan_tokens(dout, weight, 1)[1][0]
-    bwd_config = configs.patch_embed_bwd(case.arch, dtype, dim)
+    bwd_config = patch_embed_tiles.patch_embed_bwd(case.arch, dtype, dim)
     return patch_embed_bwd.plan_weight(dout, images, weight, 1, config=bwd_config)[1][0]
 
 
