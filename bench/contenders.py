@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import deit
-from deit.distill import Teacher
-from deit.images import IMAGENET_MEAN, IMAGENET_STD
+from deit.data.images import IMAGENET_MEAN, IMAGENET_STD
 from deit.kernels import dispatch
+from deit.training.distillation import Teacher
 
 Step = Callable[[Tensor], Any]
 Labeller = Callable[[Tensor], Tensor]  # images -> a teacher's logits

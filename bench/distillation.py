@@ -37,8 +37,8 @@ import evidence
 import torch
 from outcomes import STUDENT_T, curves, difference, score
 
-from deit import flags
-from deit.watch import human
+from deit.commands import flags
+from deit.training.progress import human
 
 SIZE, HIGHER = 28, 40  # pixels: 7 x 7 and 10 x 10 patches
 STUDENT = (

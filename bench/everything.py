@@ -29,7 +29,7 @@ import evidence
 import report
 import table5
 
-from deit import flags
+from deit.commands import flags
 
 RESULTS = evidence.ROOT / "bench" / "results"
 RACE = "python bench/throughput.py "

@@ -43,7 +43,7 @@ from torch import Tensor
 
 import deit
 import deit.kernels
-from deit import flags
+from deit.commands import flags
 from deit.fused_vit import fuse
 from deit.kernels import dispatch, ops
 from deit.kernels.triton import drivers, launching

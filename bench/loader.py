@@ -26,8 +26,8 @@ import timing
 import torch
 from PIL import Image, ImageOps
 
-from deit import flags
-from deit.commands import RecipeName
+from deit.commands import flags
+from deit.commands.train import RecipeName
 from deit.data.augment import training_transform
 from deit.data.drawn import split
 from deit.data.loader import Batch, Loader

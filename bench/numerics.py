@@ -34,7 +34,7 @@ import numerics_cases as cases
 import oracle
 
 import deit.kernels
-from deit import flags
+from deit.commands import flags
 
 if TYPE_CHECKING:
     from rich.table import Table

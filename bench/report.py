@@ -22,7 +22,7 @@ import paper_table
 from page import distillation, html, listings, pictures
 from page.pictures import Picture
 
-from deit import flags
+from deit.commands import flags
 
 Row = dict[str, Any]
 RESULTS = evidence.ROOT / "bench" / "results"

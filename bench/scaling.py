@@ -41,7 +41,7 @@ from settings import Settings
 from timing import median_interval
 
 import deit
-from deit import flags
+from deit.commands import flags
 
 Row = dict[str, Any]
 Sweep = Literal["batch", "resolution", "depth", "width", "processes", "ddp", "nodes"]

@@ -38,7 +38,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from deit import flags
+from deit.commands import flags
 
 Row = dict[str, Any]
 Protocol = Literal["modern", "deit2021"]

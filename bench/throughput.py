@@ -32,7 +32,7 @@ from race import Race
 from selection import Selection
 from settings import Settings
 
-from deit import flags
+from deit.commands import flags
 
 CPU_BUDGET = 540.0
 TABLE5_DEITS = ("deit_ti", "deit_s", "deit_b", "deit_b_384")

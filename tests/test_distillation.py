@@ -16,7 +16,7 @@ import outcomes
 import report
 from page import distillation as drawing
 
-from deit.cli import Command
+from deit.commands.cli import Command
 
 OPTIONS = distillation.Options(out=Path("runs"), seeds=2, images=100, epochs=4)
 

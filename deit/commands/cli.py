@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from deit import flags
-from deit.commands import (
+from deit.commands import flags
+from deit.commands.train import (
     Eval,
     ExplainImage,
     Export,

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_type_hints
 
-from deit import flags
-from deit.options import WORKERS, Distillation, Options, Shape
+from deit.commands import flags
 from deit.recipes import RECIPES, Recipe
+from deit.training.options import WORKERS, Distillation, Options, Shape
 
 
 def _may_be_left_out(metavar: str) -> Any:
@@ -149,7 +149,7 @@ class Train:
 
     def run(self) -> int:
         """Train; 0 at the end, and after a signal with a checkpoint written."""
-        from deit.train import train
+        from deit.training.trainer import train
 
         train(self.options())
         return 0
@@ -202,7 +202,7 @@ class Eval:
 
     def run(self) -> int:
         """Evaluate and print."""
-        from deit.evaluate import run
+        from deit.training.evaluation import run
 
         return run(self)
 
@@ -218,7 +218,7 @@ class Report:
 
     def run(self) -> int:
         """Print and draw."""
-        from deit.report import run
+        from deit.training.report import run
 
         return run(self)
 
@@ -258,6 +258,6 @@ class Export:
 
     def run(self) -> int:
         """Write and compare."""
-        from deit.export import run
+        from deit.weights.export import run
 
         return run(self)

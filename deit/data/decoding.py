@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
 
-from deit.limits import limit, not_regular
+from deit.data.limits import limit, not_regular
 
 # torchvision's, and .gif.
 SUFFIXES = frozenset(

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
-from deit.decoding import UnreadableImage, find_images, load_image
+from deit.data.decoding import UnreadableImage, find_images, load_image
 
 # Channel statistics of ImageNet, which every published DeiT was trained with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

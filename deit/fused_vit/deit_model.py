@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from deit import model
 from deit.fused_vit import modules
-from deit.fused_vit.embeds import Embeds
+from deit.fused_vit.embedding import ImageEmbedding
 from deit.fused_vit.last_block import PrefixOnly
 
 
@@ -34,7 +34,7 @@ class FusedBlock(modules.FusedBlock, model.Block):
         return self.drop_path.keep(x)
 
 
-class FusedDeiT(Embeds, PrefixOnly, model.DeiT):
+class FusedDeiT(ImageEmbedding, PrefixOnly, model.DeiT):
     """deit.model.DeiT embedded by one operator, its last block for the prefix tokens alone."""
 
     STEPS = ("forward_features", "embed", "prefix")

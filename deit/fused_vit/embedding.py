@@ -14,7 +14,7 @@ from deit.fused_vit.modules import PLAIN_TENSORS, hooked
 from deit.kernels import dispatch, patch_embed
 
 
-class Embeds:
+class ImageEmbedding:
     """What a fused root adds for its embedding; a mix-in beside PrefixOnly.
 
     `why_steps` says when the original's steps run instead: what they do differs, or somebody

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deit.kernels import attention, linear, thirds
 
 
-class Attends:
+class SelfAttention:
     """Self-attention from one packed projection; a mix-in for what holds its parameters."""
 
     def projection(self) -> tuple[Any, Any]:

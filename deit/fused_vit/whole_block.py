@@ -11,7 +11,7 @@ from deit.kernels import dispatch, thirds
 from deit.kernels.vit_block import served
 
 
-class Whole:
+class WholeBlock:
     """What `fuse(model, block="auto")` and "whole" add to a block; a mix-in for a FusedBlock.
 
     Asked for where `fused_impls` names an implementation of vit_block.

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from deit import checkpoint, networks
+from deit.data.images import IMAGENET_MEAN, IMAGENET_STD
 from deit.data.sources import Source
-from deit.distill import Teacher, check_classes, statistics
-from deit.images import IMAGENET_MEAN, IMAGENET_STD
 from deit.model import DeiT
-from deit.options import Options
 from deit.recipes import Recipe
+from deit.training.distillation import Teacher, check_classes, statistics
+from deit.training.options import Options
+from deit.weights import checkpoint, networks
 
 # Beside biases and norms, which have one axis. Section 6 of the paper; timm's models name theirs.
 NO_DECAY = ("cls_token", "dist_token", "pos_embed")

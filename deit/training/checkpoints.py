@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deit import checkpoint, continuing, scale
 from deit.data.sampling import Plan
 from deit.model import DeiT
-from deit.runs import State, load_state, write_tensors
-from deit.trackers import Trackers
+from deit.training import distributed
+from deit.training import resume as resuming
+from deit.training.runs import State, load_state, write_tensors
+from deit.training.trackers import Trackers
+from deit.weights import checkpoint
 
 if TYPE_CHECKING:
-    from deit.train import Trainer
+    from deit.training.trainer import Trainer
 
 
 def _about(trainer: Trainer) -> dict[str, Any]:
     """What `run.json` says, as it reads it again."""
-    model = scale.plain(trainer.network)
+    model = distributed.plain(trainer.network)
     # Whoever reads a checkpoint's weights needs what no shape shows: heads, epsilon.
     shape = {"config": asdict(model.config)} if isinstance(model, DeiT) else {}
     about = {
@@ -30,7 +32,7 @@ def _about(trainer: Trainer) -> dict[str, Any]:
         "mean": trainer.source.mean,
         "std": trainer.source.std,
         "images": len(trainer.source),
-        "images_digest": continuing.digest(trainer.source),
+        "images_digest": resuming.digest(trainer.source),
         "held_out_images": len(trainer.held_out),
         "options": asdict(trainer.options),
         "parameters": trainer.size,
@@ -41,14 +43,14 @@ def _about(trainer: Trainer) -> dict[str, Any]:
 
 def save(trainer: Trainer) -> None:
     """Write a checkpoint; on a full disk say so and go on, unless this was the last chance."""
-    model, average = scale.model_state(trainer.network), None
+    model, average = distributed.model_state(trainer.network), None
     if trainer.average is not None:
-        average = scale.model_state(trainer.average.module)
+        average = distributed.model_state(trainer.average.module)
     rest = {
-        "optimizer": scale.optimizer_state(trainer.network, trainer.optimizer),
+        "optimizer": distributed.optimizer_state(trainer.network, trainer.optimizer),
         "scaler": trainer.scaler.state_dict(),
         "unreadable": trainer.unreadable,
-        "plan": continuing.place(trainer.plan, trainer.update),
+        "plan": resuming.place(trainer.plan, trainer.update),
     }
     if trainer.world.first:
         try:
@@ -83,9 +85,9 @@ def resume(trainer: Trainer) -> None:
         if trainer.settled:
             return
         state = state or State(rest["update"], {}, {}, {"optimizer": {}})
-        scale.restore_model(network, state.model, world)
+        distributed.restore_model(network, state.model, world)
         if trainer.average is not None:
-            scale.restore_model(trainer.average.module, state.average or {}, world)
+            distributed.restore_model(trainer.average.module, state.average or {}, world)
         _restore_optimizer(trainer, state.rest["optimizer"])
         if rest["scaler"]:  # empty in other dtypes than fp16
             trainer.scaler.load_state_dict(rest["scaler"])
@@ -101,7 +103,7 @@ def _restore_optimizer(trainer: Trainer, moments: dict[str, Any]) -> None:
     """The moments from the checkpoint; betas, eps and weight decay are the recipe's of today."""
     groups = trainer.optimizer.param_groups
     settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-    scale.restore_optimizer(trainer.network, trainer.optimizer, moments, trainer.world)
+    distributed.restore_optimizer(trainer.network, trainer.optimizer, moments, trainer.world)
     for group, own in zip(trainer.optimizer.param_groups, settings, strict=True):
         group.update(own)
 
@@ -115,18 +117,18 @@ def _take_up(trainer: Trainer, about: dict[str, Any]) -> State | None:
     path = folder.newest(say)
     if path is None and not folder.holds_something():
         return None
-    found = continuing.changes(folder.about(), about)
-    facts = [change for change in found if change.name in continuing.FACTS]
-    continuing.check([c for c in found if c not in facts], folder.root, say)
+    found = resuming.changes(folder.about(), about)
+    facts = [change for change in found if change.name in resuming.FACTS]
+    resuming.check([c for c in found if c not in facts], folder.root, say)
     if path is None:
-        continuing.check(facts, folder.root, say)
+        resuming.check(facts, folder.root, say)
         say("no checkpoint is whole: beginning again")
         return None
     state = load_state(path)
     if trainer.average is not None and state.average is None:
         raise ValueError(f"ema: {path} has no averaged weights; expected --ema None")
     kept = state.rest.pop("plan", None) or _plan_of(folder.about(), about, state.update)
-    position = continuing.position(kept, trainer.plan)
+    position = resuming.position(kept, trainer.plan)
     if position > trainer.total:
         raise ValueError(
             f"epochs: expected at least {position / trainer.plan.updates:g}, which the run in "
@@ -143,7 +145,7 @@ def _take_up(trainer: Trainer, about: dict[str, Any]) -> State | None:
             say(f"{change.name} changed since: {change.now} now; it was {change.before}")
         say(f"the run in {folder.root} is finished; nothing is left to do, it stays as it was")
     else:
-        continuing.check(facts, folder.root, say)
+        resuming.check(facts, folder.root, say)
         say(f"going on after update {state.update} ({path})")
     state.rest |= {"scored": scored, "scores": scores, "position": position, "settled": settled}
     return state
@@ -153,7 +155,7 @@ def _plan_of(before: dict[str, Any], about: dict[str, Any], update: int) -> dict
     """The plan of a checkpoint that an older version wrote without one."""
     recipe = before["options"].get("recipe", {})
     batch = int(recipe.get("batch_size", about["options"]["recipe"]["batch_size"]))
-    return continuing.place(Plan(about["images"], batch), update)
+    return resuming.place(Plan(about["images"], batch), update)
 
 
 def _is_finished(trainer: Trainer) -> bool:
@@ -163,11 +165,11 @@ def _is_finished(trainer: Trainer) -> bool:
 
 def finish(trainer: Trainer) -> None:
     """The final weights under their own names, model and average."""
-    models = {"model": (trainer.network, scale.plain(trainer.network))}
+    models = {"model": (trainer.network, distributed.plain(trainer.network))}
     if trainer.average is not None:
         models["average"] = (trainer.average.module, trainer.average.module)
     for name, (network, model) in models.items():
-        state = scale.model_state(network)  # a collective: every process takes part
+        state = distributed.model_state(network)  # a collective: every process takes part
         if not trainer.world.first:
             continue
         path = trainer.folder.root / f"{name}.safetensors"

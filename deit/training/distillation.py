@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deit.kernels import cross_entropy, distillation_loss
-from deit.options import Distillation
+from deit.training.options import Distillation
 
 
 class Objective:

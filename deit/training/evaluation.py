@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from deit import devices
-from deit.commands import Eval
+from deit.commands.train import Eval
 from deit.data.loader import Batch, Loader, in_order, naming_lost_workers
 from deit.data.sources import open_source
-from deit.distill import check_classes
 from deit.model import DeiT, combine_heads
+from deit.training.distillation import check_classes
 
 HEADS = ("class", "distillation", "softmax-sum")
 
@@ -118,8 +118,8 @@ def evaluate(
 
 def run(command: Eval) -> int:
     """`deit eval`: prints the scores; returns 0."""
-    from deit import networks
     from deit.data.augment import evaluation_transform
+    from deit.weights import networks
 
     model, about = networks.opened(command.weights, command.img_size)
     classes = about.get("classes")  # by which the network counts, whatever folders there are

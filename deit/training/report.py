@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deit.commands import Report
+from deit.commands.train import Report
 from deit.kernels.json_files import Fields
-from deit.runs import LAST, RunFolder
+from deit.training.runs import LAST, RunFolder
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit import beside
 from deit.kernels import json_files
 from deit.kernels.json_files import Fields
+from deit.weights import beside
 
 MANIFEST = "manifest.json"
 LAST = 1 << 40  # updates that a log may speak of

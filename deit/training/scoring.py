@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from deit import scale
 from deit.data.augment import evaluation_transform
 from deit.data.loader import Loader, in_order
-from deit.evaluate import Scores, evaluate
+from deit.training import distributed
+from deit.training.evaluation import Scores, evaluate
 
 if TYPE_CHECKING:
-    from deit.train import Trainer
+    from deit.training.trainer import Trainer
 
 
 def due(trainer: Trainer) -> bool:
@@ -27,7 +27,7 @@ def score(trainer: Trainer) -> None:
     """Evaluate the network, and its average where there is one; a stop leaves no trace of it."""
     row: dict[str, Any] = {}
     line = f"epoch {trainer.update // trainer.plan.updates}"
-    models = {"model": scale.plain(trainer.network)}
+    models = {"model": distributed.plain(trainer.network)}
     if trainer.average is not None:
         models["average"] = trainer.average.module
     for name, model in models.items():

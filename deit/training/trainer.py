@@ -19,19 +19,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from deit import assemble, devices, keeping, networks, scale, scoring
+from deit import devices
 from deit.data.augment import mix, training_transform
 from deit.data.drawn import split
 from deit.data.loader import Batch, Loader, naming_lost_workers
 from deit.data.on_device import Augmentation
 from deit.data.sampling import Batches, Plan, stream
 from deit.data.sources import Source, check_labels, open_source
-from deit.distill import Objective
-from deit.options import Options
-from deit.pace import Pace
-from deit.runs import RunFolder, write_atomically
-from deit.trackers import Trackers
-from deit.watch import Watch, human
+from deit.training import assemble, checkpoints, distributed, scoring
+from deit.training.distillation import Objective
+from deit.training.options import Options
+from deit.training.progress import Watch, human
+from deit.training.runs import RunFolder, write_atomically
+from deit.training.throughput import Pace
+from deit.training.trackers import Trackers
+from deit.weights import networks
 
 
 class NotFinite(ValueError):
@@ -54,7 +56,7 @@ def train(options: Options) -> dict[str, Any]:
         ValueError: bad options or data; NotFinite; TooManyUnreadable. OSError: the folder
         cannot be written; WorkerDied.
     """
-    with scale.join(options.device) as world, naming_lost_workers():
+    with distributed.join(options.device) as world, naming_lost_workers():
         watch, trainer = Watch(world.first), None
         try:
             trainer = Trainer(options, world, watch)
@@ -72,7 +74,7 @@ class Trainer:
     `stopping` what all have agreed on, in `step` and at every batch of an evaluation.
     """
 
-    def __init__(self, options: Options, world: scale.World, watch: Watch) -> None:
+    def __init__(self, options: Options, world: distributed.World, watch: Watch) -> None:
         self.options, self.world, self.watch = options, world, watch
         self.recipe = options.recipe
         self.folder = RunFolder(options.out, options.keep)
@@ -101,7 +103,9 @@ class Trainer:
         )
         self.size = networks.parameters(model)
         self.network = self._prepare(model).train()
-        self.optimizer = assemble.optimizer(scale.plain(self.network), self.recipe, world.device)
+        self.optimizer = assemble.optimizer(
+            distributed.plain(self.network), self.recipe, world.device
+        )
         self.schedule = assemble.schedule(self.optimizer, self.recipe, self.plan.updates)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=options.dtype == "fp16")
         self.trackers = Trackers((), options.out)
@@ -130,10 +134,10 @@ class Trainer:
         if options.checkpoint_activations:  # of fused blocks
             assemble.checkpoint_blocks(model)
         if options.parallel == "fsdp" and self.average is not None:
-            scale.shard(self.average.module, self.world, "fsdp")
+            distributed.shard(self.average.module, self.world, "fsdp")
         if options.compile:
             model.compile()
-        return scale.shard(model, self.world, options.parallel)
+        return distributed.shard(model, self.world, options.parallel)
 
     def run(self) -> dict[str, Any]:
         """From the newest checkpoint to the last epoch, or to a signal."""
@@ -156,12 +160,12 @@ class Trainer:
                     pace = pace.again()  # an evaluation is no training time
                 epoch, within = divmod(self.update, self.plan.updates)
                 if self.stopping or (within == 0 and epoch % self.options.save_every == 0):
-                    keeping.save(self)
+                    checkpoints.save(self)
         finished = self.update >= self.total and not self.stopping
         if not finished:
             self.watch.say(f"stopped by a signal after update {self.made}; run it again to go on")
         elif not self.settled:
-            keeping.finish(self)
+            checkpoints.finish(self)
         return {"update": self.made, "finished": finished, **self.scores}
 
     def step(self, parts: list[Batch], pace: Pace) -> tuple[float, bool]:
@@ -172,7 +176,7 @@ class Trainer:
         facts = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for number, batch in enumerate(parts):
             self._count(batch, pace)
-            with scale.accumulating(self.network, last=number == len(parts) - 1):
+            with distributed.accumulating(self.network, last=number == len(parts) - 1):
                 loss = self._loss(batch) / len(parts)
                 self.scaler.scale(loss).backward()
             facts[0] += loss.detach()
@@ -207,7 +211,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
-            self.average.update(scale.plain(self.network), step=self.made + 1)
+            self.average.update(distributed.plain(self.network), step=self.made + 1)
 
     def _not_finite(self, value: float, parts: list[Batch]) -> None:
         """Name the batch of a loss that is NaN or infinite; then stop, unless told to go on."""
@@ -264,7 +268,7 @@ class Trainer:
         return devices.autocast(self.world.device, self.options.dtype)
 
     def _begin(self) -> None:
-        keeping.resume(self)
+        checkpoints.resume(self)
         if self.settled:
             return
         options, plan = self.options, self.plan
@@ -334,11 +338,3 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-if __name__ == "__main__":
-    import sys
-
-    from deit.cli import main
-
-    sys.exit(main(["train", *sys.argv[1:]]))

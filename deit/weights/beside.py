@@ -16,7 +16,7 @@ from typing import Any
 from deit.configs import VARIANTS, Config
 from deit.kernels import json_files
 from deit.kernels.json_files import Fields
-from deit.options import Shape, resolve
+from deit.training.options import Shape, resolve
 
 RUN_FILE = "run.json"
 WEIGHTS_FILE = "model.safetensors"

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deit.beside import neighbour
 from deit.configs import VARIANTS, Config, config
-from deit.layouts import Converted, convert, describe, infer, sample, strip_wrappers
 from deit.model import DeiT
-from deit.readers import ABOUT_KEY, METADATA_KEY, Weights, read
-from deit.runs import write_tensors
+from deit.training.runs import write_tensors
+from deit.weights.beside import neighbour
+from deit.weights.layouts import Converted, convert, describe, infer, sample, strip_wrappers
+from deit.weights.readers import ABOUT_KEY, METADATA_KEY, Weights, read
 
 # The published files, by network (github.com/facebookresearch/deit).
 OFFICIAL_FILES = {
@@ -133,7 +133,7 @@ def load_into(
 def save(model: DeiT, path: str | os.PathLike[str], about: Mapping[str, Any] | None = None) -> None:
     """Write the weights, and the Config as metadata, to `path`, a .safetensors file.
 
-    `about`: what a run says of its images and recipe (`deit.networks.opened`), kept as metadata.
+    `about`: what a run says of its images and recipe (`networks.opened`), kept as metadata.
     Atomic: the file is complete on disk under its name, or not there (or as it was before).
     Raises ValueError for another suffix, TypeError for another kind of model, OSError.
     """

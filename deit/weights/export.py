@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deit import checkpoint, networks
-from deit.commands import Export
-from deit.images import crop_ratio
+from deit.commands.train import Export
+from deit.data.images import crop_ratio
 from deit.model import DeiT
+from deit.weights import checkpoint, networks
 
 # Logits of unit scale: fp32 rounding through twelve blocks stays below 1e-5.
 TOLERANCE = 1e-4

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from deit.beside import RUN_FILE, TIMM, WEIGHTS_FILE, read_run, run_of
-from deit.checkpoint import load
 from deit.model import DeiT
-from deit.options import Shape, resolve
-from deit.readers import about_of, read
+from deit.training.options import Shape, resolve
+from deit.weights.beside import RUN_FILE, TIMM, WEIGHTS_FILE, read_run, run_of
+from deit.weights.checkpoint import load
+from deit.weights.readers import about_of, read
 
 
 def create(
@@ -167,7 +167,7 @@ def opened(
 
 
 def crop_of(about: dict[str, Any]) -> float | None:
-    """The crop ratio that a run evaluates with; None for the paper's (`deit.images.crop_ratio`).
+    """The crop ratio that a run evaluates with; None for the paper's (`images.crop_ratio`).
 
     `about`: what `run.json` says; empty for weights that no run here trained.
     """

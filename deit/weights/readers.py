@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit import beside
 from deit.configs import Config
 from deit.kernels import json_files
 from deit.kernels.json_files import Fields
-from deit.layouts import sample
+from deit.weights import beside
+from deit.weights.layouts import sample
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 
@@ -47,7 +47,7 @@ class Weights:
 
     name: for messages. config: ours, kept in the file or in its run's run.json; where: which of
     them. neighbour: a config.json of Hugging Face or timm, to be read once it is known whose keys
-    these are (`deit.beside.neighbour`); named: it must be of these weights, as its folder was
+    these are (`beside.neighbour`); named: it must be of these weights, as its folder was
     asked for.
     """
 
