@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import deit
 from deit.data.images import IMAGENET_MEAN, IMAGENET_STD
-from deit.kernels import dispatch
+from deit.kernels.engine import dispatch
 from deit.training.distillation import Teacher
 
 Step = Callable[[Tensor], Any]

@@ -14,7 +14,7 @@ from deit import create
 from deit.attention_maps import attention_maps, picture
 from deit.commands.cli import main
 from deit.configs import Config
-from deit.kernels import native
+from deit.kernels.engine import native
 from deit.model import DeiT
 from deit.training.report import draw, history
 from deit.training.runs import RunFolder

@@ -19,7 +19,7 @@ from deit import load
 from deit.commands.cli import main
 from deit.fused_vit.modules import FusedBlock
 from deit.recipes import recipe
-from deit.training import assemble
+from deit.training import assemble, distillation
 from deit.training.options import Shape
 from deit.training.trainer import Trainer, train
 from deit.weights import networks

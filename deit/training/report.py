@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deit.commands.train import Report
-from deit.kernels.json_files import Fields
+from deit.kernels.engine.json_files import Fields
 from deit.training.runs import LAST, RunFolder
 
 

@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit.kernels import json_files
-from deit.kernels.json_files import Fields
+from deit.kernels.engine import json_files
+from deit.kernels.engine.json_files import Fields
 from deit.weights import beside
 
 MANIFEST = "manifest.json"

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from deit.configs import Config
-from deit.kernels import json_files
-from deit.kernels.json_files import Fields
+from deit.kernels.engine import json_files
+from deit.kernels.engine.json_files import Fields
 from deit.weights import beside
 from deit.weights.layouts import sample
 
