@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import evidence
-import paper_table
+from deit.commands import flags
+from evidence import paper_table
 from page import distillation, html, listings, pictures
 from page.pictures import Picture
-
-from deit.commands import flags
 
 Row = dict[str, Any]
 RESULTS = evidence.ROOT / "bench" / "results"

@@ -21,24 +21,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import compiling
-import contenders as field_of
-import devices
-import evidence
-import paper_table
-import peers
-import planning
-import tables
-import throughput
 import torch
-from contenders import Network
-from paper_table import Quoted
-from progress import Progress
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+import evidence
+import peers
+import throughput
 from deit.commands import flags
+from evidence import devices, paper_table
+from evidence.paper_table import Quoted
+from race import compiling, planning, tables
+from race import contenders as field_of
+from race.contenders import Network
+from race.progress import Progress
 
 Row = dict[str, Any]
 Protocol = Literal["modern", "deit2021"]

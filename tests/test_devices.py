@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
-import devices
+from evidence import devices
 
 CPU = torch.device("cpu")
 

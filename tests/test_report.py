@@ -8,18 +8,15 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
 import evidence
-import paper_table
 import report
+from evidence import paper_table
 from page import listings, pictures, svg
 
 Row = dict[str, Any]

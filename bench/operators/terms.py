@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import devices
-import evidence
-import operator_race
-import tables
 import torch
 
 import deit
+import evidence
+from evidence import devices
+from operators import measure
+from race import tables
 
 
 @dataclass
@@ -27,23 +27,23 @@ class Run:
     rounds: int
     compiled: bool
     rows: list[dict[str, Any]] = field(default_factory=list)
-    ceilings: operator_race.Ceilings | None = None
+    ceilings: measure.Ceilings | None = None
 
     def __post_init__(self) -> None:
         self.kernels_scope = evidence.scope_of(self.device.type, int8=True)
         self.kernels_sha256 = evidence.kernels_sha256(scope=self.kernels_scope)  # as it begins
 
-    def measured_ceilings(self) -> operator_race.Ceilings:
+    def measured_ceilings(self) -> measure.Ceilings:
         """The device's, measured when first asked for."""
         if self.ceilings is None:
-            self.ceilings = operator_race.measure_ceilings(self.device, self.dtype)
+            self.ceilings = measure.measure_ceilings(self.device, self.dtype)
         return self.ceilings
 
     def finish(self) -> None:
         """Measure the ceilings once more: a ceiling is the best seen, early or late in the run."""
         early, late = (
             self.measured_ceilings(),
-            operator_race.measure_ceilings(self.device, self.dtype),
+            measure.measure_ceilings(self.device, self.dtype),
         )
         self.ceilings = early.best(late)
         for row in (row for row in self.rows if row["share"] is not None):
@@ -59,8 +59,8 @@ def settle(option: Callable[[str], Any]) -> Run:
     for name, value in (("bs", batch), ("rounds", option("rounds"))):
         if value < 1:
             raise ValueError(f"--{name}: expected at least 1; got {value}")
-    if option("impl") not in ("auto", *operator_race.OURS):
-        known = ", ".join(("auto", *operator_race.OURS))
+    if option("impl") not in ("auto", *measure.OURS):
+        known = ", ".join(("auto", *measure.OURS))
         raise ValueError(f"--impl: expected one of {known}; got {option('impl')!r}")
     if option("threads"):
         torch.set_num_threads(option("threads"))

@@ -9,10 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import paper_table
 import torch
 import torch.nn.functional as F
-from peers import Peer, Problem
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,6 +18,8 @@ import deit
 from deit.data.images import IMAGENET_MEAN, IMAGENET_STD
 from deit.kernels.engine import dispatch
 from deit.training.distillation import Teacher
+from evidence import paper_table
+from peers import Peer, Problem
 
 Step = Callable[[Tensor], Any]
 Labeller = Callable[[Tensor], Tensor]  # images -> a teacher's logits

@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import Contender
-from race import Race
-from timing import Spread, interleave, spread
 from torch import Tensor
 
 from deit.data.augment import training_transform
@@ -24,6 +21,9 @@ from deit.data.images import PhotoLoader, find_images
 from deit.data.loader import Loader, in_order, naming_lost_workers
 from deit.data.sources import Folder
 from deit.recipes import DEIT
+from evidence.timing import Spread, interleave, spread
+from race.contenders import Contender
+from race.race import Race
 
 ROUNDS = 3
 MOST_BATCHES = 8  # in one pass; enough for decoding to run ahead of the model

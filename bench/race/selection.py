@@ -6,14 +6,13 @@ import math
 import time
 from dataclasses import replace
 
-import compiling
-import contenders as field_of
-import planning
-from checks import WrongOutputs
-from contenders import Contender
+from evidence.timing import spread
 from peers import Peer
-from race import LEAST_COMPILE, TRIAL_CALLS, Entry, Race
-from timing import spread
+from race import compiling, planning
+from race import contenders as field_of
+from race.checks import WrongOutputs
+from race.contenders import Contender
+from race.race import LEAST_COMPILE, TRIAL_CALLS, Entry, Race
 
 COMPILE_GUESS = {"cpu": 25.0, "cuda": 90.0}  # seconds, for the time left; only a guess
 

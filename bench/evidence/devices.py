@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Clock
+
+from evidence.timing import Clock
 
 GIB = 1 << 30
 

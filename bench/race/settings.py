@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import planning
 import torch
-from contenders import Network
-from devices import Peak
+
+from evidence.devices import Peak
 from peers import Peer
+from race import planning
+from race.contenders import Network
 
 
 @dataclass(frozen=True)

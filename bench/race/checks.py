@@ -6,9 +6,10 @@ import copy
 from collections.abc import Callable
 
 import torch
-from contenders import Contender, training_loss
-from peers import calibration
 from torch import Tensor
+
+from peers import calibration
+from race.contenders import Contender, training_loss
 
 # A contender's error may be twice the eager model's own plus this floor, relative L2 distance
 # against a wider dtype. The floors are one rounding of the logits in half precision; in fp32 they

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from contenders import Contender
 from torch import Tensor
+
+from race.contenders import Contender
 
 
 class Inputs:

@@ -11,19 +11,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import compiling
-import contenders as field_of
-import devices
-import evidence
-import planning
 import torch
-from checks import Agreement, Oracle, WrongOutputs, verify_gradients
-from contenders import Contender, Network
-from inputs import Inputs
-from progress import Progress, human
-from settings import Settings
-from timing import Clock, interleave, spread
 from torch import Tensor
+
+import evidence
+from evidence import devices
+from evidence.timing import Clock, interleave, spread
+from race import compiling, planning
+from race import contenders as field_of
+from race.checks import Agreement, Oracle, WrongOutputs, verify_gradients
+from race.contenders import Contender, Network
+from race.inputs import Inputs
+from race.progress import Progress, human
+from race.settings import Settings
 
 RESERVE, RESERVED_SHARE = 12.0, 0.1  # seconds, or of a small budget that share, for what comes last
 SLOW = 1.0  # seconds: a call that takes longer is timed once, not three times, for planning

@@ -7,18 +7,18 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import devices
-import evidence
-import paper_table
 import torch
-from contenders import Contender
-from photos import Photographs
-from race import Race
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from timing import Spread, compare, percentile, spread
+
+import evidence
+from evidence import devices, paper_table
+from evidence.timing import Spread, compare, percentile, spread
+from race.contenders import Contender
+from race.photos import Photographs
+from race.race import Race
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TRAINING_FLOPS = 3  # a training step counts as three forwards: backward is two

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numerics_cases
 import oracle
 import torch
-from numerics_cases import Call
 from torch import Tensor
 
 from deit.kernels.prove import reference
+from operators import numerics_cases
+from operators.numerics_cases import Call
 
 OPERATORS = ("attention", "linear", "gelu_mlp", "layer_norm", "add_layer_norm", "vit_block",
              "patch_embed", "cross_entropy", "distillation_loss")  # fmt: skip

@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import devices
 import torch
-from numerics_cases import Call
-from timing import Clock, interleave
+
+from evidence import devices
+from evidence.timing import Clock, interleave
+from operators.numerics_cases import Call
 
 Function = Callable[[dict[str, Any]], Any]  # an operator on its tensors by name
 
@@ -89,10 +90,9 @@ def contenders(call: Call, backward: bool, ours: Sequence[str], *, compiled: boo
 
     A vit_block is also run by parts; attention on a GPU by every backend of PyTorch's.
     """
-    import numerics
-    from qualification import calls
-
     import deit.kernels
+    import numerics
+    from operators import calls
 
     reasons = deit.kernels.explain(call.operator, **call.inputs, **call.options).reasons
     able = [name for name in ours if not reasons[name]]

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from numerics_cases import Call
-from qualification import calls
 
 import deit
+from operators import calls
+from operators.numerics_cases import Call
 
 # Arithmetic an element of the largest input, where there is no matrix product; exp counts as one.
 # LayerNorm forward: mean 1, variance 3, normalising 2, weight and bias 2; backward: x^ 2,

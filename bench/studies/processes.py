@@ -17,17 +17,16 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-import checks
-import contenders as field_of
-import planning
-import tables
 import torch
 import torch.distributed
 import torch.multiprocessing
-from contenders import Contender, Network
-from inputs import Inputs
-from timing import interleave, spread
 from torch.nn.parallel import DistributedDataParallel
+
+from evidence.timing import interleave, spread
+from race import checks, planning, tables
+from race import contenders as field_of
+from race.contenders import Contender, Network
+from race.inputs import Inputs
 
 Row = dict[str, Any]
 CONTENDERS = ("fused", "eager")
