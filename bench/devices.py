@@ -60,8 +60,11 @@ def describe(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "device": info.processor_label(cpu),
         "driver": None,
-        "cpu": cpu.pop("model"),
-        "processor": cpu,
+        "cpu": cpu["model"],
+        "processor": {
+            **{name: cpu[name] for name in ("vendor", "family", "model_number")},
+            "instruction_sets": " ".join(cpu["instruction_sets"]),
+        },
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
