@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import deit
 from deit.distill import Teacher
 from deit.images import IMAGENET_MEAN, IMAGENET_STD
-from deit.kernels import dispatch
+from deit.kernels.engine import dispatch
 
 Step = Callable[[Tensor], Any]
 Labeller = Callable[[Tensor], Tensor]  # images -> a teacher's logits

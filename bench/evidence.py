@@ -152,7 +152,7 @@ def save(path: Path, content: Any) -> None:
 
 def load(path: Path) -> Any:
     """A results file's content: a list of rows, or a dict; ValueError that names the file."""
-    from deit.kernels import json_files  # here: hashing the sources needs no package to be there
+    from deit.kernels.engine import json_files
 
     content = json_files.read(path)
     if not isinstance(content, (list, dict)):

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from deit.configs import VARIANTS, Config
-from deit.kernels import json_files
-from deit.kernels.json_files import Fields
+from deit.kernels.engine import json_files
+from deit.kernels.engine.json_files import Fields
 from deit.options import Shape, resolve
 
 RUN_FILE = "run.json"

@@ -132,7 +132,7 @@ def load_package(path: str | Path) -> Callable[[Tensor], Tensor]:
     Images [B, C, H, W], fp32 on the CPU -> logits [B, classes]. Raises RuntimeError for a file
     that is none; where the C++ library is not built here, the first call does.
     """
-    from deit.kernels import native
+    from deit.kernels.engine import native
 
     native.why_not("cpu")  # loads the library, without which the operators' names mean nothing
     return torch._inductor.aoti_load_package(str(path))

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from deit.kernels import dispatch, native, ops, tuning
+from deit.kernels.engine import dispatch, native, ops, tuning
 
 PACKAGES = ("fused-deit", "torch", "triton", "torchvision", "timm", "transformers", "numpy")
 # The extensions that kernels here or in PyTorch make use of, as Linux spells them.

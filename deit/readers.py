@@ -24,8 +24,8 @@ from torch import Tensor
 
 from deit import beside
 from deit.configs import Config
-from deit.kernels import json_files
-from deit.kernels.json_files import Fields
+from deit.kernels.engine import json_files
+from deit.kernels.engine.json_files import Fields
 from deit.layouts import sample
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deit.commands import Report
-from deit.kernels.json_files import Fields
+from deit.kernels.engine.json_files import Fields
 from deit.runs import LAST, RunFolder
 
 

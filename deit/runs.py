@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from deit import beside
-from deit.kernels import json_files
-from deit.kernels.json_files import Fields
+from deit.kernels.engine import json_files
+from deit.kernels.engine.json_files import Fields
 
 MANIFEST = "manifest.json"
 LAST = 1 << 40  # updates that a log may speak of

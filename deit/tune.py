@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import deit
-from deit.kernels import dispatch, tuning
+from deit.kernels.engine import dispatch, tuning
 
 if TYPE_CHECKING:
     from deit.cli import Tune
@@ -146,7 +146,7 @@ def compile_part(arguments: Sequence[str]) -> None:
 
 def candidates_of(problem: Problem, count: int) -> list[Any]:
     """At most `count` configurations to try, the pinned default first."""
-    from deit.kernels.triton import candidates
+    from deit.kernels.device import candidates
 
     return candidates.candidates(problem.factory, problem.arguments)[: max(1, count)]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deit.kernels import dispatch
+from deit.kernels.engine import dispatch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 

@@ -15,7 +15,7 @@ from deit.attention_maps import attention_maps, picture
 from deit.checkpoint import save
 from deit.cli import main
 from deit.configs import Config
-from deit.kernels import native
+from deit.kernels.engine import native
 from deit.model import DeiT
 from deit.report import draw, history
 from deit.runs import RunFolder

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import host_cost
 import stubbed_gpu
 
-from deit.kernels import dispatch, ops
-from deit.kernels.triton import drivers, launching
+from deit.kernels.device import drivers, launching
+from deit.kernels.engine import dispatch, ops
 
 QUICK = host_cost.Settings(rounds=2, calls=2)
 

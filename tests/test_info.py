@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import deit.info
-from deit.kernels import dispatch, native, ops
+from deit.kernels.engine import dispatch, native, ops
 
 
 def test_collect_is_plain_data_and_covers_everything():

@@ -12,7 +12,7 @@ import numerics
 import numerics_cases as cases
 
 import deit.kernels
-from deit.kernels import ops
+from deit.kernels.engine import ops
 
 
 def _calls(family="random", dtype=torch.float32):

@@ -12,7 +12,7 @@ import torch
 from numerics_cases import Call
 from torch import Tensor
 
-from deit.kernels import reference
+from deit.kernels.prove import reference
 
 OPERATORS = ("attention", "linear", "gelu_mlp", "layer_norm", "add_layer_norm", "vit_block",
              "patch_embed", "cross_entropy", "distillation_loss")  # fmt: skip

@@ -25,7 +25,7 @@ from deit.fused_vit.graph import Graph, compile_graph
 from deit.fused_vit.last_block import PrefixOnly
 from deit.fused_vit.modules import Fused
 from deit.fused_vit.report import Report, Row
-from deit.kernels import dispatch, ops, packing
+from deit.kernels.engine import dispatch, ops, packing
 from deit.model import DeiT
 
 __all__ = ["Graph", "Report", "Row", "compile_graph", "fuse", "fused", "refresh", "register_hf",

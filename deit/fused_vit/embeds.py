@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from deit.fused_vit.modules import PLAIN_TENSORS, hooked
-from deit.kernels import dispatch, patch_embed
+from deit.kernels import patch_embed
+from deit.kernels.engine import dispatch
 
 
 class Embeds:

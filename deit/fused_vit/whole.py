@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit.kernels import dispatch, thirds
+from deit.kernels import thirds
+from deit.kernels.engine import dispatch
 from deit.kernels.vit_block import served
 
 
