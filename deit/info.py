@@ -23,18 +23,18 @@ CPU_FLAGS = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni",
     "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "amx_tile", "asimd", "bf16", "sve",
 )  # fmt: skip
-# What they are called together. Who has AVX-512 has the first two.
+# What they are called together.
 _CALLED = {
     "AVX2": ("avx2", "fma", "f16c"),
     "AVX-VNNI": ("avx_vnni",),
-    "AVX512": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    "AVX512": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
     "VNNI": ("avx512_vnni",),
     "BF16": ("avx512_bf16",),
     "FP16": ("avx512_fp16",),
     "AMX": ("amx_bf16", "amx_int8", "amx_tile"),
     "NEON": ("asimd",),
-    "NEON-BF16": ("asimd", "bf16"),
     "SVE": ("sve",),
+    "BFLOAT": ("bf16",),
 }
 _VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel", "0x41": "Arm", "0x61": "Apple",
             "0xc0": "Ampere"}  # fmt: skip
@@ -105,9 +105,8 @@ def processor(cpuinfo: str | None = None) -> dict[str, Any]:
     for this machine's.
     """
     fields: dict[str, str] = {}
-    model = None
+    model = platform.processor() or platform.machine() or "unknown"
     if cpuinfo is None:
-        model = platform.processor() or platform.machine()
         with contextlib.suppress(OSError):
             cpuinfo = Path("/proc/cpuinfo").read_text()
         if platform.system() == "Darwin":
@@ -118,7 +117,7 @@ def processor(cpuinfo: str | None = None) -> dict[str, Any]:
     vendor = fields.get("vendor_id") or fields.get("CPU implementer")
     present = (fields.get("flags") or fields.get("Features") or "").split()
     return {
-        "model": fields.get("model name") or model or "unknown",
+        "model": fields.get("model name") or model,
         "vendor": _VENDORS.get(vendor, vendor) if vendor else None,
         "family": _number(fields.get("cpu family") or fields.get("CPU architecture")),
         "model_number": _number(fields.get("model") or fields.get("CPU part")),
@@ -132,15 +131,18 @@ def processor_label(cpu: dict[str, Any]) -> str:
     For example "AMD EPYC (family 25, model 17, AVX512, VNNI, BF16)".
     """
     present = set(cpu["instruction_sets"])
-    called = [name for name, flags in _CALLED.items() if present.issuperset(flags)]
+    called = {name: flags for name, flags in _CALLED.items() if present.issuperset(flags)}
     if "AVX512" in called:
-        called = [name for name in called if name not in ("AVX2", "AVX-VNNI")]
+        called.pop("AVX2")
+    # A part of a group stands for itself: a host may hide the rest.
+    named = {flag for flags in called.values() for flag in flags}
+    sets = [*called, *(flag for flag in cpu["instruction_sets"] if flag not in named)]
     parts = [f"family {cpu['family']}"] if cpu["family"] is not None else []
     parts += [f"model {cpu['model_number']}"] if cpu["model_number"] is not None else []
     vendor = cpu["vendor"] or ""
     if vendor and vendor.lower() not in cpu["model"].lower():
         parts.insert(0, vendor)
-    parts += called
+    parts += sets
     return f"{cpu['model']} ({', '.join(parts)})" if parts else str(cpu["model"])
 
 
