@@ -1,7 +1,7 @@
 """Host time of a call: what each public operator costs beyond the launch of its kernel.
 
     python bench/host_cost.py
-    python bench/host_cost.py --json bench/results/host-cost-cpu-amd-epyc.json
+    python bench/host_cost.py --json bench/results/host-cost.json
     python bench/host_cost.py --gpu
 
 Every operator runs on CPU tensors of one row, so that the host's work is what there is to see, in

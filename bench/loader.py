@@ -31,7 +31,7 @@ from deit.data.drawn import split
 from deit.data.loader import Batch, Loader
 from deit.data.sampling import Draw
 from deit.data.sources import Source, open_source
-from deit.training.recipes import RECIPES
+from deit.recipes import RECIPES
 from evidence import devices, timing
 
 CPU = torch.device("cpu")
