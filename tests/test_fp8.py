@@ -2,7 +2,6 @@
 
 import math
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from deit.kernels import explain, fp8, fp8_gelu_mlp, fp8_linear, gelu_mlp, linear
 from deit.kernels.engine import dispatch, eight_bits_schemas, packing
 from deit.kernels.fp8.quantize import E4M3, GROUP, LARGEST, quantize, rounded
-from deit.kernels.prove import reference
+from deit.kernels.prove import oracle, reference
 
 
 @pytest.fixture(autouse=True)

@@ -1,17 +1,16 @@
 """The operators as PyTorch sees them: schemas, fakes, tracing, autograd, odd memory, devices."""
 
-import oracle
 import pytest
 import schema_calls
 import torch
-from test_dispatch import CALLS
+from schema_calls import CALLS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deit
 import deit.kernels
 from deit.fused_vit import fuse, register_hf
 from deit.kernels.engine import dispatch, native, ops
-from deit.kernels.prove import reference
+from deit.kernels.prove import oracle, reference
 
 CPU = sorted(ops.KERNELS["cpu"] & set(CALLS)) if not native.why_not("cpu") else []
 needs_cpu = pytest.mark.skipif(not CPU, reason=f"{native.why_not('cpu')}")

@@ -1,4 +1,4 @@
-"""`deit tune`: measure configurations of the Triton kernels on this GPU and keep the best.
+"""What `deit tune` does: measure configurations of the Triton kernels on this GPU.
 
 Every candidate must first agree with PyTorch as closely as PyTorch at the same dtype does with
 fp64 (a quarter more error, and half an epsilon). Then candidates are timed in turns, each call
@@ -8,28 +8,18 @@ unless another is faster by MARGIN and their quartiles do not overlap.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import deit
-from deit.kernels.engine import dispatch, tuning
+from deit.kernels.engine import tuning
+from deit.kernels.prove.tune_problems import Problem
 
-if TYPE_CHECKING:
-    from deit.commands.cli import Tune
-    from deit.tune_problems import Problem
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NO_TIME = "no time left for"  # begins what `measure` reports where it stops early
 MARGIN = 0.02  # about what two runs of one kernel differ by
 FLUSH_BYTES = 1 << 30
@@ -45,103 +35,6 @@ class Outcome:
     config: Any
     entry: tuning.Entry
     dropped: dict[str, str]
-
-
-def run(options: Tune) -> int:
-    """The command; 1 where a pinned default is wrong or does not run.
-
-    Raises ValueError for an option that makes no sense, before anything is compiled.
-    """
-    for name in ("batch_size", "candidates", "seconds", "jobs"):
-        value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}: expected a positive number; got {value}")
-    device = _device(options.device)
-    problems = problems_of(options, device)
-    end = time.monotonic() + options.seconds
-    if options.jobs != 1:
-        for complaint in precompile(options, 0.6 * options.seconds):
-            print(complaint)
-    outcomes, wrong = measure(problems, options.candidates, end, device, report=print)
-    if outcomes:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-        print(f"kept in {tuning.store(name, {o.name: o.entry for o in outcomes})}")
-    return 1 if wrong else 0
-
-
-def _device(name: str) -> torch.device:
-    """Raises ValueError for what is no device, and where Triton cannot run."""
-    try:
-        device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-        )
-    except RuntimeError:
-        raise ValueError(f"device: expected auto or a torch device; got {name!r}") from None
-    why_not = dispatch.environment("triton", device.type, device.index)
-    if why_not:
-        raise ValueError(
-            f"device: expected one that Triton runs on; {device}: {'; '.join(why_not)}"
-        )
-    return device
-
-
-def problems_of(options: Tune, device: torch.device) -> list[Problem]:
-    """What `options` ask for, each entry of the table once.
-
-    Raises ValueError for an unknown network, or a name in `only` that no problem has.
-    """
-    from deit.tune_problems import Size, problems
-
-    found: dict[str, Problem] = {}
-    for name in options.arch:
-        network = deit.config(name, img_size=options.img_size)
-        size = Size(options.batch_size, network, DTYPES[options.dtype], device)
-        for problem in problems(size, options.train):
-            found.setdefault(problem.name, problem)
-    known = sorted({problem.factory for problem in found.values()})
-    if unknown := sorted(set(options.only) - set(known)):
-        raise ValueError(f"only: expected kernels among {', '.join(known)}; got {unknown[0]!r}")
-    return [p for p in found.values() if not options.only or p.factory in options.only]
-
-
-def precompile(options: Tune, seconds: float) -> list[str]:
-    """Compile in several processes: Triton's cache on disk hands the kernels over.
-
-    Returns a sentence for each process that did not come to its end within `seconds`. What it
-    left is compiled when it is measured, one kernel after another.
-    """
-    parts = options.jobs or max(1, min(8, (os.cpu_count() or 2) // 2))
-    command = [sys.executable, "-m", "deit.tune", json.dumps(asdict(options))]
-    running = [subprocess.Popen([*command, str(part), str(parts)]) for part in range(parts)]
-    end = time.monotonic() + seconds
-    complaints = []
-    try:
-        for part, process in enumerate(running):
-            why = f"stopped after {seconds:.0f} s"
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                status = process.wait(max(0.0, end - time.monotonic()))
-                why = f"ended with exit status {status}" if status else ""
-            if why:
-                complaints.append(f"compiling part {part + 1} of {parts} {why}")
-    finally:
-        for process in running:
-            process.kill()  # nothing where it has ended
-            process.wait()
-    return complaints
-
-
-def compile_part(arguments: Sequence[str]) -> None:
-    """One process of `precompile`: the options as JSON, the part's number, the number of parts."""
-    from deit.commands.cli import Tune
-
-    text, part, parts = arguments
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in json.loads(text).items()
-    }
-    options = Tune(**fields)
-    problems = problems_of(options, _device(options.device))
-    warm(problems[int(part) :: int(parts)], options.candidates)
 
 
 def candidates_of(problem: Problem, count: int) -> list[Any]:
@@ -298,7 +191,3 @@ def _clearly_faster(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     """By MARGIN in the median, with quartile ranges apart."""
     (_, middle, high), (low, other, _) = (statistics.quantiles(s, n=4) for s in (ours, theirs))
     return middle < (1 - MARGIN) * other and high < low
-
-
-if __name__ == "__main__":
-    compile_part(sys.argv[1:])

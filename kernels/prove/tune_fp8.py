@@ -23,17 +23,17 @@ from deit.kernels.fp8.triton import kept
 from deit.kernels.prove import reference
 
 if TYPE_CHECKING:
-    from deit.tune_problems import Problem, Size
+    from deit.kernels.prove.tune_problems import Problem, Terms
 
 
-def problems(size: Size) -> Iterator[Problem]:
+def problems(at: Terms) -> Iterator[Problem]:
     """fc1, fc2, qkv and proj of one network; none where the device has no products of e4m3."""
-    dim = size.network.embed_dim
-    if fp8.why_not(size.device):
+    dim = at.size.dim
+    if fp8.why_not(at.device):
         return
-    yield _hidden(size)
+    yield _hidden(at)
     for width, depth in ((dim, 4 * dim), (3 * dim, dim), (dim, dim)):
-        yield _linear(size, width, depth)
+        yield _linear(at, width, depth)
 
 
 def _sizes(width: int, depth: int) -> dict[str, int]:
@@ -58,11 +58,11 @@ def _run(launch: common.Launch | None, like: Tensor) -> None:
     launch.run(like)
 
 
-def _linear(size: Size, width: int, depth: int) -> Problem:
+def _linear(at: Terms, width: int, depth: int) -> Problem:
     """With the residual where a block adds it."""
-    rows, tokens = _Rows(), (size.batch, size.network.tokens)
+    rows, tokens = _Rows(), (at.size.batch, at.size.tokens)
     shapes: list[tuple[int, ...]] = [(*tokens, depth), (width, depth), (width,)]
-    if width == size.network.embed_dim:
+    if width == at.size.dim:
         shapes.append((*tokens, width))
 
     def run(config: Any, t: Sequence[Tensor]) -> list[Tensor]:
@@ -79,16 +79,16 @@ def _linear(size: Size, width: int, depth: int) -> Problem:
         added = residual[0] if residual else None
         return [reference.fp8_linear(x, weight, bias, None, None, 0.0, False, added, None)]
 
-    return size.problem("fp8_product", _sizes(width, depth), shapes, run, plain)
+    return at.problem("fp8_product", _sizes(width, depth), shapes, run, plain)
 
 
-def _hidden(size: Size) -> Problem:
+def _hidden(at: Terms) -> Problem:
     """fc1, which writes e4m3: compared in units of its scales, which in fp64 are not rounded in.
 
     So the rule allows a kernel the error of the rounding itself, and a quarter.
     """
-    dim, rows = size.network.embed_dim, _Rows()
-    shapes = [(size.batch, size.network.tokens, dim), (4 * dim, dim), (4 * dim,)]
+    dim, rows = at.size.dim, _Rows()
+    shapes = [(at.size.batch, at.size.tokens, dim), (4 * dim, dim), (4 * dim,)]
 
     def run(config: Any, t: Sequence[Tensor]) -> list[Tensor]:
         x, weight, bias = t
@@ -105,6 +105,6 @@ def _hidden(size: Size) -> Problem:
         blocks = F.pad(y, (0, -y.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
         return [(blocks / scales[..., None]).flatten(-2).double()]
 
-    named = tuning.TUNABLE["fp8_product"].arguments(size.arch, E4M3, **_sizes(4 * dim, dim))
-    made = size.problem("fp8_product", _sizes(4 * dim, dim), shapes, run, plain)
+    named = tuning.TUNABLE["fp8_product"].arguments(at.arch, E4M3, **_sizes(4 * dim, dim))
+    made = at.problem("fp8_product", _sizes(4 * dim, dim), shapes, run, plain)
     return dataclasses.replace(made, arguments=named)

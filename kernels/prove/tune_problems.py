@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deit import tune_fp8
-from deit.configs import Config
 from deit.kernels.attention import triton as attention
 from deit.kernels.attention import triton_bwd as attention_bwd
 from deit.kernels.device import common
@@ -24,7 +22,8 @@ from deit.kernels.linear import triton_gradients as products
 from deit.kernels.linear import triton_norm_linear as norm_linear
 from deit.kernels.linear import triton_row_stats as row_stats
 from deit.kernels.patch_embed import triton as patch_embed
-from deit.kernels.prove import reference
+from deit.kernels.prove import reference, tune_fp8
+from deit.kernels.prove.calls import Size
 
 EPS = (1e-6,)
 NEITHER = (None, None)  # gamma and keep
@@ -56,11 +55,10 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Size:
-    """B images of N tokens and D channels, in `dtype` on `device`."""
+class Terms:
+    """What a network's kernels are timed at: its sizes, in `dtype` on `device`."""
 
-    batch: int
-    network: Config
+    size: Size
     dtype: torch.dtype
     device: torch.device
 
@@ -92,36 +90,36 @@ class Size:
         return Problem(factory, arguments, make, run, plain)
 
 
-def problems(size: Size, training: bool) -> Iterator[Problem]:
+def problems(at: Terms, training: bool) -> Iterator[Problem]:
     """The kernels of one network, those that take most of its time first."""
-    network = size.network
-    dim, hidden = network.embed_dim, 4 * network.embed_dim
+    size = at.size
+    dim, hidden = size.dim, 4 * size.dim
     products_of = ((hidden, dim, "gelu"), (dim, hidden, None), (3 * dim, dim, None))
     for width, depth, activation in (*products_of, (dim, dim, None)):
-        yield _linear(size, width, depth, activation)
-    yield _gelu_mlp(size)
-    yield _attention(size)
+        yield _linear(at, width, depth, activation)
+    yield _gelu_mlp(at)
+    yield _attention(at)
     for width, activation in ((hidden, "gelu"), (3 * dim, None)):  # of vit_block
-        yield _norm_panel(size, width, activation)
-    yield _layer_norm(size)
-    yield _patch_embed(size)
-    yield from tune_fp8.problems(size)
+        yield _norm_panel(at, width, activation)
+    yield _layer_norm(at)
+    yield _patch_embed(at)
+    yield from tune_fp8.problems(at)
     if training:
-        yield _attention_bwd(size)
+        yield _attention_bwd(at)
         for width, depth, _ in (*products_of, (dim, dim, None)):
-            yield _input_gradient(size, width=depth, depth=width, gelu=depth == hidden)
-            yield _weight_gradient(size, width, depth)
-        yield _layer_norm_bwd(size)
+            yield _input_gradient(at, width=depth, depth=width, gelu=depth == hidden)
+            yield _weight_gradient(at, width, depth)
+        yield _layer_norm_bwd(at)
 
 
-def _linear(size: Size, width: int, depth: int, activation: str | None) -> Problem:
+def _linear(at: Terms, width: int, depth: int, activation: str | None) -> Problem:
     """With the residual where a block adds it: after the projection and after fc2."""
-    rows = (size.batch, size.network.tokens)
+    rows = (at.size.batch, at.size.tokens)
     shapes: list[tuple[int, ...]] = [(*rows, depth), (width, depth), (width,)]
-    if width == size.network.embed_dim:
+    if width == at.size.dim:
         shapes.append((*rows, width))
     rest = lambda t: (activation, t[3] if len(t) > 3 else None, None, None)
-    return size.problem(
+    return at.problem(
         "linear",
         {"width": width, "depth": depth},
         shapes,
@@ -130,9 +128,9 @@ def _linear(size: Size, width: int, depth: int, activation: str | None) -> Probl
     )
 
 
-def _norm_panel(size: Size, width: int, activation: str | None) -> Problem:
+def _norm_panel(at: Terms, width: int, activation: str | None) -> Problem:
     """LayerNorm and a product: in one kernel, its rows' statistics given, or in two (None)."""
-    depth, saved = size.network.embed_dim, []  # type: int, list[Tensor]
+    depth, saved = at.size.dim, []  # type: int, list[Tensor]
     sizes = {"width": width, "depth": depth}
 
     def run(config: Any, t: Sequence[Tensor]) -> list[Tensor]:
@@ -147,14 +145,14 @@ def _norm_panel(size: Size, width: int, activation: str | None) -> Problem:
         normed = reference.layer_norm(*joined((x,), norm, EPS))
         return [reference.linear(normed, weight, bias, activation, None, *NEITHER)]
 
-    rows = (size.batch, size.network.tokens, depth)
+    rows = (at.size.batch, at.size.tokens, depth)
     shapes: list[tuple[int, ...]] = [rows, (width, depth), (width,), (depth,), (depth,)]
-    return size.problem("norm_panel", sizes, shapes, run, plain)
+    return at.problem("norm_panel", sizes, shapes, run, plain)
 
 
-def _gelu_mlp(size: Size) -> Problem:
-    dim = size.network.embed_dim
-    rows = (size.batch, size.network.tokens, dim)
+def _gelu_mlp(at: Terms) -> Problem:
+    dim = at.size.dim
+    rows = (at.size.batch, at.size.tokens, dim)
 
     def run(config: Any, t: Sequence[Tensor]) -> list[Tensor]:
         x, w1, b1, w2, b2, residual = t
@@ -163,7 +161,7 @@ def _gelu_mlp(size: Size) -> Problem:
         inner = linear.linear(x, w1, b1, "gelu", None, None, None)
         return [linear.linear(inner, w2, b2, None, residual, None, None)]
 
-    return size.problem(
+    return at.problem(
         "gelu_mlp",
         {"dim": dim},
         [rows, (4 * dim, dim), (4 * dim,), (dim, 4 * dim), (dim,), rows],
@@ -172,22 +170,22 @@ def _gelu_mlp(size: Size) -> Problem:
     )
 
 
-def _attention(size: Size) -> Problem:
-    heads, head_dim = size.network.num_heads, size.network.embed_dim // size.network.num_heads
+def _attention(at: Terms) -> Problem:
+    heads, head_dim = at.size.heads, at.size.dim // at.size.heads
     rest = (heads, head_dim**-0.5, None)
-    return size.problem(
+    return at.problem(
         "attention",
-        {"head_dim": head_dim, "tokens": size.network.tokens},
-        [(size.batch, size.network.tokens, 3 * size.network.embed_dim)],
+        {"head_dim": head_dim, "tokens": at.size.tokens},
+        [(at.size.batch, at.size.tokens, 3 * at.size.dim)],
         lambda config, t: [attention.attention(t[0], *rest, config=config)],
         lambda t: [reference.attention(t[0], *rest)],
     )
 
 
-def _attention_bwd(size: Size) -> Problem:
-    heads, dim = size.network.num_heads, size.network.embed_dim
+def _attention_bwd(at: Terms) -> Problem:
+    heads, dim = at.size.heads, at.size.dim
     rest = (heads, (dim // heads) ** -0.5, None)
-    rows = (size.batch, size.network.tokens)
+    rows = (at.size.batch, at.size.tokens)
     saved: list[tuple[Tensor, Tensor]] = []
 
     def run(config: Any, t: Sequence[Tensor]) -> list[Tensor]:
@@ -195,29 +193,29 @@ def _attention_bwd(size: Size) -> Problem:
             saved.append(attention.attention_fwd(t[0], *rest))
         return [attention_bwd.attention_bwd(*joined((t[1], t[0]), saved[0], rest), config=config)]
 
-    return size.problem(
+    return at.problem(
         "attention_bwd",
-        {"head_dim": dim // heads, "tokens": size.network.tokens},
+        {"head_dim": dim // heads, "tokens": at.size.tokens},
         [(*rows, 3 * dim), (*rows, dim)],
         run,
         lambda t: _gradients(lambda x: reference.attention(x, *rest), t[:1], t[1]),
     )
 
 
-def _layer_norm(size: Size) -> Problem:
-    dim = size.network.embed_dim
-    return size.problem(
+def _layer_norm(at: Terms) -> Problem:
+    dim = at.size.dim
+    return at.problem(
         "layer_norm",
         {"dim": dim},
-        [(size.batch, size.network.tokens, dim), (dim,), (dim,)],
+        [(at.size.batch, at.size.tokens, dim), (dim,), (dim,)],
         lambda config, t: [layer_norm.layer_norm(*joined(t, EPS), config=config)],
         lambda t: [reference.layer_norm(*joined(t, EPS))],
     )
 
 
-def _layer_norm_bwd(size: Size) -> Problem:
-    dim = size.network.embed_dim
-    rows = (size.batch, size.network.tokens, dim)
+def _layer_norm_bwd(at: Terms) -> Problem:
+    dim = at.size.dim
+    rows = (at.size.batch, at.size.tokens, dim)
     saved: list[tuple[Tensor, ...]] = []
 
     def run(config: Any, t: Sequence[Tensor]) -> list[Tensor]:
@@ -231,7 +229,7 @@ def _layer_norm_bwd(size: Size) -> Problem:
             launch.run(x)
         return [dx, dweight, dbias]
 
-    return size.problem(
+    return at.problem(
         "layer_norm_bwd",
         {"dim": dim},
         [rows, (dim,), (dim,), rows],
@@ -240,23 +238,23 @@ def _layer_norm_bwd(size: Size) -> Problem:
     )
 
 
-def _patch_embed(size: Size) -> Problem:
-    network = size.network
-    dim, patch = network.embed_dim, network.patch_size
-    prefix = 2 if network.distilled else 1
-    return size.problem(
+def _patch_embed(at: Terms) -> Problem:
+    size = at.size
+    dim, patch = size.dim, size.patch
+    pixels, prefix = patch * size.side, size.prefix
+    return at.problem(
         "patch_embed",
         {"dim": dim},
-        [(size.batch, 3, network.img_size, network.img_size), (dim, 3, patch, patch), (dim,),
-         (1, prefix, dim), (1, network.tokens, dim)],
+        [(size.batch, 3, pixels, pixels), (dim, 3, patch, patch), (dim,),
+         (1, prefix, dim), (1, size.tokens, dim)],
         lambda config, t: [patch_embed.patch_embed(*t, config=config)],
         lambda t: [reference.patch_embed(*t)],
     )  # fmt: skip
 
 
-def _input_gradient(size: Size, width: int, depth: int, gelu: bool) -> Problem:
+def _input_gradient(at: Terms, width: int, depth: int, gelu: bool) -> Problem:
     """`width` input channels; through fc1's GELU where `gelu`."""
-    rows = size.batch * size.network.tokens
+    rows = at.size.batch * at.size.tokens
 
     def run(config: Any, t: Sequence[Tensor]) -> list[Tensor]:
         g, weight, *hidden = t
@@ -275,7 +273,7 @@ def _input_gradient(size: Size, width: int, depth: int, gelu: bool) -> Problem:
         return [*_gradients(F.gelu, [hidden], dout), F.gelu(hidden)]
 
     shapes: list[tuple[int, ...]] = [(rows, 1, depth), (depth, width)]
-    return size.problem(
+    return at.problem(
         "input_gradient",
         {"width": width, "depth": depth, "gelu": gelu},
         [*shapes, (rows, 1, width)] if gelu else shapes,
@@ -284,10 +282,10 @@ def _input_gradient(size: Size, width: int, depth: int, gelu: bool) -> Problem:
     )
 
 
-def _weight_gradient(size: Size, width: int, depth: int) -> Problem:
-    rows = (size.batch, size.network.tokens)
+def _weight_gradient(at: Terms, width: int, depth: int) -> Problem:
+    rows = (at.size.batch, at.size.tokens)
     flat = lambda t: t.view(-1, t.shape[-1])
-    return size.problem(
+    return at.problem(
         "weight_gradient",
         {"width": width, "depth": depth},
         [(*rows, width), (*rows, depth)],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 
@@ -11,7 +10,7 @@ from deit.kernels.attention import tiles as attention_tiles
 from deit.kernels.attention import triton as implementation
 from deit.kernels.device import chips
 from deit.kernels.engine import ops
-from deit.kernels.prove import reference
+from deit.kernels.prove import oracle, reference
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter's bf16 products are wrong
 

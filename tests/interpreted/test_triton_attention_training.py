@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 from test_triton_attention import DTYPES, STRIDES, make_qkv
@@ -12,7 +11,7 @@ from deit.kernels.attention import tiles as attention_tiles
 from deit.kernels.attention import triton_bwd as backward
 from deit.kernels.device import chips
 from deit.kernels.engine import ops
-from deit.kernels.prove import reference
+from deit.kernels.prove import oracle, reference
 
 FWD, BWD = (ops.COMPILED["triton"][name] for name in ("attention_fwd", "attention_bwd"))
 

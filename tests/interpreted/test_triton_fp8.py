@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import oracle
 import pytest
 import torch
 import triton
@@ -22,6 +21,7 @@ from deit.kernels.fp8 import triton as implementation
 from deit.kernels.fp8 import triton_product as fp8_product
 from deit.kernels.fp8 import triton_rows as fp8_rows
 from deit.kernels.fp8.quantize import E4M3, GROUP, quantize
+from deit.kernels.prove import oracle
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

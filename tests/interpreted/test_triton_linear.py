@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import oracle
 import pytest
 import torch
 
@@ -15,7 +14,7 @@ from deit.kernels.gelu_mlp import tiles as gelu_mlp_tiles
 from deit.kernels.gelu_mlp import triton as mlp_implementation
 from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton as implementation
-from deit.kernels.prove import reference
+from deit.kernels.prove import oracle, reference
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter's bf16 products are wrong
 

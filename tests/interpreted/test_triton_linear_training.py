@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import oracle
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from deit.kernels.engine import ops
 from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton_bwd as linear_bwd
 from deit.kernels.linear import triton_gradients as products
-from deit.kernels.prove import reference
+from deit.kernels.prove import oracle, reference
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter's bf16 products are wrong
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from deit.kernels.gelu_mlp import tiles as gelu_mlp_tiles
 from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton_norm_linear as folded_implementation
 from deit.kernels.linear import triton_row_stats as statistics
-from deit.kernels.prove import reference
+from deit.kernels.prove import oracle, reference
 from deit.kernels.vit_block import triton as implementation
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter's bf16 products are wrong
