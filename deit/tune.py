@@ -19,7 +19,7 @@ from deit.kernels.engine import dispatch, tuning
 
 if TYPE_CHECKING:
     from deit.commands.cli import Tune
-    from deit.kernels.prove.tune_problems import Problem
+    from deit.kernels.prove.tuned import Tuned
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -64,19 +64,19 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def problems_of(options: Tune, device: torch.device) -> list[Problem]:
+def problems_of(options: Tune, device: torch.device) -> list[Tuned]:
     """What `options` ask for, each entry of the table once.
 
     Raises ValueError for an unknown network, or a name in `only` that no problem has.
     """
     from deit.kernels.prove.calls import Size
-    from deit.kernels.prove.tune_problems import Terms, problems
+    from deit.kernels.prove.tuned import Terms, tuned
 
-    found: dict[str, Problem] = {}
+    found: dict[str, Tuned] = {}
     for name in options.arch:
         network = deit.config(name, img_size=options.img_size)
         at = Terms(Size.of(network, options.batch_size), DTYPES[options.dtype], device)
-        for problem in problems(at, options.train):
+        for problem in tuned(at, options.train):
             found.setdefault(problem.name, problem)
     known = sorted({problem.factory for problem in found.values()})
     if unknown := sorted(set(options.only) - set(known)):

@@ -211,16 +211,24 @@ class Stated:
     ruled: bool = True
 
 
+def _folder(operator: str) -> str:
+    return dispatch.OPERATORS[operator].plain.__module__.rpartition(".")[0]
+
+
 @functools.cache
 def stated() -> dict[str, Stated]:
     """By operator, those that take most of a network's time first."""
-    folders = {o.plain.__module__.rpartition(".")[0]: None for o in dispatch.OPERATORS.values()}
-    names = [f"{folder}.calls" for folder in folders]
-    modules = [importlib.import_module(name) for name in names if importlib.util.find_spec(name)]
+    names = [f"{folder}.calls" for folder in dict.fromkeys(map(_folder, dispatch.OPERATORS))]
     found: dict[str, Stated] = {}
-    for module in modules:
-        found |= module.CALLS
+    for name in names:
+        if importlib.util.find_spec(name):
+            found |= importlib.import_module(name).CALLS
     return dict(sorted(found.items(), key=lambda item: -max(map(_work, item[1].parts), default=0)))
+
+
+def folders() -> list[str]:
+    """The modules of the operators that state their calls, in the same order."""
+    return list(dict.fromkeys(map(_folder, stated())))
 
 
 def operators(*, softmax: bool = False) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from deit.kernels.engine import tuning
-from deit.kernels.prove.tune_problems import Problem
+from deit.kernels.prove.tuned import Tuned
 
 NO_TIME = "no time left for"  # begins what `measure` reports where it stops early
 MARGIN = 0.02  # about what two runs of one kernel differ by
@@ -37,12 +37,12 @@ class Outcome:
     dropped: dict[str, str]
 
 
-def candidates_of(problem: Problem, count: int) -> list[Any]:
+def candidates_of(problem: Tuned, count: int) -> list[Any]:
     """At most `count` configurations to try, the pinned default first."""
     return tuning.TUNABLE[problem.factory].candidates(problem.arguments)[: max(1, count)]
 
 
-def warm(problems: Sequence[Problem], count: int, end: float = float("inf")) -> None:
+def warm(problems: Sequence[Tuned], count: int, end: float = float("inf")) -> None:
     """Run every candidate once, so that it is compiled; `measure` says which cannot run."""
     for problem in problems:
         tensors = problem.make()
@@ -56,7 +56,7 @@ def warm(problems: Sequence[Problem], count: int, end: float = float("inf")) -> 
 
 
 def measure(
-    problems: Sequence[Problem],
+    problems: Sequence[Tuned],
     count: int,
     end: float,
     device: torch.device,
@@ -87,7 +87,7 @@ def measure(
 
 
 def check(
-    problem: Problem, tensors: Sequence[Tensor], configs: Sequence[Any], end: float
+    problem: Tuned, tensors: Sequence[Tensor], configs: Sequence[Any], end: float
 ) -> tuple[list[Any], dict[str, str]]:
     """The candidates that compute the right thing, and why others do not; at least the first
     is tried, and none is begun after `end`."""
@@ -149,7 +149,7 @@ class Timer:
 
 
 def choose(
-    problem: Problem,
+    problem: Tuned,
     tensors: Sequence[Tensor],
     configs: Sequence[Any],
     pinned: Any,

@@ -13,12 +13,12 @@ from deit.kernels.device.tiles import Configuration
 from deit.kernels.engine import tuning
 from deit.kernels.prove import tune
 from deit.kernels.prove.calls import Size
-from deit.kernels.prove.tune_problems import Terms, problems
+from deit.kernels.prove.tuned import Terms, tuned
 
 TINY = Size.of(Config("tiny", 64, 1, img_size=16), 2)
 AT = Terms(TINY, torch.float16, torch.device("cpu"))
 NOTHING = Configuration.space.__func__
-PROBLEMS = {problem.name: problem for problem in problems(AT, training=True)}
+PROBLEMS = {problem.name: problem for problem in tuned(AT, training=True)}
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
