@@ -37,10 +37,4 @@ def _packed(draw: Draw, size: Size) -> Tensor:
     return qkv.to(draw.device, draw.dtype)
 
 
-CALLS = {
-    "attention": Stated(
-        _attention,
-        (Part("attention", lambda d, s: _attention(d, s, "inference"), lambda n: n),),
-        softmax=True,
-    )
-}
+CALLS = {"attention": Stated(_attention, (Part("attention", lambda depth: depth),), softmax=True)}

@@ -84,7 +84,7 @@ def tuned(at: Terms) -> Iterator[Tuned]:
 def tuned_bwd(at: Terms) -> Iterator[Tuned]:
     """The backward."""
     heads, dim, rows = at.size.heads, at.size.dim, (at.size.batch, at.size.tokens)
-    rest = (heads, (dim // heads) ** -0.5, None)
+    rest: tuple[Any, ...] = (heads, (dim // heads) ** -0.5, None)
     saved: list[tuple[Tensor, Tensor]] = []
 
     def run(config: Any, t: Sequence[Tensor]) -> list[Tensor]:

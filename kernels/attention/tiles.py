@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deit.kernels.device import common
-from deit.kernels.device.tiles import Arguments, Configuration, accumulators
+from deit.kernels.device.tiles import Arguments, Choice, Choices, Configuration, accumulators
 from deit.kernels.engine.tuning import tunable
 
 # Up to this many keys are held at once: 197 and 198 tokens pad to 256.
@@ -169,11 +169,11 @@ def attention_bwd(
     return AttentionBwdConfig(64, 32, False, tma=tma, num_warps=4 if tma else 8, num_stages=2)
 
 
-def choose(qkv: Tensor, num_heads: int, *_: Any) -> list[tuple[Any, str]]:
+def choose(qkv: Tensor, num_heads: int, *_: Any) -> Choice:
     """What attends within qkv."""
     tokens, head_dim = qkv.shape[1], qkv.shape[-1] // (3 * num_heads)
     tma = common.describable(common.last_contiguous(qkv))
     return [attention.explain(common.architecture(qkv), qkv.dtype, head_dim, tokens, tma)]
 
 
-CHOICES: dict[str, Callable[..., list[tuple[Any, str]]]] = {"attention": choose}
+CHOICES: Choices = {"attention": choose}

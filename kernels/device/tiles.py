@@ -7,7 +7,7 @@ tried.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch
 from deit.kernels.device.chips import SHARED_MEMORY
 
 Arguments = Mapping[str, Any]  # of the factory that chose the configuration, by name
+Choice = list[tuple[Any, str]]  # what a call is launched with, in order, and on what evidence
+Choices = dict[str, Callable[..., Choice]]  # operator -> what its schema's arguments come to
 # fp32 accumulators a thread: with 256 and the addresses the compiler spills (255 registers).
 ACCUMULATORS = 128
 

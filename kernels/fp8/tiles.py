@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deit.kernels.device import common
-from deit.kernels.device.tiles import Arguments, Configuration
+from deit.kernels.device.tiles import Arguments, Choice, Choices, Configuration
 from deit.kernels.engine.tuning import tunable
 from deit.kernels.fp8.quantize import E4M3, GROUP
 from deit.kernels.layer_norm import tiles as layer_norm_tiles
@@ -72,11 +72,11 @@ def fp8_product(arch: int, dtype: torch.dtype, width: int, depth: int) -> Fp8Con
     return Fp8Config(64, 128, group=8, tma=False, num_warps=8, num_stages=3)
 
 
-def _linear(x: Tensor, weight: Tensor, *_: Any) -> list[tuple[Any, str]]:
+def _linear(x: Tensor, weight: Tensor, *_: Any) -> Choice:
     return [*layer_norm_tiles.choose(x), _product(x.dtype, weight)]
 
 
-def _gelu_mlp(x: Tensor, w1: Tensor, b1: Any, w2: Tensor, *_: Any) -> list[tuple[Any, str]]:
+def _gelu_mlp(x: Tensor, w1: Tensor, b1: Any, w2: Tensor, *_: Any) -> Choice:
     return [*layer_norm_tiles.choose(x), _product(E4M3, w1), _product(x.dtype, w2)]
 
 
@@ -86,7 +86,7 @@ def _product(dtype: torch.dtype, weight: Tensor) -> tuple[Any, str]:
     return fp8_product.explain(common.architecture(weight), dtype, width, padded)
 
 
-CHOICES: dict[str, Callable[..., list[tuple[Any, str]]]] = {
+CHOICES: Choices = {
     "fp8_linear": _linear,
     "fp8_gelu_mlp": _gelu_mlp,
 }

@@ -19,9 +19,4 @@ def _gelu_mlp(draw: Draw, size: Size, form: str) -> Call:
     return Call("gelu_mlp", inputs, {}, gradients, (flops, 2 * flops))
 
 
-CALLS = {
-    "gelu_mlp": Stated(
-        _gelu_mlp,
-        (Part("gelu_mlp + residual", lambda d, s: _gelu_mlp(d, s, "inference"), lambda n: n),),
-    )
-}
+CALLS = {"gelu_mlp": Stated(_gelu_mlp, (Part("gelu_mlp + residual", lambda depth: depth),))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deit.kernels.device import common
-from deit.kernels.device.tiles import Arguments, Configuration, accumulators
+from deit.kernels.device.tiles import Arguments, Choice, Choices, Configuration, accumulators
 from deit.kernels.engine.tuning import tunable
 from deit.kernels.linear import tiles as linear_tiles
 
@@ -68,7 +68,7 @@ def gelu_mlp(arch: int, dtype: torch.dtype, dim: int) -> MlpConfig | None:
     return None
 
 
-def choose(x: Tensor, w1: Tensor, b1: Any, w2: Tensor, *_: Any) -> list[tuple[Any, str]]:
+def choose(x: Tensor, w1: Tensor, b1: Any, w2: Tensor, *_: Any) -> Choice:
     """The one kernel, or the two products in its place."""
     one, evidence = gelu_mlp.explain(common.architecture(x), x.dtype, x.shape[-1])
     if one is not None:
@@ -77,4 +77,4 @@ def choose(x: Tensor, w1: Tensor, b1: Any, w2: Tensor, *_: Any) -> list[tuple[An
     return [("two products", evidence), *products]
 
 
-CHOICES: dict[str, Callable[..., list[tuple[Any, str]]]] = {"gelu_mlp": choose}
+CHOICES: Choices = {"gelu_mlp": choose}

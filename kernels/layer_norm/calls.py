@@ -29,14 +29,8 @@ def _add_layer_norm(draw: Draw, size: Size, form: str) -> Call:
     return Call("add_layer_norm", inputs, norm.options, gradients, (forward, backward))
 
 
-# A fused block leaves both additions to the products' epilogues: add_layer_norm counts nothing.
+# A fused block leaves both additions to the products' epilogues.
 CALLS = {
-    "layer_norm": Stated(
-        _layer_norm,
-        (Part("layer_norm", lambda d, s: _layer_norm(d, s, "inference"), lambda n: 2 * n + 1),),
-    ),
-    "add_layer_norm": Stated(
-        _add_layer_norm,
-        (Part("add_layer_norm", lambda d, s: _add_layer_norm(d, s, "inference"), lambda n: 0),),
-    ),
+    "layer_norm": Stated(_layer_norm, (Part("layer_norm", lambda depth: 2 * depth + 1),)),
+    "add_layer_norm": Stated(_add_layer_norm),
 }

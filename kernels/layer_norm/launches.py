@@ -95,14 +95,15 @@ def tuned_bwd(at: Terms) -> Iterator[Tuned]:
         x, weight, bias, dout = t
         if not saved:  # the forward is not what is timed
             saved.append(layer_norm.layer_norm_fwd(x, weight, bias, eps)[1:])
+        mean, rstd = saved[0]
         (_, dx, dweight, dbias, _), launches = layer_norm_bwd.plan(
-            dout, None, None, x, weight, *saved[0], None, None, config=config
+            dout, None, None, x, weight, mean, rstd, None, None, config=config
         )
         for launch in launches:
             launch.run(x)
         return [dx, dweight, dbias]
 
     def plain(t: Sequence[Tensor]) -> list[Tensor]:
-        return gradients(lambda *x: reference.layer_norm(*x, eps), t[:3], t[3])
+        return gradients(lambda x, w, b: reference.layer_norm(x, w, b, eps), t[:3], t[3])
 
     yield at.of_shapes("layer_norm_bwd", {"dim": dim}, [rows, (dim,), (dim,), rows], run, plain)

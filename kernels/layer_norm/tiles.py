@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deit.kernels.device import common
-from deit.kernels.device.tiles import Arguments, Configuration
+from deit.kernels.device.tiles import Arguments, Choice, Choices, Configuration
 from deit.kernels.engine.tuning import tunable
 
 
@@ -70,12 +70,12 @@ def layer_norm_bwd(arch: int, dtype: torch.dtype, dim: int) -> LayerNormBwdConfi
     return LayerNormBwdConfig(rows=rows, programs=2, num_warps=num_warps, num_stages=2)
 
 
-def choose(x: Tensor, *_: Any) -> list[tuple[Any, str]]:
+def choose(x: Tensor, *_: Any) -> Choice:
     """What normalises the rows of x."""
     return [layer_norm.explain(common.architecture(x), x.dtype, x.shape[-1])]
 
 
-CHOICES: dict[str, Callable[..., list[tuple[Any, str]]]] = {
+CHOICES: Choices = {
     "layer_norm": choose,
     "add_layer_norm": choose,
 }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from deit.kernels.prove.calls import Call, Draw, Part, Size, Stated
 
 
@@ -20,17 +18,8 @@ def _linear(draw: Draw, size: Size, form: str) -> Call:
     return Call("linear", inputs, options, gradients, (flops, 2 * flops))
 
 
-def _qkv(draw: Draw, size: Size) -> Call:
-    """Three times as many columns, no residual."""
-    return _linear(draw, replace(size, width=3 * size.dim), "least")
-
-
-CALLS = {
-    "linear": Stated(
-        _linear,
-        (
-            Part("linear qkv", _qkv, lambda n: n),
-            Part("linear proj + residual", lambda d, s: _linear(d, s, "inference"), lambda n: n),
-        ),
-    )
-}
+_PARTS = (
+    Part("linear qkv", lambda depth: depth, "least", columns=3),
+    Part("linear proj + residual", lambda depth: depth),
+)
+CALLS = {"linear": Stated(_linear, _PARTS)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deit.kernels.device import common
-from deit.kernels.device.tiles import Arguments, Configuration, accumulators
+from deit.kernels.device.tiles import Arguments, Choice, Choices, Configuration, accumulators
 from deit.kernels.engine.tuning import tunable
 
 
@@ -208,9 +208,9 @@ def splits(tiles: int, steps: int, programs: int) -> int:
     return min(range(1, min(steps, 64) + 1), key=cost)
 
 
-def choose(x: Tensor, weight: Tensor, *_: Any) -> list[tuple[Any, str]]:
+def choose(x: Tensor, weight: Tensor, *_: Any) -> Choice:
     """What multiplies x by weight."""
     return [linear.explain(common.architecture(x), x.dtype, *weight.shape)]
 
 
-CHOICES: dict[str, Callable[..., list[tuple[Any, str]]]] = {"linear": choose}
+CHOICES: Choices = {"linear": choose}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit.kernels.prove.calls import Call, Draw, Part, Size, Stated
+from deit.kernels.prove.calls import Call, Draw, Size, Stated
 
 # Arithmetic an element of the logits; exp counts as one. Cross-entropy: maximum, subtraction, exp,
 # sum, smoothing's sum; backward: subtraction, exp, scale, target. Distillation: two of them, and
@@ -48,17 +48,6 @@ def _flops(inputs: dict[str, Tensor], each: tuple[int, int]) -> tuple[float, flo
 
 
 CALLS = {
-    "cross_entropy": Stated(
-        _cross_entropy,
-        (Part("cross_entropy", lambda d, s: _cross_entropy(d, s, "inference"), lambda n: 0),),
-        softmax=True,
-        loss=True,
-    ),
-    "distillation_loss": Stated(
-        _distillation_loss,
-        (Part("distillation_loss", lambda d, s: _distillation_loss(d, s, "inference"),
-              lambda n: 0),),
-        softmax=True,
-        loss=True,
-    ),
-}  # fmt: skip
+    "cross_entropy": Stated(_cross_entropy, softmax=True, loss=True),
+    "distillation_loss": Stated(_distillation_loss, softmax=True, loss=True),
+}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from deit.kernels.device.tiles import Configuration
+from deit.kernels.device.tiles import Choice, Choices, Configuration
 from deit.kernels.engine.tuning import tunable
 
 
@@ -30,11 +29,11 @@ def loss(classes: int) -> LossConfig:
     return LossConfig(block=block, num_warps=4 if block <= 1024 else 8)
 
 
-def _choose(logits: Tensor, *_: Any) -> list[tuple[Any, str]]:
+def _choose(logits: Tensor, *_: Any) -> Choice:
     return [loss.explain(logits.shape[-1])]
 
 
-CHOICES: dict[str, Callable[..., list[tuple[Any, str]]]] = {
+CHOICES: Choices = {
     "cross_entropy": _choose,
     "distillation_loss": _choose,
 }

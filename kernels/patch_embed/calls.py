@@ -20,9 +20,4 @@ def _patch_embed(draw: Draw, size: Size, form: str) -> Call:
     return Call("patch_embed", inputs, {}, tuple(inputs)[1:], (flops, flops))
 
 
-CALLS = {
-    "patch_embed": Stated(
-        _patch_embed,
-        (Part("patch_embed", lambda d, s: _patch_embed(d, s, "inference"), lambda n: 1),),
-    )
-}
+CALLS = {"patch_embed": Stated(_patch_embed, (Part("patch_embed", lambda depth: 1),))}

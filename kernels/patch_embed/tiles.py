@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deit.kernels.device import common
-from deit.kernels.device.tiles import Arguments, Configuration, accumulators
+from deit.kernels.device.tiles import Arguments, Choice, Choices, Configuration, accumulators
 from deit.kernels.engine.tuning import tunable
 
 
@@ -79,8 +79,8 @@ def patch_embed_bwd(arch: int, dtype: torch.dtype, dim: int) -> PatchEmbedBwdCon
     return PatchEmbedBwdConfig(block_m, 128, block_k, programs=2, num_warps=8, num_stages=3)
 
 
-def _choose(images: Tensor, weight: Tensor, *_: Any) -> list[tuple[Any, str]]:
+def _choose(images: Tensor, weight: Tensor, *_: Any) -> Choice:
     return [patch_embed.explain(common.architecture(images), images.dtype, weight.shape[0])]
 
 
-CHOICES: dict[str, Callable[..., list[tuple[Any, str]]]] = {"patch_embed": _choose}
+CHOICES: Choices = {"patch_embed": _choose}

@@ -166,9 +166,9 @@ class Draw:
         """A matrix of unit gain: the first axis is that of the output."""
         return self.random(*shape, seed=seed, scale=math.prod(shape[1:]) ** -0.5)
 
-    def around_one(self, dim: int, seed: int) -> Tensor:
+    def around_one(self, *shape: int, seed: int) -> Tensor:
         """A LayerNorm's weight."""
-        return 1 + self.random(dim, seed=seed, scale=0.1)
+        return 1 + self.random(*shape, seed=seed, scale=0.1)
 
     def activation(self, *shape: int, seed: int = 0) -> Tensor:
         """Of the family; random where it is one of softmaxes."""
@@ -189,16 +189,26 @@ class Draw:
 
 @dataclass(frozen=True)
 class Part:
-    """A call that a network makes: its name, and how often in a forward of so many blocks."""
+    """A call that a network makes: how often in a forward of so many blocks, and what of it.
+
+    columns: of a linear layer's output, as many times D.
+    """
 
     name: str
-    build: Callable[[Draw, Size], Call]
-    times: Callable[[int], int]
+    times: Callable[[int], int] = lambda depth: 0
+    form: str = "inference"
+    columns: int = 1
+    operator: str = ""
+
+    def build(self, draw: Draw, size: Size) -> Call:
+        """The call at a network's sizes."""
+        return build(self.operator, draw, replace(size, width=self.columns * size.dim), self.form)
 
 
 @dataclass(frozen=True)
 class Stated:
-    """What an operator's calls.py says: how its calls are made, and which a network makes.
+    """What an operator's calls.py says: how its calls are made, and which a network makes; without
+    any one stands beside the others, and counts nothing.
 
     softmax: it has one, which one entry may take nearly all of. loss: of logits, it has neither
     tokens nor channels. ruled: the rule against fp64 holds it; 8 bits have another reference.
@@ -216,14 +226,29 @@ def _folder(operator: str) -> str:
 
 
 @functools.cache
+def _all() -> dict[str, Stated]:
+    names = [f"{folder}.calls" for folder in dict.fromkeys(map(_folder, dispatch.OPERATORS))]
+    modules = [importlib.import_module(name) for name in names if importlib.util.find_spec(name)]
+    return {name: one for module in modules for name, one in module.CALLS.items()}
+
+
+@functools.cache
 def stated() -> dict[str, Stated]:
     """By operator, those that take most of a network's time first."""
-    names = [f"{folder}.calls" for folder in dict.fromkeys(map(_folder, dispatch.OPERATORS))]
-    found: dict[str, Stated] = {}
-    for name in names:
-        if importlib.util.find_spec(name):
-            found |= importlib.import_module(name).CALLS
-    return dict(sorted(found.items(), key=lambda item: -max(map(_work, item[1].parts), default=0)))
+    order = dict.fromkeys([part.operator for part in parts()] + list(_all()))
+    return {name: _all()[name] for name in order}
+
+
+@functools.cache
+def parts() -> tuple[Part, ...]:
+    """The calls that a network makes, those that take most of its time first."""
+    found = [
+        replace(part, operator=name)
+        for name, one in _all().items()
+        for part in one.parts or (Part(name),) * one.ruled
+    ]
+    work = lambda part: part.build(Draw(), Size(1, 197, 192)).flops[0] * part.times(12)
+    return tuple(sorted(found, key=work, reverse=True))
 
 
 def folders() -> list[str]:
@@ -236,19 +261,8 @@ def operators(*, softmax: bool = False) -> list[str]:
     return [n for n, one in stated().items() if one.ruled and one.softmax >= softmax]
 
 
-def parts() -> list[Part]:
-    """The calls that a network makes, those that take most of its time first."""
-    found = [part for one in stated().values() for part in one.parts]
-    return sorted(found, key=lambda part: -_work(part))
-
-
-def _work(part: Part) -> float:
-    """Floating-point operations of a forward of DeiT-Ti."""
-    return part.build(Draw(), Size(1, 197, 192)).flops[0] * part.times(12)
-
-
 def build(operator: str, draw: Draw, size: Size, form: str = "training") -> Call:
     """One call of a public operator."""
     if form not in FORMS:
         raise ValueError(f"form: expected one of {', '.join(FORMS)}; got {form!r}")
-    return stated()[operator].build(draw, size, form)
+    return _all()[operator].build(draw, size, form)

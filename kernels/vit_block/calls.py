@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deit.kernels.prove.calls import Call, Draw, Part, Size, Stated
+from deit.kernels.prove.calls import Call, Draw, Size, Stated
 from deit.kernels.vit_block import reference
 
 
@@ -17,8 +17,10 @@ def _vit_block(draw: Draw, size: Size, form: str) -> Call:
     inputs = {"x": draw.activation(size.batch, size.tokens, dim)}
 
     def add(weight: str, bias: str, *shape: int) -> None:
-        make = draw.weight if len(shape) > 1 else draw.around_one
-        inputs[weight] = make(*shape, seed=len(inputs))
+        if len(shape) > 1:
+            inputs[weight] = draw.weight(*shape, seed=len(inputs))
+        else:
+            inputs[weight] = draw.around_one(*shape, seed=len(inputs))
         inputs[bias] = draw.random(shape[0], seed=len(inputs))
 
     add("norm1_weight", "norm1_bias", dim)
@@ -61,10 +63,4 @@ def by_parts(call: Call, impl: str) -> Callable[[dict[str, Tensor]], Tensor]:
     return run
 
 
-# A fused block runs by parts or as this one: it stands beside the others and counts nothing.
-CALLS = {
-    "vit_block": Stated(
-        _vit_block,
-        (Part("vit_block", lambda d, s: _vit_block(d, s, "inference"), lambda n: 0),),
-    )
-}
+CALLS = {"vit_block": Stated(_vit_block)}  # a fused block runs by parts or as this one

@@ -103,15 +103,15 @@ def _tuned_panel(at: Terms, width: int, activation: str | None) -> Tuned:
     sizes = {"width": width, "depth": depth}
 
     def run(config: Any, t: Sequence[Tensor]) -> list[Tensor]:
-        x, weight, bias, *norm = t
+        x, weight, bias, norm_weight, norm_bias = t
         if not saved:  # what the product before writes is not what is timed
             saved.append(row_stats.row_stats(x))
-        given = row_stats.Norm(saved[0], norm[0], norm[1], 1e-6)
+        given = row_stats.Norm(saved[0], norm_weight, norm_bias, 1e-6)
         return [norm_linear.norm_linear(x, given, weight, bias, activation, config=config)]
 
     def plain(t: Sequence[Tensor]) -> list[Tensor]:
-        x, weight, bias, *norm = t
-        normed = layer_norm_reference.layer_norm(x, *norm, 1e-6)
+        x, weight, bias, norm_weight, norm_bias = t
+        normed = layer_norm_reference.layer_norm(x, norm_weight, norm_bias, 1e-6)
         return [linear_reference.linear(normed, weight, bias, activation, None, None, None)]
 
     rows = (at.size.batch, at.size.tokens, depth)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from deit.kernels.attention import tiles as attention_tiles
 from deit.kernels.device import common
+from deit.kernels.device.tiles import Choice, Choices
 from deit.kernels.gelu_mlp import tiles as gelu_mlp_tiles
 from deit.kernels.layer_norm import tiles as layer_norm_tiles
 from deit.kernels.linear import tiles as linear_tiles
 
 
-def _choose(x: Tensor, row_stats: Tensor | None, *rest: Any) -> list[tuple[Any, str]]:
+def _choose(x: Tensor, row_stats: Tensor | None, *rest: Any) -> Choice:
     qkv_weight, proj_weight, w1, b1, w2, num_heads = (rest[i] for i in (2, 4, 9, 10, 11, 15))
     qkv = x.new_empty((*x.shape[:-1], qkv_weight.shape[0]), dtype=qkv_weight.dtype)
     mlp = gelu_mlp_tiles.choose(qkv[..., : x.shape[-1]], w1, b1, w2)
@@ -25,7 +25,7 @@ def _choose(x: Tensor, row_stats: Tensor | None, *rest: Any) -> list[tuple[Any, 
             *mlp]  # fmt: skip
 
 
-def _norm_linear(x: Tensor, weight: Tensor, *, has_statistics: bool) -> list[tuple[Any, str]]:
+def _norm_linear(x: Tensor, weight: Tensor, *, has_statistics: bool) -> Choice:
     arguments = (common.architecture(x), weight.dtype, *weight.shape)
     panel, evidence = linear_tiles.norm_panel.explain(*arguments)
     if panel is not None:
@@ -36,4 +36,4 @@ def _norm_linear(x: Tensor, weight: Tensor, *, has_statistics: bool) -> list[tup
     return [by_itself, *layer_norm_tiles.choose(x), linear]
 
 
-CHOICES: dict[str, Callable[..., list[tuple[Any, str]]]] = {"vit_block": _choose}
+CHOICES: Choices = {"vit_block": _choose}
