@@ -123,7 +123,7 @@ def test_exit_codes_reach_the_shell():
 @pytest.mark.parametrize("arguments", [["info"], ["train", "--help"]])
 def test_a_closed_pipe_is_no_error(arguments):
     code = (
-        "import sys\nfrom deit import cli\n"
+        "import sys\nfrom deit.commands import cli\n"
         "cli.Info.run = lambda self: [print('x' * 1000) for _ in range(10000)] and 0\n"
         f"sys.exit(cli.main({arguments}))"
     )
