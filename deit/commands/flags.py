@@ -1,6 +1,6 @@
 """Command lines from typed dataclasses: by tyro, or plainer ones by argparse where it is missing.
 
-A field is a flag, its docstring the flag's help. What takes tyro to understand, `deit` itself with
+A field is a flag; its docstring, or `help` in its metadata, is the flag's help. What takes tyro to understand, `deit` itself with
 its subcommands, says so without it; the scripts of bench/ run all the same.
 """
 
@@ -90,8 +90,8 @@ def _add_all(parser: argparse.ArgumentParser, kind: Any) -> None:
         if dataclasses.is_dataclass(hint):
             _add_all(parser, hint)
         else:
-            note = notes.get(field.name, "").replace("%", "%%")
-            _add(parser, field, hint, positional, note)
+            note = field.metadata.get("help", notes.get(field.name, ""))
+            _add(parser, field, hint, positional, note.replace("%", "%%"))
 
 
 def _made(kind: Any, values: dict[str, Any]) -> Any:
