@@ -34,7 +34,7 @@ PARSE = """
     import sys
     from pathlib import Path
     from typing import Annotated, Literal
-    from deit import flags
+    from deit.commands import flags
 
     @dataclasses.dataclass(frozen=True)
     class Link:
