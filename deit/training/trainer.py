@@ -128,9 +128,9 @@ class Trainer:
         """Fused, sharded and compiled as asked."""
         options = self.options
         if options.fuse:
-            self.watch.say(networks.fuse(model))
+            self.watch.say(assemble.fuse(model))
             if self.average is not None:
-                networks.fuse(self.average.module)
+                assemble.fuse(self.average.module)
         if options.checkpoint_activations:  # of fused blocks
             assemble.checkpoint_blocks(model)
         if options.parallel == "fsdp" and self.average is not None:
