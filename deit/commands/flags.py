@@ -51,6 +51,17 @@ def subcommand(name: str) -> Any:
     return tyro.conf.subcommand(name) if tyro else None
 
 
+def _may_be_left_out(metavar: str) -> Any:
+    """For a flag whose help says itself what happens without it."""
+    return arg(metavar=metavar, help_behavior_hint="")
+
+
+OptionalPath = Annotated[Path | None, _may_be_left_out("PATH")]
+OptionalName = Annotated[str | None, _may_be_left_out("NAME")]
+OptionalInt = Annotated[int | None, _may_be_left_out("INT")]
+Paths = Annotated[tuple[Path, ...], Positional, _may_be_left_out("PATH ...")]
+
+
 def cli(kind: Any, arguments: Sequence[str] | None, **how: Any) -> Any:
     """tyro.cli, with its prefixes left out. Raises ValueError where tyro is missing."""
     if tyro is None:

@@ -4,27 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar
 
 from deit import settings
 from deit.commands import flags
 from deit.recipes import RECIPES, Recipe
-from deit.training.options import WORKERS, Distillation, Options, Shape
+from deit.training.options import Distillation, Options, Shape
 
 T = TypeVar("T")
-
-
-def _may_be_left_out(metavar: str) -> Any:
-    """For a flag whose help says itself what happens without it."""
-    return flags.arg(metavar=metavar, help_behavior_hint="")
-
-
-OptionalPath = Annotated[Path | None, _may_be_left_out("PATH")]
-OptionalName = Annotated[str | None, _may_be_left_out("NAME")]
-OptionalInt = Annotated[int | None, _may_be_left_out("INT")]
-OptionalFloat = Annotated[float | None, _may_be_left_out("FLOAT")]
-Paths = Annotated[tuple[Path, ...], flags.Positional, _may_be_left_out("PATH ...")]
 
 RecipeName = Literal["deit", "deit3", "finetune", "fashion-mnist", "folder", "fixres"]
 
@@ -143,91 +130,3 @@ class Finetune(Train):
 @_with_flags(recipe="fixres", img_size=384, train_only="classifier")
 class Fixres(Train):
     """Adapt a trained network's classifier and batch norms to another resolution (FixRes)."""
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Top-1 of a network on labelled images, for each of its heads."""
-
-    weights: flags.Positional[Path]
-    """A run's folder, a weights' file in it (average.safetensors), or a DeiT's weights."""
-    data: str
-    """As for `deit train`; the val part is taken."""
-    img_size: OptionalInt = None
-    """Pixels along a side; the network's own if left out."""
-    batch_size: int = 64
-    """Images at a time."""
-    limit: OptionalInt = None
-    """Evaluate on this many images, not all."""
-    device: str = "auto"
-    """A torch device; auto is the first GPU, or the CPU where there is none."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """What products are computed in (autocast)."""
-    workers: int = WORKERS
-    """Processes that read images."""
-    fuse: bool = True
-    """Run on the fused operators."""
-    json: bool = False
-    """Print one JSON document instead of text."""
-
-    def run(self) -> int:
-        """Evaluate and print."""
-        from deit.training.evaluation import run
-
-        return run(self)
-
-
-@dataclass(frozen=True)
-class Report:
-    """Compare runs: a table of their last scores, and curves."""
-
-    runs: Paths
-    """Runs' folders."""
-    out: OptionalPath = None
-    """Draw loss, top-1 by head and pace into this file, too (.svg, .png or .pdf)."""
-
-    def run(self) -> int:
-        """Print and draw."""
-        from deit.training.report import run
-
-        return run(self)
-
-
-@dataclass(frozen=True)
-class ExplainImage:
-    """Draw where a network's class and distillation tokens look in a photograph."""
-
-    image: flags.Positional[Path]
-    """The photograph."""
-    weights: Path
-    """A run's folder, or a DeiT's weights."""
-    out: Path = Path("attention.png")
-    """The picture."""
-    layer: int = -1
-    """Which block's attention, negative from the end."""
-    heads: bool = False
-    """Each head beside their mean."""
-
-    def run(self) -> int:
-        """Draw."""
-        from deit.attention_maps import run
-
-        return run(self)
-
-
-@dataclass(frozen=True)
-class Export:
-    """Write a trained network for other programs, and compare the file with the network."""
-
-    weights: flags.Positional[Path]
-    """A run's folder, or a DeiT's weights."""
-    out: Path
-    """The file: .safetensors, .pt2 or .onnx."""
-    format: Literal["safetensors", "torch", "onnx", "aoti"] = "safetensors"
-    """safetensors with a model card, torch.export, ONNX, or AOTInductor with fused operators."""
-
-    def run(self) -> int:
-        """Write and compare."""
-        from deit.weights.export import run
-
-        return run(self)

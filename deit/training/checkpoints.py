@@ -16,8 +16,9 @@ from deit.model import DeiT
 from deit.training import resume
 from deit.training.learner import Learner
 from deit.training.options import Options
-from deit.training.runs import RunFolder, State, load_state, write_tensors
+from deit.training.runs import RunFolder, State, load_state
 from deit.weights import checkpoint
+from deit.weights.files import write_tensors
 
 
 def about(options: Options, source: Source, held_out: Source, learner: Learner) -> dict[str, Any]:

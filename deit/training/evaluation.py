@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -12,12 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deit import devices
-from deit.commands.train import Eval
-from deit.data.loader import Batch, Loader, in_order, naming_lost_workers
-from deit.data.sources import open_source
+from deit.data.loader import Batch
 from deit.model import DeiT, combine_heads
-from deit.training.distillation import check_classes
 
 HEADS = ("class", "distillation", "softmax-sum")
 
@@ -175,40 +170,3 @@ class Evaluation:
             return ""
         row = self.scores.get("average") or self.scores["model"]
         return f", top-1 {list(row['top1'].values())[-1]:.2f} %"
-
-
-def run(command: Eval) -> int:
-    """`deit eval`: prints the scores; returns 0."""
-    from deit.data.augment import evaluation_transform
-    from deit.weights import networks
-
-    model, about = networks.opened(command.weights, command.img_size)
-    classes = about.get("classes")  # by which the network counts, whatever folders there are
-    source = open_source(
-        command.data, "val", None if classes is None else tuple(classes), command.limit
-    )
-    size = command.img_size or (
-        model.config.img_size if isinstance(model, DeiT) else about["network"]["img_size"]
-    )
-    mean, std = about.get("mean", source.mean), about.get("std", source.std)
-    device = devices.named(command.device)
-    model.to(device)
-    check_classes(model, torch.zeros(2, 3, size, size, device=device), len(source.classes))
-    if command.fuse:
-        networks.fuse(model)
-    loader = Loader(
-        source,
-        evaluation_transform(size, networks.crop_of(about), tuple(mean), tuple(std)),
-        in_order(len(source), command.batch_size),
-        seed=0,
-        workers=command.workers,
-        device=device,
-    )
-    with naming_lost_workers():
-        scores = evaluate(model, loader, precision=lambda: devices.autocast(device, command.dtype))
-    assert scores is not None  # only a stop makes it None
-    text = f"{scores.text()} of {scores.images:,} images right, {scores.images_per_s:.0f} images/s"
-    if scores.unreadable:
-        text += f"; {scores.unreadable} could not be read"
-    print(json.dumps(scores.row()) if command.json else text)
-    return 0

@@ -31,9 +31,9 @@ class Learner:
         self.recipe, self.world, self.average = options.recipe, world, average
         self.parameters = networks.parameters(model)
         if options.fuse:
-            say(networks.fuse(model))
+            say(assemble.fuse(model))
             if average is not None:
-                networks.fuse(average.module)
+                assemble.fuse(average.module)
         if options.checkpoint_activations:  # of fused blocks
             assemble.checkpoint_blocks(model)
         if options.parallel == "fsdp" and average is not None:

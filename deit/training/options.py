@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import MISSING, dataclass, field, replace
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from deit.configs import Config, config
 from deit.recipes import DEIT, Recipe
 from deit.settings import allowed, refused, said
 
@@ -31,19 +30,6 @@ class Shape:
     def changes(self) -> dict[str, int]:
         """The fields that are set."""
         return {name: value for name, value in vars(self).items() if value is not None}
-
-
-def resolve(arch: str, *, img_size: int, num_classes: int, distilled: bool, shape: Shape) -> Config:
-    """The Config of one of our variants, with its shape changed as asked.
-
-    Raises ValueError for an unknown name or an impossible shape.
-    """
-    settings = config(arch, distilled=distilled or None, num_classes=num_classes)
-    changes: dict[str, Any] = {**shape.changes()}
-    if "embed_dim" in changes and "num_heads" not in changes:
-        # Head dimension 64, which is what the kernels are made for.
-        changes["num_heads"] = max(1, changes["embed_dim"] // 64)
-    return replace(settings, img_size=img_size, **changes)
 
 
 @dataclass(frozen=True)
