@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deit.data.loader import Batch
+from deit.data.loader import Batch, Loader
 from deit.model import DeiT, combine_heads
 
 HEADS = ("class", "distillation", "softmax-sum")

@@ -32,8 +32,9 @@ from deit.training.evaluation import Evaluation
 from deit.training.learner import Learner
 from deit.training.options import Options
 from deit.training.progress import Pace, Watch, human
-from deit.training.runs import RunFolder, write_atomically
+from deit.training.runs import RunFolder
 from deit.training.trackers import Trackers
+from deit.weights.files import write_atomically
 
 
 class NotFinite(ValueError):
