@@ -75,7 +75,7 @@ class Learner:
             self.average.update(self.model, step=made + 1)
 
     def weights(self) -> dict[str, dict[str, Any]]:
-        """Whole weights of `models`; a collective. May be empty in other processes than the first."""
+        """Whole weights of `models`; a collective. Only the first process is sure to get them."""
         return {name: distributed.model_state(model) for name, model in self.models.items()}
 
     def moments(self) -> dict[str, Any]:
