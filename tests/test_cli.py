@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import MISSING
+from pathlib import Path
 
 import pytest
 import tyro
 
+from deit import settings
 from deit.commands import cli
-from deit.commands.train import Train
-from deit.recipes import recipe
+from deit.commands.train import Fixres, Train
+from deit.recipes import RECIPES, recipe
+from deit.training.options import Options
 
 
 def python(*arguments, **environment):
@@ -80,6 +84,26 @@ def test_flags_change_the_recipe_and_nothing_else():
     assert options.recipe == recipe("deit3", lr=1e-3, ema=None, betas=(0.8, 0.9))
     assert options.shape.changes() == {"depth": 2}
     assert (options.data, str(options.out)) == ("x", "y")
+
+
+def test_every_setting_of_a_run_is_a_flag_with_its_default_and_help(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    defaults = vars(Train("x", "y"))
+    for group, line, _ in settings.lines(Options):
+        flag = settings.flag(line)
+        assert f"--{flag.replace('_', '-')}" in text
+        assert line.metadata["help"] in text
+        if group != "recipe" and line.default is not MISSING:
+            assert defaults[flag] == line.default
+
+
+def test_without_flags_the_options_are_those_of_python():
+    assert Train("x", Path("y")).options() == Options("x", Path("y"))
+    adapted = Fixres("x", Path("y")).options()
+    assert (adapted.recipe, adapted.img_size) == (RECIPES["fixres"], 384)
+    assert adapted.train_only == "classifier"
 
 
 @pytest.mark.parametrize("arguments", [["bake"], ["predict", "--no-such-flag"], []])

@@ -1,7 +1,8 @@
 """Command lines from typed dataclasses: by tyro, or plainer ones by argparse where it is missing.
 
-A field is a flag; its docstring, or `help` in its metadata, is the flag's help. What takes tyro to understand, `deit` itself with
-its subcommands, says so without it; the scripts of bench/ run all the same.
+A field is a flag; its docstring, or `help` in its metadata, is the flag's help. What takes tyro
+to understand, `deit` itself with its subcommands, says so without it; the scripts of bench/ run
+all the same.
 """
 
 from __future__ import annotations
