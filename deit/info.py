@@ -23,7 +23,7 @@ CPU_FLAGS = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni",
     "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "amx_tile", "asimd", "bf16", "sve",
 )  # fmt: skip
-# What they are called together.
+# Names for groups of them.
 _CALLED = {
     "AVX2": ("avx2", "fma", "f16c"),
     "AVX-VNNI": ("avx_vnni",),
@@ -64,7 +64,7 @@ def collect() -> dict[str, Any]:
 
 
 def _tuned() -> list[str]:
-    """Only where such a file exists does looking for it touch a device."""
+    """Looking for such a file touches a device only where it exists."""
     return [
         f"{table.device}: {table.ignored or f'{len(table.entries)} tuned configurations'}"
         for table in tuning.tables().values()

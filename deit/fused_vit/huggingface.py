@@ -68,7 +68,7 @@ class FusedAttention(modules.FusedAttention):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        # Called by itself, the eager form owes its caller the attention weights.
+        # The eager form owes its caller the attention weights where it is called by itself.
         weights = self.config._attn_implementation == "eager"  # type: ignore[attr-defined]
         bias = _bias(hidden_states, attention_mask)
         if (

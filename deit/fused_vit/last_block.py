@@ -1,7 +1,7 @@
 """The last block of a classifier, computed for the tokens that the heads read.
 
-A head reads the class token's row, a distilled model's other head the distillation token's. What
-the last block computes for patch tokens after its keys and values is read by nobody: their queries,
+A head reads the class token's row, a distilled model's other head the distillation token's. Nobody
+reads what the last block computes for patch tokens after its keys and values: their queries,
 scores, output projection and MLP are left out, and the final norm with them. The logits are the
 same to rounding and so are the gradients; of DeiT-B's floating-point operations 6.9 % are saved.
 """
@@ -19,9 +19,9 @@ from deit.kernels.vit_block import vit_blocks
 class PrefixOnly(Fused):
     """Over a vision transformer whose `forward` classifies by its first tokens.
 
-    Only `forward` is touched: `forward_features` and the like give every token as before. A
-    block that is wrapped (checkpointing, compilation), or a hook that would see fewer tokens, has
-    the original forward run.
+    Only `forward` is touched: `forward_features` and the like give every token as before. The
+    original forward runs where a block is wrapped (checkpointing, compilation) and where a hook
+    would see fewer tokens.
     """
 
     ROWS: ClassVar[int] = 1
@@ -64,9 +64,9 @@ class PrefixOnly(Fused):
     def prefix_features(self, x: Tensor) -> Tensor:
         """Embedded tokens [B, N, D] -> the heads' tokens, normalised, [B, rows, D].
 
-        Where all blocks before the last run whole, they are asked first and run then, one after
-        another: between kernels that use all of the caches, the questions of Python take three
-        times as long (a tenth of DeiT-Ti's latency).
+        Where all blocks before the last run whole, all are asked first, and then they run one after
+        another. Python's questions between kernels that use all of the caches take three times
+        as long (a tenth of DeiT-Ti's latency).
         """
         module: Any = self
         *body, last = module.blocks

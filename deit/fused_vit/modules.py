@@ -32,7 +32,7 @@ class Fused:
     IDENTITIES: ClassVar[tuple[str, ...]] = ()
     DROPOUTS: ClassVar[tuple[str, ...]] = ()
 
-    # Other classes whose forward the fused path stands for, and the original's other methods.
+    # The fused path stands for these classes' forward too, and for these methods of the original.
     STANDS_FOR: ClassVar[tuple[type[nn.Module], ...]] = ()
     STEPS: ClassVar[tuple[str, ...]] = ()
     METHODS: ClassVar[monkeypatches.Methods]  # all of them
@@ -43,7 +43,7 @@ class Fused:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         original = _original(cls)
-        # Not a mix-in, nor derived from a fused class at run time.
+        # Neither a mix-in nor a class derived from a fused one at run time.
         if original is not object and not hasattr(cls, "fused_forward"):
             cls._stand_for(original)
         super().__init_subclass__(**kwargs)  # transformers wraps what is the forward by now
@@ -79,7 +79,7 @@ class Fused:
         return self.OPERATORS
 
     def remark(self) -> str:
-        """What the report says of this module beside that it is fused."""
+        """What the report adds to this module's being fused."""
         return ""
 
     def unsupported(self) -> str | None:
@@ -116,7 +116,7 @@ class Fused:
         return None
 
     def replaced(self) -> str | None:
-        """Which method that the fused path stands for was replaced on its class; None for none."""
+        """Which of the methods that the fused path stands for was replaced; None for none."""
         return monkeypatches.replaced(type(self))
 
     def waiting(self) -> str | None:
@@ -303,7 +303,7 @@ class FusedBlock(WholeBlock, Fused):
     )
     SCALES: ClassVar[tuple[str, ...]] = ("ls1", "ls2")
     DROP_PATHS: ClassVar[tuple[str, ...]] = ("drop_path1", "drop_path2")
-    # What those may be: LayerScale with its `gamma`, stochastic depth that `keep` draws for.
+    # What they may be: LayerScale with its `gamma`, stochastic depth that `keep` draws for.
     SCALE_KINDS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Identity,)
     DROP_PATH_KINDS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Identity,)
 

@@ -77,7 +77,7 @@ class SelfAttention:
     ) -> Tensor:
         """[B, rows, D']: the first `rows` queries against all keys, heads concatenated.
 
-        `project` stands for `linear` where it is given. PyTorch's attention serves: it has
+        `project` stands for `linear` where it is given. PyTorch's attention is good enough for
         B * H * rows queries, half a percent of a layer's.
         """
         heads, scale = self.geometry()

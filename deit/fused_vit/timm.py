@@ -25,7 +25,7 @@ class Masked:
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:  # [B, N, D] -> [B, N, D]
-        given: dict[str, Any] = {}  # timm's of before 2026 know neither or only the first
+        given: dict[str, Any] = {}  # timm's before 2026 know neither, or only the first
         if attn_mask is not None:
             given["attn_mask"] = attn_mask
         if is_causal is not False:
@@ -157,7 +157,7 @@ class FusedVisionTransformerDistilled(ClassifiesByPrefix, deit.VisionTransformer
     ROWS = 2
 
 
-# `forward` above spells out the steps of timm's forward_features (the same since 0.9): a timm that
+# `forward` above spells out the steps of timm's forward_features, the same since 0.9. A timm that
 # takes another step would silently lose it there.
 _STEPS = {"patch_embed", "_pos_embed", "patch_drop", "norm_pre", "blocks", "norm"}
 _FEATURES_KNOWN = (

@@ -15,7 +15,7 @@ from deit.kernels.vit_block import served
 class WholeBlock:
     """What `fuse(model, block="auto")` and "whole" add to a block; a mix-in for a FusedBlock.
 
-    Asked for where `fused_impls` names an implementation of vit_block.
+    It is asked for where `fused_impls` names an implementation of vit_block.
     """
 
     def operators(self) -> tuple[str, ...]:
@@ -44,7 +44,7 @@ class WholeBlock:
         return None
 
     def apart(self) -> str | None:
-        """Why this block is none of `vit_block` and its like; None where it is one."""
+        """Why neither `vit_block` nor its like computes this block; None where one does."""
         block: Any = self
         norm1, attn, norm2, _ = block.parts()
         if norm1.eps != norm2.eps:
@@ -55,7 +55,7 @@ class WholeBlock:
         return None
 
     def runs_whole(self, x: Tensor) -> bool:
-        """Whether this call is one of `vit_block`: inference, nothing dropped, nothing recorded."""
+        """Whether `vit_block` takes this call: inference, nothing dropped, nothing recorded."""
         block: Any = self
         if block.why_parts(x.device) is not None or block.training:
             return False
@@ -73,7 +73,7 @@ class WholeBlock:
     def whole(
         self, x: Tensor, row_stats: Tensor | None = None, key_bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The block's output and its row statistics, from x and those that came with it."""
+        """The block's output and its row statistics, from x and the statistics that came with x."""
         return thirds.vit_block(x, **self.arguments(), row_stats=row_stats, key_bias=key_bias)
 
     def arguments(self, operator: str = "vit_block") -> dict[str, Any]:
