@@ -169,9 +169,8 @@ def _place_prefix(tensors: dict[str, Tensor]) -> None:
     positions = tensors.get("pos_embed")
     if positions is None or positions.dim() != 3 or "cls_token" not in tensors:
         return
-    if _is_square(
-        positions.shape[1]
-    ):  # never a square with the positions of one or two prefix tokens
+    # With the positions of one or two prefix tokens their number is never a square.
+    if _is_square(positions.shape[1]):
         prefix = positions.new_zeros(1, 2 if "dist_token" in tensors else 1, positions.shape[2])
         tensors["pos_embed"] = torch.cat([prefix.expand(len(positions), -1, -1), positions], 1)
 
