@@ -13,7 +13,6 @@ from deit.training.options import Distillation, Options, Shape
 
 T = TypeVar("T")
 
-
 RecipeName = Literal["deit", "deit3", "finetune", "fashion-mnist", "folder", "fixres"]
 
 # How the help shows a value that may be left out, and one that may be None.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deit.data.loader import Batch
+from deit.data.loader import Batch, Loader
 from deit.model import DeiT, combine_heads
 
 HEADS = ("class", "distillation", "softmax-sum")
@@ -109,3 +110,63 @@ def evaluate(
         int(unreadable),
         images / (time.perf_counter() - start),
     )
+
+
+@dataclass
+class Evaluation:
+    """A run's held-out images, and what its networks had right on them last.
+
+    Args:
+        batches: makes a reader of the images, this process's share of them.
+        precision, reduce, stop: as for `evaluate`.
+        show: told how far it is.
+        made: updates that were made when `scores` were; 0 before the first.
+        scores: `Scores.row` by network.
+    """
+
+    batches: Callable[[], Loader]
+    precision: Callable[[], AbstractContextManager[object]]
+    reduce: Callable[[Tensor], Tensor]
+    stop: Callable[[], bool]
+    show: Callable[[str], None]
+    made: int = 0
+    scores: dict[str, Any] = field(default_factory=dict)
+
+    def take_up(self, made: int, scores: dict[str, Any]) -> None:
+        """Go on from an earlier process's last scores."""
+        self.made, self.scores = made, scores
+
+    def of(self, model: nn.Module, name: str) -> Scores | None:
+        """None where the processes agreed to stop, which every one of them asks at every batch."""
+        batches, done = self.batches(), 0
+
+        def stop() -> bool:
+            nonlocal done
+            self.show(f"evaluating the {name}, batch {done} of {len(batches)}")
+            done += 1
+            return self.stop()
+
+        return evaluate(model, batches, precision=self.precision, reduce=self.reduce, stop=stop)
+
+    def score(self, models: Mapping[str, nn.Module], made: int) -> str | None:
+        """Score the networks after `made` updates, and say what they had right.
+
+        None, and no trace of it, where the processes agreed to stop.
+        """
+        found = {}
+        for name, model in models.items():
+            scores = self.of(model, name)
+            if scores is None:
+                return None
+            found[name] = scores
+        self.made, self.scores = made, {name: scores.row() for name, scores in found.items()}
+        texts = ", ".join(f"{name}: {scores.text()}" for name, scores in found.items())
+        return f"{texts} of {found['model'].images:,} held-out images right"
+
+    @property
+    def latest(self) -> str:
+        """For the display: top-1 at the last evaluation, of the average where one is kept."""
+        if not self.scores:
+            return ""
+        row = self.scores.get("average") or self.scores["model"]
+        return f", top-1 {list(row['top1'].values())[-1]:.2f} %"
