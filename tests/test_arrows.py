@@ -47,10 +47,7 @@ KINDS = ("triton", "cpu", "cuda")  # how the names of implementations' files beg
 # The operators' oracle, which bench/ shares with the tests.
 SHARED = {"tests.oracle"}
 # Circles for an annotation alone.
-FOR_TYPES = [
-    ["deit.training.checkpoints", "deit.training.scoring", "deit.training.trainer"],
-    ["deit.tune_fp8", "deit.tune_problems"],
-]
+FOR_TYPES = [["deit.tune_fp8", "deit.tune_problems"]]
 
 
 def modules() -> dict[str, Path]:

@@ -8,7 +8,7 @@ dropout in training, a mask, a replaced layer), the original forward runs.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,10 @@ PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 
 class Fused:
     """What all fused classes share."""
+
+    if TYPE_CHECKING:  # the attributes of the class that this is mixed over
+
+        def __getattr__(self, name: str) -> Any: ...
 
     OPERATORS: ClassVar[tuple[str, ...]] = ()
     # The submodules whose own forward the fused path does not call, by what they must be.
@@ -173,15 +177,14 @@ class FusedLayerNorm(Fused):
     OPERATORS = ("layer_norm",)
 
     def unsupported(self) -> str | None:
-        norm: Any = self
-        if len(norm.normalized_shape) != 1:
-            return f"it normalises over {len(norm.normalized_shape)} axes, not the last one"
-        weight = weight_of(norm)
+        if len(self.normalized_shape) != 1:
+            return f"it normalises over {len(self.normalized_shape)} axes, not the last one"
+        weight = weight_of(self)
         if weight is None:
             return "it has no weight"
         if type(weight) not in PLAIN_TENSORS:
             return f"weight is a {type(weight).__name__}, not a plain tensor"
-        if norm.__dict__.get("_fast_norm", False):
+        if self.__dict__.get("_fast_norm", False):
             return "timm's fast_norm is set, which normalises in the autocast dtype"
         return None
 
@@ -189,15 +192,13 @@ class FusedLayerNorm(Fused):
         if self.runs_fused(input):
             return self.normalise(input)
         if isinstance(input, torch.fx.Proxy):
-            module: Any = self
-            node = swapping.as_leaf(module, original_class(self), input)
+            node = swapping.as_leaf(self, original_class(self), input)
             if node is not None:
                 return node
         return super().forward(input)  # type: ignore[misc]
 
     def normalise(self, x: Tensor) -> Tensor:
-        norm: Any = self
-        return layer_norm(x, norm.weight, norm.bias, norm.eps, impl=self.fused_impls["layer_norm"])
+        return layer_norm(x, self.weight, self.bias, self.eps, impl=self.fused_impls["layer_norm"])
 
 
 class FusedAttention(SelfAttention, Fused):
@@ -214,15 +215,13 @@ class FusedAttention(SelfAttention, Fused):
         return self._modules[self.LINEARS[-1]]  # type: ignore[attr-defined]
 
     def geometry(self) -> tuple[int, float]:
-        module: Any = self
-        return module.num_heads, module.scale
+        return self.num_heads, self.scale
 
     def width(self) -> int:
-        module: Any = self
-        per_head = module.__dict__.get("head_dim")  # which need not be D / heads
+        per_head = self.__dict__.get("head_dim")  # which need not be D / heads
         if per_head is None:
-            return weight_of(module._modules["qkv"]).shape[1] // module.num_heads * module.num_heads
-        return module.num_heads * per_head
+            return weight_of(self._modules["qkv"]).shape[1] // self.num_heads * self.num_heads
+        return self.num_heads * per_head
 
     def unsupported(self) -> str | None:
         reason = super().unsupported()

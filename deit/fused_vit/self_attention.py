@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +14,10 @@ from deit.kernels import attention, linear, thirds
 
 class SelfAttention:
     """Self-attention from one packed projection; a mix-in for what holds its parameters."""
+
+    if TYPE_CHECKING:  # the attributes of the class that this is mixed over
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def projection(self) -> tuple[Any, Any]:
         """Weight [3 * D', D] of q, k and v one after another, and bias [3 * D'] or None.
