@@ -30,7 +30,7 @@ class FusedAttention(modules.FusedAttention):
     LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
     def projection(self) -> tuple[Any, Any]:
-        children = self._modules  # type: ignore[attr-defined]
+        children = self._modules
         q, k, v = (children[name] for name in self.LINEARS[:3])
         biases = None if q.bias is None else (q.bias, k.bias, v.bias)
         return (q.weight, k.weight, v.weight), biases
@@ -65,7 +65,7 @@ class FusedAttention(modules.FusedAttention):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         # The eager form owes its caller the attention weights where it is called by itself.
-        weights = self.config._attn_implementation == "eager"  # type: ignore[attr-defined]
+        weights = self.config._attn_implementation == "eager"
         bias = _bias(hidden_states, attention_mask)
         if (
             weights

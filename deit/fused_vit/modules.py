@@ -75,7 +75,7 @@ class Fused:
 
     def absorbed(self) -> list[nn.Module]:
         """The submodules whose parameters the fused path reads itself."""
-        children = self._modules  # type: ignore[attr-defined]
+        children = self._modules
         return [child for name in self.LINEARS if (child := children.get(name)) is not None]
 
     def operators(self) -> tuple[str, ...]:
@@ -88,7 +88,7 @@ class Fused:
 
     def unsupported(self) -> str | None:
         """Why this module's structure has no fused form; None where it has."""
-        children = self._modules  # type: ignore[attr-defined]
+        children = self._modules
         for name in self.LINEARS:
             child = children.get(name)
             if type(child) is not nn.Linear:
@@ -108,7 +108,7 @@ class Fused:
 
     def interrupted(self) -> str | None:
         """Why the fused form must not run at this moment; None where it may."""
-        children = self._modules  # type: ignore[attr-defined]
+        children = self._modules
         for name in self.DROPOUTS:
             child = children.get(name)
             if child is not None and child.training and getattr(child, "p", 0.0) > 0.0:
@@ -165,7 +165,7 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def weight_of(module: nn.Module) -> Any:
+def weight_of(module: Any) -> Any:
     """`module.weight`, read past nn.Module's slow look-up where it is a parameter."""
     found = module._parameters.get("weight")
     return module.weight if found is None else found
@@ -208,11 +208,11 @@ class FusedAttention(SelfAttention, Fused):
     LINEARS: ClassVar[tuple[str, ...]] = ("qkv", "proj")
 
     def projection(self) -> tuple[Tensor, Tensor | None]:
-        qkv: Any = self._modules["qkv"]  # type: ignore[attr-defined]
+        qkv: Any = self._modules["qkv"]
         return qkv.weight, qkv.bias
 
     def output(self) -> nn.Linear:
-        return self._modules[self.LINEARS[-1]]  # type: ignore[attr-defined]
+        return self._modules[self.LINEARS[-1]]
 
     def geometry(self) -> tuple[int, float]:
         return self.num_heads, self.scale
@@ -226,7 +226,7 @@ class FusedAttention(SelfAttention, Fused):
     def unsupported(self) -> str | None:
         reason = super().unsupported()
         if reason is None:
-            rows, width = weight_of(self._modules["qkv"]).shape[0], self.width()  # type: ignore[attr-defined]
+            rows, width = weight_of(self._modules["qkv"]).shape[0], self.width()
             if rows != 3 * width:
                 return f"qkv has {rows} rows, its heads take 3 * {width}"
         return reason
@@ -251,13 +251,13 @@ class FusedMlp(Fused):
         return type(act) is nn.GELU and act.approximate == "none"
 
     def unsupported(self) -> str | None:
-        act = self._modules.get(self.ACTIVATION)  # type: ignore[attr-defined]
+        act = self._modules.get(self.ACTIVATION)
         if self.ACTIVATION and not self.exact_gelu(act):
             return f"its activation is {act}, not the exact GELU"
         return super().unsupported()
 
     def interrupted(self) -> str | None:
-        act = self._modules.get(self.ACTIVATION)  # type: ignore[attr-defined]
+        act = self._modules.get(self.ACTIVATION)
         if act is not None and hooked(act):
             return f"{self.ACTIVATION} has a hook"
         return super().interrupted()
@@ -275,7 +275,7 @@ class FusedMlp(Fused):
         keep: Tensor | None = None,
     ) -> Tensor:
         """residual + keep * gamma * fc2(gelu(fc1(x)))."""
-        fc1, fc2 = (self._modules[name] for name in self.LINEARS)  # type: ignore[attr-defined]
+        fc1, fc2 = (self._modules[name] for name in self.LINEARS)
         return gelu_mlp(
             x,
             fc1.weight,
@@ -311,15 +311,15 @@ class FusedBlock(WholeBlock, Fused):
         return super().remark() if kind is None else kind.remark
 
     def absorbed(self) -> list[nn.Module]:
-        scales = (self._modules[name] for name in self.SCALES)  # type: ignore[attr-defined]
+        scales = (self._modules[name] for name in self.SCALES)
         return [*super().absorbed(), *scales]
 
     def parts(self) -> tuple[Any, ...]:
         """What normalises, attends, normalises and feeds forward."""
-        return tuple(self._modules[name] for name, _ in self.PARTS)  # type: ignore[attr-defined]
+        return tuple(self._modules[name] for name, _ in self.PARTS)
 
     def unsupported(self) -> str | None:
-        children = self._modules  # type: ignore[attr-defined]
+        children = self._modules
         for name, kind in self.PARTS:
             part = children.get(name)
             if not isinstance(part, kind):
@@ -335,7 +335,7 @@ class FusedBlock(WholeBlock, Fused):
         return super().unsupported()
 
     def interrupted(self) -> str | None:
-        children = self._modules  # type: ignore[attr-defined]
+        children = self._modules
         for name, _ in self.PARTS:
             part = children[name]
             reason = "it has a hook" if self.watched(part) else part.interrupted()
@@ -350,7 +350,7 @@ class FusedBlock(WholeBlock, Fused):
     def replaced(self) -> str | None:
         reason = super().replaced()
         for name, _ in self.PARTS:
-            reason = reason or self._modules[name].replaced()  # type: ignore[attr-defined]
+            reason = reason or self._modules[name].replaced()
         return reason
 
     def watched(self, part: nn.Module) -> bool:
@@ -361,7 +361,7 @@ class FusedBlock(WholeBlock, Fused):
         """LayerScale's [D] of the first or second branch; None where there is none."""
         if not self.SCALES:
             return None
-        return getattr(self._modules.get(self.SCALES[index]), "gamma", None)  # type: ignore[attr-defined]
+        return getattr(self._modules.get(self.SCALES[index]), "gamma", None)
 
     def keep(self, index: int, x: Tensor) -> Tensor | None:
         """Stochastic depth's factors [B] of a branch, drawn as the original draws them."""
@@ -381,7 +381,7 @@ class FusedBlock(WholeBlock, Fused):
     ) -> Tensor:
         """The block's output [B, N, D], or [B, rows, D]: its first `rows` tokens alone."""
         kind = eight_bits.asked(self.fused_impls)
-        if kind is not None and not self.training:  # type: ignore[attr-defined]
+        if kind is not None and not self.training:
             return eight_bits.advance(kind, self, x, key_bias, rows)
         if rows is None and self.runs_whole(x):
             return self.whole(x, key_bias=key_bias)[0]

@@ -50,7 +50,7 @@ class SelfAttention:
         rows: int | None = None,
     ) -> Tensor:
         """residual + keep * gamma * proj(attention(qkv(x))), of the first `rows` tokens or all."""
-        impls = self.fused_impls  # type: ignore[attr-defined]
+        impls = self.fused_impls
         weight, bias = self.projection()
         heads, scale = self.geometry()
         if rows is None:
@@ -86,7 +86,7 @@ class SelfAttention:
         """
         heads, scale = self.geometry()
         if project is None:
-            project = functools.partial(linear, impl=self.fused_impls["linear"])  # type: ignore[attr-defined]
+            project = functools.partial(linear, impl=self.fused_impls["linear"])
         width = weight.shape[0] // 3
         bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
         q = project(x[:, :rows], weight[:width], bias_q)
