@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 _WHOLE = ("embed_dim", "num_heads", "depth", "img_size", "num_classes", "patch_size", "in_chans",
           "mlp_ratio")  # fmt: skip
@@ -200,7 +201,7 @@ def reshaped(
     without heads. Raises ValueError for an unknown name or an impossible shape.
     """
     settings = config(arch, distilled=distilled or None, num_classes=num_classes)
-    changes = dict(shape)
+    changes: dict[str, Any] = dict(shape)
     if "embed_dim" in changes and "num_heads" not in changes:
         changes["num_heads"] = max(1, changes["embed_dim"] // 64)
     return replace(settings, img_size=img_size, **changes)

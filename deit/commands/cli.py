@@ -42,7 +42,7 @@ Command = (
 def _any_name(error: UnicodeError) -> tuple[bytes, int]:
     """Encodes what a stream's encoding has no character for, which a file's name may hold.
 
-    A byte that is no UTF-8 in a name is that byte again, anything else its escape.
+    A byte of a name that is no UTF-8 stays that byte; anything else becomes its escape.
     """
     assert isinstance(error, UnicodeEncodeError)
     characters = error.object[error.start : error.end]

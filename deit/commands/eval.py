@@ -51,7 +51,7 @@ class Eval:
         from deit.weights import networks
 
         model, about = networks.opened(self.weights, self.img_size)
-        classes = about.get("classes")  # by which the network counts, whatever folders there are
+        classes = about.get("classes")  # the network counts by these, whatever folders there are
         source = open_source(
             self.data, "val", None if classes is None else tuple(classes), self.limit
         )

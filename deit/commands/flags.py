@@ -1,8 +1,7 @@
 """Command lines from typed dataclasses: by tyro, or plainer ones by argparse where it is missing.
 
-A field is a flag; its docstring, or `help` in its metadata, is the flag's help. What takes tyro
-to understand, `deit` itself with its subcommands, says so without it; the scripts of bench/ run
-all the same.
+A field is a flag; its docstring, or `help` in its metadata, is the flag's help. Without tyro,
+`deit` itself with its subcommands says that it needs it; the scripts of bench/ run all the same.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def subcommand(name: str) -> Any:
 
 
 def _may_be_left_out(metavar: str) -> Any:
-    """For a flag whose help says itself what happens without it."""
+    """For a flag whose own help says what happens without it."""
     return arg(metavar=metavar, help_behavior_hint="")
 
 
@@ -70,7 +69,7 @@ def cli(kind: Any, arguments: Sequence[str] | None, **how: Any) -> Any:
 
 
 def parse(kind: type[T], arguments: Sequence[str] | None, description: str | None) -> T:
-    """A dataclass from a command line; exits with 2 and a line for what is no such line.
+    """A dataclass from a command line; exits with 2 and a message where the line is wrong.
 
     Fields of str, int, float, bool, Path, Literal, of those or None, and tuples of those; fields
     that are dataclasses are their own fields' flags.

@@ -138,7 +138,7 @@ def _shown(
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    # rich would send stdout to its own console, stderr; only where both are the terminal may it.
+    # rich would send stdout to its own console, stderr. It may where both are the terminal.
     redirect = sys.stdout.isatty()
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, redirect_stdout=redirect) as bar:

@@ -89,8 +89,8 @@ WHOLE = int8_vit_block.__name__
 def implementations(dtype: str, impl: str) -> dict[str, str]:
     """Operator -> the implementation that runs it, for the operators of the kind `dtype` names.
 
-    No GPU has measured those of fp8, so "auto" would take the reference: whoever asks for fp8 by
-    name asks for its kernels by name.
+    fp8's were measured on no GPU, so "auto" would take the reference. Asking for fp8 by name is
+    therefore asking for its kernels by name.
     """
     if dtype == FP8.name:
         return dict.fromkeys(FP8.operators, "reference" if impl == "reference" else "triton")

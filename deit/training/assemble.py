@@ -110,7 +110,7 @@ def optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.o
     if recipe.optimizer == "lamb":
         from timm.optim import Lamb
 
-        # Its own clipping is off: the recipe's stands in the loop.
+        # LAMB's own clipping is off: the loop clips as the recipe says.
         return Lamb(groups, lr=lr, betas=recipe.betas, eps=recipe.eps, max_grad_norm=None)
     fused = device.type in ("cuda", "cpu")
     return torch.optim.AdamW(groups, lr=lr, betas=recipe.betas, eps=recipe.eps, fused=fused)

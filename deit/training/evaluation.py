@@ -29,7 +29,7 @@ class Scores:
 
     @property
     def best_head(self) -> str:
-        """What a distilled network is judged by, softmax-sum; another by its only head."""
+        """The head that counts: softmax-sum of a distilled network, another's only head."""
         return "softmax-sum" if "softmax-sum" in self.top1 else "class"
 
     def text(self) -> str:

@@ -120,7 +120,7 @@ class RunFolder:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        # Later ones are of a run that fell back behind them: damaged, or soon to be made again.
+        # The run fell back behind later checkpoints: they are damaged, or soon made again.
         there = self._all()
         whole = [path for path in there if int(path.name) <= state.update]
         for path in there:

@@ -139,8 +139,8 @@ def opened(
         model's folder or timm's says ("classes", "mean", "std", "options"; all may be missing,
         where ImageNet's statistics are meant).
 
-    Raises ValueError and OSError as `restore` and `deit.load` do; ValueError, too, for another
-    number of classes than the network has.
+    Raises ValueError and OSError as `restore` and `deit.load` do, and ValueError for another number
+    of classes than the network has.
     """
     model: nn.Module
     if weights_of(weights) is None:
