@@ -10,34 +10,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import Field, field, fields, is_dataclass
+from functools import partial
 from typing import Any, Literal, get_type_hints
 
 Rule = Literal["refused", "said", "allowed"]
 
 
-def refused(default: Any, help: str, **about: str) -> Any:
-    """May not change: what was learned so far does not fit it, or it would have no effect.
+def _setting(
+    rule: Rule, default: Any, help: str, *, flag: str | None = None, before: str | None = None
+) -> Any:
+    """A field of a dataclass.
 
     Args:
         default: dataclasses.MISSING for a setting that has to be given.
-        about: `flag`, the flag's name where it is not the field's; `before`, the flag that it
-            stands before in the help where the order of the fields says otherwise.
+        flag: the flag's name, where it is not the field's.
+        before: the flag that it stands before in the help, where the fields' order says otherwise.
     """
-    return _setting("refused", default, help, about)
+    about = {"rule": rule, "help": help, "flag": flag, "before": before}
+    return field(default=default, metadata=about)
 
 
-def said(default: Any, help: str, **about: str) -> Any:
-    """May change, with a message: numbers before and after it do not compare. See `refused`."""
-    return _setting("said", default, help, about)
-
-
-def allowed(default: Any, help: str, **about: str) -> Any:
-    """May change: no number depends on it. See `refused`."""
-    return _setting("allowed", default, help, about)
-
-
-def _setting(rule: Rule, default: Any, help: str, about: dict[str, str]) -> Any:
-    return field(default=default, metadata={"rule": rule, "help": help, **about})
+# By what a run may change when it is given again.
+# What was learned so far does not fit a change, or it would have no effect:
+refused = partial(_setting, "refused")
+# It is taken, with a message: numbers before and after it do not compare:
+said = partial(_setting, "said")
+# No number depends on it:
+allowed = partial(_setting, "allowed")
 
 
 def lines(kind: type, group: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
@@ -57,4 +56,4 @@ def lines(kind: type, group: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
 
 def flag(line: Field[Any]) -> str:
     """What the command line calls a setting, with _ for -."""
-    return line.metadata.get("flag", line.name)
+    return line.metadata["flag"] or line.name

@@ -59,19 +59,22 @@ def _flags() -> dict[str, tuple[Any, Any]]:
     """Types and fields of the flags by name, in the order of the help."""
     help = "Where the settings that no flag changes come from."
     recipe = Annotated[RecipeName, flags.arg(help=help)]
-    found = {"recipe": (recipe, field(default="deit", metadata={"help": help}))}
-    order: list[str] = []
+    found: dict[str, tuple[Any, Any]] = {}
     for group, line, kind in settings.lines(Options):
-        flag = "recipe" if group == "recipe" else settings.flag(line)
-        if flag not in order:
-            before = line.metadata.get("before")
-            order.insert(order.index(before) if before else len(order), flag)
-            found.setdefault(flag, (_of_options(line, kind), line))
+        if group == "recipe":
+            found["recipe"] = recipe, field(default="deit", metadata={"help": help})
+        else:
+            found[settings.flag(line)] = _of_options(line, kind), line
+    order = list(found)
+    for flag, (_, line) in found.items():
+        if before := line.metadata.get("before"):
+            order.remove(flag)
+            order.insert(order.index(before), flag)
     return {flag: found[flag] for flag in order}
 
 
 def _with_flags(**defaults: Any) -> Callable[[type[T]], type[T]]:
-    """Makes a class a dataclass with the flags as its first fields, and with these defaults."""
+    """Makes a class a dataclass whose first fields are the flags, some with other defaults."""
 
     def made(kind: type[T]) -> type[T]:
         own = dict(kind.__annotations__)
@@ -100,7 +103,8 @@ class Train:
 
     def options(self) -> Options:
         """What the flags say, as the trainer takes it."""
-        given, groups = vars(self), {"": {}, "shape": {}, "distillation": {}}
+        given = vars(self)
+        groups: dict[str, dict[str, Any]] = {"": {}, "shape": {}, "distillation": {}}
         for group, line, _ in settings.lines(Options):
             if group != "recipe":
                 groups[group][line.name] = given[settings.flag(line)]

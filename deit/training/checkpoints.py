@@ -118,7 +118,8 @@ class Checkpoints:
                 f"epochs: expected at least {position / plan.updates:g}, which the run in "
                 f"{folder.root} has made; got {about['options']['recipe']['epochs']}"
             )
-        scored, scores = 0, {}
+        scored = 0
+        scores: dict[str, Any] = {}
         for entry in folder.entries(state.update):
             if "model" in entry:
                 scored = entry["update"]

@@ -20,24 +20,23 @@ class Learner:
     def __init__(
         self,
         model: nn.Module,
-        average: Any,
         options: Options,
         world: World,
         updates_an_epoch: int,
         say: Callable[[str], None],
     ) -> None:
-        """`average`: timm's of the weights, or None. Both are fused, sharded and compiled as asked;
-        `say` is told what was fused."""
-        self.recipe, self.world, self.average = options.recipe, world, average
+        """Fuses, shards and compiles as asked; `say` is told what was fused."""
+        self.recipe, self.world = options.recipe, world
+        self.average = assemble.average(model, self.recipe)
         self.parameters = networks.parameters(model)
         if options.fuse:
             say(assemble.fuse(model))
-            if average is not None:
-                assemble.fuse(average.module)
+            if self.average is not None:
+                assemble.fuse(self.average.module)
         if options.checkpoint_activations:  # of fused blocks
             assemble.checkpoint_blocks(model)
-        if options.parallel == "fsdp" and average is not None:
-            distributed.shard(average.module, world, "fsdp")
+        if options.parallel == "fsdp" and self.average is not None:
+            distributed.shard(self.average.module, world, "fsdp")
         if options.compile:
             model.compile()
         self.network = distributed.shard(model, world, options.parallel).train()
@@ -76,8 +75,7 @@ class Learner:
             self.average.update(self.model, step=made + 1)
 
     def weights(self) -> dict[str, dict[str, Any]]:
-        """Whole weights of `models`; a collective, and what it gives may be empty but in the
-        first process."""
+        """Whole weights of `models`; a collective. Only the first process is sure to get them."""
         return {name: distributed.model_state(model) for name, model in self.models.items()}
 
     def moments(self) -> dict[str, Any]:
@@ -88,9 +86,9 @@ class Learner:
         }
 
     def restore(self, weights: dict[str, dict[str, Any]], moments: dict[str, Any]) -> None:
-        """Take up what the first process has read; betas, eps and decay stay the recipe's of today.
+        """Take up what the first process has read; others need the scaler's state alone.
 
-        Other processes need the scaler's state alone.
+        Betas, eps and weight decay stay the recipe's of today.
         """
         for name, model in self.models.items():
             distributed.restore_model(model, weights.get(name, {}), self.world)

@@ -94,7 +94,6 @@ class Trainer:
         model = assemble.network(options, len(self.source.classes)).to(world.device)
         if options.train_only == "classifier":
             assemble.freeze(model)
-        average = assemble.average(model, self.recipe)
         self.teacher = assemble.teacher(options, self.source, world.device)
         self.objective = Objective(
             options.distillation,
@@ -102,7 +101,7 @@ class Trainer:
             loss=self.recipe.loss,
             impl="auto" if options.fuse else "reference",
         )
-        self.learner = Learner(model, average, options, world, self.plan.updates, watch.say)
+        self.learner = Learner(model, options, world, self.plan.updates, watch.say)
         self.checkpoints = Checkpoints(self.folder, self.learner, watch.say)
         self.evaluation = Evaluation(
             self._held_out, self._precision, world.sum, self._agree_to_stop, watch.update
