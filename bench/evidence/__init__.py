@@ -86,7 +86,7 @@ def eight_bits(contender: str) -> str:
 
 
 def kernels_sha256(root: Path = ROOT, scope: str | None = None) -> str:
-    """The hash of the kernels' sources within the scope, of what they say; see bench/sources.py.
+    """The hash of the scope's sources, of what they say; see bench/evidence/sources.py.
 
     scope: of `scope_of`: only those which that contender can run; None for all. Raises ValueError
     where there are none: a hash of nothing would never go stale.
