@@ -64,7 +64,8 @@ class Picture:
     def svg(self, width: int, style: str = "") -> str:
         """The drawing. style: its class in the page; without one it brings its own colours."""
         # The same rows give the same text. Two drawings of a page share no ids.
-        with matplotlib.rc_context(STYLE | {"svg.hashsalt": f"{self.title} {width}"}):
+        given: Any = STYLE | {"svg.hashsalt": f"{self.title} {width}"}
+        with matplotlib.rc_context(given):
             out = io.StringIO()
             about = {"Title": self.title, "Date": None}
             self.draw(width).savefig(out, format="svg", metadata=about)
@@ -168,7 +169,7 @@ def by_logarithm(axes: Axes, which: str, at: Iterable[float] = ()) -> None:
     at = list(at)
     axes.set(**{f"{which}scale": "log"})
     axis = {"x": axes.xaxis, "y": axes.yaxis}[which]
-    width = axes.get_figure().get_size_inches()[0] * 72
+    width = _figure(axes).get_size_inches()[0] * 72
     if at:
         axis.set_major_locator(FixedLocator(at[:: -(-len(at) // int(width / 60))]))
     else:
@@ -176,6 +177,12 @@ def by_logarithm(axes: Axes, which: str, at: Iterable[float] = ()) -> None:
         axis.set_major_locator(LogLocator(subs=(1, 3) if narrow else (1, 2, 5)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: number(value))
+
+
+def _figure(axes: Axes) -> Figure:
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    return figure
 
 
 PLACES = ((8, 0, "left"), (-8, 0, "right"), (0, 13, "center"), (0, -13, "center"),
@@ -187,7 +194,7 @@ def label(axes: Axes, names: Iterable[tuple[float, float, str, str]]) -> list[Bb
 
     Returns the boxes of what stands there afterwards: numbers of the axes, marks, names.
     """
-    figure = axes.get_figure()
+    figure = _figure(axes)
     figure.draw_without_rendering()  # settles the layout
     figure.set_layout_engine("none")
     ticks = [*axes.get_xticklabels(), *axes.get_yticklabels()]
