@@ -35,8 +35,8 @@ from typing import Any, Literal
 import torch
 
 import evidence
-from deit import flags
-from deit.watch import human
+from deit.commands import flags
+from deit.training.progress import human
 from evidence import devices
 from studies.outcomes import STUDENT_T, curves, difference, score
 

@@ -25,13 +25,14 @@ from torch import Tensor
 
 import deit
 import evidence
-from deit import flags, networks
+from deit.commands import flags
 from deit.data.augment import evaluation_transform
 from deit.data.loader import Loader, in_order
 from deit.data.sources import open_source
 from deit.fused_vit import eight_bits, fuse, unfuse
 from deit.kernels import attention, gelu_mlp, layer_norm, linear
 from deit.model import Block, DeiT
+from deit.weights import networks
 from evidence import devices
 from peers import calibration
 

@@ -27,7 +27,7 @@ from typing import Any
 import evidence
 import report
 import table5
-from deit import flags
+from deit.commands import flags
 from evidence import devices
 
 RESULTS = evidence.ROOT / "bench" / "results"

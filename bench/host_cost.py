@@ -1,18 +1,19 @@
 """Host time of a call: what each public operator costs beyond the launch of its kernel.
 
     python bench/host_cost.py
-    python bench/host_cost.py --json bench/results/host-cost-cpu-amd-epyc.json
+    python bench/host_cost.py --json bench/results/host-cost.json
     python bench/host_cost.py --gpu
 
 Every operator runs on CPU tensors of one row, so that the host's work is what there is to see, in
 three forms, in turns: the public function; the launch alone, which is the implementation that
 the public function picks on arguments it would hand over (a registered overload, or the
-reference's own calls of PyTorch); and the operator in torch.nn.functional (kernels/reference.py).
+reference's own calls of PyTorch); and the operator in torch.nn.functional (each operator's
+reference.py).
 "training" is the forward with every gradient wanted. The last rows are what `fuse` asks a block
 and a model before each forward.
 
 `--gpu` measures the Triton operators instead, in inference: kept calls, as
-kernels/triton/launching.py has them, beside what they hand to the driver. Where there is no GPU
+kernels/device/launching.py has them, beside what they hand to the driver. Where there is no GPU
 the driver's launch is stubbed, and the rows say so. "whole forward" is a fused DeiT-Ti of 12
 blocks at batch 1, in microseconds too.
 
@@ -40,10 +41,10 @@ from torch import Tensor
 import deit
 import deit.kernels
 import evidence
-from deit import flags
+from deit.commands import flags
 from deit.fused_vit import fuse
-from deit.kernels import dispatch, ops
-from deit.kernels.triton import drivers, launching
+from deit.kernels.device import drivers, launching
+from deit.kernels.engine import dispatch, ops
 from evidence import devices
 from evidence.timing import interleave, spread
 from studies import stubbed_gpu

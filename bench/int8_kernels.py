@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import deit
-from deit import flags
+from deit.commands import flags
 from deit.kernels import int8_gelu_mlp, int8_linear, linear
 from evidence import timing
 

@@ -24,8 +24,8 @@ import torch
 from PIL import Image, ImageOps
 
 import evidence
-from deit import flags
-from deit.commands import RecipeName
+from deit.commands import flags
+from deit.commands.train import RecipeName
 from deit.data.augment import training_transform
 from deit.data.drawn import split
 from deit.data.loader import Batch, Loader

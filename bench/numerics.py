@@ -32,7 +32,7 @@ import oracle
 
 import deit.kernels
 import evidence
-from deit import flags
+from deit.commands import flags
 from evidence import devices
 from operators import numerics_cases as cases
 

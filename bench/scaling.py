@@ -29,7 +29,7 @@ from rich.table import Table
 import deit
 import evidence
 import throughput
-from deit import flags
+from deit.commands import flags
 from evidence import devices
 from evidence.timing import median_interval
 from race import compiling, planning, tables

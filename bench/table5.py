@@ -29,7 +29,7 @@ from rich.table import Table
 import evidence
 import peers
 import throughput
-from deit import flags
+from deit.commands import flags
 from evidence import devices, paper_table
 from evidence.paper_table import Quoted
 from race import compiling, planning, tables
@@ -202,8 +202,13 @@ def attempt(work: Callable[[Progress], list[Row]], title: str) -> list[Row]:
 
 
 def run(options: Options, path: Path, facts: Row) -> list[str]:
-    """Measure what is missing, a file write a network; returns the labels of those that failed."""
+    """Measure what is missing, a file write a network; returns the labels of those that failed.
+
+    Raises ValueError for a file of another device's rows.
+    """
     rows = evidence.read([path]) if path.exists() else []
+    if others := sorted({row["device"] for row in rows} - {facts["device"]}):
+        raise ValueError(f"json: expected rows of {facts['device']}; got some of {others[0]}")
     jobs = missing(rows, options, facts)
     failed = []
     for i, (quoted, protocol) in enumerate(jobs):

@@ -21,7 +21,7 @@ import torch
 
 import evidence
 import peers
-from deit import flags
+from deit.commands import flags
 from evidence import devices, paper_table
 from race import compiling, photos, tables
 from race import contenders as field_of

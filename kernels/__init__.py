@@ -6,7 +6,8 @@ if __name__ == "kernels":  # found from the repository's root instead of the PyP
     hand_over(__name__, __path__)
 else:
     from deit.kernels.attention import attention
-    from deit.kernels.dispatch import Explanation, explain
+    from deit.kernels.engine.dispatch import Explanation, explain
+    from deit.kernels.engine.warmup import warmup
     from deit.kernels.fp8 import fp8_gelu_mlp, fp8_linear
     from deit.kernels.gelu_mlp import gelu_mlp
     from deit.kernels.int8 import int8_gelu_mlp, int8_linear, int8_vit_block
@@ -15,7 +16,6 @@ else:
     from deit.kernels.losses import cross_entropy, distillation_loss
     from deit.kernels.patch_embed import patch_embed
     from deit.kernels.vit_block import vit_block
-    from deit.kernels.warmup import warmup
 
 __all__ = [
     "Explanation",

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deit.kernels
-from deit.kernels import dispatch
+from deit.kernels.engine import dispatch
 
 
 def call(name: str, impl: str) -> tuple[Any, list[torch.Tensor]]:

@@ -17,7 +17,7 @@ import torch
 from test_dispatch import CALLS
 
 import deit.kernels
-from deit.kernels import dispatch, ops
+from deit.kernels.engine import dispatch, ops
 
 # Of the operators in e4m3, which stand apart from those whose rule is fp64's.
 _X, _D = torch.randn(2, 5, 64), torch.randn(64)

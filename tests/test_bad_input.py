@@ -6,7 +6,8 @@ import torch
 from bad_input import ALWAYS_WRONG, LAYOUTS, WRONG, outcome
 
 import deit.kernels
-from deit.kernels import attention, explain, native, ops
+from deit.kernels import attention, explain
+from deit.kernels.engine import native, ops
 
 RUNS = [(name, impl) for name in ops.SCHEMAS for impl in ("auto", "reference")]
 if not native.why_not("cpu"):

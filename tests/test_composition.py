@@ -17,7 +17,9 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deit.kernels
-from deit.kernels import dispatch, hopper, native, ops, warmup
+from deit.kernels import warmup
+from deit.kernels.engine import dispatch, native, ops
+from deit.kernels.linear import cuda as hopper
 
 CPU = sorted(ops.KERNELS["cpu"] & set(CALLS)) if not native.why_not("cpu") else []
 RUNS = [(name, "auto") for name in CALLS] + [(name, "cpu") for name in CPU]
@@ -288,7 +290,7 @@ def test_warmup_on_a_gpu_runs_on_a_stream_of_its_own(gpu, monkeypatch):
 @pytest.fixture
 def launches(gpu, monkeypatch):
     """(device that is current, kernel, what it is specialised for) of each launch; none happens."""
-    from deit.kernels.triton import common
+    from deit.kernels.device import common
 
     current, found = ["cuda:0"], []
 
@@ -349,7 +351,7 @@ def test_triton_launches_on_the_inputs_device(name, full, launches):
 
 def test_no_kernel_is_launched_but_by_launch():
     """What starts a kernel any other way would not be guarded."""
-    for path in (Path(ops.__file__).parent / "triton").glob("*.py"):
+    for path in Path(deit.kernels.__file__).parent.glob("*/*.py"):
         text = path.read_text()
         started = re.findall(r"_kernel\[|\.warmup\b|\.run\(\)|kernel\[", text)
         assert not started or path.name == "common.py", (path.name, started)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from racing import tiny
 
-from deit.kernels import dispatch
+from deit.kernels.engine import dispatch
 from evidence import paper_table
 from race import contenders
 

@@ -5,18 +5,10 @@ import warnings
 import pytest
 import torch
 
-from deit.kernels import (
-    attention,
-    dispatch,
-    eight_bits_schemas,
-    explain,
-    gelu_mlp,
-    layer_norm,
-    linear,
-    ops,
-    reference,
-    thirds_schemas,
-)
+from deit.kernels import attention, explain, gelu_mlp, layer_norm, linear
+from deit.kernels.engine import dispatch, eight_bits_schemas, ops
+from deit.kernels.prove import reference
+from deit.kernels.thirds import schema as thirds_schemas
 
 torch.manual_seed(0)  # of this module's tensors: what passes passes again
 X = torch.randn(2, 5, 64)

@@ -10,7 +10,7 @@ import tyro
 
 import distillation
 import report
-from deit.cli import Command
+from deit.commands.cli import Command
 from page import distillation as drawing
 from studies import outcomes
 

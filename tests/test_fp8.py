@@ -7,19 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deit.kernels import (
-    dispatch,
-    eight_bits_schemas,
-    explain,
-    fp8,
-    fp8_gelu_mlp,
-    fp8_linear,
-    gelu_mlp,
-    linear,
-    packing,
-    reference,
-)
-from deit.kernels.fp8_quantize import E4M3, GROUP, LARGEST, quantize, rounded
+from deit.kernels import explain, fp8, fp8_gelu_mlp, fp8_linear, gelu_mlp, linear
+from deit.kernels.engine import dispatch, eight_bits_schemas, packing
+from deit.kernels.fp8.quantize import E4M3, GROUP, LARGEST, quantize, rounded
+from deit.kernels.prove import reference
 
 
 @pytest.fixture(autouse=True)
@@ -178,7 +169,7 @@ def test_rows_that_are_not_finite_are_nan():
 
 def test_packed_layout():
     pytest.importorskip("triton")
-    from deit.kernels.triton import fp8 as implementation
+    from deit.kernels.fp8 import triton as implementation
 
     weight, _ = layer(200, 35)
     made = implementation.pack(weight)
@@ -190,7 +181,7 @@ def test_packed_layout():
 
 def test_a_weight_is_packed_once_and_again_when_it_changes(monkeypatch):
     pytest.importorskip("triton")
-    from deit.kernels.triton import fp8 as implementation
+    from deit.kernels.fp8 import triton as implementation
 
     calls, pack = [], implementation.pack
     monkeypatch.setattr(implementation, "pack", lambda w: calls.append(1) or pack(w))

@@ -16,7 +16,7 @@ import deit
 from deit import fused_vit
 from deit.fused_vit import Report, fuse, fused, unfuse
 from deit.fused_vit.modules import Fused
-from deit.kernels import native, ops
+from deit.kernels.engine import native, ops
 
 needs_library = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))

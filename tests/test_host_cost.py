@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import host_cost
-from deit.kernels import dispatch, ops
-from deit.kernels.triton import drivers, launching
+from deit.kernels.device import drivers, launching
+from deit.kernels.engine import dispatch, ops
 from studies import stubbed_gpu
 
 QUICK = host_cost.Settings(rounds=2, calls=2)

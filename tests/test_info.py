@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import deit.info
-from deit.kernels import dispatch, native, ops
+from deit.kernels.engine import dispatch, native, ops
 
 
 def test_collect_is_plain_data_and_covers_everything():
@@ -15,6 +15,7 @@ def test_collect_is_plain_data_and_covers_everything():
     assert set(data["operators"]) == set(ops.SCHEMAS)
     assert set(data["libraries"]) == {"cpu", "cuda"}
     assert data["cpu"]["threads"] == torch.get_num_threads()
+    assert {"model", "vendor", "family", "model_number", "instruction_sets"} <= data["cpu"].keys()
     for operator, devices in data["operators"].items():
         reasons = devices["cpu"]["reasons"]
         assert set(reasons) == set(dispatch.IMPLEMENTATIONS)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from layers import feed_forward, keep_of, layer
 
-from deit.kernels import add_layer_norm, attention, gelu_mlp, layer_norm, linear, native, ops
+from deit.kernels import add_layer_norm, attention, gelu_mlp, layer_norm, linear
+from deit.kernels.engine import native, ops
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))

@@ -4,7 +4,9 @@ import oracle
 import pytest
 import torch
 
-from deit.kernels import explain, native, ops, patch_embed, reference
+from deit.kernels import explain, patch_embed
+from deit.kernels.engine import native, ops
+from deit.kernels.prove import reference
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import deit
 from deit.fused_vit import fuse
-from deit.kernels import native, ops
+from deit.kernels.engine import native, ops
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))

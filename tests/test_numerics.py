@@ -5,7 +5,7 @@ import torch
 
 import deit.kernels
 import numerics
-from deit.kernels import ops
+from deit.kernels.engine import ops
 from operators import numerics_cases as cases
 
 

@@ -4,7 +4,9 @@ import oracle
 import pytest
 import torch
 
-from deit.kernels import dispatch, explain, gelu_mlp, linear, native, ops, reference
+from deit.kernels import explain, gelu_mlp, linear
+from deit.kernels.engine import dispatch, native, ops
+from deit.kernels.prove import reference
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))

@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import deit
 import deit.kernels
 from deit.fused_vit import fuse, register_hf
-from deit.kernels import dispatch, native, ops, reference
+from deit.kernels.engine import dispatch, native, ops
+from deit.kernels.prove import reference
 
 CPU = sorted(ops.KERNELS["cpu"] & set(CALLS)) if not native.why_not("cpu") else []
 needs_cpu = pytest.mark.skipif(not CPU, reason=f"{native.why_not('cpu')}")

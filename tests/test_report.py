@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[1]
 VOID = {"meta", "link", "br"}
 
 MACHINE: Row = {
-    "device": "Sample <CPU>", "driver": None, "cpu": "Sample <CPU>", "cores": 2, "threads": 2,
+    "device": "Sample <CPU>", "driver": None, "cpu": "Sample <CPU>", "processor": {},
+    "cores": 2, "threads": 2,
     "cpu_capability": "AVX2", "python": "3.11", "torch": "2.15", "cuda": None, "triton": None,
     "timm": "1.0",
 }  # fmt: skip
@@ -43,7 +44,7 @@ def throughput_rows(kernels: str) -> list[Row]:
             speed = gain * quoted.v100_img_s / 50
             seconds = [8 / speed * draw.gauss(1, 0.02) for _ in range(7)]
             rows.append({
-                **MACHINE, "schema": 1, "date": "2026-01-02T03:04:05+00:00",
+                **MACHINE, "schema": evidence.SCHEMA, "date": "2026-01-02T03:04:05+00:00",
                 "command": f"python bench/table5.py --only {name}", "protocol": "modern",
                 "mode": "inference", "network": name, "contender": contender,
                 "img_size": quoted.img_size, "batch": 8, "batch_asked": 256, "dtype": "fp32",

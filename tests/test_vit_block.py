@@ -5,16 +5,9 @@ import torch
 from torch import nn
 
 import deit
-from deit.kernels import (
-    attention,
-    dispatch,
-    gelu_mlp,
-    layer_norm,
-    linear,
-    native,
-    reference,
-    vit_block,
-)
+from deit.kernels import attention, gelu_mlp, layer_norm, linear, vit_block
+from deit.kernels.engine import dispatch, native
+from deit.kernels.prove import reference
 from deit.kernels.vit_block import vit_blocks
 
 needs_library = pytest.mark.skipif(

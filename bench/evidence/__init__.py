@@ -6,16 +6,18 @@ is stale, and whoever prints it says so.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from evidence import sources
+from evidence.sources import EIGHT_BITS as EIGHT_BITS  # a part of this interface
+from evidence.sources import scope_of as scope_of
+
 ROOT = Path(__file__).resolve().parents[2]
-SCHEMA = 1
+SCHEMA = 2  # 1 hashed the bytes of files, and named a CPU by its name alone
 
 _TEXT, _NUMBER = (str,), (int, float)
 # Field -> the types it may have. Everything is present in every row; None where it does not
@@ -37,6 +39,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "driver": (str, type(None)),
     "gpu_state": (str, type(None)),  # clocks, power, temperature just after timing
     "cpu": _TEXT,
+    "processor": (dict,),  # vendor, family, model_number, instruction_sets: of `devices.describe`
     "cores": (int,),
     "threads": (int,),
     "cpu_capability": _TEXT,
@@ -76,64 +79,19 @@ FIELDS: dict[str, tuple[type, ...]] = {
 SPEEDS = {"img_per_s", "img_per_s_low", "img_per_s_high", "img_per_s_mean"}
 LATER = {"peer", "parameters", "kernels_scope", "teacher"}  # which the oldest rows lack: None
 
-# Sources that never run on a device: a change of theirs leaves its figures as they were.
-ELSEWHERE = {"cpu": ("kernels/triton/", "csrc/cuda/"), "cuda": ("csrc/cpu/",)}
-# What products in 8 bits alone are made of, integers and e4m3; they share eight_bits*.
-EIGHT_BITS = {
-    "int8": re.compile(r"(^|/)(int8|quantize|eight_bits)[^/]*$"),
-    "fp8": re.compile(r"(^|/)(fp8|cases_fp8|eight_bits)[^/]*$"),
-}
-
-
-def scope_of(device: str, *, int8: bool = False, fp8: bool = False) -> str:
-    """Which sources a contender can run, in words: "cpu", "cpu int8", "cuda fp8", ...
-
-    device: a torch device's type. Raises ValueError for one of which nothing is known.
-    """
-    if device not in ELSEWHERE:
-        raise ValueError(f"device: expected {' or '.join(ELSEWHERE)}; got {device!r}")
-    return device + " int8" * int8 + " fp8" * fp8
-
 
 def eight_bits(contender: str) -> str:
     """Of which 8 bits a contender's products are, by its name in a row; "" for none."""
     return next((kind for kind in EIGHT_BITS if kind in contender), "")
 
 
-def sources(root: Path = ROOT, scope: str | None = None) -> list[Path]:
-    """The files that decide what the kernels compute and how fast, sorted.
+def kernels_sha256(root: Path = ROOT, scope: str | None = None) -> str:
+    """The hash of the scope's sources, of what they say; see bench/evidence/sources.py.
 
     scope: of `scope_of`: only those which that contender can run; None for all. Raises ValueError
     where there are none: a hash of nothing would never go stale.
     """
-    device, _, eight = (scope or "").partition(" ")
-    elsewhere = ELSEWHERE[device] if scope else ()
-
-    def counts(path: Path) -> bool:
-        name = path.relative_to(root).as_posix()
-        kinds = [kind for kind, pattern in EIGHT_BITS.items() if pattern.search(name)]
-        ours = not name.startswith(elsewhere) and (not scope or not kinds or eight in kinds)
-        return ours and path.is_file() and path.suffix not in (".so", ".o", ".pyc", ".md")
-
-    found = sorted(
-        path
-        for folder, pattern in (("kernels", "*.py"), ("csrc", "*"))
-        for path in (root / folder).rglob(pattern)
-        if counts(path)
-    )
-    if not found:
-        raise ValueError(f"root: expected a tree with kernels/ and csrc/; got {root}")
-    return found
-
-
-def kernels_sha256(root: Path = ROOT, scope: str | None = None) -> str:
-    """SHA-256 over the name and the bytes of every kernel source within the scope."""
-    total = hashlib.sha256()
-    for path in sources(root, scope):
-        content = path.read_bytes()
-        total.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
-        total.update(content)
-    return total.hexdigest()
+    return sources.sha256(sources.read(root), scope)
 
 
 def is_stale(row: dict[str, Any], root: Path = ROOT) -> bool:
@@ -156,6 +114,8 @@ def check(row: dict[str, Any]) -> None:
             wrong.append(f"{name} is bool, not {types[0].__name__}")
         elif name in SPEEDS and name in row and not 0 < value < math.inf:
             wrong.append(f"{name} is {value}, not a positive number")
+    if row.get("schema", SCHEMA) != SCHEMA:
+        wrong.append(f"schema is {row['schema']}, not {SCHEMA}")
     if wrong:
         raise ValueError("row: " + "; ".join(wrong))
 
@@ -170,9 +130,15 @@ def command_line(arguments: Sequence[str], script: str = "throughput.py") -> str
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Check the rows and write them, all or none; the folder is made where it is missing."""
+    """Check the rows and write them, all or none; the folder is made where it is missing.
+
+    Raises ValueError for rows of two devices, too: what compares a file's rows may trust it.
+    """
     for row in rows:
         check(row)
+    found = dict.fromkeys(row["device"] for row in rows)
+    if len(found) > 1:
+        raise ValueError(f"rows: expected one device's; got {' and '.join(found)}")
     save(path, list(rows))
 
 
@@ -186,7 +152,7 @@ def save(path: Path, content: Any) -> None:
 
 def load(path: Path) -> Any:
     """A results file's content: a list of rows, or a dict; ValueError that names the file."""
-    from deit.kernels import json_files  # here: hashing the sources needs no package to be there
+    from deit.kernels.engine import json_files
 
     content = json_files.read(path)
     if not isinstance(content, (list, dict)):

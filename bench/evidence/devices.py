@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 
+from deit import info
 from evidence.timing import Clock
-
-GIB = 1 << 30
 
 
 def resolve(name: str) -> torch.device:
@@ -45,27 +44,27 @@ def resolve(name: str) -> torch.device:
     return device
 
 
-def cpu_model() -> str:
-    """The processor's name as the system gives it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def describe(device: torch.device) -> dict[str, Any]:
-    """What a reader must know of the machine and the software to repeat a figure."""
+    """What a reader must know of the machine and the software to repeat a figure.
+
+    device: what rows are told apart by; a GPU's name, or a CPU's with its family, its model and
+    its instruction sets, since processors of several generations share one name.
+    """
     import timm
 
     try:
         import triton
     except ImportError:
         triton = None
+    cpu = info.processor()
     facts: dict[str, Any] = {
-        "device": cpu_model(),
+        "device": info.processor_label(cpu),
         "driver": None,
-        "cpu": cpu_model(),
+        "cpu": cpu["model"],
+        "processor": {
+            **{name: cpu[name] for name in ("vendor", "family", "model_number")},
+            "instruction_sets": " ".join(cpu["instruction_sets"]),
+        },
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
@@ -84,7 +83,10 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def slug(facts: dict[str, Any]) -> str:
-    """A device, as `describe` has it, in the names of files: "cpu-amd-epyc"."""
+    """A device in the names of files, by all of its name in `describe`.
+
+    "cpu-amd-epyc-family-25-model-17-avx512-vnni-bf16", "nvidia-h100-80gb-hbm3".
+    """
     name = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
     return name if facts["driver"] else f"cpu-{name}"
 

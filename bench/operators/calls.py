@@ -10,7 +10,7 @@ import oracle
 import torch
 from torch import Tensor
 
-from deit.kernels import reference
+from deit.kernels.prove import reference
 from operators import numerics_cases
 from operators.numerics_cases import Call
 

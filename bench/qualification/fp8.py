@@ -49,8 +49,8 @@ def _rounding(context: Context, dtype: str) -> None:
     import torch
 
     import numerics
-    from deit.kernels.fp8_quantize import GROUP, quantize
-    from deit.kernels.triton import fp8_rows
+    from deit.kernels.fp8 import triton_rows as fp8_rows
+    from deit.kernels.fp8.quantize import GROUP, quantize
 
     generator = torch.Generator(context.device).manual_seed(1)
     x = torch.randn((515, 768), device=context.device, generator=generator)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import deit
-from deit.distill import Teacher
-from deit.images import IMAGENET_MEAN, IMAGENET_STD
-from deit.kernels import dispatch
+from deit.data.images import IMAGENET_MEAN, IMAGENET_STD
+from deit.kernels.engine import dispatch
+from deit.training.distillation import Teacher
 from evidence import paper_table
 from peers import Peer, Problem
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from deit.data.augment import training_transform
+from deit.data.images import PhotoLoader, find_images
 from deit.data.loader import Loader, in_order, naming_lost_workers
 from deit.data.sources import Folder
-from deit.images import PhotoLoader, find_images
 from deit.recipes import DEIT
 from evidence.timing import Spread, interleave, spread
 from race.contenders import Contender

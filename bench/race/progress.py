@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from deit.watch import human
+from deit.training.progress import human
 
 
 def process_start() -> float:

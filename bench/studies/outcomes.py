@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from deit.runs import RunFolder
+from deit.training.runs import RunFolder
 
 POINTS = 60  # of a curve
 # 97.5 % quantiles of Student's t by degrees of freedom, for the interval of a mean difference.

@@ -15,8 +15,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from deit.kernels import dispatch
-from deit.kernels.triton import common, drivers, launching
+from deit.kernels.device import common, drivers, launching
+from deit.kernels.engine import dispatch
 
 Handed = list[tuple[Callable[..., None], int, list[Any]]]
 

@@ -1,4 +1,4 @@
-// The operators of kernels/ops.py on the CPU: checks, outputs, and the split over threads.
+// The operators of kernels/engine/ops.py on the CPU: checks, outputs, and the split over threads.
 #include <algorithm>
 #include <optional>
 #include <string>

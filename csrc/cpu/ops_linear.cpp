@@ -1,4 +1,4 @@
-// The fp32 linear layers of training on the CPU (kernels/ops.py): checks, outputs, and the split
+// The fp32 linear layers of training on the CPU (kernels/engine/ops.py): checks, outputs, and the split
 // over threads: over tiles of rows in the forward and for an input's gradient, over blocks of the
 // weight for its gradient.
 #include <string>

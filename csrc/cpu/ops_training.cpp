@@ -1,4 +1,4 @@
-// Training of the norms and of attention on the CPU (kernels/ops.py): checks, outputs, and the
+// Training of the norms and of attention on the CPU (kernels/engine/ops.py): checks, outputs, and the
 // split over threads.
 #include <tuple>
 

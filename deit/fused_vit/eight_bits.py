@@ -2,7 +2,7 @@
 
 LayerNorm, softmax, GELU, LayerScale and the residual stream stay what they were, and so do the
 patch embedding and the heads. The parameters stay too: the 8-bit weights are copies that
-`deit.kernels.packing` keeps while a weight does not change.
+`deit.kernels.engine.packing` keeps while a weight does not change.
 """
 
 from __future__ import annotations
@@ -14,13 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deit.kernels import (
-    attention,
-    dispatch,
-    fp8,
-    fp8_gelu_mlp,
-    int8_gelu_mlp,
-)
+from deit.kernels import attention, fp8, fp8_gelu_mlp, int8_gelu_mlp
+from deit.kernels.engine import dispatch
 from deit.kernels.thirds import fp8_linear, int8_linear, int8_vit_block
 
 

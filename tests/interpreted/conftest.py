@@ -21,7 +21,7 @@ from typing import IO
 
 import pytest
 
-from deit.kernels.triton import interpreter
+from deit.kernels.device import interpreter
 
 HERE = Path(__file__).parent
 

@@ -6,9 +6,11 @@ import oracle
 import pytest
 import torch
 
-from deit.kernels import attention, explain, ops, reference
-from deit.kernels.triton import attention as implementation
-from deit.kernels.triton import configs
+from deit.kernels import attention, explain
+from deit.kernels.attention import triton as implementation
+from deit.kernels.device import configs
+from deit.kernels.engine import ops
+from deit.kernels.prove import reference
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter's bf16 products are wrong
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from bad_input import ALWAYS_WRONG, LAYOUTS, WRONG, outcome
 
-from deit.kernels import attention, explain, ops
+from deit.kernels import attention, explain
+from deit.kernels.engine import ops
 
 PUBLIC = sorted(ops.SCHEMAS)
 

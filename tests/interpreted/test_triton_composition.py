@@ -6,7 +6,7 @@ import schema_calls
 import torch
 
 import deit.kernels
-from deit.kernels import dispatch, ops
+from deit.kernels.engine import dispatch, ops
 
 TRITON = sorted(ops.KERNELS["triton"])
 PUBLIC = sorted(set(TRITON) & set(ops.SCHEMAS))

@@ -8,7 +8,7 @@ import torch
 
 import deit
 from deit.fused_vit import fuse, fused, unfuse
-from deit.kernels import ops
+from deit.kernels.engine import ops
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 

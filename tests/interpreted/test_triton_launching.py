@@ -13,9 +13,9 @@ import triton
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
-from deit.kernels import ops, tuning
-from deit.kernels.triton import configs, drivers, launching
-from deit.kernels.triton import linear as linear_module
+from deit.kernels.device import configs, drivers, launching
+from deit.kernels.engine import ops, tuning
+from deit.kernels.linear import triton as linear_module
 
 TRITON = sorted(ops.KERNELS["triton"])
 LINEAR = linear_module.linear

@@ -8,10 +8,12 @@ import oracle
 import pytest
 import torch
 
-from deit.kernels import explain, gelu_mlp, linear, ops, reference
-from deit.kernels.triton import configs
-from deit.kernels.triton import gelu_mlp as mlp_implementation
-from deit.kernels.triton import linear as implementation
+from deit.kernels import explain, gelu_mlp, linear
+from deit.kernels.device import configs
+from deit.kernels.engine import ops
+from deit.kernels.gelu_mlp import triton as mlp_implementation
+from deit.kernels.linear import triton as implementation
+from deit.kernels.prove import reference
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter's bf16 products are wrong
 

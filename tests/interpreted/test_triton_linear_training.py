@@ -13,8 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from deit.kernels import gelu_mlp, linear, ops, reference
-from deit.kernels.triton import configs, linear_bwd, products
+from deit.kernels import gelu_mlp, linear
+from deit.kernels.device import configs
+from deit.kernels.engine import ops
+from deit.kernels.linear import triton_bwd as linear_bwd
+from deit.kernels.linear import triton_gradients as products
+from deit.kernels.prove import reference
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter's bf16 products are wrong
 

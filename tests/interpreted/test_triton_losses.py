@@ -10,8 +10,10 @@ import oracle
 import pytest
 import torch
 
-from deit.kernels import cross_entropy, distillation_loss, explain, ops, reference
-from deit.kernels.triton import losses
+from deit.kernels import cross_entropy, distillation_loss, explain
+from deit.kernels.engine import ops
+from deit.kernels.losses import triton as losses
+from deit.kernels.prove import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # no product here: bf16 is right too
 ONE, BLOCKS = 1000, 5000  # classes in one block; in two blocks of 2048 and a part of the next

@@ -11,7 +11,8 @@ import oracle
 import pytest
 import torch
 
-from deit.kernels import add_layer_norm, explain, layer_norm, ops
+from deit.kernels import add_layer_norm, explain, layer_norm
+from deit.kernels.engine import ops
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # no product here: bf16 is right too
 

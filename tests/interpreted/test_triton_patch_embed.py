@@ -11,7 +11,8 @@ import oracle
 import pytest
 import torch
 
-from deit.kernels import explain, ops, patch_embed
+from deit.kernels import explain, patch_embed
+from deit.kernels.engine import ops
 
 DTYPES = (torch.float32, torch.float16)
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deit.kernels import explain, ops, reference, vit_block
-from deit.kernels.triton import common, configs
-from deit.kernels.triton import norm_linear as folded_implementation
-from deit.kernels.triton import row_stats as statistics
-from deit.kernels.triton import vit_block as implementation
+from deit.kernels import explain, vit_block
+from deit.kernels.device import common, configs
+from deit.kernels.engine import ops
+from deit.kernels.linear import triton_norm_linear as folded_implementation
+from deit.kernels.linear import triton_row_stats as statistics
+from deit.kernels.prove import reference
+from deit.kernels.vit_block import triton as implementation
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter's bf16 products are wrong
 PANEL = {"panel": True, "by itself": False}  # the two forms of a LayerNorm

@@ -1,0 +1,118 @@
+"""A whole pre-norm block: in four launches where LayerNorm is a prologue, in seven elsewhere.
+
+    qkv = LN1(x) @ Wqkv.T            LN1 in the prologue, from the statistics that came with x
+    mixed = attention(qkv)
+    s = x + proj(mixed)              writes the statistics of s
+    y = s + fc2(gelu(fc1(LN2(s))))   one kernel, LN2 its prologue; writes the statistics of y
+
+So no LayerNorm is a pass over memory, which would read and write the stream, 2 * T * D elements.
+Where rows are too wide to be kept on chip (norm_linear.py), LN1 and LN2 are kernels of their own,
+fc1 and fc2 two products, and of all statistics only those of y are written, for the caller.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from deit.kernels.attention import triton as attention_module
+from deit.kernels.device import common, configs, launching
+from deit.kernels.gelu_mlp import triton as gelu_mlp
+from deit.kernels.linear import triton as linear
+from deit.kernels.linear import triton_row_stats as statistics
+from deit.kernels.linear.triton_norm_linear import norm_linear
+
+
+@launching.kept
+def vit_block(
+    x: Tensor,
+    row_stats: Tensor | None,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    gamma1: Tensor | None,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    gamma2: Tensor | None,
+    key_bias: Tensor | None,
+    num_heads: int,
+    scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`deit.kernels.vit_block` on Triton; strides as for `linear`."""
+    panel = configs.norm_panel(common.architecture(x), qkv_weight.dtype, *qkv_weight.shape)
+    norm1 = statistics.Norm(row_stats, norm1_weight, norm1_bias, eps)
+    qkv = norm_linear(x, norm1, qkv_weight, qkv_bias, config=panel)
+    mixed = attention_module.attention(qkv, num_heads, scale, key_bias)
+    form = mlp_form(x, w1)
+    if form is None:  # no prologue reads the statistics of s
+        s = linear.linear(mixed, proj_weight, proj_bias, None, x, gamma1, None)
+        norm2 = statistics.Norm(None, norm2_weight, norm2_bias, eps)
+    else:
+        s, row_stats = linear_stats(mixed, proj_weight, proj_bias, x, gamma1)
+        norm2 = statistics.Norm(row_stats, norm2_weight, norm2_bias, eps)
+    return norm_mlp(s, norm2, w1, b1, w2, b2, gamma2, config=form)
+
+
+def mlp_form(x: Tensor, w1: Tensor) -> configs.MlpConfig | configs.PanelConfig | None:
+    """The MLP in one kernel, its first product by panel, or LayerNorm by itself: None."""
+    arch = common.architecture(x)
+    single = configs.gelu_mlp(arch, w1.dtype, x.shape[-1])
+    return single or configs.norm_panel(arch, w1.dtype, *w1.shape)
+
+
+def linear_stats(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    gamma: Tensor | None,
+    *,
+    config: configs.LinearConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """residual + gamma * (x @ weight.T + bias), in residual's dtype, and its row statistics."""
+    row_stats = statistics.empty(residual)
+    out, launch = linear.plan(
+        x, weight, bias, None, residual, gamma, None, row_stats=row_stats, config=config
+    )
+    if launch is not None:
+        launch.run(x)
+    return out, row_stats
+
+
+def norm_mlp(
+    x: Tensor,
+    norm: statistics.Norm,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    gamma: Tensor | None,
+    *,
+    config: configs.MlpConfig | configs.PanelConfig | None,
+) -> tuple[Tensor, Tensor]:
+    """x + gamma * (gelu(LN(x) @ w1.T + b1) @ w2.T + b2), in x's dtype, and its row statistics.
+
+    In the form of `config` (`mlp_form`) where its descriptors can take the tensors.
+    """
+    panel = config if isinstance(config, configs.PanelConfig) else None
+    if isinstance(config, configs.MlpConfig):
+        row_stats = statistics.empty(x)
+        complete, statistics_launch = statistics.completed(norm, x)
+        planned = gelu_mlp.plan(
+            x, w1, b1, w2, b2, x, gamma, None, norm=complete, row_stats=row_stats, config=config
+        )
+        if planned is not None:
+            out, launch = planned
+            if statistics_launch is not None:
+                statistics_launch.run(x)
+            launch.run(x)
+            return out, row_stats
+    hidden = norm_linear(x, norm, w1, b1, "gelu", config=panel)
+    return linear_stats(hidden, w2, b2, x, gamma)
