@@ -21,7 +21,7 @@ QUOTED = look("c6", "s", filled=False)
 def drawn(document: Row) -> list[Picture]:
     """A picture of the ways to distil, and one of the fine-tuned students; none of other kinds.
 
-    Where students were trained plainly, too, one of each such way: a document may have none.
+    Each way whose students were trained plainly, too, has one more; a document may have none.
     """
     if document.get("kind") != "distillation":
         return []

@@ -129,7 +129,8 @@ class Versus:
 def comparisons(rows: Sequence[Row]) -> list[Versus]:
     """Every fused row beside the others of its network and run: 8 bits beside 8 bits alone.
 
-    In the paper's order of networks; of several runs of the same the one with the most rounds.
+    They stand in the paper's order of networks. Where the same ran several times, the run with the
+    most rounds counts.
     """
     run = lambda row: tuple(row[k] for k in ("network", "date", "command", "protocol", "mode"))
     found = []
@@ -171,8 +172,8 @@ def speedups(rows: Sequence[Row], kind: str, dtype: str) -> Picture:
     caption = (
         "Median of the ratios within interleaved rounds, and its 95 % interval (sign test). Right "
         "of the dashed line the fused model is faster; where the interval holds 1 there is no "
-        "difference, and fewer than 6 rounds say nothing. Of several runs of the same the one "
-        "with the most rounds."
+        "difference, and fewer than 6 rounds say nothing. Where the same ran several times, "
+        "the run with the most rounds is drawn."
     )
     name, what = SPEEDUPS[kind]
     draw = functools.partial(_speedups, comparisons(rows))
