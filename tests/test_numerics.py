@@ -12,7 +12,7 @@ import numerics
 import numerics_cases as cases
 
 import deit.kernels
-from deit.kernels.engine import ops
+from deit.kernels.engine.operator import operator_names
 
 
 def _calls(family="random", dtype=torch.float32):
@@ -20,7 +20,7 @@ def _calls(family="random", dtype=torch.float32):
 
 
 def test_every_operator_is_there():
-    assert set(_calls()) == set(ops.SCHEMAS)
+    assert set(_calls()) == set(operator_names(eight_bits=False))
     assert set(_calls("one_hot")) == {"attention", "cross_entropy", "distillation_loss"}
 
 

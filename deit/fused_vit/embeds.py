@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deit.fused_vit.modules import PLAIN_TENSORS, hooked
 from deit.kernels import patch_embed
-from deit.kernels.engine import dispatch
+from deit.kernels.engine import autocast
 
 
 class Embeds:
@@ -72,7 +72,7 @@ class Embeds:
         """[B, C, H, W] -> [B, N, D], positions added."""
         root: Any = self
         # A gradient for images is the convolution's; autocast leaves prefix and positions fp32.
-        by_operator = not images.requires_grad and dispatch.autocast_dtype(images) is None
+        by_operator = not images.requires_grad and autocast.dtype_of(images) is None
         if not by_operator or self.why_steps() is not None:
             return self.by_steps(images)
         proj, impl = root.patch_embed.proj, root.fused_impls["patch_embed"]
