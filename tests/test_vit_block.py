@@ -6,7 +6,7 @@ from torch import nn
 
 import deit
 from deit.kernels import attention, gelu_mlp, layer_norm, linear, vit_block
-from deit.kernels.engine import dispatch, limits, native
+from deit.kernels.engine import limits, native
 from deit.kernels.prove import reference
 from deit.kernels.vit_block import vit_blocks
 

@@ -191,17 +191,19 @@ def _check_stream(
 
 def _limits(implementation: str, *arguments: Any) -> list[str]:
     block = BlockArguments(*arguments)
-    weights = (block.proj_weight, block.w1, block.w2)
+    dtype, weights = block.qkv_weight.dtype, (block.proj_weight, block.w1, block.w2)
     found = limits.product_limits(implementation, block.qkv_weight, *weights)
     if implementation == "cpu":
         if block.x.numel() == 0:
             found.append("an empty axis")
-        if block.x.dtype != block.qkv_weight.dtype:
-            found.append(f"a stream in {block.x.dtype} beside products in {block.qkv_weight.dtype}")
+        if block.x.dtype != dtype:
+            found.append(f"a stream in {block.x.dtype} beside products in {dtype}")
     head_dim = block.x.shape[-1] // block.num_heads
     if implementation == "triton" and head_dim not in TRITON_HEAD_DIMS:
         found.append(f"head dimension {head_dim} (served: {TRITON_HEAD_DIMS})")
-    return found + limits.unserved(block.qkv_weight)
+    if dtype not in limits.KERNEL_DTYPES:
+        found += limits.unserved(block.qkv_weight)
+    return found
 
 
 _VIT_BLOCK = register(Operator(vit_block, reference.vit_block, _limits, constants={1: "row_stats"}))
