@@ -32,13 +32,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
 
-import devices
-import evidence
 import torch
-from outcomes import STUDENT_T, curves, difference, score
 
-from deit import flags
-from deit.watch import human
+import evidence
+from deit.commands import flags
+from deit.training.progress import human
+from evidence import devices
+from studies.outcomes import STUDENT_T, curves, difference, score
 
 SIZE, HIGHER = 28, 40  # pixels: 7 x 7 and 10 x 10 patches
 STUDENT = (

@@ -20,20 +20,21 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-import devices
-import evidence
 import torch
-from peers import calibration
 from torch import Tensor
 
 import deit
-from deit import flags, networks
+import evidence
+from deit.commands import flags
 from deit.data.augment import evaluation_transform
 from deit.data.loader import Loader, in_order
 from deit.data.sources import open_source
 from deit.fused_vit import eight_bits, fuse, unfuse
 from deit.kernels import attention, gelu_mlp, layer_norm, linear
 from deit.model import Block, DeiT
+from deit.weights import networks
+from evidence import devices
+from peers import calibration
 
 # Points of top-1 that a trained network may move by, and the least percentage that agrees.
 POINTS, AGREEMENT = 0.3, 99.0

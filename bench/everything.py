@@ -24,12 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import devices
 import evidence
 import report
 import table5
-
-from deit import flags
+from deit.commands import flags
+from evidence import devices
 
 RESULTS = evidence.ROOT / "bench" / "results"
 RACE = "python bench/throughput.py "

@@ -1,7 +1,7 @@
 """Host time of a call: what each public operator costs beyond the launch of its kernel.
 
     python bench/host_cost.py
-    python bench/host_cost.py --json bench/results/host-cost-cpu-amd-epyc.json
+    python bench/host_cost.py --json bench/results/host-cost.json
     python bench/host_cost.py --gpu
 
 Every operator runs on CPU tensors of one row, so that the host's work is what there is to see, in
@@ -35,20 +35,20 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import devices
-import evidence
-import stubbed_gpu
 import torch
-from timing import interleave, spread
 from torch import Tensor
 
 import deit
 import deit.kernels
-from deit import flags
+import evidence
+from deit.commands import flags
 from deit.fused_vit import fuse
 from deit.kernels.device import drivers, launching
 from deit.kernels.engine import dispatch, registry
 from deit.kernels.engine.operator import OPERATORS, operator_names
+from evidence import devices
+from evidence.timing import interleave, spread
+from studies import stubbed_gpu
 
 LIMIT = 10.0  # microseconds over the launch, in inference
 GPU_LIMIT = 12.0  # over the driver's launch

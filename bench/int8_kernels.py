@@ -15,13 +15,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import timing
 import torch
 from torch import Tensor
 
 import deit
-from deit import flags
+from deit.commands import flags
 from deit.kernels import int8_gelu_mlp, int8_linear, linear
+from evidence import timing
 
 CLOCK = timing.Clock(torch.device("cpu"))
 

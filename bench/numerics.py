@@ -28,13 +28,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the rule is stated there
 
-import devices
-import evidence
-import numerics_cases as cases
 import oracle
 
 import deit.kernels
-from deit import flags
+import evidence
+from deit.commands import flags
+from evidence import devices
+from operators import numerics_cases as cases
 
 if TYPE_CHECKING:
     from rich.table import Table

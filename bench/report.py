@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import evidence
-import paper_table
+from deit.commands import flags
+from evidence import paper_table
 from page import distillation, html, listings, pictures
 from page.pictures import Picture
-
-from deit import flags
 
 Row = dict[str, Any]
 RESULTS = evidence.ROOT / "bench" / "results"
@@ -145,7 +144,7 @@ def _by_what_was_timed(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
 
 MACHINE = ("device", "cpu", "cores", "threads", "cpu_capability", "driver", "python", "torch",
            "cuda", "triton", "timm", "gpu_state")  # fmt: skip
-HIDDEN = (*MACHINE, "kind", "schema", "title", "command", "date", "kernels_sha256",
+HIDDEN = (*MACHINE, "processor", "kind", "schema", "title", "command", "date", "kernels_sha256",
           "kernels_scope", "seconds")  # fmt: skip
 
 

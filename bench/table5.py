@@ -21,24 +21,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import compiling
-import contenders as field_of
-import devices
-import evidence
-import paper_table
-import peers
-import planning
-import tables
-import throughput
 import torch
-from contenders import Network
-from paper_table import Quoted
-from progress import Progress
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from deit import flags
+import evidence
+import peers
+import throughput
+from deit.commands import flags
+from evidence import devices, paper_table
+from evidence.paper_table import Quoted
+from race import compiling, planning, tables
+from race import contenders as field_of
+from race.contenders import Network
+from race.progress import Progress
 
 Row = dict[str, Any]
 Protocol = Literal["modern", "deit2021"]
@@ -205,8 +202,13 @@ def attempt(work: Callable[[Progress], list[Row]], title: str) -> list[Row]:
 
 
 def run(options: Options, path: Path, facts: Row) -> list[str]:
-    """Measure what is missing, a file write a network; returns the labels of those that failed."""
+    """Measure what is missing, a file write a network; returns the labels of those that failed.
+
+    Raises ValueError for a file of another device's rows.
+    """
     rows = evidence.read([path]) if path.exists() else []
+    if others := sorted({row["device"] for row in rows} - {facts["device"]}):
+        raise ValueError(f"json: expected rows of {facts['device']}; got some of {others[0]}")
     jobs = missing(rows, options, facts)
     failed = []
     for i, (quoted, protocol) in enumerate(jobs):

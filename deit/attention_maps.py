@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from deit import networks
-from deit.commands import ExplainImage
-from deit.images import IMAGENET_MEAN, IMAGENET_STD, Prepare, load_image
+from deit.commands.train import ExplainImage
+from deit.data.images import IMAGENET_MEAN, IMAGENET_STD, Prepare, load_image
 from deit.model import DeiT
+from deit.weights import networks
 
 
 @torch.no_grad()

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deit import devices, networks
-from deit.checkpoint import OFFICIAL_FILES
-from deit.images import (
+from deit import devices
+from deit.data.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     NothingReadable,
@@ -22,11 +21,13 @@ from deit.images import (
     Unreadable,
     find_images,
 )
-from deit.limits import not_regular
+from deit.data.limits import not_regular
 from deit.model import DeiT
+from deit.weights import networks
+from deit.weights.checkpoint import OFFICIAL_FILES
 
 if TYPE_CHECKING:
-    from deit.cli import Predict
+    from deit.commands.cli import Predict
 
 
 CLASSES_BYTES = 64 << 20  # of a file of class names

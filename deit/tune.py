@@ -26,7 +26,7 @@ import deit
 from deit.kernels.engine import dispatch, tuning
 
 if TYPE_CHECKING:
-    from deit.cli import Tune
+    from deit.commands.cli import Tune
     from deit.tune_problems import Problem
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -132,7 +132,7 @@ def precompile(options: Tune, seconds: float) -> list[str]:
 
 def compile_part(arguments: Sequence[str]) -> None:
     """One process of `precompile`: the options as JSON, the part's number, the number of parts."""
-    from deit.cli import Tune
+    from deit.commands.cli import Tune
 
     text, part, parts = arguments
     fields: dict[str, Any] = {

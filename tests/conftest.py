@@ -81,7 +81,7 @@ def whole(data, tmp_path_factory):
     """A run that nothing interrupts: its folder and its result."""
     import training
 
-    from deit.train import train
+    from deit.training.trainer import train
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in training.py: sums in another order would be other bits

@@ -9,8 +9,8 @@ import sys
 import pytest
 import tyro
 
-from deit import cli
-from deit.commands import Train
+from deit.commands import cli
+from deit.commands.train import Train
 from deit.recipes import recipe
 
 
@@ -34,7 +34,7 @@ COMMANDS = (
 @pytest.mark.parametrize("command", [[], ["predict"], ["train"]])
 def test_help_does_not_wait_for_torch(command):
     code = (
-        "import sys\nfrom deit.cli import main\n"
+        "import sys\nfrom deit.commands.cli import main\n"
         f"try: main({[*command, '--help']!r})\n"
         "except SystemExit as end: assert end.code == 0, end\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"

@@ -10,15 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from deit import create, networks
+from deit import create
 from deit.attention_maps import attention_maps, picture
-from deit.checkpoint import save
-from deit.cli import main
+from deit.commands.cli import main
 from deit.configs import Config
 from deit.kernels.engine import native
 from deit.model import DeiT
-from deit.report import draw, history
-from deit.runs import RunFolder
+from deit.training.report import draw, history
+from deit.training.runs import RunFolder
+from deit.weights import networks
+from deit.weights.checkpoint import save
 
 SMALL = Config("small", embed_dim=64, num_heads=1, depth=2, img_size=32, num_classes=7)
 
@@ -87,7 +88,7 @@ def test_another_process_runs_the_file_of_a_distilled_network(form, tmp_path, ca
 
 
 def test_a_file_that_computes_something_else_is_refused(weights, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("deit.export.difference", lambda *_: 0.1)
+    monkeypatch.setattr("deit.weights.export.difference", lambda *_: 0.1)
     assert main(["export", str(weights), "--out", str(tmp_path / "o.safetensors")]) == 2
     assert "differs from the network by 0.1" in capsys.readouterr().err
 

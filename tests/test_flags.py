@@ -34,7 +34,7 @@ PARSE = """
     import sys
     from pathlib import Path
     from typing import Annotated, Literal
-    from deit import flags
+    from deit.commands import flags
 
     @dataclasses.dataclass(frozen=True)
     class Link:
@@ -97,7 +97,7 @@ def test_the_scripts_of_bench_need_no_tyro(name):
 
 def test_the_command_says_what_it_needs(tmp_path):
     code = (
-        "import sys; from deit.cli import Tune, main; assert Tune().candidates == 40\n"
+        "import sys; from deit.commands.cli import Tune, main; assert Tune().candidates == 40\n"
         "sys.exit(main(['info']))"
     )
     (tmp_path / "command.py").write_text(code)

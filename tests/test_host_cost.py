@@ -2,19 +2,14 @@
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
 import host_cost
-import stubbed_gpu
-
 from deit.kernels.device import drivers, launching
 from deit.kernels.engine.operator import OPERATORS, operator_names
+from studies import stubbed_gpu
 
 QUICK = host_cost.Settings(rounds=2, calls=2)
 

@@ -16,6 +16,7 @@ def test_collect_is_plain_data_and_covers_everything():
     assert set(data["operators"]) == set(operator_names(eight_bits=False))
     assert set(data["libraries"]) == {"cpu", "cuda"}
     assert data["cpu"]["threads"] == torch.get_num_threads()
+    assert {"model", "vendor", "family", "model_number", "instruction_sets"} <= data["cpu"].keys()
     for operator, devices in data["operators"].items():
         reasons = devices["cpu"]["reasons"]
         assert set(reasons) == set(dispatch.IMPLEMENTATIONS)

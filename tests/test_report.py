@@ -8,18 +8,15 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
 import evidence
-import paper_table
 import report
+from evidence import paper_table
 from page import listings, pictures, svg
 
 Row = dict[str, Any]
@@ -27,7 +24,8 @@ ROOT = Path(__file__).parents[1]
 VOID = {"meta", "link", "br"}
 
 MACHINE: Row = {
-    "device": "Sample <CPU>", "driver": None, "cpu": "Sample <CPU>", "cores": 2, "threads": 2,
+    "device": "Sample <CPU>", "driver": None, "cpu": "Sample <CPU>", "processor": {},
+    "cores": 2, "threads": 2,
     "cpu_capability": "AVX2", "python": "3.11", "torch": "2.15", "cuda": None, "triton": None,
     "timm": "1.0",
 }  # fmt: skip
@@ -45,7 +43,7 @@ def throughput_rows(kernels: str) -> list[Row]:
             speed = gain * quoted.v100_img_s / 50
             seconds = [8 / speed * draw.gauss(1, 0.02) for _ in range(7)]
             rows.append({
-                **MACHINE, "schema": 1, "date": "2026-01-02T03:04:05+00:00",
+                **MACHINE, "schema": evidence.SCHEMA, "date": "2026-01-02T03:04:05+00:00",
                 "command": f"python bench/table5.py --only {name}", "protocol": "modern",
                 "mode": "inference", "network": name, "contender": contender,
                 "img_size": quoted.img_size, "batch": 8, "batch_asked": 256, "dtype": "fp32",

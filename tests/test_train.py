@@ -15,12 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from training import same
 
-from deit import assemble, distill, load, networks
-from deit.cli import main
+from deit import load
+from deit.commands.cli import main
 from deit.fused_vit.modules import FusedBlock
-from deit.options import Shape
 from deit.recipes import recipe
-from deit.train import Trainer, train
+from deit.training import assemble, distillation
+from deit.training.options import Shape
+from deit.training.trainer import Trainer, train
+from deit.weights import networks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -124,13 +126,13 @@ def test_without_fusing_the_network_and_its_loss_are_pytorchs(dtype, short, tmp_
     expected, _ = short_run(short(tmp_path / "fused", dtype=dtype), monkeypatch)
     asked = []
     for name in ("cross_entropy", "distillation_loss"):
-        loss = getattr(distill, name)
+        loss = getattr(distillation, name)
 
         def watched(*arguments, loss=loss, **options):
             asked.append(options["impl"])
             return loss(*arguments, **options)
 
-        monkeypatch.setattr(distill, name, watched)
+        monkeypatch.setattr(distillation, name, watched)
     monkeypatch.setattr(FusedBlock, "advance", None)
     found, _ = short_run(short(tmp_path / "plain", dtype=dtype, fuse=False), monkeypatch)
     assert asked == ["reference"] * 3

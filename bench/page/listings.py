@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import evidence
-import paper_table
-import timing
-
+from evidence import paper_table, timing
 from page import html, pictures
 from page.html import Column, keyed
 

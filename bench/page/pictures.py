@@ -9,9 +9,7 @@ from html import escape
 from typing import Any
 
 import evidence
-import paper_table
-import timing
-
+from evidence import paper_table, timing
 from page.svg import CHARACTER, Plot, Scale, around, number
 
 Row = dict[str, Any]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import deit
-from deit.layouts import LAYOUTS
+from deit.weights.layouts import LAYOUTS
 
 Call = Callable[[Tensor], Tensor]
 FP32 = (torch.float32,)

@@ -21,7 +21,7 @@ SHAPES = (
 
 def correctness(context: Context) -> None:
     """As a stage: one job an operator and dtype. As a job: that operator's rows."""
-    from qualification.calls import OPERATORS
+    from operators.calls import OPERATORS
 
     if context.dry:
         check(
@@ -59,7 +59,7 @@ def plan(
     operator: str, shapes: tuple[tuple[int, ...], ...], dry: bool
 ) -> Iterator[tuple[tuple[int, ...], str]]:
     """Shapes and input families, the most telling first."""
-    from qualification.calls import FAMILIES
+    from operators.calls import FAMILIES
 
     softmax = operator in ("attention", "cross_entropy", "distillation_loss")
     families = [f for f in FAMILIES if softmax or f != "one_hot"]
@@ -75,10 +75,9 @@ def compare(
     context: Context, impl: str, operator: str, dtype: str, shape: tuple[int, ...], family: str
 ) -> None:
     """One call forward and, where there are kernels for it, backward."""
-    import numerics
-
     import deit.kernels
-    from qualification import calls
+    import numerics
+    from operators import calls
 
     batch, tokens, dim = shape
     call = calls.build(operator, numerics.DTYPES[dtype], context.device, batch=batch,

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from deit.data.images import Prepare
 from deit.data.sampling import Draw, stream
-from deit.images import Prepare
 from deit.recipes import Recipe
 
 Transform = Callable[[Image.Image], Tensor]

@@ -1,7 +1,7 @@
 """Shards as plain tar files here: remote ones fetched, compressed ones decompressed, each once.
 
 Both go to a folder of the user's cache, whole or not at all. What does not come is an error with
-the shard's name and the reason, after as many attempts as `deit.limits` says.
+the shard's name and the reason, after as many attempts as `deit.data.limits` says.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from deit.data import tars
-from deit.limits import limit, not_regular
+from deit.data.limits import limit, not_regular
 
 _PIECE = 1 << 20  # bytes read at a time
 pause = time.sleep

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deit.decoding import UnreadableImage, load_image
-from deit.images import IMAGENET_MEAN, IMAGENET_STD
-from deit.limits import limit
+from deit.data.decoding import UnreadableImage, load_image
+from deit.data.images import IMAGENET_MEAN, IMAGENET_STD
+from deit.data.limits import limit
 
 _SPLITS = {"train": ("train",), "val": ("validation", "val", "test")}
 _IMAGES, _LABELS = ("image", "img"), ("label", "labels", "fine_label")

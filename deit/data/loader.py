@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from deit.data.augment import Transform, seeded
+from deit.data.decoding import UnreadableImage
 from deit.data.drawn import Drawing
 from deit.data.on_device import Augmentation, Drawn
 from deit.data.sampling import Batches, Draw
 from deit.data.sources import Source, check_labels
-from deit.decoding import UnreadableImage
 
 
 class WorkerDied(OSError):

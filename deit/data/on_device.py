@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from deit.images import normalise
+from deit.data.images import normalise
 
 
 class Operation(NamedTuple):

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from deit import configs
-from deit.fused_vit import eight_bits, plain, swapping
-from deit.fused_vit.graph import Graph, compile_graph
+from deit.fused_vit import deit_model, eight_bits, swapping
+from deit.fused_vit.cuda_graph import Graph, compile_graph
 from deit.fused_vit.last_block import PrefixOnly
 from deit.fused_vit.modules import Fused
 from deit.fused_vit.report import Report, Row
@@ -232,7 +232,7 @@ _LIBRARIES = {
 
 
 def _families() -> _Families:
-    known = _Families(dict(plain.LEAVES), dict(plain.BLOCKS), dict(plain.ROOTS), {})
+    known = _Families(dict(deit_model.LEAVES), dict(deit_model.BLOCKS), dict(deit_model.ROOTS), {})
     for file in {file for library, file in _LIBRARIES.items() if library in sys.modules}:
         module = importlib.import_module(f"deit.fused_vit.{file}")
         known.leaves.update(module.LEAVES)

@@ -15,7 +15,7 @@ from transformers.activations import GELUActivation
 from transformers.models.deit import modeling_deit
 from transformers.models.vit import modeling_vit
 
-from deit.fused_vit import modules, plain
+from deit.fused_vit import deit_model, modules
 from deit.fused_vit.attention_interface import any_set, as_key_bias
 
 try:
@@ -100,9 +100,9 @@ class FusedLayer(modules.FusedBlock):
     """Over DeiTLayer and ViTLayer. Gradient checkpointing wraps this forward as it does theirs."""
 
     PARTS = (
-        ("layernorm_before", plain.FusedLayerNorm),
+        ("layernorm_before", deit_model.FusedLayerNorm),
         ("attention", FusedAttention),
-        ("layernorm_after", plain.FusedLayerNorm),
+        ("layernorm_after", deit_model.FusedLayerNorm),
         ("mlp", FusedMlp),
     )
     SCALES = ()

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from deit.fused_vit import eight_bits, shipped, swapping
-from deit.fused_vit.attends import Attends
-from deit.fused_vit.whole import Whole
+from deit.fused_vit import eight_bits, monkeypatches, swapping
+from deit.fused_vit.self_attention import SelfAttention
+from deit.fused_vit.whole_block import WholeBlock
 from deit.kernels import gelu_mlp, layer_norm
 
 # What a kernel may read, and what torch.export traces with in its place. Not DTensor and the like.
@@ -35,7 +35,7 @@ class Fused:
     # Other classes whose forward the fused path stands for, and the original's other methods.
     STANDS_FOR: ClassVar[tuple[type[nn.Module], ...]] = ()
     STEPS: ClassVar[tuple[str, ...]] = ()
-    METHODS: ClassVar[shipped.Methods]  # all of them
+    METHODS: ClassVar[monkeypatches.Methods]  # all of them
 
     # What fuse() leaves on a module, and unfuse() takes away.
     STATE: ClassVar[tuple[str, ...]] = ("fused_impls",)
@@ -57,7 +57,7 @@ class Fused:
             stands_for += [nn.Dropout, nn.Identity]
         if cls.IDENTITIES:
             stands_for.append(nn.Identity)
-        cls.METHODS = shipped.Methods(stands_for, cls.STEPS)
+        cls.METHODS = monkeypatches.Methods(stands_for, cls.STEPS)
         cls.fused_forward = cls.forward  # type: ignore[attr-defined]
         cls.forward = swapping.entrance(original.forward)  # type: ignore[attr-defined]
 
@@ -117,7 +117,7 @@ class Fused:
 
     def replaced(self) -> str | None:
         """Which method that the fused path stands for was replaced on its class; None for none."""
-        return shipped.replaced(type(self))
+        return monkeypatches.replaced(type(self))
 
     def waiting(self) -> str | None:
         """Why the original forward would run now; None where the fused one would."""
@@ -200,7 +200,7 @@ class FusedLayerNorm(Fused):
         return layer_norm(x, norm.weight, norm.bias, norm.eps, impl=self.fused_impls["layer_norm"])
 
 
-class FusedAttention(Attends, Fused):
+class FusedAttention(SelfAttention, Fused):
     """Over an attention with one qkv projection and an output projection."""
 
     OPERATORS = ("linear", "attention")
@@ -290,7 +290,7 @@ class FusedMlp(Fused):
         )
 
 
-class FusedBlock(Whole, Fused):
+class FusedBlock(WholeBlock, Fused):
     """Over a pre-norm block: both residual additions move into the products' epilogues."""
 
     OPERATORS = ("layer_norm", "linear", "attention", "gelu_mlp", *eight_bits.OPERATORS)

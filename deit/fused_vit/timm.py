@@ -10,7 +10,7 @@ from timm.models import deit, vision_transformer
 from torch import Tensor, nn
 
 from deit.fused_vit import modules
-from deit.fused_vit.embeds import Embeds
+from deit.fused_vit.embedding import ImageEmbedding
 from deit.fused_vit.last_block import PrefixOnly
 from deit.fused_vit.modules import hooked
 
@@ -76,7 +76,7 @@ class FusedBlock(Masked, modules.FusedBlock, vision_transformer.Block):
         return keep.div_(1.0 - rate) if drop.scale_by_keep and rate < 1.0 else keep
 
 
-class ClassifiesByPrefix(Embeds, PrefixOnly):
+class ClassifiesByPrefix(ImageEmbedding, PrefixOnly):
     """What timm's two vision transformers share."""
 
     STEPS = ("forward_features", "_pos_embed")

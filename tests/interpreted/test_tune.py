@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deit import tune
-from deit.cli import Tune
+from deit.commands.cli import Tune
 from deit.configs import Config
 from deit.kernels.engine import tuning
 from deit.tune_problems import Size, problems
