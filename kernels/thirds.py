@@ -20,7 +20,7 @@ from deit.kernels import dispatch, ops
 Weight = Tensor | tuple[Tensor, Tensor, Tensor]
 Bias = Tensor | tuple[Tensor, Tensor, Tensor] | None
 
-_MULTIPLE = 16  # of each weight's rows, for csrc/cpu/product.inl
+_MULTIPLE = 16  # of each weight's rows, for csrc/cpu/linear.inl
 
 
 def linear(x: Tensor, weight: Weight, bias: Bias, *, impl: str) -> Tensor:

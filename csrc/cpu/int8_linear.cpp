@@ -1,74 +1,18 @@
-// The operators in 8-bit integers of kernels/int8.py: checks, outputs, the split over threads, and
-// which instruction set runs them.
-#include <algorithm>
-#include <atomic>
-#include <cstring>
-#include <optional>
+// Linear layers and MLPs in 8-bit integers on the CPU: checks, outputs, and the split
+// over threads.
 #include <vector>
-
-#if defined(__x86_64__) || defined(_M_X64)
-#include <cpuid.h>
-#endif
 
 #include "int8_launch.h"
 
 namespace deit {
 namespace {
 
-#if defined(__x86_64__) || defined(_M_X64)
-bool has_avxvnni() {  // not __builtin_cpu_supports, which names it only from GCC 11 and clang 17 on
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1u);
-}
-#endif
-
-bool runs_here(const Int8Kernels& set) {
-#if defined(__x86_64__) || defined(_M_X64)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  if (&set == &avx512vnni_int8) {
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni");
-  }
-  if (&set == &avxvnni_int8) return avx2 && has_avxvnni();
-  if (&set == &avx2_int8) return avx2;
-#endif
-  return &set == &portable_int8;
-}
-
-// The fastest first.
-const Int8Kernels* const kSets[] = {
-#if defined(__x86_64__) || defined(_M_X64)
-    &avx512vnni_int8,
-    &avxvnni_int8,
-    &avx2_int8,
-#endif
-    &portable_int8,
-};
-
-std::atomic<const Int8Kernels*> selected{nullptr};
-
-}  // namespace
-
-const Int8Kernels& int8_kernels() {
-  const Int8Kernels* set = selected.load(std::memory_order_relaxed);
-  if (set == nullptr) {
-    set = *std::find_if(std::begin(kSets), std::end(kSets),
-                        [](const Int8Kernels* each) { return runs_here(*each); });
-    selected.store(set, std::memory_order_relaxed);
-  }
-  return *set;
-}
-
-namespace {
-
 // What both operators read beside their weights, in the order of their schemas.
 struct Inputs {
   Tensor x;
-  std::optional<Tensor> norm_weight, norm_bias;
+  Optional norm_weight, norm_bias;
   double eps;
-  std::optional<Tensor> residual;
+  Optional residual;
 };
 
 Tensor run(Inputs& in, Int8Args& args, int64_t features) {
@@ -94,9 +38,9 @@ Tensor run(Inputs& in, Int8Args& args, int64_t features) {
   return out;
 }
 
-Tensor int8_linear(Tensor x, Tensor packed, Tensor scales, Tensor sums, std::optional<Tensor> bias,
-                   std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps,
-                   bool gelu, std::optional<Tensor> residual, std::optional<Tensor> gamma) {
+Tensor int8_linear(Tensor x, Tensor packed, Tensor scales, Tensor sums, Optional bias,
+                   Optional norm_weight, Optional norm_bias, double eps,
+                   bool gelu, Optional residual, Optional gamma) {
   STD_TORCH_CHECK(x.dim() >= 1, "x: expected rank >= 1");
   STD_TORCH_CHECK(!gelu || (!gamma.has_value() && !residual.has_value()),
                   "gelu: expected neither residual nor gamma beside it");
@@ -110,10 +54,10 @@ Tensor int8_linear(Tensor x, Tensor packed, Tensor scales, Tensor sums, std::opt
 }
 
 Tensor int8_gelu_mlp(Tensor x, Tensor packed1, Tensor scales1, Tensor sums1,
-                     std::optional<Tensor> b1, Tensor packed2, Tensor scales2, Tensor sums2,
-                     std::optional<Tensor> b2, std::optional<Tensor> norm_weight,
-                     std::optional<Tensor> norm_bias, double eps, std::optional<Tensor> residual,
-                     std::optional<Tensor> gamma) {
+                     Optional b1, Tensor packed2, Tensor scales2, Tensor sums2,
+                     Optional b2, Optional norm_weight,
+                     Optional norm_bias, double eps, Optional residual,
+                     Optional gamma) {
   STD_TORCH_CHECK(x.dim() >= 1, "x: expected rank >= 1");
   Int8Args args{};
   Buffer columns[2];
@@ -132,28 +76,3 @@ STABLE_TORCH_LIBRARY_IMPL(deit_cpu, CPU, m) {
   m.impl("int8_linear_packed", TORCH_BOX(&deit::int8_linear));
   m.impl("int8_gelu_mlp_packed", TORCH_BOX(&deit::int8_gelu_mlp));
 }
-
-// For the tests, as deit_cpu_isa and deit_cpu_select_isa of dispatch.cpp.
-#define DEIT_EXPORT __attribute__((visibility("default")))
-
-extern "C" {
-
-// "avx512vnni", "avxvnni", "avx2" or "portable": the set in use.
-DEIT_EXPORT const char* deit_cpu_int8_isa() { return deit::int8_kernels().name; }
-
-// 0: done; 1: no such set in this library; 2: this processor cannot run it. "" for the best.
-DEIT_EXPORT int deit_cpu_select_int8_isa(const char* name) {
-  if (name[0] == '\0') {
-    deit::selected.store(nullptr, std::memory_order_relaxed);
-    return 0;
-  }
-  for (const deit::Int8Kernels* set : deit::kSets) {
-    if (std::strcmp(set->name, name) != 0) continue;
-    if (!deit::runs_here(*set)) return 2;
-    deit::selected.store(set, std::memory_order_relaxed);
-    return 0;
-  }
-  return 1;
-}
-
-}  // extern "C"

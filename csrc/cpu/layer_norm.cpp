@@ -1,11 +1,7 @@
-// The operators of kernels/ops.py on the CPU: checks, outputs, and the split over threads.
-#include <algorithm>
-#include <optional>
-#include <string>
+// LayerNorm on the CPU, alone or after a residual addition, in inference and in training: checks, outputs, and the split over threads.
 #include <tuple>
-#include <vector>
 
-#include "launch_product.h"
+#include "launch_training.h"
 
 namespace deit {
 namespace {
@@ -19,31 +15,17 @@ void save_statistics(const Tensor& x, Statistics* saved, LayerNormArgs& args) {
   args.rstd = static_cast<float*>(saved->rstd.mutable_data_ptr());
 }
 
+void run_layer_norm(const LayerNormArgs& args, int64_t rows) {
+  const LayerNormKernels& set = kernels().layer_norm;
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, args.channels));
+  over_threads(rows, grain, set.workspace(args), [&](float* workspace, int64_t begin, int64_t end) {
+    set.forward(args, workspace, begin, end);
+  });
+}
+
 }  // namespace
 
-void run_layer_norm(const LayerNormArgs& args, int64_t rows) {
-  const Kernels& set = kernels();
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, args.channels));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    const Buffer workspace = allocate(set.layer_norm_workspace(args));
-    set.layer_norm(args, workspace.get(), begin, end);
-  });
-}
-
-void run_product(ProductArgs args) {
-  if (args.rows == 0 || args.width == 0) return;
-  const Kernels& set = kernels();
-  set.plan_product(args, torch::stable::get_num_threads());
-  // A task's multiply-adds against those of an elementwise operation's grain.
-  const int64_t work = args.row_block * args.depth * args.width / args.panels / 4;
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work));
-  torch::stable::parallel_for(0, args.tasks, grain, [&](int64_t begin, int64_t end) {
-    const Buffer workspace = allocate(set.product_workspace(args));
-    set.product(args, workspace.get(), begin, end);
-  });
-}
-
-Tensor layer_norm_of(Tensor x, Tensor weight, std::optional<Tensor> bias, double eps,
+Tensor layer_norm_of(Tensor x, Tensor weight, Optional bias, double eps,
                      Statistics* saved) {
   STD_TORCH_CHECK(x.dim() >= 1, "x: expected rank >= 1");
   LayerNormArgs args{};
@@ -62,10 +44,12 @@ Tensor layer_norm_of(Tensor x, Tensor weight, std::optional<Tensor> bias, double
   return out;
 }
 
+namespace {
+
 std::tuple<Tensor, Tensor> add_layer_norm_of(Tensor x, Tensor residual, Tensor weight,
-                                             std::optional<Tensor> bias, double eps,
-                                             std::optional<Tensor> gamma,
-                                             std::optional<Tensor> keep, Statistics* saved) {
+                                             Optional bias, double eps,
+                                             Optional gamma,
+                                             Optional keep, Statistics* saved) {
   STD_TORCH_CHECK(x.dim() >= 1, "x: expected rank >= 1");
   check_residual(x, residual);
   LayerNormArgs args{};
@@ -93,144 +77,112 @@ std::tuple<Tensor, Tensor> add_layer_norm_of(Tensor x, Tensor residual, Tensor w
   return {out, sum};
 }
 
-void run_attention(AttentionArgs args) {
-  const Kernels& set = kernels();
-  set.plan_attention(args);
-  const size_t floats = set.attention_workspace(args);
-  // A task's multiply-adds against those of an elementwise operation's grain.
-  const int64_t work = 2 * args.query_tile * args.tokens * args.head_dim;
-  const int64_t grain = std::max<int64_t>(1, 4 * kGrain / work);
-  const int64_t tasks = args.batch * args.heads * args.tiles;
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    const Buffer workspace = allocate(floats);
-    set.attention(args, workspace.get(), begin, end);
-  });
-}
-
-Tensor attention_of(Tensor qkv, int64_t num_heads, double scale, std::optional<Tensor> key_bias,
-                    Tensor* lse) {
-  STD_TORCH_CHECK(qkv.dim() == 3 && num_heads > 0 && qkv.size(2) % (3 * num_heads) == 0,
-                  "qkv: expected [B, N, 3 * D] with D a multiple of num_heads=", num_heads);
-  AttentionArgs args{};
-  args.type = scalar_of("qkv", qkv);
-  args.batch = qkv.size(0);
-  args.tokens = qkv.size(1);
-  args.heads = num_heads;
-  args.head_dim = qkv.size(2) / (3 * num_heads);
-  args.scale = static_cast<float>(scale);
-  Tensor bias_held;
-  args.key_bias = parameter("key_bias", key_bias, args.batch * args.tokens, qkv,
-                            bias_held);
-  Tensor out = torch::stable::new_empty(qkv, {args.batch, args.tokens, num_heads * args.head_dim});
-  if (lse) {
-    *lse = torch::stable::new_empty(qkv, {args.batch, num_heads, args.tokens}, ScalarType::Float);
-    args.lse = static_cast<float*>(lse->mutable_data_ptr());
-  }
-  if (out.numel() == 0) return out;
-  qkv = with_contiguous_last_axis(qkv);
-  args.qkv = qkv.const_data_ptr();
-  args.out = out.mutable_data_ptr();
-  args.stride_batch = qkv.stride(0);
-  args.stride_token = qkv.stride(1);
-  run_attention(args);
-  return out;
-}
-
-Tensor linear_of_thirds(const Tensor& x, const Tensor& weight, const std::vector<Tensor>& others,
-                        const std::optional<Tensor>& bias) {
-  Product product(x, weight, bias, others);
-  product.allocate_out(x);
-  run_product(product.args);
-  return product.out;
-}
-
-Tensor linear_of(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                 Activation activation, const std::optional<Tensor>& residual,
-                 const std::optional<Tensor>& gamma, const std::optional<Tensor>& keep) {
-  Product product(x, weight, bias);
-  product.add_epilogue(x, residual, gamma, keep);
-  product.args.activation = activation;
-  product.allocate_out(x);
-  run_product(product.args);
-  return product.out;
-}
-
-namespace {
-
-// Rows of the MLP that go through both products before the next ones: their hidden layer, 9.4 MB
-// in fp32 at 3072 channels, stays in the last-level cache, and no more is ever allocated.
-constexpr int64_t kMlpRows = 800;
-
-// `first` into its out, a buffer of `block` rows, and `second` from there, block by block.
-void run_mlp(ProductArgs first, ProductArgs second, int64_t block, int64_t rows) {
-  const char* x = static_cast<const char*>(first.x);
-  const char* residual = static_cast<const char*>(second.residual);
-  char* out = static_cast<char*>(second.out);
-  const int64_t in_row = first.depth * static_cast<int64_t>(sizeof(float));
-  const int64_t out_row = second.width * (second.out_type == Scalar::f32 ? 4 : 2);
-  second.x = first.out;
-  for (int64_t row = 0; row < rows; row += block) {
-    first.rows = second.rows = std::min(block, rows - row);
-    first.x = x + row * in_row;
-    if (residual) second.residual = residual + row * out_row;
-    second.out = out + row * out_row;
-    second.first_row = row;
-    run_product(first);
-    run_product(second);
-  }
-}
-
-}  // namespace
-
-Tensor gelu_mlp_of(const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1,
-                   const Tensor& w2, const std::optional<Tensor>& b2,
-                   const std::optional<Tensor>& residual, const std::optional<Tensor>& gamma,
-                   const std::optional<Tensor>& keep) {
-  Product first(x, w1, b1);
-  const int64_t rows = first.args.rows, block = std::min(rows, kMlpRows);
-  Tensor hidden = torch::stable::new_empty(x, {block, first.args.width});
-  Product second(hidden, w2, b2);
-  first.args.activation = Activation::gelu;
-  first.args.out = hidden.mutable_data_ptr();
-  second.args.rows = rows;
-  second.add_epilogue(x, residual, gamma, keep);
-  second.allocate_out(x);
-  run_mlp(first.args, second.args, block, rows);
-  return second.out;
-}
-
-namespace {
-
-Tensor layer_norm(Tensor x, Tensor weight, std::optional<Tensor> bias, double eps) {
+Tensor layer_norm(Tensor x, Tensor weight, Optional bias, double eps) {
   return layer_norm_of(x, weight, bias, eps, nullptr);
 }
 
 std::tuple<Tensor, Tensor> add_layer_norm(Tensor x, Tensor residual, Tensor weight,
-                                          std::optional<Tensor> bias, double eps,
-                                          std::optional<Tensor> gamma,
-                                          std::optional<Tensor> keep) {
+                                          Optional bias, double eps,
+                                          Optional gamma,
+                                          Optional keep) {
   return add_layer_norm_of(x, residual, weight, bias, eps, gamma, keep, nullptr);
 }
 
-Tensor attention(Tensor qkv, int64_t num_heads, double scale, std::optional<Tensor> key_bias) {
-  return attention_of(qkv, num_heads, scale, key_bias, nullptr);
+std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, Tensor weight, Optional bias,
+                                                  double eps) {
+  Statistics saved;
+  Tensor out = layer_norm_of(x, weight, bias, eps, &saved);
+  return {out, saved.mean, saved.rstd};
 }
 
-Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias,
-              std::optional<std::string> activation, std::optional<Tensor> residual,
-              std::optional<Tensor> gamma, std::optional<Tensor> keep) {
-  return linear_of(x, weight, bias, activation_of(activation), residual, gamma, keep);
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(Tensor x, Tensor residual,
+                                                              Tensor weight, Optional bias,
+                                                              double eps, Optional gamma,
+                                                              Optional keep) {
+  Statistics saved;
+  auto [out, total] = add_layer_norm_of(x, residual, weight, bias, eps, gamma, keep, &saved);
+  return {out, total, saved.mean, saved.rstd};
 }
 
-Tensor linear_thirds(Tensor x, Tensor first, Tensor second, Tensor third,
-                     std::optional<Tensor> bias) {
-  return linear_of_thirds(x, first, {second, third}, bias);
+// Completes `args`, whose row tensors are described and what is wanted of it, and runs it: (dweight,
+// dbias, dgamma).
+std::tuple<Tensor, Tensor, Tensor> run_layer_norm_gradient(LayerNormGradientArgs& args,
+                                                           const Tensor& total,
+                                                           const Tensor& weight,
+                                                           const Tensor& mean, const Tensor& rstd,
+                                                           const Optional& gamma) {
+  args.channels = last(total);
+  args.rows = args.channels == 0 ? 0 : total.numel() / args.channels;
+  Tensor held[4];
+  args.weight = parameter("weight", weight, args.channels, total, held[0]);
+  args.mean = parameter("mean", mean, args.rows, total, held[1]);
+  args.rstd = parameter("rstd", rstd, args.rows, total, held[2]);
+  args.gamma = parameter("gamma", gamma, args.channels, total, held[3]);
+  args.dgamma = args.dgamma && args.gamma;
+  const bool sums_rows = args.dweight || args.dbias || args.dgamma;
+  const int64_t chunks = blocks(args.rows, kRowChunk), low = 3 * args.channels;
+  const Buffer sums = allocate(static_cast<size_t>(sums_rows ? chunks * 2 * low : 0));
+  args.sums = sums_rows ? sums.get() : nullptr;
+  const LayerNormKernels& set = kernels().layer_norm;
+  torch::stable::parallel_for(0, chunks, std::max<int64_t>(1, kGrain / (kRowChunk * args.channels + 1)),
+               [&](int64_t begin, int64_t end) { set.gradient(args, begin, end); });
+  const auto total_of = [&](bool wanted, int64_t slot, const Optional& like) {
+    if (!wanted) return none(weight);
+    return sum_of_chunks(args.sums + slot * args.channels, chunks, low, args.channels, *like);
+  };
+  return {total_of(args.dweight, 0, weight), total_of(args.dbias, 1, weight),
+          total_of(args.dgamma, 2, gamma)};
 }
 
-Tensor gelu_mlp(Tensor x, Tensor w1, std::optional<Tensor> b1, Tensor w2,
-                std::optional<Tensor> b2, std::optional<Tensor> residual,
-                std::optional<Tensor> gamma, std::optional<Tensor> keep) {
-  return gelu_mlp_of(x, w1, b1, w2, b2, residual, gamma, keep);
+std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dout, Tensor x, Tensor weight,
+                                                  Tensor mean, Tensor rstd,
+                                                  std::optional<std::vector<bool>> wanted) {
+  const Wanted wants(wanted, 3);
+  STD_TORCH_CHECK(same_shape(dout, x), "dout: expected x's shape");
+  STD_TORCH_CHECK(dout.scalar_type() == x.scalar_type(), "dout: expected x's dtype");
+  Tensor dx = wants[0] ? torch::stable::new_empty(x, x.sizes()) : none(x);
+  LayerNormGradientArgs args{};
+  args.x_type = args.total_type = scalar_of("x", x);
+  args.dout = rows_of(dout);
+  args.total = rows_of(x);
+  args.dresidual = wants[0] ? dx.mutable_data_ptr() : nullptr;
+  args.dweight = wants[1];
+  args.dbias = wants[2];
+  auto [dweight, dbias, _] = run_layer_norm_gradient(args, x, weight, mean, rstd, std::nullopt);
+  return {dx, dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
+    Tensor dout, Tensor dtotal, Optional x, Tensor total, Tensor weight, Tensor mean, Tensor rstd,
+    Optional gamma, Optional keep, std::optional<std::vector<bool>> wanted) {
+  const Wanted wants(wanted, 5);
+  check_residual(dout, total);
+  STD_TORCH_CHECK(same_shape(dtotal, dout), "dout, dtotal: expected x's shape");
+  STD_TORCH_CHECK(dtotal.scalar_type() == total.scalar_type(), "dtotal: expected total's dtype");
+  if (x.has_value()) {
+    STD_TORCH_CHECK(same_shape(dout, *x), "dout, dtotal: expected x's shape");
+    STD_TORCH_CHECK(dout.scalar_type() == x->scalar_type(), "dout: expected x's dtype");
+  }
+  Tensor dx = wants[0] ? torch::stable::new_empty(dout, dout.sizes()) : none(dout);
+  Tensor dresidual = wants[1] ? torch::stable::new_empty(total, total.sizes()) : none(total);
+  LayerNormGradientArgs args{};
+  args.x_type = scalar_of("dout", dout);
+  args.total_type = scalar_of("total", total);
+  args.dout = rows_of(dout);
+  args.dtotal = rows_of(dtotal);
+  args.total = rows_of(total);
+  args.dx = wants[0] ? dx.mutable_data_ptr() : nullptr;
+  args.dresidual = wants[1] ? dresidual.mutable_data_ptr() : nullptr;
+  args.dweight = wants[2];
+  args.dbias = wants[3];
+  args.dgamma = wants[4] && gamma.has_value();
+  Tensor x_held = args.dgamma ? required("x", x) : dout, keep_held;
+  if (args.dgamma) args.x = rows_of(x_held);
+  args.keep = parameter("keep", keep, total.size(0), total, keep_held);
+  args.rows_per_sample = 1;
+  for (int64_t d = 1; d < total.dim() - 1; ++d) args.rows_per_sample *= total.size(d);
+  auto [dweight, dbias, dgamma] = run_layer_norm_gradient(args, total, weight, mean, rstd, gamma);
+  return {dx, dresidual, dweight, dbias, dgamma};
 }
 
 }  // namespace
@@ -238,9 +190,9 @@ Tensor gelu_mlp(Tensor x, Tensor w1, std::optional<Tensor> b1, Tensor w2,
 
 STABLE_TORCH_LIBRARY_IMPL(deit_cpu, CPU, m) {
   m.impl("layer_norm", TORCH_BOX(&deit::layer_norm));
+  m.impl("layer_norm_fwd", TORCH_BOX(&deit::layer_norm_fwd));
+  m.impl("layer_norm_bwd", TORCH_BOX(&deit::layer_norm_bwd));
   m.impl("add_layer_norm", TORCH_BOX(&deit::add_layer_norm));
-  m.impl("attention", TORCH_BOX(&deit::attention));
-  m.impl("linear", TORCH_BOX(&deit::linear));
-  m.impl("linear_thirds", TORCH_BOX(&deit::linear_thirds));
-  m.impl("gelu_mlp", TORCH_BOX(&deit::gelu_mlp));
+  m.impl("add_layer_norm_fwd", TORCH_BOX(&deit::add_layer_norm_fwd));
+  m.impl("add_layer_norm_bwd", TORCH_BOX(&deit::add_layer_norm_bwd));
 }

@@ -1,16 +1,39 @@
-// What the launchers of training (ops_linear.cpp, ops_training.cpp) and its kernels share. Everything
-// is plain data, all of it fp32 unless a Scalar says otherwise, and contiguous unless a stride
-// is given, in elements.
+// What the launchers of linear layers and MLPs hand to their kernels (linear.inl, linear_bwd.inl).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "../common/rows.h"
+#include "layer_norm.h"
 
 namespace deit {
 
 enum class Activation : int { none, gelu, gelu_tanh };
+
+// out = residual + keep * gamma * act(x wT + bias). Matrices are contiguous. `depth` counts words:
+// one fp32 input, or two of bf16.
+struct ProductArgs {
+  const void* x;         // [rows, depth]
+  const void* weight;    // [width, depth]; or its first third, the others where they lie:
+  const void* others[2]; // [part, depth] each, or null
+  int64_t part;          // rows of each third, a multiple of 16; 0: weight holds all
+  const float* packed;   // the same by pack_weight, [panels, depth, columns]; null: packed in the call
+  const float* bias;     // [width] or null
+  const float* gamma;    // [width] or null
+  const float* keep;     // [(first_row + rows) / rows_per_sample] or null
+  const void* residual;  // [rows, width] or null
+  void* out;             // [rows, width]
+  Scalar type;           // of x and weight: f32 or bf16
+  Scalar out_type;       // of out and residual: f32 or bf16
+  Activation activation;
+  int64_t rows, depth, width;
+  int64_t first_row, rows_per_sample;
+  int64_t row_block;  // rows of one task
+  int64_t panels, tasks;
+};
+
+// Training: all of it fp32, and contiguous unless a stride is given, in elements.
 
 // A matrix as the right operand of a product, packed into panels: [width, depth] is a linear
 // layer's weight as its forward reads it, [depth, width] as the gradient of its input does.
@@ -56,10 +79,6 @@ struct WeightGradientArgs {
   int64_t output_block, input_block;
 };
 
-// Rows are taken in chunks of this many for sums over rows. A chunk writes its sums apart, and with
-// each what rounding took from it.
-constexpr int64_t kRowChunk = 64;
-
 // g = keep * gamma * dout * activation'(affine), and partial sums over a chunk's rows of
 // keep * dout * activation(affine), dgamma's.
 struct OutputGradientArgs {
@@ -73,53 +92,26 @@ struct OutputGradientArgs {
   Activation activation;
 };
 
-// The gradients of LN(total), with dtotal and the branch (x, gamma, keep) where there are any.
-// Partial sums over chunks of rows: [chunks, 2, 3, D] for dweight, dbias and dgamma, of which those
-// that nobody wants stay 0. What is written is null where nobody wants it.
-struct LayerNormGradientArgs {
-  Rows dout, x, total, dtotal;  // x.data null without dgamma, dtotal.data for a LayerNorm alone
-  Scalar x_type;                // of dout, x and dx
-  Scalar total_type;            // of total, dtotal and dtotal_out
-  const float* weight;          // [D]
-  const float* mean;            // [rows]
-  const float* rstd;            // [rows]
-  const float* gamma;           // [D] or null
-  const float* keep;            // [rows / rows_per_sample] or null
-  void* dx;                     // [rows, D] or null; null for a LayerNorm alone
-  void* dresidual;              // [rows, D] or null: the gradient of total
-  float* sums;                  // [chunks, 2, 3, D]; null where none of them is wanted
-  bool dweight, dbias, dgamma;  // which are
-  int64_t rows, channels, rows_per_sample;
+struct ProductKernels {
+  void (*plan)(ProductArgs&, int64_t threads);  // sets row_block, panels and tasks
+  size_t (*workspace)(const ProductArgs&);      // floats, one range's
+  void (*run)(const ProductArgs&, float* workspace, int64_t begin, int64_t end);
+  int64_t panel;  // columns of a packed panel
+  void (*pack)(const ProductArgs&, float* packed, int64_t begin, int64_t end);  // of panels
 };
 
-struct AttentionGradientArgs {
-  const void* qkv;        // [B, N, 3 * H * d], last axis contiguous
-  const void* dout;       // [B, N, H * d], last axis contiguous
-  void* dqkv;             // [B, N, 3 * H * d]
-  const float* key_bias;  // [B, N] or null
-  Scalar type;
-  int64_t batch, tokens, heads, head_dim;
-  int64_t stride_batch, stride_token;            // of qkv
-  int64_t dout_stride_batch, dout_stride_token;  // of dout
-  float scale;
-  int64_t query_tile;
-};
-
-// One instruction set's kernels for training, as in Kernels: ranges are [begin, end) of tasks,
-// each computed alike wherever a range begins.
-struct TrainingKernels {
-  int64_t panel, row_tile;                         // columns of a panel, rows of a product's task
+struct TrainingProductKernels {
+  int64_t panel, row_tile;  // columns of a panel, rows of a task
   void (*pack)(const PackArgs&, int64_t begin, int64_t end);  // of panels
-  size_t (*product_workspace)(const TrainingProductArgs&);
-  void (*product)(const TrainingProductArgs&, float* workspace, int64_t begin, int64_t end);
-  size_t (*weight_gradient_workspace)(const WeightGradientArgs&);
-  void (*weight_gradient)(const WeightGradientArgs&, float* workspace, int64_t begin, int64_t end);
-  void (*output_gradient)(const OutputGradientArgs&, int64_t begin, int64_t end);  // of chunks
-  void (*layer_norm_gradient)(const LayerNormGradientArgs&, int64_t begin, int64_t end);
-  void (*plan_attention_gradient)(AttentionGradientArgs&);  // sets query_tile
-  size_t (*attention_gradient_workspace)(const AttentionGradientArgs&);
-  void (*attention_gradient)(const AttentionGradientArgs&, float* workspace, int64_t begin,
-                             int64_t end);  // of heads
+  size_t (*workspace)(const TrainingProductArgs&);            // floats, one range's
+  void (*run)(const TrainingProductArgs&, float* workspace, int64_t begin, int64_t end);
+};
+
+// The gradients of a linear layer's weight and bias, and of what comes before its epilogue.
+struct LinearGradientKernels {
+  size_t (*weight_workspace)(const WeightGradientArgs&);  // floats, one range's
+  void (*weight)(const WeightGradientArgs&, float* workspace, int64_t begin, int64_t end);
+  void (*output)(const OutputGradientArgs&, int64_t begin, int64_t end);  // of chunks of rows
 };
 
 }  // namespace deit

@@ -1,13 +1,28 @@
-// fp32 matrix products for training, forward and backward. Included by kernels.cpp.
+// The fp32 products of training, forward and backward. Included by kernels.cpp.
 //
 // Why not oneDNN's, which is as fast: it adds up to 1000 terms in one chain, and its error at
 // DeiT's depths (5.3e-7 at 1536 against 2.6e-7 of PyTorch's own linear layer) breaks the error
 // rule; its sums over 50000 rows depend on the number of threads; and a pass over a hidden layer
 // that an epilogue saves costs a sixth of its product in DeiT-Ti.
 //
-// The micro-kernel is an outer product in registers, `kRows` by `kPanel`. `b` comes in panels of
-// kPanel columns, so that a step of depth reads it with unit stride. Chains are kLayerChain terms
-// long and are added in order, so a sum's bits depend on nothing but its terms.
+// Why not linear.inl's driver, which has the same micro-kernel: training needs shorter chains (below).
+// That driver writes and reads a block's sums once a chain, and in four times as many chains its
+// sums of 800 rows crowd the second-level cache. This one sums a tile of 96 rows, 24 KB, over the
+// whole depth, on weights packed before. Inference has few rows for packing them before to pay.
+// GMAC/s of a Zen 4 core, AVX-512, best of 40 turns about, other work on the machine:
+//
+//     rows x depth x width   linear.inl   this one   linear.inl in chains of 48
+//       197 x 192 x 576         53.1        49.3        50.4
+//       197 x 768 x 192         54.4        51.0        51.8
+//      1576 x 192 x 768         49.7        47.1        47.3
+//      1576 x 768 x 192         51.2        50.6        46.6
+//      6304 x 384 x 1536        @@@@        41.3        38.5
+//
+// Blocks of 200 and 400 rows, and weights packed before in blocks of 96 and 192, left it between 1 and
+// 13 % behind at 788 and 1576 rows, too.
+//
+// `b` comes in panels of kPanel columns, so that a step of depth reads it with unit stride. Chains
+// are kLayerChain terms long and are added in order, so a sum's bits depend on nothing but its terms.
 
 // All of a chain behind an outlier rounds at the outlier's size, also where outliers cancel and a
 // hidden value near 0 is left, on which GELU's gradient hangs. In chains of 64 that value was off by
@@ -15,98 +30,7 @@
 // and a weight's gradient by up to 1.7; in chains of 48 they are by 0.76 and 1.1. Chains of 32 gain
 // nothing on that and are up to 7 % slower.
 constexpr int64_t kLayerChain = kWidth == 4 ? kChain : 48;
-constexpr int64_t kLine = 16;     // floats of a cache line
 constexpr int64_t kRowTile = 96;  // rows of a task: a panel's block is read 16 times from L1
-
-// c[MR, NV * kWidth] (= or +=) a b, one chain a sum. kOuter: a is [depth, MR], else [MR, depth].
-template <bool kOuter, int MR, int NV>
-DEIT_INLINE void multiply_block(const float* a, int64_t lda, const float* b, int64_t ldb,
-                                int64_t depth, bool add, float* c, int64_t ldc) {
-  Vec sums[MR][NV];
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) sums[i][j] = broadcast(0.0f);
-  }
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec row[NV];
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) row[j] = load(b + k * ldb + j * kWidth);
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) {
-      const Vec factor = broadcast(kOuter ? a[k * lda + i] : a[i * lda + k]);
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) sums[i][j] = fma(factor, row[j], sums[i][j]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) {
-      float* to = c + i * ldc + j * kWidth;
-      store(to, add ? load(to) + sums[i][j] : sums[i][j]);
-    }
-  }
-}
-
-template <bool kOuter, int MR>
-DEIT_INLINE void multiply_vectors(const float* a, int64_t lda, const float* b, int64_t ldb,
-                                  int64_t depth, int vectors, bool add, float* c, int64_t ldc) {
-  constexpr int kThree = kCols < 3 ? kCols : 3;
-  switch (vectors) {
-    case 1: return multiply_block<kOuter, MR, 1>(a, lda, b, ldb, depth, add, c, ldc);
-    case 2: return multiply_block<kOuter, MR, 2>(a, lda, b, ldb, depth, add, c, ldc);
-    case 3: return multiply_block<kOuter, MR, kThree>(a, lda, b, ldb, depth, add, c, ldc);
-    default: return multiply_block<kOuter, MR, kCols>(a, lda, b, ldb, depth, add, c, ldc);
-  }
-}
-
-// Rows kRows to 2 * kRows of `a`, as far as there are any.
-DEIT_INLINE void prefetch_rows(const float* a, int64_t lda, int64_t rows, int64_t depth) {
-  for (int64_t i = kRows; i < rows && i < 2 * kRows; ++i) {
-    for (int64_t k = 0; k < depth; k += kLine) __builtin_prefetch(a + i * lda + k);
-  }
-}
-
-// c[rows, vectors * kWidth] (= or +=) a b with vectors <= kCols; kOuter: a is [depth, rows].
-// A chain of a row is 3 or 4 cache lines, too few for the processor to foresee the next row's: without
-// the prefetch the MLP of DeiT-B took 8 % longer in chains of 48 than in chains of 64, with it 0.
-template <bool kOuter>
-void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows,
-              int64_t depth, int vectors, bool add, float* c, int64_t ldc) {
-  const int64_t step = kOuter ? 1 : lda;
-  int64_t i = 0;
-  for (; i + kRows <= rows; i += kRows) {
-    if (!kOuter) prefetch_rows(a + i * lda, lda, rows - i, depth);
-    multiply_vectors<kOuter, kRows>(a + i * step, lda, b, ldb, depth, vectors, add, c + i * ldc,
-                                    ldc);
-  }
-  for (; i + 2 <= rows; i += 2) {
-    multiply_vectors<kOuter, 2>(a + i * step, lda, b, ldb, depth, vectors, add, c + i * ldc, ldc);
-  }
-  for (; i < rows; ++i) {
-    multiply_vectors<kOuter, 1>(a + i * step, lda, b, ldb, depth, vectors, add, c + i * ldc, ldc);
-  }
-}
-
-DEIT_INLINE int vectors_of(int64_t columns) {
-  return static_cast<int>(((columns < kPanel ? columns : kPanel) + kWidth - 1) / kWidth);
-}
-
-// Rows of `from` into a panel [rows, kPanel], zeros past `columns`.
-DEIT_INLINE void pack_panel(const float* from, int64_t ldf, int64_t rows, int64_t columns,
-                            float* to) {
-  const int64_t count = columns < kPanel ? columns : kPanel;
-  for (int64_t i = 0; i < rows; ++i, from += ldf, to += kPanel) {
-    for (int64_t j = 0; j < kPanel; j += kWidth) {
-      const int64_t left = count - j;
-      store(to + j, left >= kWidth ? load(from + j)
-                    : left > 0     ? load_first(from + j, static_cast<int>(left))
-                                   : broadcast(0.0f));
-    }
-  }
-}
 
 void pack_operand(const PackArgs& args, int64_t begin, int64_t end) {
   for (int64_t panel = begin; panel < end; ++panel) {
@@ -116,14 +40,15 @@ void pack_operand(const PackArgs& args, int64_t begin, int64_t end) {
       pack_keys(args.b + first_column * args.ldb, args.ldb, left < kPanel ? left : kPanel,
                 args.depth, to);
     } else {
-      pack_panel(args.b + first_column, args.ldb, args.depth, left, to);
+      pack_columns<kPanel>(args.b + first_column, args.ldb, args.depth, left, to);
     }
   }
 }
 
 // The epilogue on `sums`, [rows, columns] at row stride kPanel, of the product's columns from
 // `column`.
-DEIT_INLINE void finish(const TrainingProductArgs& p, const float* sums, int64_t column, int64_t columns) {
+DEIT_INLINE void finish(const TrainingProductArgs& p, const float* sums, int64_t column,
+                        int64_t columns) {
   for (int64_t row = 0; row < p.rows; ++row, sums += kPanel) {
     const int64_t sample = p.keep ? (p.first_row + row) / p.rows_per_sample : 0;
     const Vec kept = broadcast(p.keep ? p.keep[sample] : 1.0f);
@@ -131,13 +56,13 @@ DEIT_INLINE void finish(const TrainingProductArgs& p, const float* sums, int64_t
     each_vector(columns, [&](int64_t j, int lanes) __attribute__((always_inline)) {
       Vec y = load(sums + j);
       if (p.hidden) {
-        const Activated gelu = activate(load_lanes(p.hidden + at + j, lanes), p.activation);
+        const Activated gelu = gelu_with_slope(load_lanes(p.hidden + at + j, lanes), p.activation);
         if (p.activated) store_lanes(p.activated + at + j, gelu.value, lanes);
         return store_lanes(p.out + at + j, y * gelu.slope, lanes);
       }
       if (p.bias) y = y + load_lanes(p.bias + column + j, lanes);
       if (p.affine) store_lanes(p.affine + at + j, y, lanes);
-      if (p.activation != Activation::none) y = activate(y, p.activation).value;
+      if (p.activation != Activation::none) y = gelu_with_slope(y, p.activation).value;
       if (p.gamma) y = y * load_lanes(p.gamma + column + j, lanes);
       if (p.keep) y = y * kept;
       if (p.residual) y = load_lanes(p.residual + at + j, lanes) + y;
@@ -153,7 +78,7 @@ void product_tile(const TrainingProductArgs& p, float* sums) {
     const float* panel = p.panels + column * p.depth;
     for (int64_t k = 0; k < p.depth; k += kLayerChain) {
       const int64_t chain = p.depth - k < kLayerChain ? p.depth - k : kLayerChain;
-      multiply<false>(p.a + k, p.lda, panel + k * kPanel, kPanel, p.rows, chain,
+      multiply<float, false>(p.a + k, p.lda, panel + k * kPanel, kPanel, p.rows, chain,
                       vectors_of(columns), k > 0, sums, kPanel);
     }
     finish(p, sums, column, columns);
@@ -193,3 +118,7 @@ void product_tiles(const TrainingProductArgs& args, float* sums, int64_t begin, 
     product_tile(p, sums);
   }
 }
+
+constexpr TrainingProductKernels training_product_kernels = {
+    kPanel, kRowTile, pack_operand, product_workspace, product_tiles,
+};
