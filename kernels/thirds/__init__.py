@@ -24,7 +24,7 @@ from deit.kernels.thirds import schema as schema
 Weight = Tensor | tuple[Tensor, Tensor, Tensor]
 Bias = Tensor | tuple[Tensor, Tensor, Tensor] | None
 
-_MULTIPLE = 16  # of each weight's rows, for csrc/cpu/product.inl
+_MULTIPLE = 16  # of each weight's rows, for csrc/cpu/linear.inl
 
 
 def linear(x: Tensor, weight: Weight, bias: Bias, *, impl: str) -> Tensor:

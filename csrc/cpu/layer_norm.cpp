@@ -1,5 +1,4 @@
-// Training of the norms and of attention on the CPU (kernels/engine/ops.py): checks, outputs, and the
-// split over threads.
+// LayerNorm on the CPU, alone or after a residual addition, in inference and in training: checks, outputs, and the split over threads.
 #include <tuple>
 
 #include "launch_training.h"
@@ -7,7 +6,87 @@
 namespace deit {
 namespace {
 
-using torch::stable::parallel_for;
+void save_statistics(const Tensor& x, Statistics* saved, LayerNormArgs& args) {
+  if (saved == nullptr) return;
+  const auto rows = x.sizes().slice(0, x.dim() - 1);
+  saved->mean = torch::stable::new_empty(x, rows, ScalarType::Float);
+  saved->rstd = torch::stable::new_empty(x, rows, ScalarType::Float);
+  args.mean = static_cast<float*>(saved->mean.mutable_data_ptr());
+  args.rstd = static_cast<float*>(saved->rstd.mutable_data_ptr());
+}
+
+void run_layer_norm(const LayerNormArgs& args, int64_t rows) {
+  const LayerNormKernels& set = kernels().layer_norm;
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, args.channels));
+  over_threads(rows, grain, set.workspace(args), [&](float* workspace, int64_t begin, int64_t end) {
+    set.forward(args, workspace, begin, end);
+  });
+}
+
+}  // namespace
+
+Tensor layer_norm_of(Tensor x, Tensor weight, Optional bias, double eps,
+                     Statistics* saved) {
+  STD_TORCH_CHECK(x.dim() >= 1, "x: expected rank >= 1");
+  LayerNormArgs args{};
+  args.x_type = args.residual_type = scalar_of("x", x);
+  args.channels = x.size(x.dim() - 1);
+  args.eps = static_cast<float>(eps);
+  Tensor weight_held, bias_held;
+  args.weight = parameter("weight", weight, args.channels, x, weight_held);
+  args.bias = parameter("bias", bias, args.channels, x, bias_held);
+  Tensor out = torch::stable::new_empty(x, x.sizes());
+  save_statistics(x, saved, args);
+  if (out.numel() == 0) return out;
+  args.x = rows_of(x);
+  args.out = out.mutable_data_ptr();
+  run_layer_norm(args, out.numel() / args.channels);
+  return out;
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> add_layer_norm_of(Tensor x, Tensor residual, Tensor weight,
+                                             Optional bias, double eps,
+                                             Optional gamma,
+                                             Optional keep, Statistics* saved) {
+  STD_TORCH_CHECK(x.dim() >= 1, "x: expected rank >= 1");
+  check_residual(x, residual);
+  LayerNormArgs args{};
+  args.x_type = scalar_of("x", x);
+  args.residual_type = scalar_of("residual", residual);
+  args.channels = x.size(x.dim() - 1);
+  args.eps = static_cast<float>(eps);
+  Tensor held[4];
+  args.weight = parameter("weight", weight, args.channels, x, held[0]);
+  args.bias = parameter("bias", bias, args.channels, x, held[1]);
+  args.gamma = parameter("gamma", gamma, args.channels, x, held[2]);
+  args.keep = parameter("keep", keep, x.size(0), x, held[3]);
+  Tensor out = torch::stable::new_empty(x, x.sizes());
+  Tensor sum = torch::stable::new_empty(residual, residual.sizes());
+  save_statistics(x, saved, args);
+  if (out.numel() > 0) {
+    const int64_t rows = out.numel() / args.channels;
+    args.rows_per_sample = rows / x.size(0);
+    args.x = rows_of(x);
+    args.residual = rows_of(residual);
+    args.out = out.mutable_data_ptr();
+    args.sum = sum.mutable_data_ptr();
+    run_layer_norm(args, rows);
+  }
+  return {out, sum};
+}
+
+Tensor layer_norm(Tensor x, Tensor weight, Optional bias, double eps) {
+  return layer_norm_of(x, weight, bias, eps, nullptr);
+}
+
+std::tuple<Tensor, Tensor> add_layer_norm(Tensor x, Tensor residual, Tensor weight,
+                                          Optional bias, double eps,
+                                          Optional gamma,
+                                          Optional keep) {
+  return add_layer_norm_of(x, residual, weight, bias, eps, gamma, keep, nullptr);
+}
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, Tensor weight, Optional bias,
                                                   double eps) {
@@ -44,9 +123,9 @@ std::tuple<Tensor, Tensor, Tensor> run_layer_norm_gradient(LayerNormGradientArgs
   const int64_t chunks = blocks(args.rows, kRowChunk), low = 3 * args.channels;
   const Buffer sums = allocate(static_cast<size_t>(sums_rows ? chunks * 2 * low : 0));
   args.sums = sums_rows ? sums.get() : nullptr;
-  const TrainingKernels& set = kernels().training;
-  parallel_for(0, chunks, std::max<int64_t>(1, kGrain / (kRowChunk * args.channels + 1)),
-               [&](int64_t begin, int64_t end) { set.layer_norm_gradient(args, begin, end); });
+  const LayerNormKernels& set = kernels().layer_norm;
+  torch::stable::parallel_for(0, chunks, std::max<int64_t>(1, kGrain / (kRowChunk * args.channels + 1)),
+               [&](int64_t begin, int64_t end) { set.gradient(args, begin, end); });
   const auto total_of = [&](bool wanted, int64_t slot, const Optional& like) {
     if (!wanted) return none(weight);
     return sum_of_chunks(args.sums + slot * args.channels, chunks, low, args.channels, *like);
@@ -106,59 +185,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
   return {dx, dresidual, dweight, dbias, dgamma};
 }
 
-std::tuple<Tensor, Tensor> attention_fwd(Tensor qkv, int64_t num_heads, double scale,
-                                         Optional key_bias) {
-  Tensor lse;
-  Tensor out = attention_of(qkv, num_heads, scale, key_bias, &lse);
-  return {out, lse};
-}
-
-Tensor attention_bwd(Tensor dout, Tensor qkv, Tensor /*out*/, Tensor /*lse*/, int64_t num_heads,
-                     double scale, Optional key_bias) {
-  STD_TORCH_CHECK(qkv.dim() == 3 && num_heads > 0 && qkv.size(2) % (3 * num_heads) == 0,
-                  "qkv: expected [B, N, 3 * D] with D a multiple of num_heads=", num_heads);
-  STD_TORCH_CHECK(dout.dim() == 3 && dout.size(0) == qkv.size(0) && dout.size(1) == qkv.size(1) &&
-                      3 * dout.size(2) == qkv.size(2) && dout.scalar_type() == qkv.scalar_type(),
-                  "dout: expected [B, N, D] in qkv's dtype");
-  AttentionGradientArgs args{};
-  args.type = scalar_of("qkv", qkv);
-  args.batch = qkv.size(0);
-  args.tokens = qkv.size(1);
-  args.heads = num_heads;
-  args.head_dim = qkv.size(2) / (3 * num_heads);
-  args.scale = static_cast<float>(scale);
-  Tensor bias_held;
-  args.key_bias = parameter("key_bias", key_bias, args.batch * args.tokens, qkv, bias_held);
-  Tensor dqkv = torch::stable::new_empty(qkv, qkv.sizes());
-  if (dqkv.numel() == 0) return dqkv;
-  qkv = with_contiguous_last_axis(qkv);
-  dout = with_contiguous_last_axis(dout);
-  args.qkv = qkv.const_data_ptr();
-  args.dout = dout.const_data_ptr();
-  args.dqkv = dqkv.mutable_data_ptr();
-  args.stride_batch = qkv.stride(0);
-  args.stride_token = qkv.stride(1);
-  args.dout_stride_batch = dout.stride(0);
-  args.dout_stride_token = dout.stride(1);
-  const TrainingKernels& set = kernels().training;
-  set.plan_attention_gradient(args);
-  const size_t workspace_floats = set.attention_gradient_workspace(args);
-  const int64_t work = 5 * args.tokens * args.tokens * args.head_dim;
-  parallel_for(0, args.batch * args.heads, grain_of(work), [&](int64_t begin, int64_t end) {
-    const Buffer workspace = allocate(workspace_floats);
-    set.attention_gradient(args, workspace.get(), begin, end);
-  });
-  return dqkv;
-}
-
 }  // namespace
 }  // namespace deit
 
 STABLE_TORCH_LIBRARY_IMPL(deit_cpu, CPU, m) {
+  m.impl("layer_norm", TORCH_BOX(&deit::layer_norm));
   m.impl("layer_norm_fwd", TORCH_BOX(&deit::layer_norm_fwd));
   m.impl("layer_norm_bwd", TORCH_BOX(&deit::layer_norm_bwd));
+  m.impl("add_layer_norm", TORCH_BOX(&deit::add_layer_norm));
   m.impl("add_layer_norm_fwd", TORCH_BOX(&deit::add_layer_norm_fwd));
   m.impl("add_layer_norm_bwd", TORCH_BOX(&deit::add_layer_norm_bwd));
-  m.impl("attention_fwd", TORCH_BOX(&deit::attention_fwd));
-  m.impl("attention_bwd", TORCH_BOX(&deit::attention_bwd));
 }

@@ -141,4 +141,6 @@ void block(const BlockArgs& args, float* workspace, int64_t begin, int64_t end) 
   }
 }
 
+constexpr BlockKernels kernels = {block_workspace, block, row_stats};
+
 }  // namespace blocks

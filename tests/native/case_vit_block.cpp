@@ -23,11 +23,11 @@ struct Layer {
     args.depth = inputs / (args.type == deit::Scalar::bf16 ? 2 : 1);
     args.weight = weight.memory.data();
     args.bias = bias.data, args.gamma = gamma.data;
-    set.plan_product(args, 1);
+    set.product.plan(args, 1);
     packed = std::make_unique<Fenced>(
-        static_cast<size_t>(args.panels * set.panel * args.depth) * sizeof(float), random, 4);
+        static_cast<size_t>(args.panels * set.product.panel * args.depth) * sizeof(float), random, 4);
     for (int64_t panel = args.panels; panel-- > 0;) {  // backwards: none may touch another
-      set.pack_weight(args, packed->floats(), panel, panel + 1);
+      set.product.pack(args, packed->floats(), panel, panel + 1);
     }
     args.packed = packed->floats();
     args.weight = nullptr;
@@ -131,7 +131,7 @@ void fuzz_block(Random& random, const deit::Kernels& set) {
   const int64_t hidden = (random.chance(0.2) ? random.size(450) : random.size(90)) * word;
   attention.scale = 0.25f;
   attention.stride_token = 3 * channels;
-  set.plan_attention(attention);
+  set.attention.plan(attention);
   Norm norm1(channels, random, args.norm[0]), norm2(channels, random, args.norm[1]);
   Layer qkv(3 * channels, channels, false, args, random, set, args.qkv);
   Layer proj(channels, channels, true, args, random, set, args.proj);
@@ -147,9 +147,9 @@ void fuzz_block(Random& random, const deit::Kernels& set) {
   Elements stats(images * tokens * 2 * parts, deit::Scalar::f32, random);
   args.x = x.memory.data(), args.out = out.memory.data();
   args.row_stats = stats.memory.floats();
-  run(images, set.block_workspace(args), {&out, &stats}, random,
+  run(images, set.block.workspace(args), {&out, &stats}, random,
       [&](float* workspace, int64_t begin, int64_t end) {
-        set.block(args, workspace, begin, end);
+        set.block.run(args, workspace, begin, end);
       });
 
   const Values all = x.values();

@@ -1,4 +1,4 @@
-// A whole block in inference with its products in 8-bit integers (kernels/int8.py): image by image
+// A whole block in inference with its products in 8-bit integers: image by image
 // on every thread where the images give the threads even shares, else all images at once, operator
 // by operator. Both compute the same bits.
 #include <algorithm>
@@ -9,8 +9,6 @@
 
 namespace deit {
 namespace {
-
-using Optional = std::optional<Tensor>;
 
 // What the kernels read, for one image or for all; pointers into activations are set per range.
 struct Int8Block {
@@ -73,13 +71,13 @@ void all_at_once(const Int8Block& block, const float* x, float* y, int64_t image
 void image_by_image(const Int8Block& block, const float* x, float* y, int64_t begin,
                     int64_t end) {
   const Int8Kernels& eights = int8_kernels();
-  const Kernels& floats = kernels();
+  const AttentionKernels& floats = kernels().attention;
   AttentionArgs planned = block.attention;
-  floats.plan_attention(planned);
-  const size_t attention = floats.attention_workspace(planned) * sizeof(float);
-  const Buffer workspace = allocate_bytes(
-      std::max({eights.workspace(block.qkv), eights.workspace(block.mlp),
-                eights.workspace(block.proj), attention}));
+  floats.plan(planned);
+  const size_t attention = floats.workspace(planned);
+  const size_t product_floats = floats_of(std::max(
+      {eights.workspace(block.qkv), eights.workspace(block.mlp), eights.workspace(block.proj)}));
+  const Buffer workspace = allocate(std::max(product_floats, attention));
   const Buffer memory = allocate(between_floats(block, 1));
   const auto product = [&](const Int8Args& args) {
     eights.run(args, workspace.get(), 0, (args.rows + eights.group - 1) / eights.group);
@@ -87,7 +85,7 @@ void image_by_image(const Int8Block& block, const float* x, float* y, int64_t be
   const auto attend = [&](AttentionArgs args) {
     args.query_tile = planned.query_tile;
     args.tiles = planned.tiles;
-    floats.attention(args, workspace.get(), 0, args.heads * args.tiles);
+    floats.forward(args, workspace.get(), 0, args.heads * args.tiles);
   };
   for (int64_t image = begin; image < end; ++image) {
     advance(block, x, y, image, 1, between_in(memory, block, 1), product, attend);

@@ -1,4 +1,4 @@
-// A whole block in inference on the CPU (kernels/vit_block.py): image by image on every thread
+// A whole block in inference on the CPU: image by image on every thread
 // where the images give the threads even shares, else operator by operator, each over all threads.
 // Both compute the same bits.
 #include <algorithm>
@@ -7,12 +7,10 @@
 #include <tuple>
 #include <vector>
 
-#include "launch_product.h"
+#include "launch_linear.h"
 
 namespace deit {
 namespace {
-
-using Optional = std::optional<Tensor>;
 
 // Weights packed once serve this many images, or packing costs what it saves; and from there on
 // they take less memory than the eager block's hidden layers would.
@@ -86,7 +84,7 @@ class Description {
     attention.scale = static_cast<float>(block.scale);
     attention.key_bias =
         parameter("key_bias", block.key_bias, x.size(0) * x.size(1), x, hold());
-    kernels().plan_attention(attention);
+    kernels().attention.plan(attention);
     describe(block.qkv, args.qkv);
     describe(block.proj, args.proj);
     describe(block.fc1, args.fc1);
@@ -109,11 +107,11 @@ class Description {
     product.rows = product.rows_per_sample = args.attention.tokens;
     product.bias = parameter("bias", layer.bias, product.width, x_, hold());
     product.gamma = parameter("gamma", layer.gamma, product.width, x_, hold());
-    kernels().plan_product(product, 1);
+    kernels().product.plan(product, 1);
   }
 
   void pack() {
-    const Kernels& set = kernels();
+    const ProductKernels& set = kernels().product;
     const std::array<ProductArgs*, 4> layers{&args.qkv, &args.proj, &args.fc1, &args.fc2};
     std::array<int64_t, 5> first{};  // panel of each layer
     size_t floats = 0;
@@ -131,7 +129,7 @@ class Description {
       for (size_t i = 0; i < layers.size(); ++i) {
         const int64_t from = std::max(begin, first[i]), until = std::min(end, first[i + 1]);
         if (from >= until) continue;
-        set.pack_weight(*layers[i], const_cast<float*>(layers[i]->packed), from - first[i],
+        set.pack(*layers[i], const_cast<float*>(layers[i]->packed), from - first[i],
                         until - first[i]);
       }
     });
@@ -172,7 +170,7 @@ Tensor row_stats_of(const Tensor& y) {
       y, {y.size(0), y.size(1), 2, (channels + 63) / 64}, ScalarType::Float);
   torch::stable::parallel_for(
       0, rows, std::max<int64_t>(1, kGrain / channels), [&](int64_t begin, int64_t end) {
-        kernels().row_stats(y.const_data_ptr(), scalar_of("y", y), channels,
+        kernels().block.row_stats(y.const_data_ptr(), scalar_of("y", y), channels,
                             static_cast<float*>(stats.mutable_data_ptr()), begin, end);
       });
   return stats;
@@ -191,11 +189,11 @@ std::tuple<Tensor, Tensor> run(const Block& block, const Tensor& x) {
       x, {x.size(0), x.size(1), 2, (x.size(2) + 63) / 64}, ScalarType::Float);
   args.out = y.mutable_data_ptr();
   args.row_stats = static_cast<float*>(stats.mutable_data_ptr());
-  const Kernels& set = kernels();
-  torch::stable::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
-    const Buffer workspace = allocate(set.block_workspace(args));
-    set.block(args, workspace.get(), begin, end);
-  });
+  const BlockKernels& set = kernels().block;
+  over_threads(x.size(0), 1, set.workspace(args),
+               [&](float* workspace, int64_t begin, int64_t end) {
+                 set.run(args, workspace, begin, end);
+               });
   return {y, stats};
 }
 

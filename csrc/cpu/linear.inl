@@ -1,4 +1,4 @@
-// Matrix products and what follows them: out = residual + keep * gamma * act(x wT + bias).
+// The products of inference and what follows them: out = residual + keep * gamma * act(x wT + bias).
 // Included by kernels.cpp.
 //
 // A task is a block of rows times one panel of kCols output channels. kDepth words of input at a
@@ -7,7 +7,7 @@
 // is kept after it: no change of a weight can be missed and no memory is held. A packed word
 // serves 2 * 197 operations at the least batch of a DeiT; prefetching the next weights meanwhile
 // is worth 0 to 11 % there. Where a call multiplies one image after another by the same weights
-// (block.inl), they are packed once before.
+// (vit_block.inl), they are packed once before.
 //
 // The inner loop keeps kRows x kVectors sums in registers. One step of it loads kVectors vectors
 // of weights and broadcasts kRows inputs: 11 loads for 24 multiply-adds with AVX-512, where two of
@@ -15,6 +15,9 @@
 // a thread's range begins.
 //
 // A word is one fp32 input, or two of bf16, which one instruction multiplies and adds in fp32.
+//
+// Training's products (linear_training.inl) have a driver of their own on the same micro-kernel,
+// `multiply_block`; what that is worth to each stands there.
 
 namespace products {
 
@@ -26,19 +29,19 @@ constexpr int kRows = 6, kVectors = 2;  // 12, 2 and 1 in 16
 constexpr int kRows = 4, kVectors = 2;
 #endif
 constexpr int kCols = kVectors * kWidth;
-// Sums run over kDepth words and are then added up: in one chain, the error at 3072 inputs was 3.5
-// times that of PyTorch's product. A packed step is 36 KB with AVX-512, which leaves 12 KB of the
-// first-level cache to the inputs; DeiT's depths are multiples of it, and it is one of kCols.
+// Sums run over kDepth words and are then added up: in one chain, the error at 3072
+// inputs was 3.5 times that of PyTorch's product. A packed step is 36 KB with AVX-512, which leaves
+// 12 KB of the first-level cache to the inputs; DeiT's depths are multiples of it, and it is one of
+// kCols.
 constexpr int64_t kDepth = 192;
 constexpr int64_t kDepthUnit = 48;  // steps are whole panels of `feed_forward`'s hidden layer
 static_assert(kDepth % kDepthUnit == 0 && kDepthUnit % kCols == 0, "a step is of whole panels");
 constexpr int64_t kMaxRowBlock = 800;
-constexpr int kLineWords = 16;
 
 DEIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The words of one step. Steps are of even length: at a depth of 196, chains of 192 and 4 words had
-// 1.4 times the error of PyTorch's product, which takes halves.
+// The words of one step. Steps are of even length: at a depth of 196, chains of 192 and
+// 4 words had 1.4 times the error of PyTorch's product, which takes halves.
 DEIT_INLINE int64_t step_of(int64_t depth) {
   if (depth <= kDepth) return kDepth;
   const int64_t steps = (depth + kDepth - 1) / kDepth;
@@ -52,46 +55,13 @@ struct Tile {
   bool first;               // the sums begin with this step
 };
 
-// sums += x wT for one word of each of R rows and kCols channels, `depth` times.
-template <class T, int R>
-DEIT_INLINE void multiply(const float* x, int64_t stride, const float* panel, int64_t depth,
-                          Vec (&sums)[R][kVectors]) {
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec weights[kVectors];
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) weights[v] = load(panel + k * kCols + v * kWidth);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vec input = broadcast(x[r * stride + k]);
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) {
-        sums[r][v] = multiply_word<T>(input, weights[v], sums[r][v]);
-      }
-    }
-  }
-}
-
 // R rows of one panel over one step of inputs: the first step writes `sums` [R, kCols], the
 // others add to it.
 template <class T, int R>
 void multiply_rows(const ProductArgs& args, const float* panel, const Tile& tile, float* sums) {
-  Vec held[R][kVectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) held[r][v] = broadcast(0.0f);
-  }
   const float* x = static_cast<const float*>(args.x) + tile.row * args.depth + tile.k;
-  multiply<T>(x, args.depth, panel, tile.depth, held);
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) {
-      float* sum = sums + r * kCols + v * kWidth;
-      store(sum, tile.first ? held[r][v] : load(sum) + held[r][v]);
-    }
-  }
+  multiply_block<T, false, R, kVectors>(x, args.depth, panel, kCols, tile.depth, !tile.first, sums,
+                                        kCols);
 }
 
 using MultiplyRows = void (*)(const ProductArgs&, const float*, const Tile&, float*);
@@ -231,7 +201,7 @@ class Prefetch {
 
   DEIT_INLINE void next_rows() {
     for (int64_t row = smaller(each_, left_); row > 0; --row) {
-      for (int64_t k = 0; k < depth_; k += kLineWords) __builtin_prefetch(weight_ + k);
+      for (int64_t k = 0; k < depth_; k += kLine) __builtin_prefetch(weight_ + k);
       weight_ += stride_;
       --left_;
     }
@@ -384,5 +354,8 @@ void product(const ProductArgs& args, float* workspace, int64_t begin, int64_t e
     }
   }
 }
+
+constexpr ProductKernels kernels = {plan_product, product_workspace, product, kCols,
+                                    pack_weight};
 
 }  // namespace products

@@ -1,5 +1,5 @@
-// `linear` and `gelu_mlp` of kernels/engine/ops.py on CUDA: Hopper's kernel (linear.cu) on the current
-// stream of the input's device. What it cannot take, kernels/linear/cuda.py says before a call.
+// `linear` and `gelu_mlp` on CUDA: Hopper's kernel (linear.cu) on the current stream of the input's
+// device. Which calls it cannot take, dispatch says before.
 #include <cuda_runtime.h>
 
 #include "../common/tensors.h"

@@ -63,7 +63,7 @@ DEIT_INLINE void add_rows(const float* g, int64_t ldg, int64_t rows, int64_t col
 
 DEIT_INLINE void add_chunk(const GradientBlock& b, int64_t ldg, int64_t rows, bool add) {
   for (int64_t j = 0; j < b.inputs; j += kPanel) {
-    multiply<true>(b.g, ldg, b.x + j * rows, kPanel, b.outputs, rows, vectors_of(b.inputs - j), add,
+    multiply<float, true>(b.g, ldg, b.x + j * rows, kPanel, b.outputs, rows, vectors_of(b.inputs - j), add,
                    b.sums + j, b.inputs_padded);
   }
 }
@@ -78,7 +78,7 @@ void weight_gradient(const WeightGradientArgs& args, float* workspace, int64_t b
       const int64_t rows = args.rows - row < kChain ? args.rows - row : kChain;
       const float* g = args.g + row * args.ldg + b.first_output;
       for (int64_t j = 0; j < b.inputs; j += kPanel) {
-        pack_panel(args.x + row * args.ldx + b.first_input + j, args.ldx, rows, b.inputs - j,
+        pack_columns<kPanel>(args.x + row * args.ldx + b.first_input + j, args.ldx, rows, b.inputs - j,
                    b.x + j * rows);
       }
       pack_rows(g, args.ldg, rows, b.outputs, b.g, args.output_block);
@@ -96,3 +96,32 @@ void weight_gradient(const WeightGradientArgs& args, float* workspace, int64_t b
     }
   }
 }
+
+void output_gradient(const OutputGradientArgs& args, int64_t begin, int64_t end) {
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    const int64_t first_row = chunk * kRowChunk, channels = args.channels;
+    const int64_t left = args.rows - first_row;
+    float* sums = args.dgamma ? args.dgamma + chunk * 2 * channels : nullptr;
+    for (int64_t i = 0; sums && i < 2 * channels; ++i) sums[i] = 0.0f;
+    for (int64_t row = first_row; row < first_row + (left < kRowChunk ? left : kRowChunk); ++row) {
+      const Vec kept = broadcast(args.keep ? args.keep[row / args.rows_per_sample] : 1.0f);
+      const float* dout = args.dout + row * args.ldd;
+      const int64_t at = row * channels;
+      each_vector(channels, [&](int64_t j, int lanes) __attribute__((always_inline)) {
+        const Vec dy = load_lanes(dout + j, lanes) * kept;
+        Vec g = args.gamma ? dy * load_lanes(args.gamma + j, lanes) : dy;
+        Vec y = args.affine ? load_lanes(args.affine + at + j, lanes) : dy;
+        if (args.activation != Activation::none) {
+          const Activated gelu = gelu_with_slope(y, args.activation);
+          y = gelu.value;
+          g = g * gelu.slope;
+        }
+        if (sums) add_exactly(sums + j, sums + channels + j, dy * y, lanes);
+        if (args.g) store_lanes(args.g + at + j, g, lanes);
+      });
+    }
+  }
+}
+
+constexpr LinearGradientKernels linear_gradient_kernels = {weight_gradient_workspace,
+                                                           weight_gradient, output_gradient};

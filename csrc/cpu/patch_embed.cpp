@@ -1,11 +1,10 @@
-// The patch embedding on the CPU (kernels/patch_embed.py): a band of an image's patches is gathered
+// The patch embedding on the CPU: a band of an image's patches is gathered
 // into rows, which stay in the second-level cache, and multiplied by the projection; its bias and
 // the positions are added as the sums leave the registers, straight into the token sequence.
 #include <algorithm>
 #include <cstring>
-#include <optional>
 
-#include "launch_product.h"
+#include "launch_linear.h"
 
 namespace deit {
 namespace {
@@ -82,23 +81,13 @@ void write_prefix(const Tensor& prefix, const Tensor& pos, Scalar type, int64_t 
   }
 }
 
-Buffer pack(ProductArgs& product) {
-  const Kernels& set = kernels();
-  Buffer packed = allocate(static_cast<size_t>(product.panels * set.panel * product.depth));
-  torch::stable::parallel_for(0, product.panels, 1, [&](int64_t begin, int64_t end) {
-    set.pack_weight(product, packed.get(), begin, end);
-  });
-  product.packed = packed.get();
-  return packed;
-}
-
 Tensor whole(const char* name, const Tensor& value, int64_t numel, const Tensor& like) {
   check_parameter(name, value, numel, like);
   STD_TORCH_CHECK(value.scalar_type() == like.scalar_type(), name, ": expected images' dtype");
   return value.is_contiguous() ? value : torch::stable::contiguous(value);
 }
 
-Tensor patch_embed(Tensor images, Tensor weight, std::optional<Tensor> bias, Tensor prefix,
+Tensor patch_embed(Tensor images, Tensor weight, Optional bias, Tensor prefix,
                    Tensor pos_embed) {
   STD_TORCH_CHECK(images.dim() == 4 && weight.dim() == 4 && images.size(1) == weight.size(1) &&
                       prefix.dim() == 3,
@@ -132,17 +121,17 @@ Tensor patch_embed(Tensor images, Tensor weight, std::optional<Tensor> bias, Ten
   in.data = static_cast<const char*>(images.const_data_ptr());
   for (int i = 0; i < 4; ++i) in.strides[i] = images.stride(i);
 
-  const Kernels& set = kernels();
+  const ProductKernels& set = kernels().product;
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   const int64_t wanted = std::max((patches + kBand - 1) / kBand, (threads + batch - 1) / batch);
   const int64_t bands = std::max<int64_t>(1, std::min(wanted, patches));
   const int64_t most = (patches + bands - 1) / bands;
   product.rows = product.rows_per_sample = std::max<int64_t>(1, most);
-  set.plan_product(product, 1);
+  set.plan(product, 1);
   Buffer packed;
   if (batch >= kLeastImages) packed = pack(product);
   const size_t gathered = static_cast<size_t>((product.rows * row + 3) / 4);
-  const size_t floats = set.product_workspace(product);
+  const size_t floats = set.workspace(product);
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const char* pos = static_cast<const char*>(pos_embed.const_data_ptr());
   torch::stable::parallel_for(0, batch * bands, 1, [&](int64_t begin, int64_t end) {
@@ -159,8 +148,8 @@ Tensor patch_embed(Tensor images, Tensor weight, std::optional<Tensor> bias, Ten
       own.rows = own.rows_per_sample = stop - start;
       own.residual = pos + (first + start) * dim * in.bytes;
       own.out = tokens_of + (first + start) * dim * in.bytes;
-      set.plan_product(own, 1);
-      set.product(own, workspace.get(), 0, own.tasks);
+      set.plan(own, 1);
+      set.run(own, workspace.get(), 0, own.tasks);
     }
   });
   return out;

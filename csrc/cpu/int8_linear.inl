@@ -75,23 +75,6 @@ DEIT_INLINE RowScale quantise_row(const float* x, int64_t n, uint8_t* q) {
   return scale;
 }
 
-// x * Phi(x), within 3e-6 of the exact GELU: Phi(x) = 1/2 + x * P(2 x^2 / 25 - 1) for |x| <= 5, a
-// polynomial of least maximal error there; beyond, Phi is 0 or 1 to 3e-7. 20 instructions, where
-// one by exp and a division has 30. What is quantised next has steps a thousand times that error.
-DEIT_INLINE Vec gelu(Vec x) {
-  constexpr float kTerms[] = {
-      0.141363785f, -0.0702966377f, 0.0515214466f, -0.0404332988f, 0.0314260907f,
-      -0.0233338308f, 0.0164970215f, -0.0109826727f, 0.00617016992f, -0.00290268008f,
-      0.00199330924f, -0.00152047537f, 0.000497735804f};
-  constexpr int kDegree = static_cast<int>(sizeof kTerms / sizeof kTerms[0]) - 1;
-  const Vec inside = max(broadcast(-5.0f), min(broadcast(5.0f), x));
-  const Vec u = fma(inside * inside, broadcast(0.08f), broadcast(-1.0f));
-  Vec p = broadcast(kTerms[kDegree]);
-#pragma GCC unroll 16
-  for (int i = kDegree - 1; i >= 0; --i) p = fma(p, u, broadcast(kTerms[i]));
-  return x * max(broadcast(0.0f), fma(p, inside, broadcast(0.5f)));
-}
-
 // One register tile: kTileColumns channels of up to kTileRows rows.
 struct Tile {
   const uint8_t* a;
@@ -177,7 +160,7 @@ using Tiles = TileTable<1, 2, 3, 4>;
 void gelu_tile(float* c, int64_t ldc, int rows, int columns) {
   for (int i = 0; i < rows; ++i, c += ldc) {
     for (int j = 0; j < columns; j += kWidth) {
-      store_upto(c + j, gelu(load_upto(c + j, columns - j)), columns - j);
+      store_upto(c + j, coarse_gelu(load_upto(c + j, columns - j)), columns - j);
     }
   }
 }
