@@ -10,7 +10,7 @@ from deit.kernels.engine import dispatch, eight_bits_schemas, ops
 from deit.kernels.prove import reference
 from deit.kernels.thirds import schema as thirds_schemas
 
-torch.manual_seed(0)  # of this module's tensors: what passes passes again
+torch.manual_seed(0)  # this module's tensors are the same in every run
 X = torch.randn(2, 5, 64)
 WEIGHT = torch.ones(64)
 
