@@ -18,7 +18,7 @@ else:
     from deit.kernels.fp8 import fp8_gelu_mlp, fp8_linear
     from deit.kernels.engine.dispatch import Explanation, explain
     from deit.kernels.engine.warmup import warmup
-    from deit.kernels import thirds as thirds  # operators by q, k and v in three tensors
+    from deit.kernels import thirds as thirds
 
 __all__ = [
     "Explanation",
