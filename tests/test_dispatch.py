@@ -11,7 +11,7 @@ from deit.kernels.engine.operator import OPERATORS, operator_names
 from deit.kernels.prove import reference
 from deit.kernels.vit_block.arguments import BlockArguments
 
-torch.manual_seed(0)  # of this module's tensors: what passes passes again
+torch.manual_seed(0)  # this module's tensors are the same in every run
 X = torch.randn(2, 5, 64)
 WEIGHT = torch.ones(64)
 
