@@ -93,6 +93,12 @@ def test_explain_takes_the_public_functions_arguments(name):
         public(name)(*args, **kwargs, impl="prepare")
 
 
+def test_explain_takes_options_that_no_schema_has():
+    weights = (torch.randn(96, 64), None, torch.randn(64, 96), None)
+    found = explain("gelu_mlp", X, *weights, recompute=True)
+    assert found.reasons == explain("gelu_mlp", X, *weights).reasons
+
+
 def test_a_blocks_arguments_are_its_schemas():
     formals = registry.COMPILED["cpu"]["vit_block"]._schema.arguments
     assert tuple(formal.name for formal in formals) == BlockArguments._fields
