@@ -43,7 +43,8 @@ import evidence
 from deit.commands import flags
 from deit.fused_vit import fuse
 from deit.kernels.device import drivers, launching
-from deit.kernels.engine import dispatch, ops
+from deit.kernels.engine import dispatch, registry
+from deit.kernels.engine.operator import OPERATORS, operator_names
 from deit.kernels.prove import calls
 from deit.kernels.prove.calls import Call
 from evidence import devices
@@ -115,7 +116,7 @@ def wanted_calls(operators: Sequence[str]) -> list[tuple[str, Call]]:
 
 def trained(call: Call) -> dict[str, Tensor]:
     """The call's inputs with every gradient wanted that kernels have."""
-    held = set(dispatch.OPERATORS[call.operator].constants.values())
+    held = set(OPERATORS[call.operator].constants.values())
     return {
         name: t.clone().requires_grad_() if t.is_floating_point() and name not in held else t
         for name, t in call.inputs.items()
@@ -132,21 +133,21 @@ def thread_microseconds(call: Callable[[], object], calls: int) -> float:
 
 def measure(options: str, call: Call, mode: str, settings: Settings) -> Row:
     """The public call, the launch alone and torch.nn.functional in turns."""
-    operator = dispatch.OPERATORS[call.operator]
+    operator = OPERATORS[call.operator]
     places, names = call.written(trained(call) if mode == "training" else call.inputs)
     public = getattr(deit.kernels, call.operator)
     with torch.set_grad_enabled(mode == "training"):
         arguments = operator.prepare(*places, **names)
         name = dispatch.choose(operator, arguments, "auto")
-        launch: Callable[..., Any] = operator.plain
+        launch: Callable[..., Any] = operator.reference
         if name != "reference":
-            launch = ops.COMPILED[name][operator.name]
+            launch = registry.COMPILED[name][operator.name]
             if mode == "training":
                 train = operator.train
                 assert train is not None  # or it would not have been chosen
                 launch = lambda *given: train(name, *given)
         whole = lambda: public(*places, **names)
-        forms = [whole, lambda: launch(*arguments), lambda: operator.plain(*arguments)]
+        forms = [whole, lambda: launch(*arguments), lambda: operator.reference(*arguments)]
         found = timed(forms, settings)
     over = spread([ours - bare for ours, bare in zip(found[0], found[1], strict=True)])
     medians = [statistics.median(samples) for samples in found]
@@ -226,7 +227,7 @@ def markdown(rows: Sequence[Row]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        name = f"`{row.operator}`" if row.operator in ops.SCHEMAS else f"a {row.operator}"
+        name = f"`{row.operator}`" if row.operator in OPERATORS else f"a {row.operator}"
         name += " asks" * (row.options == "asks")
         options = f", {row.options}" if row.options and row.implementation else ""
         by = f"{row.mode}, {row.implementation}" if row.implementation else ""
@@ -250,8 +251,8 @@ def write(path: Path, rows: Sequence[Row], device: str) -> None:
 
 def main(settings: Settings) -> int:
     """Print the table; 1 where an operator costs more than LIMIT over its launch in inference."""
-    if unknown := sorted(set(settings.operator) - set(ops.SCHEMAS)):
-        known = ", ".join(ops.SCHEMAS)
+    if unknown := sorted(set(settings.operator) - set(operator_names(eight_bits=False))):
+        known = ", ".join(operator_names(eight_bits=False))
         print(f"--operator: expected among {known}; got {unknown[0]!r}", file=sys.stderr)
         return 2
     if min(settings.rounds, settings.calls) < 1:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +18,28 @@ import deit
 from deit.kernels.engine import dispatch, tuning
 
 if TYPE_CHECKING:
-    from deit.commands.cli import Tune
     from deit.kernels.prove.tuned import Tuned
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def run(options: Tune) -> int:
+@dataclass(frozen=True)
+class Options:
+    """What is measured, and how long; the flags of `deit tune` (commands/tune.py)."""
+
+    arch: tuple[str, ...]
+    dtype: str
+    batch_size: int
+    img_size: int | None
+    train: bool
+    only: tuple[str, ...]
+    candidates: int
+    seconds: float
+    jobs: int | None
+    device: str
+
+
+def run(options: Options) -> int:
     """The command; 1 where a pinned default is wrong or does not run.
 
     Raises ValueError for an option that makes no sense, before anything is compiled.
@@ -64,7 +79,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def problems_of(options: Tune, device: torch.device) -> list[Tuned]:
+def problems_of(options: Options, device: torch.device) -> list[Tuned]:
     """What `options` ask for, each entry of the table once.
 
     Raises ValueError for an unknown network, or a name in `only` that no problem has.
@@ -84,7 +99,7 @@ def problems_of(options: Tune, device: torch.device) -> list[Tuned]:
     return [p for p in found.values() if not options.only or p.factory in options.only]
 
 
-def precompile(options: Tune, seconds: float) -> list[str]:
+def precompile(options: Options, seconds: float) -> list[str]:
     """Compile in several processes: Triton's cache on disk hands the kernels over.
 
     Returns a sentence for each process that did not come to its end within `seconds`. What it
@@ -112,7 +127,6 @@ def precompile(options: Tune, seconds: float) -> list[str]:
 
 def compile_part(arguments: Sequence[str]) -> None:
     """One process of `precompile`: the options as JSON, the part's number, the number of parts."""
-    from deit.commands.cli import Tune
     from deit.kernels.prove import tune
 
     text, part, parts = arguments
@@ -120,7 +134,7 @@ def compile_part(arguments: Sequence[str]) -> None:
         name: tuple(value) if isinstance(value, list) else value
         for name, value in json.loads(text).items()
     }
-    options = Tune(**fields)
+    options = Options(**fields)
     problems = problems_of(options, _device(options.device))
     tune.warm(problems[int(part) :: int(parts)], options.candidates)
 

@@ -1,4 +1,4 @@
-"""Arguments for every schema of ops.py, of the forward and of training alike.
+"""Arguments for every operator's schemas, of the forward and of training alike.
 
     schema_calls.arguments("linear_bwd", "triton")
 
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 import deit.kernels
-from deit.kernels.engine import dispatch, ops
+from deit.kernels.engine import registry
+from deit.kernels.engine.operator import OPERATORS
 from deit.kernels.prove import calls
 
 _TINY = calls.Size(2, 5, 64, width=32, hidden=96, side=2, classes=10)
@@ -31,7 +32,7 @@ def forward(
 ) -> list[Any]:
     """The arguments of a public operator's schema, floating-point tensors in `dtype`."""
     inputs, options = _EVERY[operator].written(_EVERY[operator].inputs)
-    prepared = dispatch.OPERATORS[operator].prepare(*inputs, **options)
+    prepared = OPERATORS[operator].prepare(*inputs, **options)
     arguments = []
     for value, formal in zip(prepared, schema(operator).arguments, strict=True):
         if not full and isinstance(formal.type, torch.OptionalType):
@@ -50,7 +51,7 @@ def argument_names(operator: str) -> list[str]:
 
 def schema(name: str) -> Any:
     """The schema as torch has parsed it."""
-    return ops.COMPILED["triton"][name]._schema
+    return registry.COMPILED["triton"][name]._schema
 
 
 def arguments(name: str, impl: str, **options: Any) -> list[Any]:
@@ -59,9 +60,9 @@ def arguments(name: str, impl: str, **options: Any) -> list[Any]:
     inputs = forward(operator, **options)
     if not name.endswith("_bwd"):
         return inputs
-    saving = f"{operator}_fwd" if f"{operator}_fwd" in ops.TRAINING_SCHEMAS else operator
+    saving = f"{operator}_fwd" if f"{operator}_fwd" in registry.FAKES else operator
     known = dict(zip((a.name for a in schema(operator).arguments), inputs, strict=True))
-    outputs = each(ops.COMPILED[impl][saving](*inputs))
+    outputs = each(registry.COMPILED[impl][saving](*inputs))
     for formal, value in zip(schema(saving).returns, outputs, strict=True):
         known[formal.name or "out"] = value
         known[f"d{formal.name or 'out'}"] = torch.randn_like(value)

@@ -81,12 +81,12 @@ LATER = {"peer", "parameters", "kernels_scope", "teacher"}  # which the oldest r
 
 
 def eight_bits(contender: str) -> str:
-    """Of which 8 bits a contender's products are, by its name in a row; "" for none."""
+    """The 8 bits of a contender's products, by its name in a row: "int8", "fp8" or ""."""
     return next((kind for kind in EIGHT_BITS if kind in contender), "")
 
 
 def kernels_sha256(root: Path = ROOT, scope: str | None = None) -> str:
-    """The hash of the kernels' sources within the scope, of what they say; see bench/sources.py.
+    """The hash of the scope's sources, of what they say; see bench/evidence/sources.py.
 
     scope: of `scope_of`: only those which that contender can run; None for all. Raises ValueError
     where there are none: a hash of nothing would never go stale.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from qualification.context import Context
@@ -38,7 +38,7 @@ def correctness(context: Context) -> None:
 
 
 def check(
-    context: Context, operators: list[str], dtype: str, shapes: tuple[tuple[int, ...], ...]
+    context: Context, operators: Sequence[str], dtype: str, shapes: tuple[tuple[int, ...], ...]
 ) -> None:
     """Rows of these operators: the random family at every shape, the others at the first."""
     import torch

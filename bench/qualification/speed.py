@@ -1,6 +1,6 @@
 """Every operator beside PyTorch's best and beside what the device could do at most.
 
-How it is timed: measure.py. Here are the shapes, and what is kept of them.
+operators/measure.py times them; here are the shapes, and what is kept of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COMPILED = (768,)  # compiling the reference takes seconds each
 
 def speed(context: Context) -> None:
     """Rows an operator, direction, width and contender; the most telling first."""
-    from deit.kernels.engine import dispatch
+    from deit.kernels.engine.operator import OPERATORS
     from deit.kernels.prove import calls
 
     ceilings = measure_ceilings(context)
@@ -30,7 +30,7 @@ def speed(context: Context) -> None:
         for backward in (False, True):
             for operator in calls.operators():
                 loss = calls.stated()[operator].loss
-                if backward and dispatch.OPERATORS[operator].train is None:
+                if backward and OPERATORS[operator].train is None:
                     continue
                 if (loss and dim != WIDTHS[0]) or (context.dry and operator not in _DRY):
                     continue

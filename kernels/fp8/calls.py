@@ -27,6 +27,6 @@ def _gelu_mlp(draw: Draw, size: Size, form: str) -> Call:
 
 
 CALLS = {
-    "fp8_linear": Stated(_linear, ruled=False),
-    "fp8_gelu_mlp": Stated(_gelu_mlp, ruled=False),
+    "fp8_linear": Stated(_linear),
+    "fp8_gelu_mlp": Stated(_gelu_mlp),
 }

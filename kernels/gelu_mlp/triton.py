@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from deit.kernels.device import common, launching
-from deit.kernels.engine.fakes import STATS_COLUMNS
 from deit.kernels.gelu_mlp import tiles as gelu_mlp_tiles
 from deit.kernels.linear import triton as linear_module
 from deit.kernels.linear import triton_row_stats as statistics
+from deit.kernels.linear.row_stats import STATS_COLUMNS
 
 
 @launching.kept

@@ -28,8 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from deit.kernels.device import common
-from deit.kernels.engine.fakes import STATS_COLUMNS, row_stats_shape
 from deit.kernels.layer_norm import tiles as layer_norm_tiles
+from deit.kernels.linear.row_stats import STATS_COLUMNS, row_stats_shape
 
 _COLUMNS = tl.constexpr(STATS_COLUMNS)
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import deit.kernels
-from deit.kernels.engine import dispatch
+from deit.kernels.engine.operator import OPERATORS, operator_names
 from deit.kernels.prove import oracle
 
 FAMILIES = (*oracle.FAMILIES, "one_hot")
@@ -211,23 +211,22 @@ class Stated:
     any one stands beside the others, and counts nothing.
 
     softmax: it has one, which one entry may take nearly all of. loss: of logits, it has neither
-    tokens nor channels. ruled: the rule against fp64 holds it; 8 bits have another reference.
+    tokens nor channels.
     """
 
     build: Callable[[Draw, Size, str], Call]
     parts: tuple[Part, ...] = ()
     softmax: bool = False
     loss: bool = False
-    ruled: bool = True
 
 
 def _folder(operator: str) -> str:
-    return dispatch.OPERATORS[operator].plain.__module__.rpartition(".")[0]
+    return OPERATORS[operator].public.__module__
 
 
 @functools.cache
 def _all() -> dict[str, Stated]:
-    names = [f"{folder}.calls" for folder in dict.fromkeys(map(_folder, dispatch.OPERATORS))]
+    names = [f"{folder}.calls" for folder in dict.fromkeys(map(_folder, OPERATORS))]
     modules = [importlib.import_module(name) for name in names if importlib.util.find_spec(name)]
     return {name: one for module in modules for name, one in module.CALLS.items()}
 
@@ -245,7 +244,7 @@ def parts() -> tuple[Part, ...]:
     found = [
         replace(part, operator=name)
         for name, one in _all().items()
-        for part in one.parts or (Part(name),) * one.ruled
+        for part in one.parts or (Part(name),) * (not OPERATORS[name].eight_bits)
     ]
     work = lambda part: part.build(Draw(), Size(1, 197, 192)).flops[0] * part.times(12)
     return tuple(sorted(found, key=work, reverse=True))
@@ -257,8 +256,10 @@ def folders() -> list[str]:
 
 
 def operators(*, softmax: bool = False) -> list[str]:
-    """The operators that the rule against fp64 holds; of these, with `softmax`, those with one."""
-    return [n for n, one in stated().items() if one.ruled and one.softmax >= softmax]
+    """All but those in 8 bits, which the rule against fp64 does not hold; with `softmax`, of these
+    those with one."""
+    exact = operator_names(eight_bits=False)
+    return [n for n, one in stated().items() if n in exact and one.softmax >= softmax]
 
 
 def build(operator: str, draw: Draw, size: Size, form: str = "training") -> Call:

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import deit.kernels  # noqa: F401 - its operators register themselves
-from deit.kernels.engine import dispatch
+from deit.kernels.engine.operator import OPERATORS
 from deit.kernels.vit_block.reference import row_stats as row_stats
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
-    if name not in dispatch.OPERATORS:
+    if name not in OPERATORS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return dispatch.OPERATORS[name].plain
+    return OPERATORS[name].reference

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from deit.kernels.device import common
-from deit.kernels.engine import dispatch, tuning
+from deit.kernels.engine import tuning
+from deit.kernels.engine.operator import OPERATORS
 from deit.kernels.prove import calls, launches
 
 
@@ -62,7 +63,7 @@ class Terms:
 
         build: its call; that of a DeiT's inference if left out.
         """
-        operator = dispatch.OPERATORS[factory]
+        operator = OPERATORS[factory]
         build = build or (lambda draw, size: calls.build(factory, draw, size, "inference"))
         form = build(calls.Draw(device=torch.device("meta")), self.size)
 
@@ -80,7 +81,7 @@ class Terms:
             arguments,
             make,
             lambda config, tensors: [run(*given(tensors), config=config)],
-            lambda tensors: [operator.plain(*given(tensors))],
+            lambda tensors: [operator.reference(*given(tensors))],
         )
 
     def of_shapes(

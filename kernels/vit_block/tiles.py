@@ -12,17 +12,19 @@ from deit.kernels.device.tiles import Choice, Choices
 from deit.kernels.gelu_mlp import tiles as gelu_mlp_tiles
 from deit.kernels.layer_norm import tiles as layer_norm_tiles
 from deit.kernels.linear import tiles as linear_tiles
+from deit.kernels.vit_block.arguments import BlockArguments
 
 
-def _choose(x: Tensor, row_stats: Tensor | None, *rest: Any) -> Choice:
-    qkv_weight, proj_weight, w1, b1, w2, num_heads = (rest[i] for i in (2, 4, 9, 10, 11, 15))
-    qkv = x.new_empty((*x.shape[:-1], qkv_weight.shape[0]), dtype=qkv_weight.dtype)
-    mlp = gelu_mlp_tiles.choose(qkv[..., : x.shape[-1]], w1, b1, w2)
+def _choose(*arguments: Any) -> Choice:
+    block = BlockArguments(*arguments)
+    x, weight = block.x, block.qkv_weight
+    qkv = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=weight.dtype)
+    mlp = gelu_mlp_tiles.choose(qkv[..., : x.shape[-1]], block.w1, block.b1, block.w2)
     if len(mlp) > 1:  # two products
-        mlp[1:2] = _norm_linear(x, w1, has_statistics=True)
-    return [*_norm_linear(x, qkv_weight, has_statistics=row_stats is not None),
-            *attention_tiles.choose(qkv, num_heads), *linear_tiles.choose(qkv, proj_weight),
-            *mlp]  # fmt: skip
+        mlp[1:2] = _norm_linear(x, block.w1, has_statistics=True)
+    mixed = attention_tiles.choose(qkv, block.num_heads)
+    norm1 = _norm_linear(x, weight, has_statistics=block.row_stats is not None)
+    return [*norm1, *mixed, *linear_tiles.choose(qkv, block.proj_weight), *mlp]
 
 
 def _norm_linear(x: Tensor, weight: Tensor, *, has_statistics: bool) -> Choice:

@@ -10,10 +10,10 @@ from deit.kernels import attention
 from deit.kernels.attention import tiles as attention_tiles
 from deit.kernels.attention import triton_bwd as backward
 from deit.kernels.device import chips
-from deit.kernels.engine import ops
+from deit.kernels.engine import registry
 from deit.kernels.prove import oracle, reference
 
-FWD, BWD = (ops.COMPILED["triton"][name] for name in ("attention_fwd", "attention_bwd"))
+FWD, BWD = (registry.COMPILED["triton"][name] for name in ("attention_fwd", "attention_bwd"))
 
 
 def gradients(dout, qkv, heads, scale, key_bias):
