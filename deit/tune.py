@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import deit
-from deit.kernels.engine import dispatch, tuning
+from deit.kernels.device import tuning
+from deit.kernels.engine import dispatch
 
 if TYPE_CHECKING:
     from deit.kernels.prove.tuned import Tuned

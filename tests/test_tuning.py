@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deit.kernels.engine import tuning
+from deit.kernels.device import tuning
 from deit.kernels.gelu_mlp import tiles as gelu_mlp_tiles
 from deit.kernels.linear import tiles as linear_tiles
 
@@ -349,7 +349,7 @@ def test_switched_off(cache, monkeypatch):
 def test_concurrent_processes_lose_nothing(cache):
     """Three processes of ten stores each, readers between them: every entry is there at the end."""
     code = (
-        "import sys; from deit.kernels.engine import tuning\n"
+        "import sys; from deit.kernels.device import tuning\n"
         "for i in range(10):\n"
         "    tuning.store('Busy', {f'{sys.argv[1]}-{i}': tuning.Entry(None, 1.0, None, 1, '')})\n"
         "    assert not tuning.load('Busy').ignored\n"

@@ -16,7 +16,7 @@ def tune(context: Context) -> None:
     import torch
 
     from deit import tune
-    from deit.kernels.engine import tuning
+    from deit.kernels.device import tuning
     from deit.kernels.prove import tune as tuner
 
     problems = tune.problems_of(_options(context), context.device)

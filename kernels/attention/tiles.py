@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deit.kernels.device import common
 from deit.kernels.device.tiles import Arguments, Choice, Choices, Configuration, accumulators
-from deit.kernels.engine.tuning import tunable
+from deit.kernels.device.tuning import tunable
 
 # Up to this many keys are held at once: 197 and 198 tokens pad to 256.
 ONE_BLOCK_KEYS = 256

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deit.kernels import fp8
-from deit.kernels.device import common
-from deit.kernels.engine import tuning
+from deit.kernels.device import common, tuning
 from deit.kernels.fp8 import reference
 from deit.kernels.fp8 import tiles as fp8_tiles
 from deit.kernels.fp8 import triton_product as fp8_product

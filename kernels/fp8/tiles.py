@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deit.kernels.device import common
 from deit.kernels.device.tiles import Arguments, Choice, Choices, Configuration
-from deit.kernels.engine.tuning import tunable
+from deit.kernels.device.tuning import tunable
 from deit.kernels.fp8.quantize import E4M3, GROUP
 from deit.kernels.layer_norm import tiles as layer_norm_tiles
 

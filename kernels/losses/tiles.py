@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from deit.kernels.device.tiles import Choice, Choices, Configuration
-from deit.kernels.engine.tuning import tunable
+from deit.kernels.device.tuning import tunable
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deit.kernels.device import common
 from deit.kernels.device.tiles import Arguments, Choice, Choices, Configuration, accumulators
-from deit.kernels.engine.tuning import tunable
+from deit.kernels.device.tuning import tunable
 
 
 @dataclass(frozen=True)

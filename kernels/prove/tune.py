@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit.kernels.engine import tuning
+from deit.kernels.device import tuning
 from deit.kernels.prove.tuned import Tuned
 
 NO_TIME = "no time left for"  # begins what `measure` reports where it stops early

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit.kernels.device import common
-from deit.kernels.engine import tuning
+from deit.kernels.device import common, tuning
 from deit.kernels.engine.operator import OPERATORS
 from deit.kernels.prove import calls, launches
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import deit.kernels
-from deit.kernels.engine import tuning
+from deit.kernels.device import tuning
 
 D = 192
 

@@ -13,8 +13,8 @@ import triton
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
-from deit.kernels.device import drivers, launching
-from deit.kernels.engine import registry, tuning
+from deit.kernels.device import drivers, launching, tuning
+from deit.kernels.engine import registry
 from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton as linear_module
 

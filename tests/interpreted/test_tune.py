@@ -9,8 +9,8 @@ import torch
 from deit import tune as command
 from deit.commands.cli import Tune
 from deit.configs import Config
+from deit.kernels.device import tuning
 from deit.kernels.device.tiles import Configuration
-from deit.kernels.engine import tuning
 from deit.kernels.prove import tune
 from deit.kernels.prove.calls import Size
 from deit.kernels.prove.tuned import Terms, tuned
