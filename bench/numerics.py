@@ -28,7 +28,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the rule is stated there
 
-import deit.kernels
 import evidence
 from deit.commands import flags
 from deit.kernels.prove import calls, oracle
@@ -97,21 +96,13 @@ def results(call: Call, impl: str, dtype: torch.dtype | None, backward: bool) ->
         name: t.to(dtype) if dtype is not None and t.is_floating_point() else t
         for name, t in call.inputs.items()
     }
-    leaves = {n: inputs[n].clone().requires_grad_() for n in call.gradients if backward}
-    function = getattr(deit.kernels, call.operator)
-    found = function(**(inputs | leaves), **call.options, impl=impl)
-    outputs = [found] if isinstance(found, Tensor) else list(found)
-    named = {f"out {i}" if i else "out": t.detach() for i, t in enumerate(outputs)}
-    if backward:
-        cotangents = []
-        for index, (output, like) in enumerate(zip(outputs, outputs, strict=True)):
-            drawn = oracle.make("random", like.shape, seed=31 + index)
-            # Rounded to the call's dtype first, so that fp64 sees the cotangent the kernel sees.
-            original = call.inputs[call.gradients[0]].dtype
-            cotangents.append(drawn.to(original).to(output))
-        torch.autograd.backward(outputs, cotangents)
-        named |= {f"d {name}": leaf.grad for name, leaf in leaves.items()}
-    return named
+
+    def cotangent(index: int, output: Tensor) -> Tensor:
+        drawn = oracle.make("random", output.shape, seed=31 + index)
+        # Rounded to the call's dtype first, so that fp64 sees the cotangent the kernel sees.
+        return drawn.to(call.inputs[call.gradients[0]].dtype).to(output)
+
+    return call.results(impl, inputs, cotangent if backward else None)
 
 
 def measured(call: Call, impl: str, backward: bool) -> dict[str, oracle.Measured]:

@@ -76,15 +76,9 @@ def evaluate(call: Any, impl: str, inputs: dict[str, Any], backward: bool) -> li
     """
     import torch
 
-    leaves = {n: inputs[n].detach().requires_grad_() for n in call.gradients if backward}
-    found = call.function(impl)(inputs | leaves)
-    outputs = [found] if isinstance(found, torch.Tensor) else list(found)
-    results = [t.detach() for t in outputs]
-    if backward:
-        generator = torch.Generator().manual_seed(17)
-        seeds = [torch.randn(t.shape[-1:], generator=generator).to(t).expand_as(t) for t in outputs]
-        results += torch.autograd.grad(outputs, list(leaves.values()), seeds, allow_unused=True)
-    return [t for t in results if t is not None]
+    generator = torch.Generator().manual_seed(17)
+    row = lambda _, t: torch.randn(t.shape[-1:], generator=generator).to(t).expand_as(t)
+    return list(call.results(impl, inputs, row if backward else None).values())
 
 
 def _same(context: Context, first: list[Any], other: list[Any], what: str) -> None:

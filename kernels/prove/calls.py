@@ -69,6 +69,25 @@ class Call:
             places.append(given.pop(name))
         return places, given
 
+    def results(
+        self,
+        impl: str,
+        inputs: Mapping[str, Any],
+        cotangent: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """By name its outputs ("out", "out 1") on these tensors, and its gradients ("d x") where
+        `cotangent` makes the one of each output from its number and the output."""
+        wanted = self.gradients if cotangent is not None else ()
+        leaves = {name: inputs[name].detach().requires_grad_() for name in wanted}
+        found = self.function(impl)({**inputs, **leaves})
+        outputs = [found] if isinstance(found, Tensor) else list(found)
+        named = {f"out {i}" if i else "out": t.detach() for i, t in enumerate(outputs)}
+        if cotangent is not None:
+            given = [cotangent(i, t) for i, t in enumerate(outputs)]
+            made = torch.autograd.grad(outputs, list(leaves.values()), given, allow_unused=True)
+            named |= {f"d {n}": t for n, t in zip(leaves, made, strict=True) if t is not None}
+        return named
+
     def leaves(self) -> dict[str, Tensor]:
         """The inputs, with a gradient wanted of each that training differentiates by."""
         return self.inputs | {n: self.inputs[n].clone().requires_grad_() for n in self.gradients}
