@@ -65,8 +65,7 @@ def modules() -> dict[str, Path]:
 
 def imported(name: str, path: Path, known: Collection[str]) -> set[str]:
     """The modules of `known` that a file imports: `from package import module` is that module."""
-    # Programs of bench/ and tests/ import their neighbours without a prefix.
-    places = ("",) if name.startswith("deit") else ("", "bench.", "tests.")
+    places = ("", "bench.", "tests.")  # whose files are imported without a prefix
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         asked: list[tuple[str, ...]] = []  # names, the most exact first
