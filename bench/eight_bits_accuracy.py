@@ -67,7 +67,7 @@ def sqnr(out: Tensor, exact: Tensor) -> float:
 
 
 def implementation(dtype: str, device: torch.device) -> str:
-    """By what `fuse` is told to run: fp8's kernels where they can, int8's best."""
+    """What `fuse` is told to run: fp8's kernels where they can run, int8's best."""
     if dtype == "int8":
         return "auto"
     return "triton" if device.type == "cuda" else "reference"
@@ -110,7 +110,7 @@ def operator_noise(model: DeiT, images: Tensor, dtype: str) -> dict[str, list[fl
 
 
 def logits(model: DeiT, images: Tensor) -> Tensor:
-    """Of all images, not too many at a time for a CPU's memory."""
+    """Logits of all images, so many at a time that a CPU's memory holds them."""
     at_once = 500 if images.shape[-1] < 64 else 16
     return torch.cat([model(part) for part in images.split(at_once)])
 

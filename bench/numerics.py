@@ -185,7 +185,7 @@ Cells = dict[tuple[str, str], dict[str, Row]]
 
 
 def grid(rows: Sequence[Row], impl: str, dtype: str) -> Cells:
-    """By (operator, quantity) and then family."""
+    """The rows by (operator, quantity), then by family."""
     found: Cells = {}
     for row in rows:
         if (row.impl, row.dtype) == (impl, dtype):

@@ -40,15 +40,15 @@ from race.progress import Progress
 Row = dict[str, Any]
 Protocol = Literal["modern", "deit2021"]
 
-# Seconds a network on a CPU, more for each GFLOP of an image, and for what compiles long: on two
-# cores 8 s go into a DeiT; of EfficientNets none was compiled within 70 s in all.
+# Seconds a network on a CPU, more for each GFLOP of an image, and for what compiles long. On two
+# cores a DeiT compiles in 8 s; no EfficientNet was compiled within 70 s in all.
 CPU_LIMIT = {"modern": 40.0, "deit2021": 20.0}
 CPU_LIMIT_PER_GFLOP = 0.25
 CPU_COMPILING = {"EfficientNet": 110.0}
-# Images in a batch, at most. On a CPU more are slower: EfficientNet-B0, eager, two cores, 141
+# Images in a batch, at most. More are slower on a CPU: EfficientNet-B0, eager, two cores, had 141
 # images/s at 32 and 42 at 128, whose activations are fresh pages in every layer.
 BATCH = {"cpu": 16, "cuda": 256}
-# Of these by 2 images: by 16 no time was left to compile B5, which was at 3.0 images/s then; 9.6.
+# These run by 2 images. By 16 no time was left to compile B5: 3.0 images/s, and 9.6 by 2.
 CPU_BY_TWO = ("efficientnet_b5", "efficientnet_b6", "efficientnet_b7", "efficientnet_b8")
 CPU_SECONDS = 6.0  # timed, for each contender of the modern protocol: 7 rounds and more
 OVERRUN = 3.0  # times the limit after which a network is given up

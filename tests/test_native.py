@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from deit.kernels import attention, layer_norm
-from deit.kernels.engine import build_record, native, ops
+from deit.kernels.engine import build_record, native, registry
 from deit.kernels.prove import reference
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))
 )
 
-OPS = ops.COMPILED["cpu"]
+OPS = registry.COMPILED["cpu"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SETS = ["avx512_bf16", "avx512", "avx2", "portable"]
 

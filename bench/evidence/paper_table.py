@@ -110,7 +110,7 @@ def family(model: str) -> str:
 
 
 def nearest_convnets(v100_img_s: float) -> list[str]:
-    """Of each family, the convnet whose quoted speed is nearest on a log scale."""
+    """The convnet of each family whose quoted speed is nearest on a log scale."""
     if not v100_img_s > 0:
         raise ValueError(f"v100_img_s: expected a positive speed; got {v100_img_s}")
     distance = {name: abs(math.log(convnet(name).v100_img_s / v100_img_s)) for name in CONVNETS}

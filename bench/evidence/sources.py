@@ -1,12 +1,12 @@
 """Which sources a contender can run, and their hash: of what they say, not of how or where.
 
-Hashed is the set of a scope's top-level statements, of Python as syntax and of C++ as tokens:
-without comments, docstrings and layout, and without imports of our own modules, whose paths they
-hold. So a file may move, be renamed, split or joined. What comes of the project is resolved: a name
-that a statement takes from another of them counts with that definition's own text. Not seen are
-the order of the statements of a file, and of definitions, constants and includes of C++.
+The hash is of a scope's set of top-level statements, of Python as syntax and of C++ as tokens. It
+leaves out comments, docstrings and layout, and imports of our own modules, whose paths they hold.
+So a file may move, be renamed, split or joined. A name that a statement takes from another of the
+project counts with that definition's own text. The hash does not see the order of the statements
+of a file, or of definitions, constants and includes of C++.
 
-Which those are is decided by following imports and includes from where a contender begins.
+Imports and includes, followed from where a contender begins, decide which statements those are.
 """
 
 from __future__ import annotations
@@ -94,6 +94,6 @@ def _is_source(path: str) -> bool:
 
 
 def kinds(path: str) -> set[str]:
-    """Of which 8 bits a file is; of none most are."""
+    """The 8 bits that a file is for; most files are for none."""
     parts = path.split("/")
     return {kind for kind, names in EIGHT_BITS.items() if any(p.startswith(names) for p in parts)}

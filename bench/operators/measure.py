@@ -163,7 +163,7 @@ def prepare(function: Function, sets: Sequence[Call], backward: bool) -> Prepare
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
                 kept = run()
-            # What was captured, and what the steps hold of a forward done before, stays: the next
+            # Keep what was captured, and what the steps hold of a forward done before: the next
             # capture empties the allocator's cache, and a replay would read unmapped memory.
             held = (kept, steps)
             run, how = functools.partial(lambda graph, held: graph.replay(), graph, held), "graph"

@@ -23,8 +23,8 @@ from operators.measure import Prepared
 from operators.terms import Run
 from race import checks, tables
 
-# Of outputs and gradients against eager's, relative L2 distance: what rounding explains, not an
-# accuracy test, which is bench/numerics.py.
+# Relative L2 distance of outputs and gradients from eager's: what rounding explains. The test of
+# accuracy is bench/numerics.py.
 ALLOWED = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -109,7 +109,7 @@ def contenders(
 
 
 def agree(prepared: Mapping[str, Prepared], dtype: torch.dtype) -> None:
-    """Nobody is timed who computes something else than eager does."""
+    """Refuse to time a contender that does not compute what eager does."""
     eager = prepared["eager"].results
     for name, each in prepared.items():
         expected_of = eager[:1] if name.endswith("by parts") else eager  # no row statistics

@@ -68,7 +68,7 @@ def latencies(rows: Sequence[Row], stale: Stale) -> str:
 
 
 def _v100(row: Row) -> str | None:
-    """As printed."""
+    """The quoted speed as the paper prints it."""
     quoted = row["quoted_v100_img_per_s"]
     return None if quoted is None else f"{quoted:g}"
 
@@ -122,8 +122,8 @@ def runs(results: Sequence[Row], stale: Stale) -> str:
 def paper(rows: Sequence[Row], stale: Stale) -> str:
     """The paper's Table 5, quoted, beside what was measured; "" where no network of it was.
 
-    As bench/table5.py measures: inference by this package or by PyTorch, in bf16 on a GPU and fp32
-    elsewhere and by deit2021; of a network measured in several runs the fastest. A line that
+    The rows are such as bench/table5.py measures: inference by this package or by PyTorch, in bf16
+    on a GPU and fp32 elsewhere and by deit2021. The fastest run of a network counts. A line that
     draws on a stale row is marked.
     """
     lines = []

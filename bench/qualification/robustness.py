@@ -173,7 +173,7 @@ def _layouts(context: Context, operator: str, impl: str) -> None:
 
 
 def _stream(context: Context, operator: str, impl: str) -> None:
-    """On a side stream, behind work that makes the inputs there: the bits of the default one."""
+    """A side stream, behind work that makes the inputs there, gives the default stream's bits."""
     import torch
 
     call = _call(context, operator)
@@ -213,7 +213,7 @@ def _graph(context: Context, operator: str, impl: str) -> None:
     _same(context, as_list(expected), as_list(captured), "a replayed graph")
 
 
-# Operator -> (tokens, D): at the batch that puts its largest tensor past 2**31 elements.
+# Operator -> (tokens, D), at the batch that puts its largest tensor past 2**31 elements.
 LARGE = {"layer_norm": (197, 768), "add_layer_norm": (197, 768), "attention": (197, 192),
          "linear": (197, 768), "gelu_mlp": (197, 192), "patch_embed": (196, 192)}  # fmt: skip
 
@@ -262,7 +262,7 @@ def sanitizer(context: Context) -> None:
     if tool is None:
         context.skip("compute-sanitizer: absent")
         return
-    # Each tensor an allocation of its own, so that a step past its end is seen.
+    # Each tensor is an allocation of its own, so that a step past its end is seen.
     context.fan_out(
         OPERATORS,
         [

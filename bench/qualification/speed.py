@@ -1,6 +1,6 @@
 """Every operator beside PyTorch's best and beside what the device could do at most.
 
-How it is timed: measure.py. Here are the shapes, and what is kept of them.
+operators/measure.py times them; here are the shapes, and what is kept of them.
 """
 
 from __future__ import annotations

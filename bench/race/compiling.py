@@ -13,14 +13,14 @@ import torch
 
 
 class OutOfTime(BaseException):
-    """The time limit passed. Not an Exception: dynamo catches those and falls back to eager."""
+    """The time limit passed. Dynamo would catch an Exception and fall back to eager."""
 
 
 @contextlib.contextmanager
 def limit(seconds: float | None) -> Iterator[None]:
     """Raise OutOfTime inside the block once `seconds` have passed; None for no limit.
 
-    By SIGALRM, which wakes the main thread even while it waits for a C++ compiler. Where there
+    SIGALRM wakes the main thread even while it waits for a C++ compiler. Where there
     is no SIGALRM (Windows) or this is not the main thread, the block runs to its end.
     """
     usable = hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()

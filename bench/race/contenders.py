@@ -269,7 +269,7 @@ def training_loss(
 ) -> Tensor:
     """Cross-entropy with the classes 0, 1, 2, ...; both heads' mean for a distilled network.
 
-    With a teacher, hard distillation (arXiv 2012.12877, eq. 3): the last head learns its classes.
+    A teacher adds hard distillation (arXiv 2012.12877, eq. 3): the last head learns its classes.
     """
     target = torch.arange(images.shape[0], device=images.device) % CLASSES
     with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):

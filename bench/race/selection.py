@@ -1,4 +1,4 @@
-"""The compiled contenders, and of each convnet the variant that is fastest here."""
+"""The compiled contenders, and the variant of each convnet that is fastest here."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Selection:
             for peer in peers:
                 made = self._made(entry, entry.base, peer)
                 entry.variants += [made] if made else []
-        # First every convnet in its better memory format, then, as time allows, in the other. If
-        # one must do, it is the contiguous one, where Inductor chooses the layouts: of the two,
-        # that was 0.97, 1.01 and 1.13 times as fast (ResNet-152, RegNetY-16GF, EfficientNet-B4).
+        # Every convnet is compiled in its better memory format first, and in the other as time
+        # allows. If one must do, it is the contiguous one, where Inductor chooses the layouts: it
+        # was 0.97, 1.01 and 1.13 times as fast (ResNet-152, RegNetY-16GF, EfficientNet-B4).
         ranked = [self._ranked(entry) for entry in convnets]
         if formats == 1:
             ranked = [[entry.base] for entry in convnets]

@@ -22,7 +22,7 @@ Handed = list[tuple[Callable[..., None], int, list[Any]]]
 
 
 class Stub:
-    """In the place of `drivers.Driver`."""
+    """Stands in for `drivers.Driver`."""
 
     serves: ClassVar[Any] = staticmethod(lambda tensor: True)
     current_device: ClassVar[Any] = staticmethod(lambda: None)

@@ -25,7 +25,8 @@ from deit.fused_vit.cuda_graph import Graph, compile_graph
 from deit.fused_vit.last_block import PrefixOnly
 from deit.fused_vit.modules import Fused
 from deit.fused_vit.report import Report, Row
-from deit.kernels.engine import dispatch, ops, packing
+from deit.kernels.engine import dispatch, packing, registry
+from deit.kernels.engine.operator import operator_names
 from deit.model import DeiT
 
 __all__ = ["Graph", "Report", "Row", "compile_graph", "fuse", "fused", "refresh", "register_hf",
@@ -125,9 +126,10 @@ def fuse(
 
 def _implementations(impl: str, block: str, dtype: str | None) -> dict[str, str]:
     """Operator -> the implementation that runs it; without whole blocks where they run by parts."""
+    kernels = registry.KERNELS.get(impl, ())
     impls = {
-        operator: impl if impl == "reference" or operator in ops.KERNELS.get(impl, ()) else "auto"
-        for operator in ops.SCHEMAS
+        operator: impl if impl == "reference" or operator in kernels else "auto"
+        for operator in operator_names(eight_bits=False)
     }
     if dtype is not None:
         del impls["vit_block"]  # in training nothing runs whole

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deit.fused_vit.modules import PLAIN_TENSORS, hooked
 from deit.kernels import patch_embed
-from deit.kernels.engine import dispatch
+from deit.kernels.engine import autocast
 
 
 class ImageEmbedding:
@@ -73,7 +73,7 @@ class ImageEmbedding:
     def embedded(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, N, D], positions added."""
         # A gradient for images is the convolution's; autocast leaves prefix and positions fp32.
-        by_operator = not images.requires_grad and dispatch.autocast_dtype(images) is None
+        by_operator = not images.requires_grad and autocast.dtype_of(images) is None
         if not by_operator or self.why_steps() is not None:
             return self.by_steps(images)
         proj, impl = self.patch_embed.proj, self.fused_impls["patch_embed"]

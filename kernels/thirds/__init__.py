@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 
 from deit import kernels
-from deit.kernels.engine import dispatch, ops
+from deit.kernels.engine import autocast, dispatch
+from deit.kernels.engine.derivatives import has_tangent, needs_gradient
+from deit.kernels.engine.operator import OPERATORS, Arguments
+from deit.kernels.engine.registry import COMPILED
+from deit.kernels.thirds import schema as schema
 
 Weight = Tensor | tuple[Tensor, Tensor, Tensor]
 Bias = Tensor | tuple[Tensor, Tensor, Tensor] | None
 
-_MULTIPLE = 16  # of each weight's rows, for csrc/cpu/product.inl
+_MULTIPLE = 16  # of each weight's rows, for csrc/cpu/linear.inl
 
 
 def linear(x: Tensor, weight: Weight, bias: Bias, *, impl: str) -> Tensor:
@@ -30,7 +34,7 @@ def linear(x: Tensor, weight: Weight, bias: Bias, *, impl: str) -> Tensor:
     call = _by_thirds("linear", "weight", x, weight, bias, {"bias": _joined(bias)}, impl)
     if call is not None:
         x, _, joined, *_ = call
-        return ops.COMPILED["cpu"]["linear_thirds"](x, *weight, joined)
+        return COMPILED["cpu"]["linear_thirds"](x, *weight, joined)
     return _together(kernels.linear, x, weight, bias, impl=impl)
 
 
@@ -44,7 +48,7 @@ def vit_block(
         call = _by_thirds("vit_block", "qkv_weight", x, qkv_weight, qkv_bias, given, impl)
         if call is not None:
             x, _, norm_weight, norm_bias, _, *others = call
-            return ops.COMPILED["cpu"]["vit_block_thirds"](
+            return COMPILED["cpu"]["vit_block_thirds"](
                 x, norm_weight, norm_bias, *qkv_weight, *others
             )
         qkv_weight = torch.cat(qkv_weight)
@@ -61,7 +65,7 @@ def int8_linear(
     call = _by_thirds("int8_linear", "weight", x, weight, bias, given, impl)
     if call is not None:
         x, _, joined, *normed = call
-        return ops.COMPILED["cpu"]["int8_linear_thirds"](x, *weight, joined, *normed[:3])
+        return COMPILED["cpu"]["int8_linear_thirds"](x, *weight, joined, *normed[:3])
     return kernels.int8_linear(x, torch.cat(weight), _joined(bias), norm=norm, impl=impl, **rest)
 
 
@@ -75,7 +79,7 @@ def int8_vit_block(
         call = _by_thirds("int8_vit_block", "qkv_weight", x, qkv_weight, qkv_bias, given, impl)
         if call is not None:
             x, norm_weight, norm_bias, _, *others = call
-            return ops.COMPILED["cpu"]["int8_vit_block_thirds"](
+            return COMPILED["cpu"]["int8_vit_block_thirds"](
                 x, norm_weight, norm_bias, *qkv_weight, *others
             )
         qkv_weight = torch.cat(qkv_weight)
@@ -107,7 +111,7 @@ def _by_thirds(
     bias: Bias,
     given: dict[str, Any],
     impl: str,
-) -> dispatch.Arguments | None:
+) -> Arguments | None:
     """The operator's checked arguments where the CPU's kernel takes it by thirds; else None.
 
     name: what the operator calls the weight, in whose place a stand-in goes. given: the others.
@@ -117,11 +121,11 @@ def _by_thirds(
     shape, tensors = weight[0].shape, (x, *weight, *(bias or ()))
     if any(w.shape != shape or w.dtype != x.dtype or w.device != x.device for w in weight):
         return None
-    if x.device.type != "cpu" or shape[0] % _MULTIPLE or dispatch.autocast_dtype(x) is not None:
+    if x.device.type != "cpu" or shape[0] % _MULTIPLE or autocast.dtype_of(x) is not None:
         return None
-    if dispatch.needs_gradient(tensors) or dispatch.has_tangent(tensors):
+    if needs_gradient(tensors) or has_tangent(tensors):
         return None
-    known = dispatch.OPERATORS[operator]
+    known = OPERATORS[operator]
     arguments = known.prepare(x, **{name: _stand_in(weight)}, **given)
     return arguments if dispatch.choose(known, arguments, impl) == "cpu" else None
 
