@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # named by the longest entry here that it begins with. `deit` alone stands for its __init__.
 FLOORS = (
     ("deit.kernels",),
-    ("deit.configs", "deit.settings", "deit.recipes", "deit.devices", "deit.model"),
+    ("deit.configs", "deit.settings", "deit.recipes", "deit.devices", "deit.model", "deit.renamed"),
     ("deit.data", "deit.weights"),
     ("deit", "deit.checkpoint"),
     ("deit.fused_vit",),
@@ -34,7 +34,7 @@ FLOORS = (
 )
 # Rooms on one floor that may know each other.
 TOGETHER = [
-    {"deit.configs", "deit.settings", "deit.recipes", "deit.devices", "deit.model"},
+    {"deit.configs", "deit.settings", "deit.recipes", "deit.devices", "deit.model", "deit.renamed"},
     {"deit.tune", "deit.tune_problems", "deit.tune_fp8"},
     {"bench", "bench.operators", "bench.qualification", "bench.page"},
 ]
