@@ -242,7 +242,7 @@ def test_command_line_reports_and_exits_with_zero():
 def test_importing_and_planning_touch_no_device():
     code = (
         "import torch\n"
-        "from deit.kernels.prove import aot, cases\n"
+        "from deit.kernels.prove import aot, launches\n"
         "[case.build() for case in launches.shipped((90,), ('bf16',))]\n"
         "assert not torch.cuda.is_initialized()\n"
     )
