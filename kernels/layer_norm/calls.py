@@ -20,12 +20,12 @@ def _layer_norm(draw: Draw, size: Size, form: str) -> Call:
 
 def _add_layer_norm(draw: Draw, size: Size, form: str) -> Call:
     norm = _layer_norm(draw, size, form)
-    x, *rest = norm.inputs.items()
-    added = draw.epilogue("training" if form == "every" else form, *x[1].shape)
-    added = added or draw.epilogue("inference", *x[1].shape)  # it must have the residual
-    inputs = {x[0]: x[1], "residual": added.pop("residual"), **dict(rest), **added}
+    x, weight, bias = norm.inputs.values()
+    # The residual is one of the least.
+    added = draw.epilogue("inference" if form == "least" else form, *x.shape)
+    inputs = {"x": x, "residual": added.pop("residual"), "weight": weight, "bias": bias, **added}
     gradients = tuple(name for name in inputs if name != "keep")
-    forward, backward = (each + x[1].numel() for each in norm.flops)
+    forward, backward = (each + x.numel() for each in norm.flops)
     return Call("add_layer_norm", inputs, norm.options, gradients, (forward, backward))
 
 
