@@ -263,7 +263,7 @@ def test_nothing_in_fp32_is_made_of_what_its_hash_leaves_out() -> None:
         assert not any(sources.kinds(path) for path in counted)
         other = {"cpu": "csrc/cuda/", "cuda": "csrc/cpu/"}[device]
         assert not any(path.startswith(other) for path in counted)
-        for name in ("aot", "hazards", "offsets", "cases"):
+        for name in ("aot", "hazards", "offsets", "launches", "calls"):
             assert not any(path.endswith(f"/{name}.py") for path in counted), name
     triton = {path for path in tree if "@triton.jit" in tree[path] and not sources.kinds(path)}
     assert triton <= {*sources.counted(tree, "cuda")}
