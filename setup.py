@@ -192,9 +192,9 @@ def cpu_ninja(compiler: str, torch: Torch, target: Path) -> str:
     """The build file of the C++ library."""
     interface = f"-isystem {torch.include} -DTORCH_TARGET_VERSION={TORCH_TARGET}"
     edges = cpu_objects()
-    launchers = ("marks", "ops", "ops_block", "ops_linear", "ops_patch", "ops_training", "int8_ops")
-    launchers += ("int8_block",)
-    edges += [(f"{name}.o", CSRC / "cpu" / f"{name}.cpp", interface) for name in launchers]
+    kernels = {source for _, source, _ in edges}
+    launchers = [path for path in sorted((CSRC / "cpu").glob("*.cpp")) if path not in kernels]
+    edges += [(f"{path.stem}.o", path, interface) for path in launchers]
     return ninja_file(
         {"cxx": compile_rule(compiler, CXXFLAGS)},
         [(out, "cxx", path, flags) for out, path, flags in edges],
@@ -205,9 +205,11 @@ def cpu_ninja(compiler: str, torch: Torch, target: Path) -> str:
 
 def cuda_ninja(compiler: str, nvcc: Path, torch: Torch, target: Path) -> str:
     """The build file of the CUDA library."""
-    home, source = nvcc.parent.parent, CSRC / "cuda"
+    home = nvcc.parent.parent
+    kernels, launchers = (sorted((CSRC / "cuda").glob(kind)) for kind in ("*.cu", "*.cpp"))
     every = " ".join(f"-gencode {arch}" for arch in CUDA_CODE.values())
-    hopper = f"-gencode {CUDA_CODE['sm_90a']}"  # its asynchronous units' instructions are its own
+    # Hopper's asynchronous units have instructions of their own.
+    hopper = {"linear.cu": f"-gencode {CUDA_CODE['sm_90a']}"}
     device = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
     interface = (
         f"-isystem {torch.include} -isystem {home / 'include'} -DUSE_CUDA "
@@ -220,10 +222,8 @@ def cuda_ninja(compiler: str, nvcc: Path, torch: Torch, target: Path) -> str:
     return ninja_file(
         {"cxx": compile_rule(compiler, CXXFLAGS), "nvcc": f"{nvcc_rule}\n  depfile = $out.d"},
         [
-            ("layer_norm.o", "nvcc", source / "layer_norm.cu", every),
-            ("linear.o", "nvcc", source / "linear.cu", hopper),
-            ("ops.o", "cxx", source / "ops.cpp", interface),
-            ("ops_linear.o", "cxx", source / "ops_linear.cpp", interface),
+            *((f"{path.name}.o", "nvcc", path, hopper.get(path.name, every)) for path in kernels),
+            *((f"{path.name}.o", "cxx", path, interface) for path in launchers),
         ],
         f"{link_command(compiler, torch, ['torch_cuda', 'torch_cpu'])} {runtime}",
         target,

@@ -44,7 +44,8 @@ import evidence
 from deit.commands import flags
 from deit.fused_vit import fuse
 from deit.kernels.device import drivers, launching
-from deit.kernels.engine import dispatch, ops
+from deit.kernels.engine import dispatch, registry
+from deit.kernels.engine.operator import OPERATORS, operator_names
 from evidence import devices
 from evidence.timing import interleave, spread
 from studies import stubbed_gpu
@@ -139,7 +140,7 @@ def on(device: torch.device, case: Case) -> Case:
 
 def trained(case: Case) -> Case:
     """The same call with every gradient wanted that kernels have."""
-    operator = dispatch.OPERATORS[case.operator]
+    operator = OPERATORS[case.operator]
     held = set(operator.constants.values())
 
     def leaf(value: Any, name: str = "") -> Any:
@@ -163,20 +164,20 @@ def thread_microseconds(call: Callable[[], object], calls: int) -> float:
 
 def measure(case: Case, mode: str, settings: Settings) -> Row:
     """The public call, the launch alone and torch.nn.functional in turns."""
-    function, operator = getattr(deit.kernels, case.operator), dispatch.OPERATORS[case.operator]
+    function, operator = getattr(deit.kernels, case.operator), OPERATORS[case.operator]
     case = trained(case) if mode == "training" else case
     with torch.set_grad_enabled(mode == "training"):
         arguments = operator.prepare(*case.inputs, **case.keywords)
         name = dispatch.choose(operator, arguments, "auto")
-        launch: Callable[..., Any] = operator.plain
+        launch: Callable[..., Any] = operator.reference
         if name != "reference":
-            launch = ops.COMPILED[name][operator.name]
+            launch = registry.COMPILED[name][operator.name]
             if mode == "training":
                 train = operator.train
                 assert train is not None  # or it would not have been chosen
                 launch = lambda *given: train(name, *given)
         call = lambda: function(*case.inputs, **case.keywords)
-        forms = [call, lambda: launch(*arguments), lambda: operator.plain(*arguments)]
+        forms = [call, lambda: launch(*arguments), lambda: operator.reference(*arguments)]
         found = timed(forms, settings)
     over = spread([ours - bare for ours, bare in zip(found[0], found[1], strict=True)])
     medians = [statistics.median(samples) for samples in found]
@@ -255,7 +256,7 @@ def markdown(rows: Sequence[Row]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        name = f"`{row.operator}`" if row.operator in ops.SCHEMAS else f"a {row.operator}"
+        name = f"`{row.operator}`" if row.operator in OPERATORS else f"a {row.operator}"
         name += " asks" * (row.options == "asks")
         options = f", {row.options}" if row.options and row.implementation else ""
         by = f"{row.mode}, {row.implementation}" if row.implementation else ""
@@ -279,8 +280,8 @@ def write(path: Path, rows: Sequence[Row], device: str) -> None:
 
 def main(settings: Settings) -> int:
     """Print the table; 1 where an operator costs more than LIMIT over its launch in inference."""
-    if unknown := sorted(set(settings.operator) - set(ops.SCHEMAS)):
-        known = ", ".join(ops.SCHEMAS)
+    if unknown := sorted(set(settings.operator) - set(operator_names(eight_bits=False))):
+        known = ", ".join(operator_names(eight_bits=False))
         print(f"--operator: expected among {known}; got {unknown[0]!r}", file=sys.stderr)
         return 2
     if min(settings.rounds, settings.calls) < 1:

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from deit.kernels.engine import dispatch, native, ops, tuning
+from deit.kernels.engine import dispatch, measured, native, registry, tuning
+from deit.kernels.engine.operator import operator_names
 
 PACKAGES = ("fused-deit", "torch", "triton", "torchvision", "timm", "transformers", "numpy")
 # The extensions that kernels here or in PyTorch make use of, as Linux spells them.
@@ -23,7 +24,7 @@ CPU_FLAGS = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni",
     "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "amx_tile", "asimd", "bf16", "sve",
 )  # fmt: skip
-# What they are called together.
+# Names for groups of them.
 _CALLED = {
     "AVX2": ("avx2", "fma", "f16c"),
     "AVX-VNNI": ("avx_vnni",),
@@ -57,14 +58,14 @@ def collect() -> dict[str, Any]:
         "libraries": {kind: native.status(kind) for kind in native.LIBRARIES},
         "operators": {
             name: {device: _operator(name, device) for device in _devices(gpus)}
-            for name in ops.SCHEMAS
+            for name in operator_names(eight_bits=False)
         },
         "tuned": _tuned(),
     }
 
 
 def _tuned() -> list[str]:
-    """Only where such a file exists does looking for it touch a device."""
+    """Looking for such a file touches a device only where it exists."""
     return [
         f"{table.device}: {table.ignored or f'{len(table.entries)} tuned configurations'}"
         for table in tuning.tables().values()
@@ -201,10 +202,10 @@ def _operator(name: str, device: str) -> dict[str, Any]:
             reasons[implementation] = []
             continue
         why_not = list(dispatch.environment(implementation, kind, index))
-        if name not in ops.KERNELS[implementation]:
+        if name not in registry.KERNELS[implementation]:
             why_not.append(f"it has no {name} kernel")
         reasons[implementation] = why_not
-    candidates = dispatch.measured(name, kind, index)
+    candidates = measured.implementations(name, kind, index)
     auto = next((c for c in candidates if not reasons[c]), "reference")
     return {"auto": auto, "reasons": reasons}
 

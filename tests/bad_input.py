@@ -18,9 +18,10 @@ from schema_calls import CALLS, argument_names, each
 from torch import Tensor
 
 import deit.kernels
+from deit.kernels.engine.operator import OPERATORS
 from deit.kernels.prove import reference
 
-# What keeps the shape, the dtype and, where the memory overlaps, not the values.
+# These keep the shape and the dtype. They change the values where the memory overlaps.
 LAYOUTS: dict[str, Callable[[Tensor], Any]] = {
     "last axis strided": lambda t: torch.stack([t, t], dim=-1).flatten(-2)[..., ::2],
     "last axis expanded": lambda t: t[..., :1].expand(t.shape),
@@ -58,14 +59,14 @@ def tensors(name: str) -> list[str]:
 
 def held(name: str) -> set[str]:
     """The arguments for which kernels have no gradient."""
-    return set(deit.kernels.engine.dispatch.OPERATORS[name].constants.values())
+    return set(OPERATORS[name].constants.values())
 
 
 def given(name: str) -> dict[str, Any]:
     """The call of test_dispatch.CALLS with every argument by name."""
     inputs, options = CALLS[name]
     call = dict(zip(argument_names(name), inputs, strict=False)) | options
-    call.pop("row_stats", None)  # of x as it is: an x that is spoilt would not be theirs
+    call.pop("row_stats", None)  # they belong to the x that is not spoilt
     return call
 
 
@@ -110,8 +111,4 @@ def prepared_in_fp64(name: str, call: dict[str, Any]) -> list[Any]:
         value = value.detach().clone(memory_format=torch.contiguous_format)
         return value.double() if value.is_floating_point() else value
 
-    return list(
-        deit.kernels.engine.dispatch.OPERATORS[name].prepare(
-            **{k: packed(v) for k, v in call.items()}
-        )
-    )
+    return list(OPERATORS[name].prepare(**{k: packed(v) for k, v in call.items()}))

@@ -37,10 +37,10 @@ def pytest_configure() -> None:
 
 
 def _selected(name: str) -> Iterator[str]:
-    from deit.kernels.engine import dispatch, native
+    from deit.kernels.engine import limits, native
 
     try:
-        dispatch._cpu_isa()  # remembered once a process: the processor's own, not a test's choice
+        limits.cpu_isa()  # cached now: the processor's own, not a test's choice
         native.select_cpu_isa(name)
     except (ValueError, RuntimeError) as error:
         pytest.skip(str(error))

@@ -15,6 +15,7 @@ from training import same
 from deit.commands.cli import main
 from deit.data.sampling import Plan
 from deit.training import resume
+from deit.training.learner import Learner
 from deit.training.resume import FACTS, RULES
 from deit.training.runs import RunFolder
 from deit.training.trainer import Trainer, train
@@ -208,15 +209,15 @@ def test_a_run_in_fp16_goes_on_in_fp32(data, tmp_path, steps):
 
 
 def test_the_optimiser_goes_on_by_todays_settings(run, data, monkeypatch):
-    seen, apply = [], Trainer._apply
+    seen, apply = [], Learner.apply
 
-    def watched(self):
+    def watched(self, made):
         seen.extend((g["betas"], g["eps"], g["weight_decay"]) for g in self.optimizer.param_groups)
         moments = next(iter(self.optimizer.state.values()))
         assert moments["exp_avg"].any()
-        apply(self)
+        apply(self, made)
 
-    monkeypatch.setattr(Trainer, "_apply", watched)
+    monkeypatch.setattr(Learner, "apply", watched)
     changes = {"recipe_betas": (0.5, 0.6), "recipe_eps": 1e-3, "recipe_weight_decay": 0.7}
     train(small(data, run, recipe_epochs=3, **changes))
     assert sorted(set(seen)) == [((0.5, 0.6), 1e-3, 0.0), ((0.5, 0.6), 1e-3, 0.7)]

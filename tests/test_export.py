@@ -88,7 +88,7 @@ def test_another_process_runs_the_file_of_a_distilled_network(form, tmp_path, ca
 
 
 def test_a_file_that_computes_something_else_is_refused(weights, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("deit.weights.export.difference", lambda *_: 0.1)
+    monkeypatch.setattr("deit.export.difference", lambda *_: 0.1)
     assert main(["export", str(weights), "--out", str(tmp_path / "o.safetensors")]) == 2
     assert "differs from the network by 0.1" in capsys.readouterr().err
 

@@ -51,6 +51,7 @@ PARSE = """
         names: tuple[str, ...] = ("x",)
         fast: bool = True
         slow: bool = False
+        told: int = dataclasses.field(default=1, metadata={"help": "In its line."})
         link: Annotated[Link, flags.arg(name="")] = dataclasses.field(default_factory=Link)
 
     print(flags.parse(Options, sys.argv[1:], "Does it."))
@@ -81,7 +82,14 @@ def test_without_tyro_the_same_options(script, line, capsys, monkeypatch):
 def test_without_tyro_help_and_bad_input(script):
     shown = run(script, "--help")
     assert shown.returncode == 0
-    for text in ("Does it.", "How many.", "GB/s, 100 % of it.", "--no-fast", "[PATH ...]"):
+    for text in (
+        "Does it.",
+        "How many.",
+        "In its line.",
+        "GB/s, 100 % of it.",
+        "--no-fast",
+        "[PATH ...]",
+    ):
         assert text in shown.stdout
     wrong = run(script, "--kind", "c")
     assert wrong.returncode == 2

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from deit.kernels import explain, patch_embed
-from deit.kernels.engine import native, ops
+from deit.kernels.engine import native, registry
 from deit.kernels.prove import reference
 
 pytestmark = pytest.mark.skipif(
@@ -30,7 +30,7 @@ def arguments(
 
 
 def run(*given):
-    return ops.COMPILED["cpu"]["patch_embed"](*given)
+    return registry.COMPILED["cpu"]["patch_embed"](*given)
 
 
 # 33 and 50 channels leave a rest in every panel; (2, 6) is a patch that is not square; 240 x 224

@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 
 import deit
 from deit.fused_vit import fuse
-from deit.kernels.engine import native, ops
+from deit.kernels.engine import native, registry
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))
 )
-OPS = ops.COMPILED["cpu"]
+OPS = registry.COMPILED["cpu"]
 Call = Callable[[], object]
 
 
@@ -41,7 +41,7 @@ NONE = (None, None, None)
 
 
 def backward(name: str, douts: tuple[torch.Tensor, ...], saves: Call, *rest: object) -> Call:
-    """`rest` holds places (int) of what the forward saved, between the other arguments."""
+    """An int in `rest` is the place of what the forward saved; the others are arguments."""
 
     def call() -> object:
         saved = saves()
@@ -119,7 +119,7 @@ CALLS: dict[str, Call] = _TRAINING | {
 
 
 def test_every_cpu_operator_has_a_call() -> None:
-    assert set(CALLS) == ops.KERNELS["cpu"]
+    assert set(CALLS) == registry.KERNELS["cpu"]
 
 
 def bits(result: object) -> list[torch.Tensor]:
@@ -139,8 +139,8 @@ def test_threads_change_no_bit(name: str, threads: Callable[[int], None]) -> Non
 def model() -> torch.nn.Module:
     torch.manual_seed(0)
     made = deit.create("deit_ti", img_size=64).eval()
-    # The shortened last block asks PyTorch's attention for one query a head, whose sums PyTorch
-    # splits by the number of threads: its logits move by 3e-7.
+    # The shortened last block asks PyTorch's attention for one query a head. PyTorch splits
+    # those sums by the number of threads, and the logits move by 3e-7.
     fuse(made, last_block="full")
     return made
 
@@ -158,7 +158,7 @@ def test_threads_change_no_bit_of_a_fused_models_logits(
 
 
 class Embedded(Dataset[torch.Tensor]):
-    """Images run through a fused model by whoever loads them, as an embedding pipeline does."""
+    """The loader runs its images through a fused model, as an embedding pipeline does."""
 
     def __init__(self, model: torch.nn.Module, images: torch.Tensor) -> None:
         self.model, self.images = model, images
@@ -199,4 +199,5 @@ def test_the_library_keeps_no_state_but_the_chosen_instruction_set() -> None:
     # Address, flags, section, size, name: an object's line has its section after `O`.
     state = {" ".join(line[line.index("O") + 3 :]) for line in lines
              if "O" in line and writable & set(line)}  # fmt: skip
-    assert state == {"deit::(anonymous namespace)::selected"}
+    selected = {"selected_floats", "selected_int8"}  # the sets in use
+    assert state == {f"deit::(anonymous namespace)::{name}" for name in selected}

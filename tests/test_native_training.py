@@ -13,14 +13,14 @@ from layers import feed_forward, keep_of, layer
 import deit
 from deit.fused_vit import fuse
 from deit.kernels import add_layer_norm, attention, explain, gelu_mlp, layer_norm, linear
-from deit.kernels.engine import native, ops
+from deit.kernels.engine import native, registry
 from deit.kernels.prove import reference
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))
 )
 
-OPS = ops.COMPILED["cpu"]
+OPS = registry.COMPILED["cpu"]
 
 
 def calls():
@@ -110,7 +110,7 @@ def test_strides_change_no_bit(prepared, name):
 
 
 def test_an_expanded_gradient():
-    """What `.sum().backward()` sends: one element at stride 0."""
+    """`.sum().backward()` sends one element at stride 0."""
     x = torch.randn(2, 9, 48, requires_grad=True)
     weight = torch.randn(48, 48, requires_grad=True)
     for impl in ("cpu", "reference"):
@@ -124,7 +124,7 @@ def test_an_expanded_gradient():
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
 def test_empty(shape):
-    """An empty batch has empty gradients, and parameters zeros, whoever computes them."""
+    """An empty batch has empty gradients and zeros for its parameters, by every kernel."""
     x = torch.empty(*shape, 24, requires_grad=True)
     weight = torch.randn(24, 24, requires_grad=True)
     vector = torch.randn(24, requires_grad=True)

@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from deit.kernels import explain, gelu_mlp, linear
-from deit.kernels.engine import dispatch, native, ops
+from deit.kernels.engine import limits, native, registry
 from deit.kernels.prove import reference
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))
 )
 
-OPS = ops.COMPILED["cpu"]
+OPS = registry.COMPILED["cpu"]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -98,7 +98,7 @@ def test_a_deit_s_sizes(dtype):
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])
 def test_gelu_over_its_whole_range(isa, name):
-    # A product with the identity: the activation alone. Its error is relative to what is small.
+    # A product with the identity is the activation alone. The error is relative to it.
     for low, high in ((-12.0, 12.0), (-0.01, 0.01), (-1e-30, 1e-30)):
         x = torch.linspace(low, high, 4097)[:, None]
         out = OPS["linear"](x, torch.ones(1, 1), None, name, None, None, None)
@@ -153,7 +153,7 @@ def test_strides_and_ranks(isa, dtype):
 
 @torch.no_grad()
 def test_a_changed_weight_is_seen_however_it_changed():
-    # Nothing is kept of a weight: also what no version counter tells.
+    # Nothing is kept of a weight, so even changes that no version counter tells are seen.
     x, weight = torch.randn(3, 64), torch.nn.Parameter(torch.randn(48, 64))
     for change in (
         lambda: weight.mul_(2.0),
@@ -173,9 +173,9 @@ def test_what_is_left_to_pytorch(monkeypatch):
         half = explain("linear", torch.randn(2, 8).half(), torch.randn(4, 8).half())
         empty = explain("linear", torch.randn(0, 8), torch.randn(4, 8))
         odd = explain("linear", torch.randn(2, 7).bfloat16(), torch.randn(4, 7).bfloat16())
-        monkeypatch.setattr(dispatch, "_cpu_isa", lambda: "avx2")
+        monkeypatch.setattr(limits, "cpu_isa", lambda: "avx2")
         older = explain("linear", torch.randn(2, 8).bfloat16(), torch.randn(4, 8).bfloat16())
-        monkeypatch.setattr(dispatch, "_cpu_isa", lambda: "portable")
+        monkeypatch.setattr(limits, "cpu_isa", lambda: "portable")
         other = explain("gelu_mlp", torch.randn(2, 8), torch.randn(8, 8), None, torch.randn(8, 8),
                         None)  # fmt: skip
     for found in (half, empty, odd, older, other):

@@ -6,7 +6,7 @@ from torch import nn
 
 import deit
 from deit.kernels import attention, gelu_mlp, layer_norm, linear, vit_block
-from deit.kernels.engine import dispatch, native
+from deit.kernels.engine import limits, native
 from deit.kernels.prove import reference
 from deit.kernels.vit_block import vit_blocks
 
@@ -50,7 +50,7 @@ OPTIONAL = {
 def test_a_wrong_shape_is_named(name):
     given = tensors() | OPTIONAL
     given[name] = given[name][..., :-1] if name != "row_stats" else given[name][:, :-1]
-    # A wrong x shows as the first weight that does not fit it.
+    # A wrong x is reported by the first weight that does not fit it.
     named = "x: expected a last axis" if name == "x" else f"{name}: expected shape"
     with pytest.raises(ValueError, match=named):
         vit_block(**given, num_heads=HEADS)
@@ -144,7 +144,7 @@ def test_the_cpu_kernel_gives_the_operators_bits_at_any_number_of_threads(
     isa, threads, monkeypatch, images, dtype, dim, hidden, heads
 ):
     # Every set multiplies bf16, if slowly; "auto" would leave it to PyTorch without AVX512-BF16.
-    monkeypatch.setattr(dispatch, "_cpu_isa", lambda: "avx512_bf16")
+    monkeypatch.setattr(limits, "cpu_isa", lambda: "avx512_bf16")
     generator = torch.Generator().manual_seed(images)
     draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)
     given = {

@@ -7,12 +7,6 @@
 // multiply-adds. Scores of the tile stay in cache; the softmax is the plain two-pass one, exact
 // for any N. All matrix products go through `product`, a register-blocked outer product.
 
-#if defined(__AVX512F__)
-constexpr int kRows = 6, kCols = 4;  // 24 accumulators, 4 of B and 1 of A: 29 of 32 registers
-#else
-constexpr int kRows = 6, kCols = 2;  // 12 accumulators, 2 of B and 1 of A: 15 of 16 registers
-#endif
-constexpr int64_t kPanel = kCols * kWidth;  // keys of one panel
 // Terms added up in one chain; longer sums are added chain by chain. Against fp64, in units of
 // PyTorch's own error at N = 197, chains of 256 gave 1.1 (norm) and up to 1.55 (maximum), chains
 // of 64 give 0.93 and 1.1. Without fused multiply-add they are 16.
@@ -24,77 +18,14 @@ constexpr int64_t kChain = kWidth == 4 ? 16 : 64;
 constexpr int64_t kFewKeys = 12;
 constexpr int64_t kShortChain = 16;
 
-// c[MR, NV * kWidth] (= or +=) a[MR, depth] * b[depth, NV * kWidth], of words that hold W.
-template <class W, int MR, int NV>
-DEIT_INLINE void product_block(const float* a, int64_t lda, const float* b, int64_t ldb,
-                               int64_t depth, bool add, float* c, int64_t ldc) {
-  Vec sums[MR][NV];
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) sums[i][j] = broadcast(0.0f);
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec row[NV];
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) row[j] = load(b + k * ldb + j * kWidth);
-#pragma GCC unroll 8
-    for (int i = 0; i < MR; ++i) {
-      const Vec factor = broadcast(a[i * lda + k]);
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) sums[i][j] = multiply_word<W>(factor, row[j], sums[i][j]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) {
-      float* to = c + i * ldc + j * kWidth;
-      store(to, add ? load(to) + sums[i][j] : sums[i][j]);
-    }
-  }
-}
-
-template <class W, int MR>
-DEIT_INLINE void product_rows(const float* a, int64_t lda, const float* b, int64_t ldb,
-                              int64_t depth, int vectors, bool add, float* c, int64_t ldc) {
-  switch (vectors) {
-    case 1: return product_block<W, MR, 1>(a, lda, b, ldb, depth, add, c, ldc);
-    case 2: return product_block<W, MR, 2>(a, lda, b, ldb, depth, add, c, ldc);
-    case 3: return product_block<W, MR, kCols < 3 ? kCols : 3>(a, lda, b, ldb, depth, add, c, ldc);
-    default: return product_block<W, MR, kCols>(a, lda, b, ldb, depth, add, c, ldc);
-  }
-}
-
-// c[rows, vectors * kWidth] = (or +=) a[rows, depth] * b[depth, vectors * kWidth], where
-// vectors <= kCols, each sum one chain.
-template <class W>
-void product_chain(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows,
-                   int64_t depth, int vectors, bool add, float* c, int64_t ldc) {
-  int64_t i = 0;
-  for (; i + kRows <= rows; i += kRows) {
-    product_rows<W, kRows>(a + i * lda, lda, b, ldb, depth, vectors, add, c + i * ldc, ldc);
-  }
-  for (; i + 2 <= rows; i += 2) {
-    product_rows<W, 2>(a + i * lda, lda, b, ldb, depth, vectors, add, c + i * ldc, ldc);
-  }
-  for (; i < rows; ++i) {
-    product_rows<W, 1>(a + i * lda, lda, b, ldb, depth, vectors, add, c + i * ldc, ldc);
-  }
-}
-
-// The same for any depth, in chains of at most `chain` terms; `c` is overwritten.
+// c = a b for any depth, in chains of at most `chain` words.
 template <class W = float>
 void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows,
              int64_t depth, int64_t chain, int vectors, float* c, int64_t ldc) {
   for (int64_t k = 0; k < depth; k += chain) {
     const int64_t terms = depth - k < chain ? depth - k : chain;
-    product_chain<W>(a + k, lda, b + k * ldb, ldb, rows, terms, vectors, k > 0, c, ldc);
+    multiply<W, false>(a + k, lda, b + k * ldb, ldb, rows, terms, vectors, k > 0, c, ldc);
   }
-}
-
-DEIT_INLINE int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
 }
 
 // Where the pieces of a range's workspace lie.

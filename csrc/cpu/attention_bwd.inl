@@ -56,7 +56,7 @@ DEIT_INLINE void multiply_all(const float* a, int64_t lda, const float* b, int64
     const float* panel = b + column / kPanel * panel_step;
     for (int64_t k = 0; k < depth; k += kChain) {
       const int64_t chain = depth - k < kChain ? depth - k : kChain;
-      multiply<kOuter>(a + k * (kOuter ? lda : 1), lda, panel + k * ldb, ldb, rows, chain,
+      multiply<float, kOuter>(a + k * (kOuter ? lda : 1), lda, panel + k * ldb, ldb, rows, chain,
                        vectors_of(width - column), add || k > 0, c + column, ldc);
     }
   }
@@ -155,3 +155,8 @@ void plan_attention_gradient(AttentionGradientArgs& args) {
 size_t attention_gradient_workspace(const AttentionGradientArgs& args) {
   return static_cast<size_t>(lay_out(args, nullptr).end - static_cast<float*>(nullptr));
 }
+
+constexpr AttentionKernels attention_kernels = {
+    plan_attention,          attention_workspace,          attention,
+    plan_attention_gradient, attention_gradient_workspace, attention_gradient,
+};

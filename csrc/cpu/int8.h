@@ -1,4 +1,4 @@
-// What the launchers (int8_ops.cpp) and the kernels (int8_kernels.cpp, once per instruction set)
+// What the launchers (int8_linear.cpp) and the kernels (int8_kernels.cpp, once per instruction set)
 // of the products in 8-bit integers share: plain data and function pointers, as in isa.h.
 //
 // Weights are symmetric, one scale an output channel; activations are u8 with a scale and a zero
@@ -58,5 +58,8 @@ extern const Int8Kernels avx2_int8;
 extern const Int8Kernels avxvnni_int8;
 extern const Int8Kernels avx512vnni_int8;
 #endif
+
+// The best set this processor runs, or the one that was selected.
+const Int8Kernels& int8_kernels();
 
 }  // namespace deit

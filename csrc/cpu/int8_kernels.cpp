@@ -13,10 +13,11 @@ namespace {
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-function"  // of it, a row's arithmetic alone is used
+#include "gelu.inl"
 #include "layer_norm.inl"
 #pragma GCC diagnostic pop
 
-#include "int8.inl"
+#include "int8_linear.inl"
 
 }  // namespace
 }  // namespace DEIT_ISA

@@ -1,26 +1,20 @@
-// Products in 8-bit integers as their launchers describe them (int8_ops.cpp, int8_block.cpp).
+// Products in 8-bit integers as their launchers describe them (int8_linear.cpp, int8_vit_block.cpp).
 #pragma once
 
 #include <algorithm>
-#include <optional>
 
 #include "int8.h"
 #include "launch.h"
 
 namespace deit {
 
-// The best set this processor runs, or the one that was selected.
-const Int8Kernels& int8_kernels();
-
 // Multiply-adds below which another thread costs more than it saves: PyTorch's own figure is of
 // elements, read and written, and a vector instruction does 64 of these.
 constexpr int64_t kInt8Grain = 32 * kGrain;
 
-inline Buffer allocate_bytes(size_t bytes) {
-  return allocate((bytes + sizeof(float) - 1) / sizeof(float));
-}
+inline size_t floats_of(size_t bytes) { return (bytes + sizeof(float) - 1) / sizeof(float); }
 
-inline const float* fp32_vector(const char* name, const std::optional<Tensor>& value,
+inline const float* fp32_vector(const char* name, const Optional& value,
                                 int64_t numel, const Tensor& like, Tensor& holder) {
   if (!value.has_value()) return nullptr;
   check_parameter(name, *value, numel, like);
@@ -33,8 +27,8 @@ inline const float* fp32_vector(const char* name, const std::optional<Tensor>& v
 // up to a whole panel; the tensors given must outlive it.
 inline Int8Weight weight_of(const Tensor& x, int64_t depth, const Tensor& packed,
                             const Tensor& scales,
-                            const Tensor& sums, const std::optional<Tensor>& bias,
-                            const std::optional<Tensor>& gamma, Buffer& columns) {
+                            const Tensor& sums, const Optional& bias,
+                            const Optional& gamma, Buffer& columns) {
   Int8Weight weight{};
   weight.features = scales.numel();
   weight.depth = depth;
@@ -44,7 +38,7 @@ inline Int8Weight weight_of(const Tensor& x, int64_t depth, const Tensor& packed
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Char && packed.is_contiguous() &&
                       packed.numel() == panels * kPanelColumns * ((depth + 3) / 4 * 4),
                   "packed: expected contiguous int8 of [", panels, ", ", (depth + 3) / 4,
-                  ", 32, 4], as quantize_weight makes it");
+                  ", 32, 4], as int8.h describes it");
   STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Int && sums.is_contiguous() &&
                       sums.numel() == panels * kPanelColumns,
                   "sums: expected contiguous int32 of [", panels * kPanelColumns, "]");
@@ -76,11 +70,11 @@ inline void run_int8(const Int8Args& args) {
   const int64_t work = set.group * (args.first.features * args.first.depth +
                                     args.second.features * args.second.depth);
   const int64_t groups = (args.rows + set.group - 1) / set.group;
-  torch::stable::parallel_for(0, groups, std::max<int64_t>(1, kInt8Grain / work),
-                              [&](int64_t begin, int64_t end) {
-                                const Buffer workspace = allocate_bytes(set.workspace(args));
-                                set.run(args, workspace.get(), begin, end);
-                              });
+  const size_t floats = floats_of(set.workspace(args));
+  over_threads(groups, std::max<int64_t>(1, kInt8Grain / work), floats,
+               [&](float* workspace, int64_t begin, int64_t end) {
+                 set.run(args, workspace, begin, end);
+               });
 }
 
 }  // namespace deit

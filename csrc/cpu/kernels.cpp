@@ -11,51 +11,32 @@ namespace deit {
 namespace DEIT_ISA {
 namespace {
 
-#include "attention.inl"
-#include "layer_norm.inl"
-#include "product.inl"
-#include "block.inl"
-
-// Training, over what those define. clang-format off
+// Shared, in the order in which they build on each other. clang-format off
 #include "lanes.inl"
 #include "gelu.inl"
-#include "gemm.inl"
-#include "weight_gradient.inl"
-#include "attention_bwd.inl"
+#include "outer_product.inl"
+
+#include "layer_norm.inl"
 #include "layer_norm_bwd.inl"
+#include "attention.inl"
+#include "attention_bwd.inl"
+#include "linear.inl"
+#include "linear_training.inl"
+#include "linear_bwd.inl"
+#include "vit_block.inl"
+// clang-format on
 
 }  // namespace
 }  // namespace DEIT_ISA
 
 const Kernels DEIT_TABLE(DEIT_ISA) = {
     DEIT_TEXT(DEIT_ISA),
-    DEIT_ISA::layer_norm_workspace,
-    DEIT_ISA::layer_norm,
-    DEIT_ISA::plan_attention,
-    DEIT_ISA::attention_workspace,
-    DEIT_ISA::attention,
-    DEIT_ISA::products::plan_product,
-    DEIT_ISA::products::product_workspace,
-    DEIT_ISA::products::product,
-    DEIT_ISA::products::kCols,
-    DEIT_ISA::products::pack_weight,
-    DEIT_ISA::blocks::block_workspace,
-    DEIT_ISA::blocks::block,
-    DEIT_ISA::blocks::row_stats,
-    {
-        DEIT_ISA::kPanel,
-        DEIT_ISA::kRowTile,
-        DEIT_ISA::pack_operand,
-        DEIT_ISA::product_workspace,
-        DEIT_ISA::product_tiles,
-        DEIT_ISA::weight_gradient_workspace,
-        DEIT_ISA::weight_gradient,
-        DEIT_ISA::output_gradient,
-        DEIT_ISA::layer_norm_gradient,
-        DEIT_ISA::plan_attention_gradient,
-        DEIT_ISA::attention_gradient_workspace,
-        DEIT_ISA::attention_gradient,
-    },
+    DEIT_ISA::layer_norm_kernels,
+    DEIT_ISA::attention_kernels,
+    DEIT_ISA::products::kernels,
+    DEIT_ISA::training_product_kernels,
+    DEIT_ISA::linear_gradient_kernels,
+    DEIT_ISA::blocks::kernels,
 };
 
 }  // namespace deit

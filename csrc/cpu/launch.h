@@ -1,6 +1,7 @@
-// What the launchers of inference (ops.cpp) and training share.
+// What the launchers of all operators share.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <new>
 #include <optional>
@@ -11,6 +12,8 @@
 #include "isa.h"
 
 namespace deit {
+
+using Optional = std::optional<Tensor>;
 
 // Elements below which another thread costs more than it saves; PyTorch's own figure.
 constexpr int64_t kGrain = 32768;
@@ -25,9 +28,28 @@ inline Buffer allocate(size_t floats) {
   return Buffer(static_cast<float*>(memory));
 }
 
+inline int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
+
+// Tasks of `work` multiply-adds each, against the elements of an elementwise operation's grain.
+inline int64_t grain_of(int64_t work) {
+  return std::max<int64_t>(1, 4 * kGrain / std::max<int64_t>(1, work));
+}
+
+// The split of [0, tasks) over threads, each with a workspace of its own:
+// run(workspace, begin, end).
+template <class Run>
+void over_threads(int64_t tasks, int64_t grain, size_t floats, const Run& run) {
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    const Buffer workspace = allocate(floats);
+    run(workspace.get(), begin, end);
+  });
+}
+
+inline int64_t last(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); }
+
 // A parameter as contiguous fp32, which `holder` keeps alive: D or B * N elements at most, so
 // one conversion a call replaces a kernel for every mixture of dtypes.
-inline const float* parameter(const char* name, const std::optional<Tensor>& value, int64_t numel,
+inline const float* parameter(const char* name, const Optional& value, int64_t numel,
                               const Tensor& like, Tensor& holder) {
   if (!value.has_value()) return nullptr;
   check_parameter(name, *value, numel, like);
@@ -47,23 +69,14 @@ inline Activation activation_of(const std::optional<std::string>& name) {
   return *name == "gelu" ? Activation::gelu : Activation::gelu_tanh;
 }
 
-// The kernels, split over threads.
-void run_layer_norm(const LayerNormArgs& args, int64_t rows);
-void run_attention(AttentionArgs args);  // plans it
-
-// What a LayerNorm's forward saves, or nothing in inference: fp32 statistics of every row.
+// What vit_block.cpp and int8_vit_block.cpp call of the operators. A LayerNorm's forward in training
+// saves fp32 statistics of every row, attention's lse: [B, H, N] in fp32. Both are null in inference.
 struct Statistics {
   Tensor mean, rstd;
 };
 
-Tensor layer_norm_of(Tensor x, Tensor weight, std::optional<Tensor> bias, double eps,
-                     Statistics* saved);
-std::tuple<Tensor, Tensor> add_layer_norm_of(Tensor x, Tensor residual, Tensor weight,
-                                             std::optional<Tensor> bias, double eps,
-                                             std::optional<Tensor> gamma,
-                                             std::optional<Tensor> keep, Statistics* saved);
-// lse: [B, H, N] in fp32, or null in inference.
-Tensor attention_of(Tensor qkv, int64_t num_heads, double scale, std::optional<Tensor> key_bias,
-                    Tensor* lse);
+Tensor layer_norm_of(Tensor x, Tensor weight, Optional bias, double eps, Statistics* saved);
+Tensor attention_of(Tensor qkv, int64_t num_heads, double scale, Optional key_bias, Tensor* lse);
+void run_attention(AttentionArgs args);  // plans it
 
 }  // namespace deit

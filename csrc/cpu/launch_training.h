@@ -8,15 +8,6 @@
 
 namespace deit {
 
-using Optional = std::optional<Tensor>;
-
-inline int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
-
-// Tasks of `work` multiply-adds each, against the elements of an elementwise operation's grain.
-inline int64_t grain_of(int64_t work) {
-  return std::max<int64_t>(1, 4 * kGrain / std::max<int64_t>(1, work));
-}
-
 // The gradients that a backward is asked for, in the order in which it returns them: all of them
 // where nothing is said. In place of one that is not wanted it returns an empty tensor.
 class Wanted {
@@ -39,8 +30,6 @@ inline const Tensor& required(const char* name, const Optional& tensor) {
 }
 
 inline Tensor none(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
-
-inline int64_t last(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); }
 
 // total[i] = the sum of parts[chunk, i] + parts[chunk, low + i] over chunks in order, in fp64, in
 // `like`'s dtype; a chunk has 2 * low floats.

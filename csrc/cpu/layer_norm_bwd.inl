@@ -92,3 +92,6 @@ void layer_norm_gradient(const LayerNormGradientArgs& args, int64_t begin, int64
     case Scalar::bf16: return layer_norm_gradient_of<BF16>(args, begin, end);
   }
 }
+
+constexpr LayerNormKernels layer_norm_kernels = {layer_norm_workspace, layer_norm,
+                                                 layer_norm_gradient};

@@ -1,4 +1,4 @@
-// Marks of a weight, by which a later call sees that it was written to (kernels/engine/packing.py).
+// Marks of a weight, by which a later call sees that it was written to.
 //
 // A weight's memory is dealt into classes of 64-byte lines, every `classes`-th line to one. A class's
 // mark is a hash of its lines in order: a write to any of them changes it but for one time in 2^32.
@@ -45,7 +45,7 @@ inline uint32_t mark_of(const Hash& hash) {
 
 extern "C" {
 
-// kernels/engine/marks.py's Record.
+// `Record` of deit.kernels' marks.
 struct DeitCpuMarks {
   const char* bytes;
   int64_t count;    // of bytes

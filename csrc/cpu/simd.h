@@ -347,40 +347,5 @@ DEIT_INLINE Vec exp_nonpositive(Vec x) {
   return scale_by_power(y, n);
 }
 
-// GELU is max(0, x) - |x| * q with q the tail of the distribution beyond |x|: nothing cancels.
-// |x| is cut where q < 1e-34, so that no product of it is denormal (100 cycles and more) or
-// infinity times 0.
-DEIT_INLINE Vec cut_magnitude(Vec x) {
-  return min(broadcast(12.5f), max(broadcast(0.0f) - x, x));
-}
-
-// x * Phi(x) (arXiv 1606.08415). With z = |x| / sqrt(2), the tail erfc(z) / 2 is
-// exp(-z^2) * P(u), u = (z / 2) / (1 + z / 2), P of degree 6 with P(0) = 1/2, fitted by iteratively
-// reweighted least squares to within 4.5e-9 of the tail. Normal x: error 3.0e-8 as a norm, where
-// PyTorch's is 6.2e-8.
-DEIT_INLINE Vec gelu(Vec x) {
-  const Vec magnitude = cut_magnitude(x);
-  const Vec v = magnitude * broadcast(0.353553391f);
-  const Vec u = v / (broadcast(1.0f) + v);
-  Vec p = broadcast(0.0514108092f);
-  p = fma(p, u, broadcast(0.00326142902f));
-  p = fma(p, u, broadcast(-0.156379789f));
-  p = fma(p, u, broadcast(-0.137154579f));
-  p = fma(p, u, broadcast(0.87160027f));
-  p = fma(p, u, broadcast(-1.12837863f));
-  p = fma(p, u, broadcast(0.5f));
-  const Vec tail = exp_nonpositive(magnitude * magnitude * broadcast(-0.5f)) * p;
-  return max(broadcast(0.0f), x) - magnitude * tail;
-}
-
-// x / (1 + exp(-2 s)) with s = sqrt(2 / pi) * (x + 0.044715 x^3); the tail is e / (1 + e) with
-// e = exp(-2 |s|). It falls faster: |x| is cut at 9.5.
-DEIT_INLINE Vec gelu_tanh(Vec x) {
-  const Vec magnitude = min(broadcast(9.5f), cut_magnitude(x));
-  const Vec cubic = fma(magnitude * magnitude, broadcast(0.0713548163f), broadcast(1.59576912f));
-  const Vec e = exp_nonpositive(broadcast(0.0f) - magnitude * cubic);
-  return max(broadcast(0.0f), x) - magnitude * (e / (broadcast(1.0f) + e));
-}
-
 }  // namespace DEIT_ISA
 }  // namespace deit

@@ -1,4 +1,4 @@
-// What the CUDA launchers (ops.cpp) hand to layer_norm.cu.
+// What layer_norm.cpp hands to layer_norm.cu.
 #pragma once
 
 #include <cuda_runtime.h>

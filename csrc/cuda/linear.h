@@ -1,4 +1,4 @@
-// What the CUDA launchers (ops_linear.cpp) hand to linear.cu.
+// What linear.cpp hands to linear.cu.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,7 +1,7 @@
 """Command lines from typed dataclasses: by tyro, or plainer ones by argparse where it is missing.
 
-A field is a flag, its docstring the flag's help. What takes tyro to understand, `deit` itself with
-its subcommands, says so without it; the scripts of bench/ run all the same.
+A field is a flag; its docstring, or `help` in its metadata, is the flag's help. Without tyro,
+`deit` itself with its subcommands says that it needs it; the scripts of bench/ run all the same.
 """
 
 from __future__ import annotations
@@ -50,6 +50,17 @@ def subcommand(name: str) -> Any:
     return tyro.conf.subcommand(name) if tyro else None
 
 
+def _may_be_left_out(metavar: str) -> Any:
+    """For a flag whose own help says what happens without it."""
+    return arg(metavar=metavar, help_behavior_hint="")
+
+
+OptionalPath = Annotated[Path | None, _may_be_left_out("PATH")]
+OptionalName = Annotated[str | None, _may_be_left_out("NAME")]
+OptionalInt = Annotated[int | None, _may_be_left_out("INT")]
+Paths = Annotated[tuple[Path, ...], Positional, _may_be_left_out("PATH ...")]
+
+
 def cli(kind: Any, arguments: Sequence[str] | None, **how: Any) -> Any:
     """tyro.cli, with its prefixes left out. Raises ValueError where tyro is missing."""
     if tyro is None:
@@ -58,7 +69,7 @@ def cli(kind: Any, arguments: Sequence[str] | None, **how: Any) -> Any:
 
 
 def parse(kind: type[T], arguments: Sequence[str] | None, description: str | None) -> T:
-    """A dataclass from a command line; exits with 2 and a line for what is no such line.
+    """A dataclass from a command line; exits with 2 and a message where the line is wrong.
 
     Fields of str, int, float, bool, Path, Literal, of those or None, and tuples of those; fields
     that are dataclasses are their own fields' flags.
@@ -90,8 +101,8 @@ def _add_all(parser: argparse.ArgumentParser, kind: Any) -> None:
         if dataclasses.is_dataclass(hint):
             _add_all(parser, hint)
         else:
-            note = notes.get(field.name, "").replace("%", "%%")
-            _add(parser, field, hint, positional, note)
+            note = field.metadata.get("help", notes.get(field.name, ""))
+            _add(parser, field, hint, positional, note.replace("%", "%%"))
 
 
 def _made(kind: Any, values: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Image files: which there are below a folder, and their pixels, upright and as 8-bit RGB.
+"""Image files: those below a folder, and their pixels, upright and as 8-bit RGB.
 
 Every image of this package is decoded by `load_image`, from a folder, a shard or a dataset alike.
 """
@@ -55,8 +55,8 @@ class UnreadableImage(ValueError):
 def is_image_name(name: str) -> bool:
     """Whether a file is called like an image (see SUFFIXES).
 
-    "._photo.jpg" is not: macOS keeps a file's attributes under that name beside it, on disks and
-    in archives that others read.
+    "._photo.jpg" is not: macOS keeps the attributes of photo.jpg under that name, on disks and in
+    archives that others read.
     """
     base = name.rpartition("/")[2]
     return not base.startswith("._") and os.path.splitext(base)[1].lower() in SUFFIXES
@@ -99,7 +99,7 @@ def _search(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
     with os.scandir(folder) as entries:
         for entry in entries:
             path = folder / entry.name
-            if path.is_dir():  # a link to one, too; one to nothing or to itself is none
+            if path.is_dir():  # a link to a file counts; a link to nothing or to itself does not
                 yield from _search(path, (*above, own))
             elif is_image_name(entry.name):
                 yield path

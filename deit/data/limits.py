@@ -1,4 +1,4 @@
-"""How much a file or a server may ask for; past it comes an error that names the limit.
+"""How much a file or a server may ask for; more is an error that names the limit.
 
 Each is set by an environment variable of its name. No torch here.
 """
@@ -40,8 +40,11 @@ def limit(name: str) -> int:
 
 
 def not_regular(path: Path) -> str | None:
-    """What a path is where it is no regular file, which alone is opened: a FIFO is waited for,
-    and a device may have no end. None for a file; raises OSError where there is nothing."""
+    """What a path is where it is no regular file; None for a file.
+
+    Only regular files are opened: a FIFO is waited for, and a device may have no end. Raises
+    OSError where there is nothing.
+    """
     mode = os.stat(path).st_mode
     kinds = {
         "a folder": stat.S_ISDIR,

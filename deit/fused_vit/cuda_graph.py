@@ -15,8 +15,8 @@ from deit.kernels import warmup
 class Graph:
     """Calls of a model on batches of one shape, replayed from a captured CUDA graph.
 
-    Made by `compile_graph`. images: the batch that the graph reads; who fills it in place and
-    hands it over itself saves a copy.
+    Made by `compile_graph`. images: the batch that the graph reads. A caller that fills it in place
+    and hands it over itself saves a copy.
     """
 
     def __init__(
@@ -33,15 +33,16 @@ class Graph:
 
         Raises:
             TypeError, ValueError: images of another shape, dtype or device than the captured ones.
-            RuntimeError: a weight or buffer was moved or replaced since the capture. What is
-                written to it in place, by whatever means, the replay reads.
+            RuntimeError: a weight or buffer was moved or replaced since the capture. The replay
+                reads what is written to it in place, by whatever means.
         """
         self._check(images)
         if images is not self.images:
             self.images.copy_(images)
         self._replay()
         outputs = tree_map_only(Tensor, Tensor.clone, self._outputs)
-        # Asked last: the device works meanwhile, and what it made of lost memory is not returned.
+        # This check comes last: the device works meanwhile, and a result from lost memory is
+        # not returned.
         if self._found() != self._states:
             raise RuntimeError(
                 "the model's weights have been moved or replaced since its graph was captured, "
@@ -69,8 +70,8 @@ def compile_graph(model: nn.Module, batch: Tensor) -> Graph:
     """Capture the model's forward as one CUDA graph, so that a call costs the host one launch.
 
     For inference, fused or not; it pays where the host is slower than the device: small models and
-    small batches. Captured is what the model would do now, under the autocast that is on; fuse,
-    move and cast it before. A graph keeps the memory of its own activations. Call it on one stream.
+    small batches. The graph captures what the model would do now, under the autocast that is on;
+    fuse, move and cast it before. It keeps the memory of its activations. Call it on one stream.
 
         fuse(model.cuda().eval())
         graph = compile_graph(model, images)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deit.kernels import attention, fp8, fp8_gelu_mlp, int8_gelu_mlp
-from deit.kernels.engine import dispatch
+from deit.kernels.engine import limits
 from deit.kernels.thirds import fp8_linear, int8_linear, int8_vit_block
 
 
@@ -56,7 +56,7 @@ def _refuse_int8(model: nn.Module, impl: str) -> None:
 
 def _refuse_fp8(model: nn.Module, impl: str) -> None:
     for name, parameter in model.named_parameters():
-        found = dispatch.unserved(parameter)
+        found = limits.unserved(parameter)
         if impl != "reference":
             found += fp8.why_not(parameter.device)
         if found:
@@ -89,8 +89,8 @@ WHOLE = int8_vit_block.__name__
 def implementations(dtype: str, impl: str) -> dict[str, str]:
     """Operator -> the implementation that runs it, for the operators of the kind `dtype` names.
 
-    No GPU has measured those of fp8, so "auto" would take the reference: whoever asks for fp8 by
-    name asks for its kernels by name.
+    fp8's were measured on no GPU, so "auto" would take the reference. Asking for fp8 by name is
+    therefore asking for its kernels by name.
     """
     if dtype == FP8.name:
         return dict.fromkeys(FP8.operators, "reference" if impl == "reference" else "triton")

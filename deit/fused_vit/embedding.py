@@ -6,13 +6,13 @@ fresh memory: 0.55 ms an image of DeiT-Ti on a CPU where `patch_embed` takes 0.3
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from deit.fused_vit.modules import PLAIN_TENSORS, hooked
 from deit.kernels import patch_embed
-from deit.kernels.engine import dispatch
+from deit.kernels.engine import autocast
 
 
 class ImageEmbedding:
@@ -21,6 +21,10 @@ class ImageEmbedding:
     `why_steps` says when the original's steps run instead: what they do differs, or somebody
     watches one of them.
     """
+
+    if TYPE_CHECKING:  # the attributes of the class that this is mixed over
+
+        def __getattr__(self, name: str) -> Any: ...
 
     OPERATORS: ClassVar[tuple[str, ...]] = ("patch_embed",)
     # Methods of the original that the operator stands for.
@@ -35,11 +39,10 @@ class ImageEmbedding:
         raise NotImplementedError
 
     def absorbed(self) -> list[nn.Module]:
-        root: Any = self
         inherited = super().absorbed()  # type: ignore[misc]
         if self.why_steps() is not None:
             return inherited
-        return [*inherited, root.patch_embed, root.patch_embed.proj]
+        return [*inherited, self.patch_embed, self.patch_embed.proj]
 
     def operators(self) -> tuple[str, ...]:
         return () if self.why_steps() is not None else super().operators()  # type: ignore[misc]
@@ -50,8 +53,7 @@ class ImageEmbedding:
 
     def why_steps(self) -> str | None:
         """Why the original's steps embed; None where the operator does."""
-        root: Any = self
-        patches = root._modules["patch_embed"]
+        patches = self._modules["patch_embed"]
         proj = patches._modules.get("proj")
         if type(proj) is not nn.Conv2d:
             return f"patch_embed.proj is a {type(proj).__name__}, not a Conv2d"
@@ -61,20 +63,19 @@ class ImageEmbedding:
         if hooked(patches) or hooked(proj):
             return "patch_embed has a hook"
         for name in self.STEPS:
-            if name in root.__dict__:
+            if name in self.__dict__:
                 return f"{name} was replaced"
-        for parameter in (proj.weight, proj.bias, self.prefix_tokens(), root.pos_embed):
+        for parameter in (proj.weight, proj.bias, self.prefix_tokens(), self.pos_embed):
             if parameter is not None and type(parameter) not in PLAIN_TENSORS:
                 return f"a parameter is a {type(parameter).__name__}, not a plain tensor"
         return None
 
     def embedded(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, N, D], positions added."""
-        root: Any = self
         # A gradient for images is the convolution's; autocast leaves prefix and positions fp32.
-        by_operator = not images.requires_grad and dispatch.autocast_dtype(images) is None
+        by_operator = not images.requires_grad and autocast.dtype_of(images) is None
         if not by_operator or self.why_steps() is not None:
             return self.by_steps(images)
-        proj, impl = root.patch_embed.proj, root.fused_impls["patch_embed"]
+        proj, impl = self.patch_embed.proj, self.fused_impls["patch_embed"]
         prefix = self.prefix_tokens()
-        return patch_embed(images, proj.weight, proj.bias, prefix, root.pos_embed, impl=impl)
+        return patch_embed(images, proj.weight, proj.bias, prefix, self.pos_embed, impl=impl)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-# Where the classes come from that fused ones stand for. A class of another package is not theirs,
+# The libraries whose classes fused ones stand for. A class of another package is not theirs,
 # whatever name it was put under.
 LIBRARIES = frozenset({"deit", "timm", "torch", "torchvision", "transformers"})
 
@@ -54,8 +54,8 @@ def _is_own(kind: type, name: str) -> bool:
         return False
     if getattr(function, "__qualname__", None) != f"{owner.__qualname__}.{name}":
         return False
-    # Decorators keep the qualified name, so the code must be the library's, too: its own decorators
-    # are, those of a user are not.
+    # Decorators keep the qualified name, so the code must be the library's, too. The library's own
+    # decorators are its code, a user's are not.
     folder = Path(str(sys.modules[library].__file__)).parent
     return all(Path(code.co_filename).is_relative_to(folder) for code in _codes(function))
 

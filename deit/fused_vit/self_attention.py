@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +14,10 @@ from deit.kernels import attention, linear, thirds
 
 class SelfAttention:
     """Self-attention from one packed projection; a mix-in for what holds its parameters."""
+
+    if TYPE_CHECKING:  # the attributes of the class that this is mixed over
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def projection(self) -> tuple[Any, Any]:
         """Weight [3 * D', D] of q, k and v one after another, and bias [3 * D'] or None.
@@ -46,7 +50,7 @@ class SelfAttention:
         rows: int | None = None,
     ) -> Tensor:
         """residual + keep * gamma * proj(attention(qkv(x))), of the first `rows` tokens or all."""
-        impls = self.fused_impls  # type: ignore[attr-defined]
+        impls = self.fused_impls
         weight, bias = self.projection()
         heads, scale = self.geometry()
         if rows is None:
@@ -77,12 +81,12 @@ class SelfAttention:
     ) -> Tensor:
         """[B, rows, D']: the first `rows` queries against all keys, heads concatenated.
 
-        `project` stands for `linear` where it is given. PyTorch's attention serves: it has
+        `project` stands for `linear` where it is given. PyTorch's attention is good enough for
         B * H * rows queries, half a percent of a layer's.
         """
         heads, scale = self.geometry()
         if project is None:
-            project = functools.partial(linear, impl=self.fused_impls["linear"])  # type: ignore[attr-defined]
+            project = functools.partial(linear, impl=self.fused_impls["linear"])
         width = weight.shape[0] // 3
         bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
         q = project(x[:, :rows], weight[:width], bias_q)

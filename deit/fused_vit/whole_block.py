@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,38 +15,38 @@ from deit.kernels.vit_block import served
 class WholeBlock:
     """What `fuse(model, block="auto")` and "whole" add to a block; a mix-in for a FusedBlock.
 
-    Asked for where `fused_impls` names an implementation of vit_block.
+    It is asked for where `fused_impls` names an implementation of vit_block.
     """
 
+    if TYPE_CHECKING:  # the attributes of the class that this is mixed over
+
+        def __getattr__(self, name: str) -> Any: ...
+
     def operators(self) -> tuple[str, ...]:
-        block: Any = self
-        return (*block.OPERATORS, "vit_block") if block.why_parts() is None else block.OPERATORS
+        return (*self.OPERATORS, "vit_block") if self.why_parts() is None else self.OPERATORS
 
     def remark(self) -> str:
-        block: Any = self
-        if "vit_block" not in block.fused_impls:
+        if "vit_block" not in self.fused_impls:
             return ""
-        reason = block.why_parts()
+        reason = self.why_parts()
         return "whole in inference" if reason is None else f"by its parts: {reason}"
 
     def why_parts(self, device: torch.device | None = None) -> str | None:
         """Why inference on `device` (that of the weights) runs the parts and not `vit_block`."""
-        block: Any = self
-        impl = block.fused_impls.get("vit_block")
+        impl = self.fused_impls.get("vit_block")
         if impl is None:
             return "a whole block was not asked for"
         reason = self.apart()
         if reason is not None:
             return reason
-        found = dispatch.expected("vit_block", impl, device or block.parts()[0].weight.device)
+        found = dispatch.expected("vit_block", impl, device or self.parts()[0].weight.device)
         if found == "reference" != impl:
             return "no vit_block kernel is measured on this device"
         return None
 
     def apart(self) -> str | None:
-        """Why this block is none of `vit_block` and its like; None where it is one."""
-        block: Any = self
-        norm1, attn, norm2, _ = block.parts()
+        """Why neither `vit_block` nor its like computes this block; None where one does."""
+        norm1, attn, norm2, _ = self.parts()
         if norm1.eps != norm2.eps:
             return f"its norms' eps differ, {norm1.eps} and {norm2.eps}"
         width, channels = attn.width(), norm1.weight.shape[0]
@@ -55,31 +55,29 @@ class WholeBlock:
         return None
 
     def runs_whole(self, x: Tensor) -> bool:
-        """Whether this call is one of `vit_block`: inference, nothing dropped, nothing recorded."""
-        block: Any = self
-        if block.why_parts(x.device) is not None or block.training:
+        """Whether `vit_block` takes this call: inference, nothing dropped, nothing recorded."""
+        if self.why_parts(x.device) is not None or self.training:
             return False
-        output = block.parts()[1].output()
-        if block.fused_impls["vit_block"] == "auto" and not served(x, output.weight):
+        output = self.parts()[1].output()
+        if self.fused_impls["vit_block"] == "auto" and not served(x, output.weight):
             return False
-        drops = (block._modules.get(name) for name in block.DROP_PATHS)
+        drops = (self._modules.get(name) for name in self.DROP_PATHS)
         if any(drop is not None and drop.training for drop in drops):
             return False
         if not torch.is_grad_enabled():
             return True
-        parameters = block.parameters()
+        parameters = self.parameters()
         return not x.requires_grad and not any(p.requires_grad for p in parameters)
 
     def whole(
         self, x: Tensor, row_stats: Tensor | None = None, key_bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The block's output and its row statistics, from x and those that came with it."""
+        """The block's output and its row statistics, from x and the statistics that came with x."""
         return thirds.vit_block(x, **self.arguments(), row_stats=row_stats, key_bias=key_bias)
 
     def arguments(self, operator: str = "vit_block") -> dict[str, Any]:
         """What `operator`, "vit_block" or "int8_vit_block", is told of this block."""
-        block: Any = self
-        norm1, attn, norm2, mlp = block.parts()
+        norm1, attn, norm2, mlp = self.parts()
         qkv_weight, qkv_bias = attn.projection()
         proj, (heads, scale) = attn.output(), attn.geometry()
         fc1, fc2 = (mlp._modules[name] for name in mlp.LINEARS)
@@ -99,7 +97,7 @@ class WholeBlock:
             "num_heads": heads,
             "scale": scale,
             "eps": norm1.eps,
-            "gamma1": block.gamma(0),
-            "gamma2": block.gamma(1),
-            "impl": block.fused_impls[operator],
+            "gamma1": self.gamma(0),
+            "gamma2": self.gamma(1),
+            "impl": self.fused_impls[operator],
         }

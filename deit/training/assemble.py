@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from deit import fused_vit
 from deit.data.images import IMAGENET_MEAN, IMAGENET_STD
 from deit.data.sources import Source
 from deit.model import DeiT
@@ -31,7 +33,7 @@ def network(options: Options, classes: int) -> nn.Module:
             distilled=options.distilled,
             drop_path=recipe.drop_path,
             layer_scale=recipe.layer_scale,
-            shape=options.shape,
+            shape=options.shape.changes(),
         )
     if options.arch.startswith(networks.TIMM):
         return _timm(options.weights, options, classes)
@@ -108,7 +110,7 @@ def optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.o
     if recipe.optimizer == "lamb":
         from timm.optim import Lamb
 
-        # Its own clipping is off: the recipe's stands in the loop.
+        # LAMB's own clipping is off: the loop clips as the recipe says.
         return Lamb(groups, lr=lr, betas=recipe.betas, eps=recipe.eps, max_grad_norm=None)
     fused = device.type in ("cuda", "cpu")
     return torch.optim.AdamW(groups, lr=lr, betas=recipe.betas, eps=recipe.eps, fused=fused)
@@ -129,6 +131,16 @@ def schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, updates_an_epoch:
         warmup_lr_init=recipe.warmup_lr,
         t_in_epochs=False,
     )
+
+
+def fuse(model: nn.Module) -> str:
+    """Put the fused operators under `model`, as far as they fit; what runs now, for people."""
+    with warnings.catch_warnings():  # a convnet is no mistake here
+        warnings.filterwarnings("ignore", "fuse: nothing")
+        report = fused_vit.fuse(model)
+    if report.fused:
+        return str(report)
+    return f"nothing in a {type(model).__name__} has a fused form: it runs on PyTorch's operators"
 
 
 def freeze(model: nn.Module) -> None:

@@ -41,7 +41,7 @@ class Objective:
         logits, token = outputs if isinstance(outputs, tuple) else (outputs, None)
         if teacher is None:
             loss = self._labels(logits, target)
-            # Without a teacher both heads learn the labels, or the second one learned nothing.
+            # Both heads learn the labels without a teacher: the second would learn nothing else.
             return loss if token is None else (loss + self._labels(token, target)) / 2
         how = self.distillation
         return distillation_loss(

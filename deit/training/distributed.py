@@ -105,10 +105,11 @@ def meet(
     """The part of `store` that belongs to the `size` processes started together; waits for them.
 
     torchrun keeps one store over its restarts, and gloo's addresses and NCCL's identity of the
-    processes before still stand in it: one that comes early takes them for its peers' own, and is
-    refused or waits for ever. Its restart count does not tell the starts apart, since every node
-    counts its own. So the first process draws a name for this start, and says it in answer to a
-    question that each of the others draws: an earlier start's is answered too, and heard by none.
+    earlier processes still stand in it. A process that comes early takes them for its peers' own,
+    and is refused or waits for ever. The restart count does not tell the starts apart, since every
+    node counts its own. So the first process draws a name for this start, and each of the others
+    draws a question, which the first answers with that name. It answers an earlier start's
+    questions too, and nobody hears.
 
     Raises TimeoutError, or torch's DistStoreError, where one has not come after `patience`.
     """

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deit import devices
-from deit.commands.train import Eval
-from deit.data.loader import Batch, Loader, in_order, naming_lost_workers
-from deit.data.sources import open_source
+from deit.data.loader import Batch, Loader
 from deit.model import DeiT, combine_heads
-from deit.training.distillation import check_classes
 
 HEADS = ("class", "distillation", "softmax-sum")
 
@@ -33,7 +29,7 @@ class Scores:
 
     @property
     def best_head(self) -> str:
-        """What a distilled network is judged by, softmax-sum; another by its only head."""
+        """The head that counts: softmax-sum of a distilled network, another's only head."""
         return "softmax-sum" if "softmax-sum" in self.top1 else "class"
 
     def text(self) -> str:
@@ -116,38 +112,61 @@ def evaluate(
     )
 
 
-def run(command: Eval) -> int:
-    """`deit eval`: prints the scores; returns 0."""
-    from deit.data.augment import evaluation_transform
-    from deit.weights import networks
+@dataclass
+class Evaluation:
+    """A run's held-out images, and what its networks had right on them last.
 
-    model, about = networks.opened(command.weights, command.img_size)
-    classes = about.get("classes")  # by which the network counts, whatever folders there are
-    source = open_source(
-        command.data, "val", None if classes is None else tuple(classes), command.limit
-    )
-    size = command.img_size or (
-        model.config.img_size if isinstance(model, DeiT) else about["network"]["img_size"]
-    )
-    mean, std = about.get("mean", source.mean), about.get("std", source.std)
-    device = devices.named(command.device)
-    model.to(device)
-    check_classes(model, torch.zeros(2, 3, size, size, device=device), len(source.classes))
-    if command.fuse:
-        networks.fuse(model)
-    loader = Loader(
-        source,
-        evaluation_transform(size, networks.crop_of(about), tuple(mean), tuple(std)),
-        in_order(len(source), command.batch_size),
-        seed=0,
-        workers=command.workers,
-        device=device,
-    )
-    with naming_lost_workers():
-        scores = evaluate(model, loader, precision=lambda: devices.autocast(device, command.dtype))
-    assert scores is not None  # only a stop makes it None
-    text = f"{scores.text()} of {scores.images:,} images right, {scores.images_per_s:.0f} images/s"
-    if scores.unreadable:
-        text += f"; {scores.unreadable} could not be read"
-    print(json.dumps(scores.row()) if command.json else text)
-    return 0
+    Args:
+        batches: makes a reader of the images, this process's share of them.
+        precision, reduce, stop: as for `evaluate`.
+        show: told how far it is.
+        made: updates that were made when `scores` were; 0 before the first.
+        scores: `Scores.row` by network.
+    """
+
+    batches: Callable[[], Loader]
+    precision: Callable[[], AbstractContextManager[object]]
+    reduce: Callable[[Tensor], Tensor]
+    stop: Callable[[], bool]
+    show: Callable[[str], None]
+    made: int = 0
+    scores: dict[str, Any] = field(default_factory=dict)
+
+    def take_up(self, made: int, scores: dict[str, Any]) -> None:
+        """Go on from an earlier process's last scores."""
+        self.made, self.scores = made, scores
+
+    def of(self, model: nn.Module, name: str) -> Scores | None:
+        """None where the processes agreed to stop, which every one of them asks at every batch."""
+        batches, done = self.batches(), 0
+
+        def stop() -> bool:
+            nonlocal done
+            self.show(f"evaluating the {name}, batch {done} of {len(batches)}")
+            done += 1
+            return self.stop()
+
+        return evaluate(model, batches, precision=self.precision, reduce=self.reduce, stop=stop)
+
+    def score(self, models: Mapping[str, nn.Module], made: int) -> str | None:
+        """Score the networks after `made` updates, and say what they had right.
+
+        None, and no trace of it, where the processes agreed to stop.
+        """
+        found = {}
+        for name, model in models.items():
+            scores = self.of(model, name)
+            if scores is None:
+                return None
+            found[name] = scores
+        self.made, self.scores = made, {name: scores.row() for name, scores in found.items()}
+        texts = ", ".join(f"{name}: {scores.text()}" for name, scores in found.items())
+        return f"{texts} of {found['model'].images:,} held-out images right"
+
+    @property
+    def latest(self) -> str:
+        """For the display: top-1 at the last evaluation, of the average where one is kept."""
+        if not self.scores:
+            return ""
+        row = self.scores.get("average") or self.scores["model"]
+        return f", top-1 {list(row['top1'].values())[-1]:.2f} %"

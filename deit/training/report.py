@@ -1,4 +1,4 @@
-"""`deit report RUN...`: curves of runs side by side, and their last scores as a table."""
+"""Curves of runs side by side, and their last scores as a table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deit.commands.train import Report
 from deit.kernels.engine.json_files import Fields
 from deit.training.runs import LAST, RunFolder
 
@@ -134,17 +133,3 @@ def draw(histories: list[History], out: Path) -> None:
         figure.savefig(out)
     except ValueError as error:
         raise ValueError(f"out: {error}") from error
-
-
-def run(command: Report) -> int:
-    """Print the table and draw the picture; returns 0. Raises ValueError for no run at all."""
-    from rich.console import Console
-
-    if not command.runs:
-        raise ValueError("runs: expected the folder of at least one run; got none")
-    histories = [history(path) for path in command.runs]
-    Console().print(table(histories))
-    if command.out is not None:
-        draw(histories, command.out)
-        print(f"picture in {command.out}")
-    return 0

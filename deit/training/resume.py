@@ -1,9 +1,4 @@
-"""What a run may change when it is given again: every option's rule, in one table.
-
-refused  what was learned so far does not fit it, or it would have no effect
-said     taken, with a message: numbers before and after it do not compare
-allowed  no number depends on it
-"""
+"""What a run may change when it is given again, by the rules in its settings' lines."""
 
 from __future__ import annotations
 
@@ -11,84 +6,17 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from deit.data.sampling import Plan
 from deit.data.sources import Source
-
-Rule = Literal["refused", "said", "allowed"]
+from deit.settings import Rule, lines
+from deit.training.options import Options
 
 RULES: dict[str, Rule] = {
-    # What is trained, and on what.
-    "data": "refused",
-    "arch": "refused",
-    "shape.embed_dim": "refused",
-    "shape.depth": "refused",
-    "shape.num_heads": "refused",
-    "shape.patch_size": "refused",
-    "distilled": "refused",
-    "img_size": "refused",
-    "weights": "refused",  # where it began; a checkpoint takes their place
-    "train_only": "refused",
-    "seed": "refused",
-    "limit_train": "refused",
-    "recipe.optimizer": "refused",
-    "recipe.layer_scale": "refused",
-    # What is learned, and how.
-    "teacher": "said",
-    "distillation.kind": "said",
-    "distillation.alpha": "said",
-    "distillation.temperature": "said",
-    "distillation.kl_reduction": "said",
-    "recipe.epochs": "said",  # not below what was made
-    "recipe.batch_size": "said",  # goes on in the same epoch, at the same share of it
-    "recipe.lr": "said",
-    "recipe.lr_batch": "said",
-    "recipe.min_lr": "said",
-    "recipe.warmup_epochs": "said",
-    "recipe.warmup_lr": "said",
-    "recipe.betas": "said",
-    "recipe.eps": "said",
-    "recipe.weight_decay": "said",
-    "recipe.clip_grad": "said",
-    "recipe.ema": "said",  # but an average is neither begun nor given up
-    "recipe.ema_warmup": "said",
-    "recipe.loss": "said",
-    "recipe.label_smoothing": "said",
-    "recipe.drop_path": "said",
-    "recipe.crop": "said",
-    "recipe.repeats": "said",
-    "recipe.policy": "said",
-    "recipe.color_jitter": "said",
-    "recipe.crop_scale": "said",
-    "recipe.hflip": "said",
-    "recipe.random_erasing": "said",
-    "recipe.mixup": "said",
-    "recipe.cutmix": "said",
-    "recipe.mix_probability": "said",
-    "recipe.mix_switch": "said",
-    "recipe.eval_crop": "said",
-    "max_unreadable": "said",
-    "on_nan": "said",
-    "limit_val": "said",
-    # By which means: the same to rounding, but not to the bit.
-    "device": "said",
-    "dtype": "said",
-    "augment_on": "said",
-    "accumulate": "said",
-    "parallel": "said",
-    "compile": "said",
-    "checkpoint_activations": "said",
-    "fuse": "said",
-    # What is kept and shown.
-    "out": "allowed",
-    "workers": "allowed",
-    "eval_every": "allowed",
-    "save_every": "allowed",
-    "keep": "allowed",
-    "track": "allowed",
+    f"{group}.{line.name}".lstrip("."): line.metadata["rule"] for group, line, _ in lines(Options)
 }
 
 # Of the data itself, which an unchanged `data` may no longer hold. A run that has nothing left to
@@ -136,7 +64,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
         if last in inside and inside[last] != value:
             rule = RULES[name]
             if name == "recipe.ema" and None in (inside[last], value):
-                rule = "refused"
+                rule = "refused"  # an average is neither begun nor given up
             found.append(Change(name, rule, inside[last], value))
     facts = [n for n in FACTS if n in before and before[n] != now[n]]
     return found + [Change(n, FACTS[n], before[n], now[n]) for n in facts]

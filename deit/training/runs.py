@@ -18,10 +18,8 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from torch import Tensor
 from deit.kernels.engine import json_files
 from deit.kernels.engine.json_files import Fields
 from deit.weights import beside
+from deit.weights.files import naming, sync, write_atomically, write_tensors
 
 MANIFEST = "manifest.json"
 LAST = 1 << 40  # updates that a log may speak of
@@ -121,7 +120,7 @@ class RunFolder:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        # Later ones are of a run that fell back behind them: damaged, or soon to be made again.
+        # The run fell back behind later checkpoints: they are damaged, or soon made again.
         there = self._all()
         whole = [path for path in there if int(path.name) <= state.update]
         for path in there:
@@ -203,77 +202,6 @@ def damage(path: Path) -> str | None:
     except (OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file; after a crash it is the old one or the new one. Raises OSError."""
-    with _replacing(path) as partial:
-        partial.write_text(text)
-
-
-def write_tensors(
-    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
-) -> None:
-    """`write_atomically` for a safetensors file.
-
-    Raises ValueError where a value is not finite: a checkpoint of that would be the newest one.
-    """
-    from safetensors.torch import save_file
-
-    dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    if wild := [name for name, tensor in dense.items() if not tensor.isfinite().all()]:
-        raise ValueError(
-            f"weights: NaN or infinity in {len(wild)} of {len(dense)} tensors, such as {wild[0]}; "
-            f"{path} is not written"
-        )
-    with _replacing(path) as partial:
-        save_file(dense, partial, metadata)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """The name of a file that takes the place of `path` once it is whole and on the disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with naming(path):
-            yield partial
-            sync(partial)
-            os.replace(partial, path)
-            sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Within: a full or failing disk is an OSError that names a file, whoever writes."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    except SafetensorError as error:  # "I/O error: No space left on device (os error 28)"
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-    except RuntimeError as error:  # torch.save: "unexpected pos 704 vs 598"
-        cause = error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from error
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

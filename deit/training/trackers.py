@@ -59,7 +59,7 @@ def _numbers(entry: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
 def _tensorboard(out: Path, update: int | None) -> Sink:
     from torch.utils.tensorboard import SummaryWriter
 
-    # What a killed run wrote of later updates, or of all, is not shown.
+    # TensorBoard does not show what a killed run wrote of later updates, or of all.
     purge = 0 if update is None else update + 1
     writer = SummaryWriter(str(out / "tensorboard"), purge_step=purge)
 
@@ -76,7 +76,7 @@ def _wandb(out: Path, update: int | None) -> Sink:
 
     own = hashlib.sha256(os.fsencode(out.resolve())).hexdigest()[:16]
     run = wandb.init(project="fused-deit", name=out.name, dir=str(out), id=own, resume="allow")
-    # It takes no step twice, nor an earlier one than its last.
+    # It takes each step once, and none before its last.
     return lambda numbers, update: run.log(numbers, step=update), run.finish
 
 

@@ -17,23 +17,24 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
 
 from deit import devices
-from deit.data.augment import mix, training_transform
+from deit.data.augment import evaluation_transform, mix, training_transform
 from deit.data.drawn import split
-from deit.data.loader import Batch, Loader, naming_lost_workers
+from deit.data.loader import Batch, Loader, in_order, naming_lost_workers
 from deit.data.on_device import Augmentation
 from deit.data.sampling import Batches, Plan, stream
 from deit.data.sources import Source, check_labels, open_source
-from deit.training import assemble, checkpoints, distributed, scoring
+from deit.training import assemble, checkpoints, distributed, resume
+from deit.training.checkpoints import Checkpoints
 from deit.training.distillation import Objective
+from deit.training.evaluation import Evaluation
+from deit.training.learner import Learner
 from deit.training.options import Options
-from deit.training.progress import Watch, human
-from deit.training.runs import RunFolder, write_atomically
-from deit.training.throughput import Pace
+from deit.training.progress import Pace, Watch, human
+from deit.training.runs import RunFolder
 from deit.training.trackers import Trackers
-from deit.weights import networks
+from deit.weights.files import write_atomically
 
 
 class NotFinite(ValueError):
@@ -93,7 +94,6 @@ class Trainer:
         model = assemble.network(options, len(self.source.classes)).to(world.device)
         if options.train_only == "classifier":
             assemble.freeze(model)
-        self.average = assemble.average(model, self.recipe)
         self.teacher = assemble.teacher(options, self.source, world.device)
         self.objective = Objective(
             options.distillation,
@@ -101,21 +101,17 @@ class Trainer:
             loss=self.recipe.loss,
             impl="auto" if options.fuse else "reference",
         )
-        self.size = networks.parameters(model)
-        self.network = self._prepare(model).train()
-        self.optimizer = assemble.optimizer(
-            distributed.plain(self.network), self.recipe, world.device
+        self.learner = Learner(model, options, world, self.plan.updates, watch.say)
+        self.checkpoints = Checkpoints(self.folder, self.learner, watch.say)
+        self.evaluation = Evaluation(
+            self._held_out, self._precision, world.sum, self._agree_to_stop, watch.update
         )
-        self.schedule = assemble.schedule(self.optimizer, self.recipe, self.plan.updates)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=options.dtype == "fp16")
         self.trackers = Trackers((), options.out)
         # `update` counts in this plan, `made` over all that the run has had: another batch size
         # makes another plan.
         self.update, self.total = 0, self.recipe.epochs * self.plan.updates
         self.shift = 0
         self.settled = False  # finished by an earlier call: nothing is to be done or written
-        self.scored = 0
-        self.scores: dict[str, Any] = {}
         self.unreadable: dict[str, str] = {}
         self.signalled = self.stopping = False
 
@@ -124,21 +120,6 @@ class Trainer:
         """Updates that were made: the number that checkpoints and the log go by."""
         return self.update - self.shift
 
-    def _prepare(self, model: nn.Module) -> nn.Module:
-        """Fused, sharded and compiled as asked."""
-        options = self.options
-        if options.fuse:
-            self.watch.say(networks.fuse(model))
-            if self.average is not None:
-                networks.fuse(self.average.module)
-        if options.checkpoint_activations:  # of fused blocks
-            assemble.checkpoint_blocks(model)
-        if options.parallel == "fsdp" and self.average is not None:
-            distributed.shard(self.average.module, self.world, "fsdp")
-        if options.compile:
-            model.compile()
-        return distributed.shard(model, self.world, options.parallel)
-
     def run(self) -> dict[str, Any]:
         """From the newest checkpoint to the last epoch, or to a signal."""
         with self._signals():
@@ -146,48 +127,48 @@ class Trainer:
             batches = self._batches()
             loader, parts = iter(batches), self.options.accumulate
             pace = Pace(self.world.size, self.options.workers)
-            if scoring.due(self):  # the evaluation that a signal ended
-                scoring.score(self)
+            if self._evaluation_due():  # the evaluation that a signal ended
+                self._evaluate()
             while self.update < self.total and not self.stopping:
                 waited = batches.waited
                 loss, self.stopping = self.step(list(islice(loader, parts)), pace)
                 self.update += 1
-                seconds, due = pace.end(loss, batches.waited - waited), scoring.due(self)
+                seconds, due = pace.end(loss, batches.waited - waited), self._evaluation_due()
                 if seconds > 1.0 or due:
                     pace = self._show(pace)
                 if due and not self.stopping:
-                    scoring.score(self)
+                    self._evaluate()
                     pace = pace.again()  # an evaluation is no training time
                 epoch, within = divmod(self.update, self.plan.updates)
                 if self.stopping or (within == 0 and epoch % self.options.save_every == 0):
-                    checkpoints.save(self)
+                    self._save()
         finished = self.update >= self.total and not self.stopping
         if not finished:
             self.watch.say(f"stopped by a signal after update {self.made}; run it again to go on")
         elif not self.settled:
-            checkpoints.finish(self)
-        return {"update": self.made, "finished": finished, **self.scores}
+            self.checkpoints.finish()
+        return {"update": self.made, "finished": finished, **self.evaluation.scores}
 
     def step(self, parts: list[Batch], pace: Pace) -> tuple[float, bool]:
         """One update; returns its loss over all processes, and whether any of them was stopped."""
         seeds = stream(self.options.seed, self.update, 2, self.world.rank).generate_state(1)
         torch.manual_seed(int(seeds[0]))  # stochastic depth
-        self.schedule.step_update(self.update)
+        self.learner.schedule.step_update(self.update)
         facts = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for number, batch in enumerate(parts):
             self._count(batch, pace)
-            with distributed.accumulating(self.network, last=number == len(parts) - 1):
+            with distributed.accumulating(self.learner.network, last=number == len(parts) - 1):
                 loss = self._loss(batch) / len(parts)
-                self.scaler.scale(loss).backward()
+                self.learner.backward(loss)
             facts[0] += loss.detach()
         facts[1] = float(self.signalled)
         facts = self.world.sum(facts)
         value, stop = float(facts[0]) / self.world.size, bool(facts[1] > 0)
         if math.isfinite(value):
-            self._apply()
+            self.learner.apply(self.made)
         else:
             self._not_finite(value, parts)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.learner.optimizer.zero_grad(set_to_none=True)
         return value, stop
 
     def _loss(self, batch: Batch) -> torch.Tensor:
@@ -199,19 +180,10 @@ class Trainer:
             self.recipe,
             self.options.seed,
         )
-        with self.precision():
+        with self._precision():
             teacher = None if self.teacher is None else self.teacher(images)
-            outputs = self.network(images)
+            outputs = self.learner.network(images)
         return self.objective(outputs, target, teacher)
-
-    def _apply(self) -> None:
-        if self.recipe.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.average is not None:
-            self.average.update(distributed.plain(self.network), step=self.made + 1)
 
     def _not_finite(self, value: float, parts: list[Batch]) -> None:
         """Name the batch of a loss that is NaN or infinite; then stop, unless told to go on."""
@@ -227,7 +199,7 @@ class Trainer:
         self.watch.say(f"{message}; the update is skipped")
         self.log(update=self.made, skipped=str(value))
 
-    def agree_to_stop(self) -> bool:
+    def _agree_to_stop(self) -> bool:
         """Whether any process was told to stop; every process has to ask at the same place."""
         self.stopping = self.stopping or self.world.any(self.signalled)
         return self.stopping
@@ -247,9 +219,17 @@ class Trainer:
             rank=self.world.rank,
             processes=self.world.size,
         )
-        return self.loader(self.source, *self.augment, batches)
+        return self._loader(self.source, *self.augment, batches)
 
-    def loader(
+    def _held_out(self) -> Loader:
+        world, options, source = self.world, self.options, self.source
+        mine = in_order(len(self.held_out), max(1, self.plan.size), world.rank, world.size)
+        transform = evaluation_transform(
+            options.img_size, self.recipe.eval_crop, source.mean, source.std
+        )
+        return self._loader(self.held_out, transform, None, mine)
+
+    def _loader(
         self, source: Source, transform: Any, augmentation: Augmentation | None, batches: Any
     ) -> Loader:
         """Reads `batches` of `source` on this process's share of the machine."""
@@ -263,23 +243,73 @@ class Trainer:
             augmentation=augmentation,
         )
 
-    def precision(self) -> AbstractContextManager[Any]:
+    def _precision(self) -> AbstractContextManager[Any]:
         """Autocast to the dtype asked for."""
         return devices.autocast(self.world.device, self.options.dtype)
 
     def _begin(self) -> None:
-        checkpoints.resume(self)
+        """Go on from the newest checkpoint, if any; then write down what is trained now.
+
+        All is checked before anything is written; of a run that has nothing left to do nothing is.
+        """
+        options, plan, first = self.options, self.plan, self.world.first
+        about: dict[str, Any] = {}
+        if first:
+            about = checkpoints.about(options, self.source, self.held_out, self.learner)
+        found = self.checkpoints.take_up(about, plan, self.total)
+        if found is not None:
+            self.update, self.shift = found.update, found.update - found.made
+            self.unreadable, self.settled = found.unreadable, found.settled
+            self.evaluation.take_up(found.scored, found.scores)
         if self.settled:
             return
-        options, plan = self.options, self.plan
+        if first:
+            made = None if found is None else found.made
+            self.folder.root.mkdir(parents=True, exist_ok=True)
+            self.trackers = Trackers(options.track, self.folder.root, made)
+            self.folder.begin(about)
+            self.folder.rewind(made)
         self.watch.say(
-            f"{options.arch}, {self.size:,} parameters; {len(self.source):,} images of "
-            f"{len(self.source.classes)} classes; {plan.updates} updates an epoch, {self.total} in "
-            f"all, {plan.size * plan.pieces} images each; {self.world.size} x {self.world.device}, "
-            f"{options.dtype}, {options.workers} workers"
+            f"{options.arch}, {self.learner.parameters:,} parameters; {len(self.source):,} images "
+            f"of {len(self.source.classes)} classes; {plan.updates} updates an epoch, "
+            f"{self.total} in all, {plan.size * plan.pieces} images each; "
+            f"{self.world.size} x {self.world.device}, {options.dtype}, {options.workers} workers"
         )
         if self.update == 0:
-            scoring.score_teacher(self)
+            self._evaluate_teacher()
+
+    def _save(self) -> None:
+        """Write a checkpoint; on a full disk say so and go on, unless this was the last chance."""
+        place = resume.place(self.plan, self.update)
+        try:
+            self.checkpoints.save(self.made, self.unreadable, place)
+        except OSError as error:
+            if self.stopping:
+                raise
+            self.watch.say(f"no checkpoint after update {self.made}: {error}")
+            self.log(update=self.made, checkpoint=str(error))
+        self.world.wait()
+
+    def _evaluation_due(self) -> bool:
+        """Whether an evaluation belongs here that was not made, or not to its end."""
+        epoch, within = divmod(self.update, self.plan.updates)
+        last = self.update == self.total
+        asked = within == 0 and epoch > 0 and (last or epoch % self.options.eval_every == 0)
+        return asked and self.evaluation.made != self.made
+
+    def _evaluate(self) -> None:
+        """Evaluate the network, and its average where there is one, unless told to stop."""
+        text = self.evaluation.score(self.learner.models, self.made)
+        if text is not None:
+            self.log(update=self.made, **self.evaluation.scores)
+            self.watch.say(f"epoch {self.update // self.plan.updates}, {text}")
+
+    def _evaluate_teacher(self) -> None:
+        """What the teacher is worth, before anything is learned from it."""
+        scores = None if self.teacher is None else self.evaluation.of(self.teacher, "teacher")
+        if scores is not None:
+            self.watch.say(f"teacher: {scores.text()} of the held-out images right")
+            self.log(update=0, teacher=scores.row())
 
     def _count(self, batch: Batch, pace: Pace) -> None:
         """Add a batch to the display's sums, and its unreadable images to the log."""
@@ -298,11 +328,11 @@ class Trainer:
             )
 
     def _show(self, pace: Pace) -> Pace:
-        row, lr = pace.row(), self.optimizer.param_groups[0]["lr"]
+        row, lr = pace.row(), self.learner.lr
         left = (self.total - self.update) * row.pop("seconds_an_update")
         self.watch.update(
             f"epoch {self.update / self.plan.updates:.2f} of {self.recipe.epochs}, update "
-            f"{self.made}: loss {row['loss']:.4f}{scoring.latest(self)}, lr {lr:.2e}, "
+            f"{self.made}: loss {row['loss']:.4f}{self.evaluation.latest}, lr {lr:.2e}, "
             f"{row['images_per_s']:.0f} "
             f"images/s (loader {row['loader_images_per_s']:.0f}, waited for "
             f"{row['waited_percent']:.0f} %), about {human(left)} left"

@@ -1,1 +1,1 @@
-"""Weights of a network: read from any file, kept in our own, exported for other programs."""
+"""Weights of a network: layouts of many libraries read, our own written; networks by name."""

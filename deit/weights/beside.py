@@ -13,10 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deit.configs import VARIANTS, Config
+from deit.configs import SHAPE, VARIANTS, Config, reshaped
 from deit.kernels.engine import json_files
 from deit.kernels.engine.json_files import Fields
-from deit.training.options import Shape, resolve
 
 RUN_FILE = "run.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -91,15 +90,15 @@ def run_config(about: dict[str, Any], file: Path) -> Config | None:
     if options.optional("weights", options.text) is not None:
         return None
     shape = options.fields("shape", {})
-    names = [one.name for one in fields_of(Shape)]
-    shape.only(names)
+    shape.only(SHAPE)
+    given = {name: shape.optional(name, shape.integer, 1, MOST) for name in SHAPE}
     recipe = options.fields("recipe", {})
-    settings = resolve(
+    settings = reshaped(
         arch,
         img_size=network.integer("img_size", 1, LARGEST),
         num_classes=len(found.array("classes", str, "names")),
         distilled=options.flag("distilled", False),
-        shape=Shape(**{name: shape.optional(name, shape.integer, 1, MOST) for name in names}),
+        shape={name: value for name, value in given.items() if value is not None},
     )
     return replace(settings, layer_scale=recipe.optional("layer_scale", recipe.number, -1e6, 1e6))
 

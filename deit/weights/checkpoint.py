@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from deit.configs import VARIANTS, Config, config
 from deit.model import DeiT
-from deit.training.runs import write_tensors
 from deit.weights.beside import neighbour
+from deit.weights.files import write_tensors
 from deit.weights.layouts import Converted, convert, describe, infer, sample, strip_wrappers
 from deit.weights.readers import ABOUT_KEY, METADATA_KEY, Weights, read
 

@@ -162,14 +162,15 @@ def convert(state: Mapping[str, Tensor]) -> Converted:
 
 
 def _place_prefix(tensors: dict[str, Tensor]) -> None:
-    """Give DeiT III's prefix tokens, which it adds no positions to, positions of zero.
+    """Give DeiT III's prefix tokens positions of zero: it adds none to them.
 
     The sums are the same bits, and such weights train on as DeiT's do.
     """
     positions = tensors.get("pos_embed")
     if positions is None or positions.dim() != 3 or "cls_token" not in tensors:
         return
-    if _is_square(positions.shape[1]):  # with positions of one or two prefix tokens it never is
+    # With the positions of one or two prefix tokens their number is never a square.
+    if _is_square(positions.shape[1]):
         prefix = positions.new_zeros(1, 2 if "dist_token" in tensors else 1, positions.shape[2])
         tensors["pos_embed"] = torch.cat([prefix.expand(len(positions), -1, -1), positions], 1)
 
@@ -218,9 +219,9 @@ def infer(
     heads, which no shape shows, is known.
 
     `saved`: the configuration kept with them, in `where`, for what shapes do not show. Without it
-    the number of heads is a published network's, where the whole shape is, and else not known; eps
-    is the layout's, and LayerScale counts as started from DeiT III's 1e-4.
-    Whether every tensor is there and fits is not looked at. Raises ValueError where the shapes
+    the number of heads is that of the published network with this whole shape, and unknown where
+    there is none; eps is the layout's, and LayerScale counts as started from DeiT III's 1e-4.
+    Nothing here looks at whether every tensor is there and fits. Raises ValueError where the shapes
     are of no square-image transformer, or not those that `saved` says.
     """
     tensors = converted.tensors
@@ -268,7 +269,7 @@ def infer(
 
 
 def _mlp_ratio(tensors: Mapping[str, Tensor], width: int) -> int:
-    """The hidden layer's width in the blocks' own; 4 where none is there to ask."""
+    """The hidden layer's width over the blocks'; 4 where there is no layer to ask."""
     weight = tensors.get("blocks.0.mlp.fc1.weight")
     if weight is None or weight.dim() != 2 or not weight.shape[0]:
         return 4

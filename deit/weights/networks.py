@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from deit.configs import reshaped
 from deit.model import DeiT
-from deit.training.options import Shape, resolve
 from deit.weights.beside import RUN_FILE, TIMM, WEIGHTS_FILE, read_run, run_of
 from deit.weights.checkpoint import load
 from deit.weights.readers import about_of, read
@@ -24,14 +24,14 @@ def create(
     distilled: bool = False,
     drop_path: float = 0.0,
     layer_scale: float | None = None,
-    shape: Shape | None = None,
+    shape: Mapping[str, int] | None = None,
 ) -> nn.Module:
     """A network with fresh weights: `arch` is one of ours, or "timm:NAME".
 
     Raises ValueError for an unknown name, an impossible shape, or an option it does not have.
     """
     if arch.startswith(TIMM):
-        if distilled or (shape and shape.changes()):
+        if distilled or shape:
             raise ValueError(f"arch: {arch} takes no distillation token and no other shape")
         options: dict[str, Any] = {"num_classes": num_classes}
         if drop_path:
@@ -39,12 +39,12 @@ def create(
         if layer_scale is not None:
             options["init_values"] = layer_scale
         return _timm(arch[len(TIMM) :], img_size, **options)
-    settings = resolve(
+    settings = reshaped(
         arch,
         img_size=img_size,
         num_classes=num_classes,
         distilled=distilled,
-        shape=shape or Shape(),
+        shape=shape or {},
     )
     return DeiT(replace(settings, layer_scale=layer_scale), drop_path=drop_path)
 
@@ -85,18 +85,6 @@ def _timm(name: str, img_size: int, **options: Any) -> nn.Module:
         return timm.create_model(name, img_size=img_size, **options)
     except TypeError:
         return timm.create_model(name, **options)
-
-
-def fuse(model: nn.Module) -> str:
-    """Put the fused operators under `model`, as far as they fit; what runs now, for people."""
-    from deit import fused_vit
-
-    with warnings.catch_warnings():  # a convnet is no mistake here
-        warnings.filterwarnings("ignore", "fuse: nothing")
-        report = fused_vit.fuse(model)
-    if report.fused:
-        return str(report)
-    return f"nothing in a {type(model).__name__} has a fused form: it runs on PyTorch's operators"
 
 
 def weights_of(run: Path) -> Path | None:
@@ -151,8 +139,8 @@ def opened(
         model's folder or timm's says ("classes", "mean", "std", "options"; all may be missing,
         where ImageNet's statistics are meant).
 
-    Raises ValueError and OSError as `restore` and `deit.load` do; ValueError, too, for another
-    number of classes than the network has.
+    Raises ValueError and OSError as `restore` and `deit.load` do, and ValueError for another number
+    of classes than the network has.
     """
     model: nn.Module
     if weights_of(weights) is None:
@@ -163,6 +151,16 @@ def opened(
         said, has = len(about["classes"]), model.config.num_classes
         if said != has:
             raise ValueError(f"{weights}: expected names of {has} classes beside it; got {said}")
+    return model, about
+
+
+def opened_deit(
+    weights: Path, img_size: int | None = None, **how: Any
+) -> tuple[DeiT, dict[str, Any]]:
+    """`opened` for what needs a DeiT; raises ValueError for a network of another kind."""
+    model, about = opened(weights, img_size, **how)
+    if not isinstance(model, DeiT):
+        raise ValueError(f"weights: expected a DeiT; got a {type(model).__name__}")
     return model, about
 
 

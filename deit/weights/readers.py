@@ -149,7 +149,7 @@ def _read_pickle(path: Path) -> tuple[object, Counter[int] | None]:
         return found, records
     except Exception as error:
         # Damaged bytes surface as RuntimeError, EOFError, UnpicklingError, KeyError, ... alike.
-        # torch's own message advises weights_only=False, which this one must not repeat.
+        # torch's own message advises weights_only=False; ours must not repeat that.
         text = str(error)
         if named := re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", text):
             raise ValueError(
@@ -173,8 +173,8 @@ def _check_program(pickled: bytes | mmap.mmap) -> None:
 def _check_archive(path: Path) -> Counter[int] | None:
     """The sizes of a zip archive's records; None for torch's format before 1.6, which is none.
 
-    An archive may be mapped into memory: then a storage that is said to be longer than its record
-    is never read beyond the file. Raises ValueError for one that unpacks to more than it holds.
+    An archive may be mapped into memory. A storage that claims more than its record is then never
+    read beyond the file. Raises ValueError for one that unpacks to more than it holds.
     """
     with json_files.opened(path) as file:
         if file.read(4) != b"PK\x03\x04":
@@ -275,7 +275,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _own_config(path: Path, metadata: Mapping[str, str]) -> tuple[Config | None, str]:
-    """Our Config, of a file we wrote or of the run whose checkpoint this is, and where from."""
+    """Our Config and where it came from: a file of ours, or the run of this checkpoint."""
     if METADATA_KEY not in metadata:
         run = beside.run_of(path)
         if run is None:

@@ -9,7 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deit.kernels.attention import reference
-from deit.kernels.engine import dispatch, ops, validate
+from deit.kernels.attention import schema as schema
+from deit.kernels.engine import autocast, dispatch, limits, validate
+from deit.kernels.engine.operator import Operator, register
+from deit.kernels.engine.registry import COMPILED
 
 # Head dimensions the Triton kernels are compiled and tested for; DeiT's is 64 everywhere. 80 and
 # 96 run in tiles of 128 channels, the rest masked.
@@ -43,16 +46,6 @@ def attention(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
         NotImplementedError: the implementation named by `impl` cannot run, with each reason.
     """
-    return dispatch.run(_ATTENTION, _prepare(qkv, num_heads, scale=scale, key_bias=key_bias), impl)
-
-
-def _prepare(
-    qkv: Tensor,
-    num_heads: int,
-    *,
-    scale: float | None = None,
-    key_bias: Tensor | None = None,
-) -> dispatch.Arguments:
     validate.tensor("qkv", qkv, rank=3)
     batch, tokens, channels = qkv.shape
     if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
@@ -66,14 +59,14 @@ def _prepare(
         validate.parameters(qkv, ("key_bias", key_bias, (batch, tokens)), fp32_allowed=True)
     head_dim = channels // (3 * num_heads)
     scale = float(head_dim**-0.5) if scale is None else validate.number("scale", scale)
-    (qkv,) = dispatch.autocast(qkv)
-    return qkv, num_heads, scale, key_bias
+    (qkv,) = autocast.cast(qkv)
+    return dispatch.run(_ATTENTION, (qkv, num_heads, scale, key_bias), impl)
 
 
 def _limits(
     implementation: str, qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None
 ) -> list[str]:
-    found = dispatch.interpreter_limits(implementation, qkv)
+    found = limits.interpreter_limits(implementation, qkv)
     head_dim = qkv.shape[-1] // (3 * num_heads)
     if implementation == "triton" and head_dim not in TRITON_HEAD_DIMS:
         found.append(f"head dimension {head_dim} (served: {TRITON_HEAD_DIMS})")
@@ -85,7 +78,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-        return ops.COMPILED[implementation]["attention_fwd"](*arguments)
+        return COMPILED[implementation]["attention_fwd"](*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -98,7 +91,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         qkv, out, lse, key_bias = ctx.saved_tensors
-        backward = ops.COMPILED[ctx.implementation]["attention_bwd"]
+        backward = COMPILED[ctx.implementation]["attention_bwd"]
         dqkv = backward(dout, qkv, out, lse, ctx.num_heads, ctx.scale, key_bias)
         return None, dqkv, None, None, None
 
@@ -107,6 +100,6 @@ def _train(implementation: str, *arguments: Any) -> Tensor:
     return _Attention.apply(implementation, *arguments)[0]
 
 
-_ATTENTION = dispatch.Operator(
-    "attention", reference.attention, _prepare, _limits, _train, {3: "key_bias"}
+_ATTENTION = register(
+    Operator(attention, reference.attention, _limits, _train, constants={3: "key_bias"})
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -15,7 +16,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deit.kernels.device import configs, interpreter, launching
-from deit.kernels.engine import dispatch
 
 interpreter.mend()
 
@@ -38,7 +38,7 @@ class Launch:
 
     def run(self, like: Tensor) -> None:
         """Launch on the GPU (or in the interpreter) that holds `like`."""
-        with dispatch.device_guard(like):
+        with device_guard(like):
             launching.started(self, lambda: self._call(self.kernel[self.grid]))
 
     def compile(self) -> Any:
@@ -52,6 +52,13 @@ class Launch:
             num_stages=self.num_stages,
             **self.options,
         )
+
+
+def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the tensor's GPU the current one: launches go to the current device's stream."""
+    if tensor.is_cuda:
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
 
 
 def architecture(tensor: Tensor) -> int:

@@ -1,27 +1,56 @@
-"""What the operators in 8 bits share: their public arguments, checked, in their schemas' order."""
+"""What the operators in 8 bits share: schemas, fakes, and their public arguments, checked.
+
+They stand apart because what holds for every other operator, gradients and the error rule against
+fp64, cannot hold for a product that rounds its factors to 8 bits.
+
+`norm_weight`, `norm_bias` and `eps` are a LayerNorm's that comes before the product; weights are
+the floating-point ones.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from deit.kernels.engine import dispatch, validate
+from deit.kernels.engine import validate
+from deit.kernels.engine.derivatives import has_tangent, needs_gradient
+from deit.kernels.engine.fakes import projected
+from deit.kernels.engine.operator import Arguments
 
 MAX_DEPTH = 65536  # integers: 255 * 127 * depth stays below 2**31
 
 Norm = tuple[Tensor, "Tensor | None", float]
+
+NORM = "Tensor? norm_weight, Tensor? norm_bias, float eps"
+LINEAR = (
+    f"(Tensor x, Tensor weight, Tensor? bias, {NORM}, bool gelu, Tensor? residual, "
+    "Tensor? gamma) -> Tensor"
+)
+MLP = (
+    f"(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, {NORM}, "
+    "Tensor? residual, Tensor? gamma) -> Tensor"
+)
+
+
+def fake_linear(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+    """Of LINEAR."""
+    return projected(x, weight.shape[0])
+
+
+def fake_mlp(x: Tensor, w1: Tensor, b1: object, w2: Tensor, *_: object) -> Tensor:
+    """Of MLP."""
+    return projected(x, w2.shape[0])
 
 
 def linear_arguments(
     operator: str,
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm: Norm | None = None,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-    gamma: Tensor | None = None,
-) -> dispatch.Arguments:
+    bias: Tensor | None,
+    norm: Norm | None,
+    activation: str | None,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+) -> Arguments:
     """Those of `operator`, a linear layer; raises what `int8_linear` and `fp8_linear` state."""
     validate.tensor("x", x)
     width = channels("weight", weight, x, x.shape[-1])
@@ -42,11 +71,10 @@ def mlp_arguments(
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
-    *,
-    norm: Norm | None = None,
-    residual: Tensor | None = None,
-    gamma: Tensor | None = None,
-) -> dispatch.Arguments:
+    norm: Norm | None,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+) -> Arguments:
     """Those of `operator`, an MLP; raises what `int8_gelu_mlp` and `fp8_gelu_mlp` state."""
     validate.tensor("x", x)
     hidden = channels("w1", w1, x, x.shape[-1])
@@ -85,14 +113,14 @@ def _norm(norm: Norm | None, x: Tensor) -> tuple[Tensor | None, Tensor | None, f
     return weight, bias, float(eps)
 
 
-def without_gradient(operator: str, arguments: dispatch.Arguments) -> dispatch.Arguments:
+def without_gradient(operator: str, arguments: Arguments) -> Arguments:
     """The arguments; NotImplementedError where autograd wants the call's derivatives."""
-    if dispatch.needs_gradient(arguments):
+    if needs_gradient(arguments):
         raise NotImplementedError(
             f"{operator}: a tensor requires grad, and rounding to 8 bits has no gradient: call it "
             "under torch.no_grad() or torch.inference_mode()"
         )
-    if dispatch.has_tangent(arguments):
+    if has_tangent(arguments):
         raise NotImplementedError(
             f"{operator}: a tensor has a forward-mode tangent, and rounding to 8 bits has no "
             "derivative"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from deit.kernels.engine import build_record, ops
+from deit.kernels.engine import build_record, registry
 
 FOLDER = Path(__file__).resolve().parents[1]
 # The sources stand beside the folder in a checkout (editable install), not in a wheel.
@@ -34,7 +34,7 @@ def why_not(kind: str) -> tuple[str, ...]:
         torch.ops.load_library(path)
     except OSError as error:
         return (f"the {kind} library does not load: {error}",)
-    missing = [name for name in sorted(ops.KERNELS[kind]) if not _registered(kind, name)]
+    missing = [name for name in sorted(registry.KERNELS[kind]) if not _registered(kind, name)]
     if missing:
         return (f"the {kind} library has no kernel for {', '.join(missing)}: {AGAIN}",)
     return _why_no_device() if kind == "cuda" else ()
@@ -42,7 +42,7 @@ def why_not(kind: str) -> tuple[str, ...]:
 
 def _registered(kind: str, name: str) -> bool:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return has_kernel(f"{ops.NAMESPACES[kind]}::{name}", kind.upper())
+    return has_kernel(f"{registry.NAMESPACES[kind]}::{name}", kind.upper())
 
 
 def _why_absent(kind: str) -> str:

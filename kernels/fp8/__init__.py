@@ -8,14 +8,16 @@ are fp32.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deit.kernels.engine import dispatch, eight_bits
+from deit.kernels.engine.operator import Operator, register
+from deit.kernels.engine.tracing import constant_when_traced
 from deit.kernels.fp8 import reference
+from deit.kernels.fp8 import schema as schema
 
 CAPABILITY = (8, 9)  # the first with matrix products of e4m3
 
@@ -53,8 +55,8 @@ def fp8_linear(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
         NotImplementedError: a gradient is wanted; the implementation named by `impl` cannot run.
     """
-    arguments = _LINEAR.prepare(
-        x, weight, bias, norm=norm, activation=activation, residual=residual, gamma=gamma
+    arguments = eight_bits.linear_arguments(
+        "fp8_linear", x, weight, bias, norm, activation, residual, gamma
     )
     return dispatch.run(_LINEAR, arguments, impl)
 
@@ -90,7 +92,7 @@ def fp8_gelu_mlp(
     Raises:
         As `fp8_linear`.
     """
-    arguments = _MLP.prepare(x, w1, b1, w2, b2, norm=norm, residual=residual, gamma=gamma)
+    arguments = eight_bits.mlp_arguments("fp8_gelu_mlp", x, w1, b1, w2, b2, norm, residual, gamma)
     return dispatch.run(_MLP, arguments, impl)
 
 
@@ -102,7 +104,7 @@ def why_not(device: torch.device) -> list[str]:
     ]
 
 
-@dispatch.constant_when_traced
+@constant_when_traced
 def _too_old(device_type: str, index: int | None) -> tuple[str, ...]:
     if device_type != "cuda":
         return ()
@@ -116,12 +118,5 @@ def _limits(implementation: str, x: Tensor, *_: Any) -> list[str]:
     return list(_too_old(x.device.type, x.device.index)) if implementation == "triton" else []
 
 
-_LINEAR = dispatch.Operator(
-    "fp8_linear", reference.fp8_linear, partial(eight_bits.linear_arguments, "fp8_linear"), _limits
-)
-_MLP = dispatch.Operator(
-    "fp8_gelu_mlp",
-    reference.fp8_gelu_mlp,
-    partial(eight_bits.mlp_arguments, "fp8_gelu_mlp"),
-    _limits,
-)
+_LINEAR = register(Operator(fp8_linear, reference.fp8_linear, _limits, eight_bits=True))
+_MLP = register(Operator(fp8_gelu_mlp, reference.fp8_gelu_mlp, _limits, eight_bits=True))

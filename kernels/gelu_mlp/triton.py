@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from deit.kernels.device import common, configs, launching
-from deit.kernels.engine.fakes import STATS_COLUMNS
 from deit.kernels.linear import triton as linear_module
 from deit.kernels.linear import triton_row_stats as statistics
+from deit.kernels.linear.row_stats import STATS_COLUMNS
 
 
 @launching.kept

@@ -8,14 +8,15 @@ of the rows.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deit.kernels.engine import dispatch, eight_bits, validate
+from deit.kernels.engine.operator import Operator, register
 from deit.kernels.int8 import reference
+from deit.kernels.int8 import schema as schema
 
 
 def int8_linear(
@@ -49,8 +50,8 @@ def int8_linear(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
         NotImplementedError: a gradient is wanted; the implementation named by `impl` cannot run.
     """
-    arguments = _LINEAR.prepare(
-        x, weight, bias, norm=norm, activation=activation, residual=residual, gamma=gamma
+    arguments = eight_bits.linear_arguments(
+        "int8_linear", x, weight, bias, norm, activation, residual, gamma
     )
     return dispatch.run(_LINEAR, arguments, impl)
 
@@ -88,7 +89,7 @@ def int8_gelu_mlp(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
         NotImplementedError: a gradient is wanted; the implementation named by `impl` cannot run.
     """
-    arguments = _MLP.prepare(x, w1, b1, w2, b2, norm=norm, residual=residual, gamma=gamma)
+    arguments = eight_bits.mlp_arguments("int8_gelu_mlp", x, w1, b1, w2, b2, norm, residual, gamma)
     return dispatch.run(_MLP, arguments, impl)
 
 
@@ -142,36 +143,6 @@ def int8_vit_block(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
         NotImplementedError: a gradient is wanted; the implementation named by `impl` cannot run.
     """
-    arguments = _prepare_block(
-        x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias,
-        norm2_weight, norm2_bias, w1, b1, w2, b2, num_heads, scale=scale, eps=eps,
-        gamma1=gamma1, gamma2=gamma2, key_bias=key_bias,
-    )  # fmt: skip
-    return dispatch.run(_BLOCK, arguments, impl)
-
-
-def _prepare_block(
-    x: Tensor,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor | None,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    norm2_weight: Tensor,
-    norm2_bias: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    num_heads: int,
-    *,
-    scale: float | None = None,
-    eps: float = 1e-6,
-    gamma1: Tensor | None = None,
-    gamma2: Tensor | None = None,
-    key_bias: Tensor | None = None,
-) -> dispatch.Arguments:
     validate.tensor("x", x, rank=3)
     dim = validate.heads(x, num_heads)
     hidden = eight_bits.channels("w1", w1, x, dim)
@@ -200,7 +171,8 @@ def _prepare_block(
         x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma1,
         norm2_weight, norm2_bias, w1, b1, w2, b2, gamma2, key_bias, num_heads, scale, float(eps),
     )  # fmt: skip
-    return eight_bits.without_gradient("int8_vit_block", arguments)
+    arguments = eight_bits.without_gradient("int8_vit_block", arguments)
+    return dispatch.run(_BLOCK, arguments, impl)
 
 
 def _limits(implementation: str, *arguments: Any) -> list[str]:
@@ -208,16 +180,6 @@ def _limits(implementation: str, *arguments: Any) -> list[str]:
     return [f"dtype {kind} (fp32 only)" for kind in sorted(kinds, key=str)]
 
 
-_LINEAR = dispatch.Operator(
-    "int8_linear",
-    reference.int8_linear,
-    partial(eight_bits.linear_arguments, "int8_linear"),
-    _limits,
-)
-_MLP = dispatch.Operator(
-    "int8_gelu_mlp",
-    reference.int8_gelu_mlp,
-    partial(eight_bits.mlp_arguments, "int8_gelu_mlp"),
-    _limits,
-)
-_BLOCK = dispatch.Operator("int8_vit_block", reference.int8_vit_block, _prepare_block, _limits)
+_LINEAR = register(Operator(int8_linear, reference.int8_linear, _limits, eight_bits=True))
+_MLP = register(Operator(int8_gelu_mlp, reference.int8_gelu_mlp, _limits, eight_bits=True))
+_BLOCK = register(Operator(int8_vit_block, reference.int8_vit_block, _limits, eight_bits=True))

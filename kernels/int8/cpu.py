@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deit.kernels.engine.packing import packed
 from deit.kernels.int8.quantize import quantize_channels
+from deit.kernels.vit_block.arguments import BlockArguments
 
 PANEL = 32  # output channels; csrc/cpu/int8.h's kPanelColumns
 
@@ -71,16 +72,10 @@ def int8_linear_thirds(
     return torch.ops.deit_cpu.int8_linear_packed(x, *weight, bias, *norm, False, None, None)
 
 
-def int8_vit_block(
-    x: Tensor,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor | None,
-    qkv_weight: Tensor,
-    *rest: Any,
-) -> Tensor:
+def int8_vit_block(x: Tensor, *others: Any) -> Tensor:
     """`deit.kernels.int8_vit_block`, by its schema's arguments."""
-    qkv = _kept(qkv_weight, _rows(x))
-    return _block(x, norm1_weight, norm1_bias, qkv, *rest)
+    block = BlockArguments(x, None, *others)
+    return _block(block, _kept(block.qkv_weight, _rows(x)))
 
 
 def int8_vit_block_thirds(
@@ -90,32 +85,18 @@ def int8_vit_block_thirds(
     q_weight: Tensor,
     k_weight: Tensor,
     v_weight: Tensor,
-    *rest: Any,
+    *others: Any,
 ) -> Tensor:
     """`int8_vit_block` with q, k and v apart."""
     qkv = _kept_thirds((q_weight, k_weight, v_weight), _rows(x))
-    return _block(x, norm1_weight, norm1_bias, qkv, *rest)
+    return _block(BlockArguments(x, None, norm1_weight, norm1_bias, q_weight, *others), qkv)
 
 
-def _block(
-    x: Tensor,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor | None,
-    qkv: Int8Weight,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    gamma1: Tensor | None,
-    norm2_weight: Tensor,
-    norm2_bias: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    *rest: Any,
-) -> Tensor:
-    rows = _rows(x)
+def _block(block: BlockArguments, qkv: Int8Weight) -> Tensor:
+    rows = _rows(block.x)
+    proj, w1, w2 = (_kept(w, rows) for w in (block.proj_weight, block.w1, block.w2))
     return torch.ops.deit_cpu.int8_vit_block_packed(
-        x, norm1_weight, norm1_bias, *qkv, qkv_bias, *_kept(proj_weight, rows), proj_bias,
-        gamma1, norm2_weight, norm2_bias,
-        *_kept(w1, rows), b1, *_kept(w2, rows), *rest,
+        block.x, block.norm1_weight, block.norm1_bias, *qkv, block.qkv_bias, *proj, block.proj_bias,
+        block.gamma1, block.norm2_weight, block.norm2_bias, *w1, block.b1, *w2, block.b2,
+        block.gamma2, block.key_bias, block.num_heads, block.scale, block.eps,
     )  # fmt: skip

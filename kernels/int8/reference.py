@@ -5,11 +5,14 @@ Integers are held in fp64, where every sum of products up to a depth of 2**37 is
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from deit.kernels.attention.reference import attention
 from deit.kernels.int8.quantize import quantize_channels, quantize_tokens
+from deit.kernels.vit_block.arguments import BlockArguments
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -67,29 +70,12 @@ def int8_gelu_mlp(
     return _joined(_product(hidden, w2, b2), residual, gamma)
 
 
-def int8_vit_block(
-    x: Tensor,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor | None,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    gamma1: Tensor | None,
-    norm2_weight: Tensor,
-    norm2_bias: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    gamma2: Tensor | None,
-    key_bias: Tensor | None,
-    num_heads: int,
-    scale: float,
-    eps: float,
-) -> Tensor:
+def int8_vit_block(x: Tensor, *others: Any) -> Tensor:
     """s = x + gamma1 * proj(attention(qkv(LN(x)))); s + gamma2 * fc2(gelu(fc1(LN(s))))."""
-    qkv = _product(_normalised(x, norm1_weight, norm1_bias, eps), qkv_weight, qkv_bias)
-    mixed = attention(qkv, num_heads, scale, key_bias)
-    stream = _joined(_product(mixed, proj_weight, proj_bias), x, gamma1)
-    return int8_gelu_mlp(stream, w1, b1, w2, b2, norm2_weight, norm2_bias, eps, stream, gamma2)
+    b = BlockArguments(x, None, *others)
+    normed = _normalised(x, b.norm1_weight, b.norm1_bias, b.eps)
+    qkv = _product(normed, b.qkv_weight, b.qkv_bias)
+    mixed = attention(qkv, b.num_heads, b.scale, b.key_bias)
+    stream = _joined(_product(mixed, b.proj_weight, b.proj_bias), x, b.gamma1)
+    norm = (b.norm2_weight, b.norm2_bias, b.eps)
+    return int8_gelu_mlp(stream, b.w1, b.b1, b.w2, b.b2, *norm, stream, b.gamma2)

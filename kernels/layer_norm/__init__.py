@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deit.kernels.engine import dispatch, ops, validate
+from deit.kernels.engine import dispatch, validate
+from deit.kernels.engine.derivatives import gradients
+from deit.kernels.engine.operator import Operator, register
+from deit.kernels.engine.registry import COMPILED
 from deit.kernels.layer_norm import reference
+from deit.kernels.layer_norm import schema as schema
 
 
 def layer_norm(
@@ -36,7 +40,8 @@ def layer_norm(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
         NotImplementedError: the implementation named by `impl` cannot run, with each reason.
     """
-    return dispatch.run(_LAYER_NORM, _prepare(x, weight, bias, eps), impl)
+    eps = _check(x, weight, bias, eps)
+    return dispatch.run(_LAYER_NORM, (x, weight, bias, eps), impl)
 
 
 def add_layer_norm(
@@ -66,13 +71,14 @@ def add_layer_norm(
     Raises:
         As `layer_norm`.
     """
-    arguments = _prepare_add(x, residual, weight, bias, eps, gamma=gamma, keep=keep)
-    return dispatch.run(_ADD_LAYER_NORM, arguments, impl)
+    eps = _check(x, weight, bias, eps)
+    validate.tensor("residual", residual)
+    validate.epilogue(x, x.shape[-1], residual, gamma, keep)
+    return dispatch.run(_ADD_LAYER_NORM, (x, residual, weight, bias, eps, gamma, keep), impl)
 
 
-def _prepare(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6
-) -> dispatch.Arguments:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> float:
+    """eps as a float; the others are what LayerNorm takes."""
     validate.tensor("x", x)
     shape = x.shape[-1:]
     validate.parameters(x, ("weight", weight, shape), fp32_allowed=True)
@@ -81,23 +87,7 @@ def _prepare(
     eps = validate.number("eps", eps)
     if eps < 0:
         raise ValueError(f"eps: expected a number >= 0; got {eps}")
-    return x, weight, bias, eps
-
-
-def _prepare_add(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    eps: float = 1e-6,
-    *,
-    gamma: Tensor | None = None,
-    keep: Tensor | None = None,
-) -> dispatch.Arguments:
-    _, weight, bias, eps = _prepare(x, weight, bias, eps)
-    validate.tensor("residual", residual)
-    validate.epilogue(x, x.shape[-1], residual, gamma, keep)
-    return x, residual, weight, bias, eps, gamma, keep
+    return eps
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -105,7 +95,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.COMPILED[implementation]["layer_norm_fwd"](*arguments)
+        return COMPILED[implementation]["layer_norm_fwd"](*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -118,11 +108,9 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        kernel = ops.COMPILED[ctx.implementation]["layer_norm_bwd"]
+        kernel = COMPILED[ctx.implementation]["layer_norm_bwd"]
         saved = ctx.saved_tensors
-        return tuple(
-            dispatch.gradients(ctx, lambda wanted: kernel(dout, *saved, wanted), (1, 2, 3))
-        )
+        return tuple(gradients(ctx, lambda wanted: kernel(dout, *saved, wanted), (1, 2, 3)))
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -130,7 +118,7 @@ class _AddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return ops.COMPILED[implementation]["add_layer_norm_fwd"](*arguments)
+        return COMPILED[implementation]["add_layer_norm_fwd"](*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -147,7 +135,7 @@ class _AddLayerNorm(torch.autograd.Function):
     def backward(
         ctx: Any, dout: Tensor | None, dtotal: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        kernel, saved = ops.COMPILED[ctx.implementation]["add_layer_norm_bwd"], ctx.saved_tensors
+        kernel, saved = COMPILED[ctx.implementation]["add_layer_norm_bwd"], ctx.saved_tensors
         total = saved[1]
         douts = (
             torch.zeros_like(total, dtype=ctx.dtype) if dout is None else dout,
@@ -157,7 +145,7 @@ class _AddLayerNorm(torch.autograd.Function):
         def backward(wanted: list[bool]) -> tuple[Tensor, ...]:
             return kernel(*douts, *saved, wanted)
 
-        return tuple(dispatch.gradients(ctx, backward, (1, 2, 3, 4, 6)))
+        return tuple(gradients(ctx, backward, (1, 2, 3, 4, 6)))
 
 
 def _train(implementation: str, *arguments: Any) -> Tensor:
@@ -168,14 +156,7 @@ def _train_add(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor]:
     return _AddLayerNorm.apply(implementation, *arguments)[:2]
 
 
-_LAYER_NORM = dispatch.Operator(
-    "layer_norm", reference.layer_norm, _prepare, dispatch.no_limits, _train
-)
-_ADD_LAYER_NORM = dispatch.Operator(
-    "add_layer_norm",
-    reference.add_layer_norm,
-    _prepare_add,
-    dispatch.no_limits,
-    _train_add,
-    {6: "keep"},
+_LAYER_NORM = register(Operator(layer_norm, reference.layer_norm, train=_train))
+_ADD_LAYER_NORM = register(
+    Operator(add_layer_norm, reference.add_layer_norm, train=_train_add, constants={6: "keep"})
 )

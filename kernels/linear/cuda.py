@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deit.kernels.engine import dispatch
+from deit.kernels.engine.tracing import constant_when_traced
 
 
 def limits(x: Tensor, *weights: Tensor, residual: Tensor | None, keep: Tensor | None) -> list[str]:
@@ -28,6 +28,6 @@ def limits(x: Tensor, *weights: Tensor, residual: Tensor | None, keep: Tensor | 
     return found
 
 
-@dispatch.constant_when_traced
+@constant_when_traced
 def _capability(device_type: str, index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index) if device_type == "cuda" else (0, 0)

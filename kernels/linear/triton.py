@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from deit.kernels.device import common, configs, launching
-from deit.kernels.engine.fakes import STATS_COLUMNS
 from deit.kernels.linear import triton_row_stats as statistics
+from deit.kernels.linear.row_stats import STATS_COLUMNS
 
 
 @launching.kept

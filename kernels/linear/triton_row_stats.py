@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deit.kernels.device import common, configs
-from deit.kernels.engine.fakes import STATS_COLUMNS, row_stats_shape
+from deit.kernels.linear.row_stats import STATS_COLUMNS, row_stats_shape
 
 _COLUMNS = tl.constexpr(STATS_COLUMNS)
 

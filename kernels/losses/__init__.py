@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deit.kernels.engine import dispatch, ops, validate
+from deit.kernels.engine import dispatch, limits, validate
+from deit.kernels.engine.derivatives import gradients
+from deit.kernels.engine.operator import Operator, register
+from deit.kernels.engine.registry import COMPILED
 from deit.kernels.losses import reference
+from deit.kernels.losses import schema as schema
 
 # Table 9 and section 4 of arXiv 2012.12877: hard labels share the loss equally, eq. (3); soft
 # distillation weighs the teacher by lambda = 0.1 at tau = 3.
@@ -37,8 +41,8 @@ def cross_entropy(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
         NotImplementedError: the implementation named by `impl` cannot run, with each reason.
     """
-    arguments = _prepare_ce(logits, target, label_smoothing=label_smoothing)
-    return dispatch.run(_CROSS_ENTROPY, arguments, impl)
+    label_smoothing = _check_targets(logits, target, label_smoothing)
+    return dispatch.run(_CROSS_ENTROPY, (logits, target, label_smoothing), impl)
 
 
 def distillation_loss(
@@ -77,60 +81,7 @@ def distillation_loss(
     Raises:
         As `cross_entropy`.
     """
-    arguments = _prepare_distillation(
-        logits,
-        target,
-        teacher_logits,
-        distillation_logits=distillation_logits,
-        kind=kind,
-        alpha=alpha,
-        temperature=temperature,
-        label_smoothing=label_smoothing,
-        kl_reduction=kl_reduction,
-    )
-    return dispatch.run(_DISTILLATION_LOSS, arguments, impl)
-
-
-def _prepare_ce(
-    logits: Tensor, target: Tensor, *, label_smoothing: float = 0.0
-) -> dispatch.Arguments:
-    validate.tensor("logits", logits, rank=2)
-    batch, classes = logits.shape
-    if classes == 0:
-        raise ValueError(f"logits: expected at least one class; got shape {(batch, classes)}")
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target: expected a Tensor; got {type(target).__name__}")
-    if target.is_floating_point():
-        if target.shape != logits.shape:
-            raise ValueError(
-                f"target: expected probabilities of shape {(batch, classes)}; "
-                f"got {tuple(target.shape)}"
-            )
-    elif target.dtype != torch.int64:
-        raise TypeError(f"target: expected int64 class indices or floats; got {target.dtype}")
-    elif target.shape != (batch,):
-        raise ValueError(f"target: expected indices of shape {(batch,)}; got {tuple(target.shape)}")
-    if target.device != logits.device:
-        raise ValueError(f"target: expected on {logits.device}; got {target.device}")
-    label_smoothing = validate.number("label_smoothing", label_smoothing)
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"label_smoothing: expected in [0, 1); got {label_smoothing}")
-    return logits, target, label_smoothing
-
-
-def _prepare_distillation(
-    logits: Tensor,
-    target: Tensor,
-    teacher_logits: Tensor,
-    *,
-    distillation_logits: Tensor | None = None,
-    kind: str = "hard",
-    alpha: float | None = None,
-    temperature: float = 3.0,
-    label_smoothing: float = 0.1,
-    kl_reduction: str = "batchmean",
-) -> dispatch.Arguments:
-    *_, label_smoothing = _prepare_ce(logits, target, label_smoothing=label_smoothing)
+    label_smoothing = _check_targets(logits, target, label_smoothing)
     for name, other in (
         ("teacher_logits", teacher_logits),
         ("distillation_logits", distillation_logits),
@@ -152,17 +103,37 @@ def _prepare_distillation(
         raise ValueError(f"temperature: expected > 0; got {temperature}")
     if kl_reduction not in KL_REDUCTIONS:
         raise ValueError(f"kl_reduction: expected one of {KL_REDUCTIONS}; got {kl_reduction!r}")
-    return (
-        logits,
-        target,
-        teacher_logits,
-        distillation_logits,
-        kind,
-        alpha,
-        temperature,
-        label_smoothing,
-        kl_reduction,
-    )
+    arguments = (
+        logits, target, teacher_logits, distillation_logits,
+        kind, alpha, temperature, label_smoothing, kl_reduction,
+    )  # fmt: skip
+    return dispatch.run(_DISTILLATION_LOSS, arguments, impl)
+
+
+def _check_targets(logits: Tensor, target: Tensor, label_smoothing: float) -> float:
+    """label_smoothing as a float; logits and targets are what a cross-entropy takes."""
+    validate.tensor("logits", logits, rank=2)
+    batch, classes = logits.shape
+    if classes == 0:
+        raise ValueError(f"logits: expected at least one class; got shape {(batch, classes)}")
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a Tensor; got {type(target).__name__}")
+    if target.is_floating_point():
+        if target.shape != logits.shape:
+            raise ValueError(
+                f"target: expected probabilities of shape {(batch, classes)}; "
+                f"got {tuple(target.shape)}"
+            )
+    elif target.dtype != torch.int64:
+        raise TypeError(f"target: expected int64 class indices or floats; got {target.dtype}")
+    elif target.shape != (batch,):
+        raise ValueError(f"target: expected indices of shape {(batch,)}; got {tuple(target.shape)}")
+    if target.device != logits.device:
+        raise ValueError(f"target: expected on {logits.device}; got {target.device}")
+    label_smoothing = validate.number("label_smoothing", label_smoothing)
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing: expected in [0, 1); got {label_smoothing}")
+    return label_smoothing
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -170,7 +141,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-        return ops.COMPILED[implementation]["cross_entropy_fwd"](*arguments)
+        return COMPILED[implementation]["cross_entropy_fwd"](*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -182,7 +153,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        backward = ops.COMPILED[ctx.implementation]["cross_entropy_bwd"]
+        backward = COMPILED[ctx.implementation]["cross_entropy_bwd"]
         return None, backward(dloss, *ctx.saved_tensors, ctx.label_smoothing), None, None
 
 
@@ -191,7 +162,7 @@ class _DistillationLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-        return ops.COMPILED[implementation]["distillation_loss_fwd"](*arguments)
+        return COMPILED[implementation]["distillation_loss_fwd"](*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -203,9 +174,9 @@ class _DistillationLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        kernel = ops.COMPILED[ctx.implementation]["distillation_loss_bwd"]
+        kernel = COMPILED[ctx.implementation]["distillation_loss_bwd"]
         saved = (*ctx.saved_tensors, *ctx.options)
-        return tuple(dispatch.gradients(ctx, lambda wanted: kernel(dloss, *saved, wanted), (1, 4)))
+        return tuple(gradients(ctx, lambda wanted: kernel(dloss, *saved, wanted), (1, 4)))
 
 
 def _train_ce(implementation: str, *arguments: Any) -> Tensor:
@@ -217,17 +188,18 @@ def _train_distillation(implementation: str, *arguments: Any) -> Tensor:
 
 
 def _limits(implementation: str, logits: Tensor, *others: Any) -> list[str]:
-    return dispatch.unserved(*others)  # probabilities and other logits have dtypes of their own
+    return limits.unserved(*others)  # probabilities and other logits have dtypes of their own
 
 
-_CROSS_ENTROPY = dispatch.Operator(
-    "cross_entropy", reference.cross_entropy, _prepare_ce, _limits, _train_ce, {1: "target"}
+_CROSS_ENTROPY = register(
+    Operator(cross_entropy, reference.cross_entropy, _limits, _train_ce, constants={1: "target"})
 )
-_DISTILLATION_LOSS = dispatch.Operator(
-    "distillation_loss",
-    reference.distillation_loss,
-    _prepare_distillation,
-    _limits,
-    _train_distillation,
-    {1: "target", 2: "teacher_logits"},
+_DISTILLATION_LOSS = register(
+    Operator(
+        distillation_loss,
+        reference.distillation_loss,
+        _limits,
+        _train_distillation,
+        constants={1: "target", 2: "teacher_logits"},
+    )
 )

@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deit.kernels.engine import dispatch, ops, validate
+from deit.kernels.engine import autocast, dispatch, limits, validate
+from deit.kernels.engine.derivatives import gradients
+from deit.kernels.engine.operator import Operator, register
+from deit.kernels.engine.registry import COMPILED
 from deit.kernels.patch_embed import reference
+from deit.kernels.patch_embed import schema as schema
 
 
 def patch_embed(
@@ -38,18 +42,10 @@ def patch_embed(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
         NotImplementedError: the implementation named by `impl` cannot run, with each reason.
     """
-    return dispatch.run(_PATCH_EMBED, _prepare(images, weight, bias, prefix, pos_embed), impl)
-
-
-def _prepare(
-    images: Tensor, weight: Tensor, bias: Tensor | None, prefix: Tensor, pos_embed: Tensor
-) -> dispatch.Arguments:
     validate.tensor("images", images, rank=4)
     validate.tensor("weight", weight, rank=4)
     validate.tensor("prefix", prefix, rank=3)
-    images, weight, bias, prefix, pos_embed = dispatch.autocast(
-        images, weight, bias, prefix, pos_embed
-    )
+    images, weight, bias, prefix, pos_embed = autocast.cast(images, weight, bias, prefix, pos_embed)
     (_, channels, height, width), (dim, _, *patch) = images.shape, weight.shape
     if height % patch[0] or width % patch[1]:
         raise ValueError(
@@ -65,7 +61,7 @@ def _prepare(
         ("prefix", prefix, (1, prefix_tokens, dim)),
         ("pos_embed", pos_embed, (1, tokens, dim)),
     )
-    return images, weight, bias, prefix, pos_embed
+    return dispatch.run(_PATCH_EMBED, (images, weight, bias, prefix, pos_embed), impl)
 
 
 class _PatchEmbed(torch.autograd.Function):
@@ -73,7 +69,7 @@ class _PatchEmbed(torch.autograd.Function):
 
     @staticmethod
     def forward(implementation: str, *arguments: Any) -> Tensor:
-        return ops.COMPILED[implementation]["patch_embed"](*arguments)
+        return COMPILED[implementation]["patch_embed"](*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -84,11 +80,9 @@ class _PatchEmbed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        kernel = ops.COMPILED[ctx.implementation]["patch_embed_bwd"]
+        kernel = COMPILED[ctx.implementation]["patch_embed_bwd"]
         saved = (*ctx.saved_tensors, ctx.prefix_tokens)
-        return tuple(
-            dispatch.gradients(ctx, lambda wanted: kernel(dout, *saved, wanted), (2, 3, 4, 5))
-        )
+        return tuple(gradients(ctx, lambda wanted: kernel(dout, *saved, wanted), (2, 3, 4, 5)))
 
 
 def _train(implementation: str, *arguments: Any) -> Tensor:
@@ -96,9 +90,9 @@ def _train(implementation: str, *arguments: Any) -> Tensor:
 
 
 def _limits(implementation: str, images: Tensor, weight: Tensor, *_: Any) -> list[str]:
-    return dispatch.product_limits(implementation, images, weight.flatten(1))
+    return limits.product_limits(implementation, images, weight.flatten(1))
 
 
-_PATCH_EMBED = dispatch.Operator(
-    "patch_embed", reference.patch_embed, _prepare, _limits, _train, {0: "images"}
+_PATCH_EMBED = register(
+    Operator(patch_embed, reference.patch_embed, _limits, _train, constants={0: "images"})
 )

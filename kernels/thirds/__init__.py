@@ -14,24 +14,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit import kernels
-from deit.kernels.engine import dispatch, ops
+from deit.kernels.engine import autocast, dispatch
+from deit.kernels.engine.derivatives import has_tangent, needs_gradient
+from deit.kernels.engine.operator import OPERATORS, Arguments
+from deit.kernels.engine.registry import COMPILED
+from deit.kernels.fp8 import fp8_linear as joined_fp8_linear
+from deit.kernels.int8 import int8_linear as joined_int8_linear
+from deit.kernels.int8 import int8_vit_block as joined_int8_vit_block
+from deit.kernels.linear import linear as joined_linear
+from deit.kernels.thirds import schema as schema
+from deit.kernels.vit_block import vit_block as joined_vit_block
 
 Weight = Tensor | tuple[Tensor, Tensor, Tensor]
 Bias = Tensor | tuple[Tensor, Tensor, Tensor] | None
 
-_MULTIPLE = 16  # of each weight's rows, for csrc/cpu/product.inl
+_MULTIPLE = 16  # of each weight's rows, for csrc/cpu/linear.inl
 
 
 def linear(x: Tensor, weight: Weight, bias: Bias, *, impl: str) -> Tensor:
     """`deit.kernels.linear`: [..., K] -> [..., 3 * D']."""
     if isinstance(weight, Tensor):
-        return kernels.linear(x, weight, _joined(bias), impl=impl)
+        return joined_linear(x, weight, _joined(bias), impl=impl)
     call = _by_thirds("linear", "weight", x, weight, bias, {"bias": _joined(bias)}, impl)
     if call is not None:
         x, _, joined, *_ = call
-        return ops.COMPILED["cpu"]["linear_thirds"](x, *weight, joined)
-    return _together(kernels.linear, x, weight, bias, impl=impl)
+        return COMPILED["cpu"]["linear_thirds"](x, *weight, joined)
+    return _together(joined_linear, x, weight, bias, impl=impl)
 
 
 def vit_block(
@@ -44,11 +52,11 @@ def vit_block(
         call = _by_thirds("vit_block", "qkv_weight", x, qkv_weight, qkv_bias, given, impl)
         if call is not None:
             x, _, norm_weight, norm_bias, _, *others = call
-            return ops.COMPILED["cpu"]["vit_block_thirds"](
+            return COMPILED["cpu"]["vit_block_thirds"](
                 x, norm_weight, norm_bias, *qkv_weight, *others
             )
         qkv_weight = torch.cat(qkv_weight)
-    return kernels.vit_block(x, qkv_weight=qkv_weight, qkv_bias=joined, impl=impl, **rest)
+    return joined_vit_block(x, qkv_weight=qkv_weight, qkv_bias=joined, impl=impl, **rest)
 
 
 def int8_linear(
@@ -56,13 +64,13 @@ def int8_linear(
 ) -> Tensor:
     """`deit.kernels.int8_linear`; for three weights without anything after the product."""
     if isinstance(weight, Tensor):
-        return kernels.int8_linear(x, weight, _joined(bias), norm=norm, impl=impl, **rest)
+        return joined_int8_linear(x, weight, _joined(bias), norm=norm, impl=impl, **rest)
     given = {"bias": _joined(bias), "norm": norm, **rest}
     call = _by_thirds("int8_linear", "weight", x, weight, bias, given, impl)
     if call is not None:
         x, _, joined, *normed = call
-        return ops.COMPILED["cpu"]["int8_linear_thirds"](x, *weight, joined, *normed[:3])
-    return kernels.int8_linear(x, torch.cat(weight), _joined(bias), norm=norm, impl=impl, **rest)
+        return COMPILED["cpu"]["int8_linear_thirds"](x, *weight, joined, *normed[:3])
+    return joined_int8_linear(x, torch.cat(weight), _joined(bias), norm=norm, impl=impl, **rest)
 
 
 def int8_vit_block(
@@ -75,18 +83,18 @@ def int8_vit_block(
         call = _by_thirds("int8_vit_block", "qkv_weight", x, qkv_weight, qkv_bias, given, impl)
         if call is not None:
             x, norm_weight, norm_bias, _, *others = call
-            return ops.COMPILED["cpu"]["int8_vit_block_thirds"](
+            return COMPILED["cpu"]["int8_vit_block_thirds"](
                 x, norm_weight, norm_bias, *qkv_weight, *others
             )
         qkv_weight = torch.cat(qkv_weight)
-    return kernels.int8_vit_block(x, qkv_weight=qkv_weight, qkv_bias=joined, impl=impl, **rest)
+    return joined_int8_vit_block(x, qkv_weight=qkv_weight, qkv_bias=joined, impl=impl, **rest)
 
 
 def fp8_linear(x: Tensor, weight: Weight, bias: Bias, **rest: Any) -> Tensor:
     """`deit.kernels.fp8_linear`; three products for three weights, whose copies are kept."""
     if isinstance(weight, Tensor):
-        return kernels.fp8_linear(x, weight, _joined(bias), **rest)
-    return _apart(kernels.fp8_linear, x, weight, bias, **rest)
+        return joined_fp8_linear(x, weight, _joined(bias), **rest)
+    return _apart(joined_fp8_linear, x, weight, bias, **rest)
 
 
 def _joined(bias: Bias) -> Tensor | None:
@@ -107,7 +115,7 @@ def _by_thirds(
     bias: Bias,
     given: dict[str, Any],
     impl: str,
-) -> dispatch.Arguments | None:
+) -> Arguments | None:
     """The operator's checked arguments where the CPU's kernel takes it by thirds; else None.
 
     name: what the operator calls the weight, in whose place a stand-in goes. given: the others.
@@ -117,11 +125,11 @@ def _by_thirds(
     shape, tensors = weight[0].shape, (x, *weight, *(bias or ()))
     if any(w.shape != shape or w.dtype != x.dtype or w.device != x.device for w in weight):
         return None
-    if x.device.type != "cpu" or shape[0] % _MULTIPLE or dispatch.autocast_dtype(x) is not None:
+    if x.device.type != "cpu" or shape[0] % _MULTIPLE or autocast.dtype_of(x) is not None:
         return None
-    if dispatch.needs_gradient(tensors) or dispatch.has_tangent(tensors):
+    if needs_gradient(tensors) or has_tangent(tensors):
         return None
-    known = dispatch.OPERATORS[operator]
+    known = OPERATORS[operator]
     arguments = known.prepare(x, **{name: _stand_in(weight)}, **given)
     return arguments if dispatch.choose(known, arguments, impl) == "cpu" else None
 

@@ -1,43 +1,57 @@
 """Schemas and fakes of the CPU's products by a weight that lies in three tensors.
 
-Beside those of ops.py, whose operators they are for models that hold q, k and v apart
-(kernels/thirds.py): csrc/cpu reads the three where they lie. In inference alone.
+Beside those of the operators that they are, for models that hold q, k and v apart: csrc/cpu reads
+the three where they lie. In inference alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from deit.kernels.engine.eight_bits_schemas import block
-from deit.kernels.engine.fakes import FAKES as OTHERS
+from deit.kernels.engine.eight_bits import NORM
+from deit.kernels.engine.fakes import projected
+from deit.kernels.engine.registry import CSRC, define
+from deit.kernels.vit_block import schema as vit_block
+from deit.kernels.vit_block.arguments import block_schema
 
 _WEIGHTS = "Tensor first, Tensor second, Tensor third"
 _QKV = "Tensor q_weight, Tensor k_weight, Tensor v_weight"
-_INT8_BLOCK = block("Tensor {0}_weight", "Tensor {0}", qkv=_QKV)
-
-NATIVE: dict[str, str] = {
-    "linear_thirds": f"(Tensor x, {_WEIGHTS}, Tensor? bias) -> Tensor",
-    "vit_block_thirds": _INT8_BLOCK.replace("-> Tensor", "-> (Tensor, Tensor)"),
-}
-INT8: dict[str, str] = {
-    "int8_linear_thirds": (
-        f"(Tensor x, {_WEIGHTS}, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float eps)"
-        " -> Tensor"
-    ),
-    "int8_vit_block_thirds": _INT8_BLOCK,
-}
-SCHEMAS = NATIVE | INT8
+_CPU = ("cpu",)
 
 
-def _linear_fake(x: Tensor, first: Tensor, *_: object) -> Tensor:
-    return x.new_empty((*x.shape[:-1], 3 * first.shape[0]))
+def _linear(x: Tensor, first: Tensor, *_: object) -> Tensor:
+    return projected(x, 3 * first.shape[0])
 
 
-FAKES: dict[str, Callable[..., object]] = {
-    "linear_thirds": _linear_fake,
-    "vit_block_thirds": OTHERS["vit_block"],
-    "int8_linear_thirds": _linear_fake,
-    "int8_vit_block_thirds": lambda x, *_: x.new_empty(x.shape),
-}
+def _int8_block(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+define(
+    "linear_thirds",
+    f"(Tensor x, {_WEIGHTS}, Tensor? bias) -> Tensor",
+    _linear,
+    implementations=_CPU,
+    cpu=CSRC,
+)
+define(
+    "vit_block_thirds",
+    block_schema("(Tensor, Tensor)", row_stats=None, qkv_weight=_QKV),
+    vit_block.fake,
+    implementations=_CPU,
+    cpu=CSRC,
+)
+define(
+    "int8_linear_thirds",
+    f"(Tensor x, {_WEIGHTS}, Tensor? bias, {NORM}) -> Tensor",
+    _linear,
+    implementations=_CPU,
+    cpu="int8.cpu",
+)
+define(
+    "int8_vit_block_thirds",
+    block_schema("Tensor", row_stats=None, qkv_weight=_QKV),
+    _int8_block,
+    implementations=_CPU,
+    cpu="int8.cpu",
+)

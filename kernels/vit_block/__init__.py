@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from deit.kernels.attention import TRITON_HEAD_DIMS
-from deit.kernels.engine import dispatch, validate
-from deit.kernels.engine.fakes import row_stats_shape
+from deit.kernels.engine import autocast, dispatch, limits, measured, validate
+from deit.kernels.engine.derivatives import has_tangent, needs_gradient
+from deit.kernels.engine.operator import Operator, register
+from deit.kernels.linear.row_stats import row_stats_shape
 from deit.kernels.vit_block import reference
+from deit.kernels.vit_block import schema as schema
+from deit.kernels.vit_block.arguments import BlockArguments
 
 
 def vit_block(
@@ -73,89 +77,13 @@ def vit_block(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
         NotImplementedError: the implementation named by `impl` cannot run, with each reason.
     """
-    arguments = _prepare(
-        x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias,
-        norm2_weight, norm2_bias, w1, b1, w2, b2, num_heads, scale=scale, eps=eps,
-        gamma1=gamma1, gamma2=gamma2, key_bias=key_bias, row_stats=row_stats,
-    )  # fmt: skip
-    return dispatch.run(_VIT_BLOCK, arguments, impl)
-
-
-def vit_blocks(x: Tensor, blocks: Sequence[Mapping[str, Any]]) -> Tensor:
-    """`vit_block` after `vit_block`, each given the row statistics of the one before.
-
-    All are validated, and their implementations chosen, before the first one runs.
-
-    Args:
-        x: [B, N, D], as for `vit_block`.
-        blocks: the other arguments of each `vit_block` by name, without row_stats.
-
-    Returns:
-        y [B, N, D] of the last one; x itself where there are none.
-
-    Raises:
-        As `vit_block` does, before anything has run.
-    """
-    calls, differentiated = [], False
-    for block in blocks:
-        given = dict(block)
-        impl = given.pop("impl", "auto")
-        arguments = _prepare(x, **given)
-        calls.append((arguments, impl, dispatch.choose(_VIT_BLOCK, arguments, impl)))
-        differentiated |= dispatch.needs_gradient(arguments) or dispatch.has_tangent(arguments)
-    row_stats = None
-    for (_, _, *others), impl, name in calls:
-        arguments = (x, row_stats, *others)
-        if differentiated:  # in one block, and so in all that follow it
-            name = dispatch.choose(_VIT_BLOCK, arguments, impl)
-        x, row_stats = dispatch.run_chosen(_VIT_BLOCK, arguments, name)
-    return x
-
-
-def served(x: Tensor, qkv_weight: Tensor) -> bool:
-    """Whether "auto" runs a kernel for `vit_block` in inference on this stream and weight."""
-    kernels = dispatch.measured("vit_block", x.device.type, x.device.index)
-    if not kernels == ("cpu",):  # noqa: SIM201 - torch 2.11's Dynamo has no `!=` for tuples
-        return bool(kernels)
-    products = dispatch.autocast_dtype(x) or qkv_weight.dtype
-    return (
-        x.dtype == products
-        and x.dtype in dispatch.KERNEL_DTYPES
-        and not dispatch.product_limits("cpu", x)
-        and not dispatch.environment("cpu", "cpu", None)
-    )
-
-
-def _prepare(
-    x: Tensor,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor | None,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    norm2_weight: Tensor,
-    norm2_bias: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    num_heads: int,
-    *,
-    scale: float | None = None,
-    eps: float = 1e-6,
-    gamma1: Tensor | None = None,
-    gamma2: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    row_stats: Tensor | None = None,
-) -> dispatch.Arguments:
     validate.tensor("x", x, rank=3)
     validate.rows("qkv_weight", qkv_weight)
     hidden = validate.rows("w1", w1)
     validate.present(
         norm1_weight=norm1_weight, proj_weight=proj_weight, norm2_weight=norm2_weight, w2=w2
     )
-    qkv_weight, qkv_bias, proj_weight, proj_bias, w1, b1, w2, b2 = dispatch.autocast(
+    qkv_weight, qkv_bias, proj_weight, proj_bias, w1, b1, w2, b2 = autocast.cast(
         qkv_weight, qkv_bias, proj_weight, proj_bias, w1, b1, w2, b2
     )
     _check_stream(x, qkv_weight, row_stats, num_heads, eps)
@@ -188,11 +116,57 @@ def _prepare(
     validate.parameters(norm1_weight, ("norm1_bias", norm1_bias, (dim,)))
     validate.parameters(norm2_weight, ("norm2_bias", norm2_bias, (dim,)))
     scale = (dim // num_heads) ** -0.5 if scale is None else float(scale)
-    return (
+    arguments = BlockArguments(
         x, row_stats, norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias,
         gamma1, norm2_weight, norm2_bias, w1, b1, w2, b2, gamma2, key_bias, num_heads, scale,
         float(eps),
     )  # fmt: skip
+    return dispatch.run(_VIT_BLOCK, arguments, impl)
+
+
+def vit_blocks(x: Tensor, blocks: Sequence[Mapping[str, Any]]) -> Tensor:
+    """`vit_block` after `vit_block`, each given the row statistics of the one before.
+
+    All are validated, and their implementations chosen, before the first one runs.
+
+    Args:
+        x: [B, N, D], as for `vit_block`.
+        blocks: the other arguments of each `vit_block` by name, without row_stats.
+
+    Returns:
+        y [B, N, D] of the last one; x itself where there are none.
+
+    Raises:
+        As `vit_block` does, before anything has run.
+    """
+    calls, differentiated = [], False
+    for block in blocks:
+        given = dict(block)
+        impl = given.pop("impl", "auto")
+        arguments = _VIT_BLOCK.prepare(x, **given)
+        calls.append((arguments, impl, dispatch.choose(_VIT_BLOCK, arguments, impl)))
+        differentiated |= needs_gradient(arguments) or has_tangent(arguments)
+    row_stats = None
+    for (_, _, *others), impl, name in calls:
+        arguments = (x, row_stats, *others)
+        if differentiated:  # in one block, and so in all that follow it
+            name = dispatch.choose(_VIT_BLOCK, arguments, impl)
+        x, row_stats = dispatch.run_chosen(_VIT_BLOCK, arguments, name)
+    return x
+
+
+def served(x: Tensor, qkv_weight: Tensor) -> bool:
+    """Whether "auto" runs a kernel for `vit_block` in inference on this stream and weight."""
+    kernels = measured.implementations("vit_block", x.device.type, x.device.index)
+    if not kernels == ("cpu",):  # noqa: SIM201 - torch 2.11's Dynamo has no `!=` for tuples
+        return bool(kernels)
+    products = autocast.dtype_of(x) or qkv_weight.dtype
+    return (
+        x.dtype == products
+        and x.dtype in limits.KERNEL_DTYPES
+        and not limits.product_limits("cpu", x)
+        and not dispatch.environment("cpu", "cpu", None)
+    )
 
 
 def _check_stream(
@@ -215,23 +189,21 @@ def _check_stream(
         validate.parameters(x, expected, fp32_allowed=True)
 
 
-def _limits(
-    implementation: str, x: Tensor, _: Tensor | None, *weights_and_numbers: Any
-) -> list[str]:
-    qkv_weight, num_heads = weights_and_numbers[2], weights_and_numbers[15]
-    proj_weight, w1, w2 = (weights_and_numbers[i] for i in (4, 9, 11))
-    found = dispatch.product_limits(implementation, qkv_weight, proj_weight, w1, w2)
+def _limits(implementation: str, *arguments: Any) -> list[str]:
+    block = BlockArguments(*arguments)
+    dtype, weights = block.qkv_weight.dtype, (block.proj_weight, block.w1, block.w2)
+    found = limits.product_limits(implementation, block.qkv_weight, *weights)
     if implementation == "cpu":
-        if x.numel() == 0:
+        if block.x.numel() == 0:
             found.append("an empty axis")
-        if x.dtype != qkv_weight.dtype:
-            found.append(f"a stream in {x.dtype} beside products in {qkv_weight.dtype}")
-    head_dim = x.shape[-1] // num_heads
+        if block.x.dtype != dtype:
+            found.append(f"a stream in {block.x.dtype} beside products in {dtype}")
+    head_dim = block.x.shape[-1] // block.num_heads
     if implementation == "triton" and head_dim not in TRITON_HEAD_DIMS:
         found.append(f"head dimension {head_dim} (served: {TRITON_HEAD_DIMS})")
-    return found + dispatch.unserved(qkv_weight)
+    if dtype not in limits.KERNEL_DTYPES:
+        found += limits.unserved(block.qkv_weight)
+    return found
 
 
-_VIT_BLOCK = dispatch.Operator(
-    "vit_block", reference.vit_block, _prepare, _limits, constants={1: "row_stats"}
-)
+_VIT_BLOCK = register(Operator(vit_block, reference.vit_block, _limits, constants={1: "row_stats"}))

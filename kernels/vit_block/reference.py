@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from deit.kernels.attention.reference import attention
-from deit.kernels.engine.fakes import STATS_COLUMNS
 from deit.kernels.gelu_mlp.reference import gelu_mlp
 from deit.kernels.layer_norm.reference import layer_norm
 from deit.kernels.linear.reference import linear
+from deit.kernels.linear.row_stats import STATS_COLUMNS
+from deit.kernels.vit_block.arguments import BlockArguments
 
 
 def row_stats(x: Tensor) -> Tensor:
@@ -22,37 +25,17 @@ def row_stats(x: Tensor) -> Tensor:
     return torch.stack([means, torch.stack(squares, -1)], -2)
 
 
-def vit_block(
-    x: Tensor,
-    row_stats_of_x: Tensor | None,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor | None,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    gamma1: Tensor | None,
-    norm2_weight: Tensor,
-    norm2_bias: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    gamma2: Tensor | None,
-    key_bias: Tensor | None,
-    num_heads: int,
-    scale: float,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def vit_block(*arguments: Any) -> tuple[Tensor, Tensor]:
     """A pre-norm block (arXiv 2010.11929, eq. 2 and 3) and its output's row statistics.
 
     LN sees x itself: statistics that came with it are left unread.
     """
-    dtype = qkv_weight.dtype
-    normed = layer_norm(x, norm1_weight, norm1_bias, eps).to(dtype)
-    qkv = F.linear(normed, qkv_weight, qkv_bias)
-    mixed = attention(qkv, num_heads, scale, key_bias)
-    x = linear(mixed, proj_weight, proj_bias, None, x, gamma1, None)
-    normed = layer_norm(x, norm2_weight, norm2_bias, eps).to(dtype)
-    y = gelu_mlp(normed, w1, b1, w2, b2, x, gamma2, None)
+    b = BlockArguments(*arguments)
+    dtype = b.qkv_weight.dtype
+    normed = layer_norm(b.x, b.norm1_weight, b.norm1_bias, b.eps).to(dtype)
+    qkv = F.linear(normed, b.qkv_weight, b.qkv_bias)
+    mixed = attention(qkv, b.num_heads, b.scale, b.key_bias)
+    x = linear(mixed, b.proj_weight, b.proj_bias, None, b.x, b.gamma1, None)
+    normed = layer_norm(x, b.norm2_weight, b.norm2_bias, b.eps).to(dtype)
+    y = gelu_mlp(normed, b.w1, b.b1, b.w2, b.b2, x, b.gamma2, None)
     return y, row_stats(y)

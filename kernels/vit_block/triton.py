@@ -6,11 +6,14 @@
     y = s + fc2(gelu(fc1(LN2(s))))   one kernel, LN2 its prologue; writes the statistics of y
 
 So no LayerNorm is a pass over memory, which would read and write the stream, 2 * T * D elements.
-Where rows are too wide to be kept on chip (norm_linear.py), LN1 and LN2 are kernels of their own,
-fc1 and fc2 two products, and of all statistics only those of y are written, for the caller.
+Where rows are too wide to be kept on chip (linear/triton_norm_linear.py), LN1 and LN2 are kernels
+of their own, fc1 and fc2 two products, and of all statistics only those of y are written, for the
+caller.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 
@@ -20,44 +23,26 @@ from deit.kernels.gelu_mlp import triton as gelu_mlp
 from deit.kernels.linear import triton as linear
 from deit.kernels.linear import triton_row_stats as statistics
 from deit.kernels.linear.triton_norm_linear import norm_linear
+from deit.kernels.vit_block.arguments import BlockArguments
 
 
 @launching.kept
-def vit_block(
-    x: Tensor,
-    row_stats: Tensor | None,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor | None,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    gamma1: Tensor | None,
-    norm2_weight: Tensor,
-    norm2_bias: Tensor | None,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    gamma2: Tensor | None,
-    key_bias: Tensor | None,
-    num_heads: int,
-    scale: float,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def vit_block(*arguments: Any) -> tuple[Tensor, Tensor]:
     """`deit.kernels.vit_block` on Triton; strides as for `linear`."""
-    panel = configs.norm_panel(common.architecture(x), qkv_weight.dtype, *qkv_weight.shape)
-    norm1 = statistics.Norm(row_stats, norm1_weight, norm1_bias, eps)
-    qkv = norm_linear(x, norm1, qkv_weight, qkv_bias, config=panel)
-    mixed = attention_module.attention(qkv, num_heads, scale, key_bias)
-    form = mlp_form(x, w1)
+    block = BlockArguments(*arguments)
+    x, row_stats, weight = block.x, block.row_stats, block.qkv_weight
+    panel = configs.norm_panel(common.architecture(x), weight.dtype, *weight.shape)
+    norm1 = statistics.Norm(row_stats, block.norm1_weight, block.norm1_bias, block.eps)
+    qkv = norm_linear(x, norm1, weight, block.qkv_bias, config=panel)
+    mixed = attention_module.attention(qkv, block.num_heads, block.scale, block.key_bias)
+    proj, form = (block.proj_weight, block.proj_bias), mlp_form(x, block.w1)
     if form is None:  # no prologue reads the statistics of s
-        s = linear.linear(mixed, proj_weight, proj_bias, None, x, gamma1, None)
-        norm2 = statistics.Norm(None, norm2_weight, norm2_bias, eps)
+        s, row_stats = linear.linear(mixed, *proj, None, x, block.gamma1, None), None
     else:
-        s, row_stats = linear_stats(mixed, proj_weight, proj_bias, x, gamma1)
-        norm2 = statistics.Norm(row_stats, norm2_weight, norm2_bias, eps)
-    return norm_mlp(s, norm2, w1, b1, w2, b2, gamma2, config=form)
+        s, row_stats = linear_stats(mixed, *proj, x, block.gamma1)
+    norm2 = statistics.Norm(row_stats, block.norm2_weight, block.norm2_bias, block.eps)
+    mlp = (block.w1, block.b1, block.w2, block.b2)
+    return norm_mlp(s, norm2, *mlp, block.gamma2, config=form)
 
 
 def mlp_form(x: Tensor, w1: Tensor) -> configs.MlpConfig | configs.PanelConfig | None:

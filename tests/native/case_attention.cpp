@@ -34,10 +34,10 @@ void fuzz_attention(Random& random, const deit::Kernels& set) {
   args.qkv = qkv.memory.data();
   args.out = out.memory.data();
   args.key_bias = bias.data;
-  set.plan_attention(args);
-  run(args.batch * args.heads * args.tiles, set.attention_workspace(args), {&out}, random,
+  set.attention.plan(args);
+  run(args.batch * args.heads * args.tiles, set.attention.workspace(args), {&out}, random,
       [&](float* workspace, int64_t begin, int64_t end) {
-        set.attention(args, workspace, begin, end);
+        set.attention.forward(args, workspace, begin, end);
       });
 
   const deit::Scalar rounded = args.bf16_products ? deit::Scalar::bf16 : args.type;

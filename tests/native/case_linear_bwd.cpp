@@ -1,0 +1,95 @@
+// The gradients of a linear layer's weight and bias, and of what comes before its epilogue.
+#include "cases.h"
+#include "fence.h"
+#include "linear.h"
+
+namespace fuzz {
+
+void fuzz_weight_gradient(Random& random, const deit::Kernels& set) {
+  deit::WeightGradientArgs args{};
+  const bool large = random.chance(0.1);
+  args.rows = random.size(large ? 200 : 140);
+  args.outputs = random.size(large ? 400 : 110);
+  args.inputs = random.chance(0.15) ? 0 : random.size(large ? 400 : 110);  // 0: dbias alone
+  const bool sums_bias = args.inputs == 0 || random.chance(0.7);
+  Strided g({args.rows}, args.outputs, f32, random), x({args.rows}, args.inputs, f32, random);
+  Elements dweight(args.outputs * args.inputs, f32, random);
+  Elements dbias(sums_bias ? args.outputs : 0, f32, random);
+  args.g = g.elements.memory.floats(), args.ldg = stride_of(g);
+  args.x = x.elements.memory.floats(), args.ldx = stride_of(x);
+  if (args.inputs > 0) args.dweight = dweight.memory.floats();
+  if (sums_bias) args.dbias = dbias.memory.floats();
+  const int64_t blocks[][2] = {{48, 64}, {192, 192}, {random.size(120), random.size(120)}};
+  std::vector<uint8_t> bits[2];
+  for (const auto& [output_block, input_block] : blocks) {  // any may be chosen, to the same bits
+    args.output_block = output_block, args.input_block = input_block;
+    const int64_t down = (args.outputs + output_block - 1) / output_block;
+    run(down * std::max<int64_t>(1, (args.inputs + input_block - 1) / input_block),
+        set.linear_gradient.weight_workspace(args), {&dweight, &dbias}, random,
+        [&](float* workspace, int64_t begin, int64_t end) {
+          set.linear_gradient.weight(args, workspace, begin, end);
+        });
+    if (bits[0].empty()) bits[0] = dweight.memory.copy(), bits[1] = dbias.memory.copy();
+    if (dweight.memory.copy() != bits[0] || dbias.memory.copy() != bits[1]) {
+      fail("the sums depend on the blocks of the weight");
+    }
+  }
+
+  std::vector<double> weight(static_cast<size_t>(args.outputs * args.inputs));
+  std::vector<double> bias(static_cast<size_t>(args.outputs));
+  for (int64_t row = 0; row < args.rows; ++row) {
+    std::vector<double> of_row;
+    for (int64_t i = 0; i < args.inputs; ++i) of_row.push_back(x.at(row, i));
+    for (int64_t o = 0; o < args.outputs; ++o) {
+      const double factor = g.at(row, o);
+      double* to = weight.data() + o * args.inputs;
+      for (size_t i = 0; i < of_row.size(); ++i) to[i] += factor * of_row[i];
+      bias[static_cast<size_t>(o)] += factor;
+    }
+  }
+  for (size_t i = 0; i < weight.size(); ++i) {
+    const int64_t index = static_cast<int64_t>(i);
+    near("dweight", index, dweight.at(index), weight[i], f32);
+  }
+  for (size_t i = 0; sums_bias && i < bias.size(); ++i) {
+    near("dbias", static_cast<int64_t>(i), dbias.at(static_cast<int64_t>(i)), bias[i], f32);
+  }
+}
+
+void fuzz_output_gradient(Random& random, const deit::Kernels& set) {
+  deit::OutputGradientArgs args{};
+  const int64_t samples = random.between(1, 4), each = random.size(80);
+  args.rows = samples * each, args.channels = random.size(140), args.rows_per_sample = each;
+  args.activation = any_activation(random);
+  Strided dout({args.rows}, args.channels, f32, random);
+  Parameter gamma(args.channels, 0.5, random), keep(samples, 0.5, random);
+  const bool wants_g = random.chance(0.8), wants_gamma = gamma.data && random.chance(0.7);
+  const bool reads_affine = args.activation != Activation::none || wants_gamma;
+  Parameter affine(args.rows * args.channels, reads_affine ? 1.0 : 0.0, random);
+  const int64_t chunks = (args.rows + deit::kRowChunk - 1) / deit::kRowChunk;
+  Elements g(wants_g ? args.rows * args.channels : 0, f32, random);
+  Elements sums(wants_gamma ? chunks * 2 * args.channels : 0, f32, random);
+  args.dout = dout.elements.memory.floats(), args.ldd = stride_of(dout);
+  args.affine = affine.data, args.gamma = gamma.data, args.keep = keep.data;
+  if (wants_g) args.g = g.memory.floats();
+  if (wants_gamma) args.dgamma = sums.memory.floats();
+  run(chunks, 0, {&g, &sums}, random, [&](float*, int64_t begin, int64_t end) {
+    set.linear_gradient.output(args, begin, end);
+  });
+
+  std::vector<double> dgamma(static_cast<size_t>(chunks * args.channels));
+  for (int64_t i = 0; i < args.rows * args.channels; ++i) {
+    const int64_t row = i / args.channels, n = i % args.channels;
+    const double dy = dout.at(row, n) * keep.at(row / each, 1.0);
+    const Activated y = activated(affine.at(i, 0.0), args.activation);
+    if (wants_g) near("g", i, g.at(i), dy * gamma.at(n, 1.0) * y.slope, f32);
+    dgamma[static_cast<size_t>(row / deit::kRowChunk * args.channels + n)] += dy * y.value;
+  }
+  for (int64_t i = 0; wants_gamma && i < chunks * args.channels; ++i) {
+    const int64_t high = i + i / args.channels * args.channels;
+    near("dgamma", i, sums.at(high) + sums.at(high + args.channels),
+         dgamma[static_cast<size_t>(i)], f32);
+  }
+}
+
+}  // namespace fuzz

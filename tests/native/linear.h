@@ -1,0 +1,36 @@
+// What the cases of linear layers share.
+#pragma once
+
+#include <cmath>
+
+#include "../../csrc/cpu/linear.h"
+#include "fence.h"
+
+namespace fuzz {
+
+using deit::Activation;
+constexpr deit::Scalar f32 = deit::Scalar::f32;
+
+struct Activated {
+  double value, slope;
+};
+
+inline Activated activated(double x, Activation activation) {
+  if (activation == Activation::none) return {x, 1.0};
+  if (activation == Activation::gelu) {
+    const double cdf = 0.5 * std::erfc(-x * std::sqrt(0.5));
+    return {x * cdf, cdf + x * std::exp(-0.5 * x * x) / std::sqrt(2.0 * M_PI)};
+  }
+  const double root = std::sqrt(2.0 / M_PI), t = std::tanh(root * (x + 0.044715 * x * x * x));
+  const double dz = root * (1.0 + 3.0 * 0.044715 * x * x);
+  return {0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * dz};
+}
+
+inline Activation any_activation(Random& random) {
+  return static_cast<Activation>(random.between(0, 2));
+}
+
+// The row stride of a Strided with one leading axis.
+inline int64_t stride_of(const Strided& rows) { return rows.rows.strides[0]; }
+
+}  // namespace fuzz
