@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from deit import renamed
 from deit.configs import PUBLISHED, VARIANTS, Config, config
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = ["PUBLISHED", "VARIANTS", "Config", "DeiT", "config", "create", "load"]
+
+renamed.find_by_old_names()
 
 # Imported when asked for: these need torch, which `deit --help` should not wait for.
 _LAZY = {"DeiT": "deit.model", "load": "deit.weights.checkpoint"}

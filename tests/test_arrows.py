@@ -1,6 +1,6 @@
 """The arrows of docs/design.md: who may import whom, by the sources.
 
-Read are imports anywhere in a file: deferred ones and those for annotations count like the others.
+Deferred imports and those for annotations count like the others.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # From the lowest floor to the highest. A module imports its own room and lower floors. A room is
-# named by the longest entry here that it begins with; `deit` itself is the names for users.
+# named by the longest entry here that it begins with. `deit` alone stands for its __init__.
 FLOORS = (
     ("deit.kernels",),
-    ("deit.configs", "deit.settings", "deit.recipes", "deit.devices", "deit.model"),
+    ("deit.configs", "deit.settings", "deit.recipes", "deit.devices", "deit.model", "deit.renamed"),
     ("deit.data", "deit.weights"),
     ("deit", "deit.checkpoint"),
     ("deit.fused_vit",),
@@ -25,12 +25,19 @@ FLOORS = (
     ("deit.tune", "deit.tune_problems", "deit.tune_fp8"),
     ("deit.commands",),
     ("deit.train", "deit.__main__"),
-    ("bench",),
+    ("bench.evidence",),
+    ("bench.peers",),
+    ("bench.race",),
+    ("bench.studies",),
+    ("bench", "bench.operators", "bench.qualification", "bench.page"),  # programs, and their parts
     ("tests",),
 )
-# Rooms of single files on one floor that may know each other.
-TOGETHER = [{"deit.configs", "deit.settings", "deit.recipes", "deit.devices", "deit.model"},
-            {"deit.tune", "deit.tune_problems", "deit.tune_fp8"}]  # fmt: skip
+# Rooms on one floor that may know each other.
+TOGETHER = [
+    {"deit.configs", "deit.settings", "deit.recipes", "deit.devices", "deit.model", "deit.renamed"},
+    {"deit.tune", "deit.tune_problems", "deit.tune_fp8"},
+    {"bench", "bench.operators", "bench.qualification", "bench.page"},
+]
 
 # A folder of kernels/ -> the folders that it may import; prove/ may import all.
 OPERATORS = {
@@ -65,8 +72,7 @@ def modules() -> dict[str, Path]:
 
 def imported(name: str, path: Path, known: Collection[str]) -> set[str]:
     """The modules of `known` that a file imports: `from package import module` is that module."""
-    # Programs of bench/ and tests/ import their neighbours without a prefix.
-    places = ("",) if name.startswith("deit") else ("", "bench.", "tests.")
+    places = ("", "bench.", "tests.")  # whose files are imported without a prefix
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         asked: list[tuple[str, ...]] = []  # names, the most exact first

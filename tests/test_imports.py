@@ -66,3 +66,25 @@ def test_the_first_call_of_a_process_may_be_compiled():
         assert a.shape == (2, 8) and b.shape == (1, 3, 64)
         """
     )
+
+
+def test_documented_names_stay_where_users_import_them_from():
+    run(
+        """
+        from deit import create, load
+        from deit.checkpoint import load_into, save
+        from deit.data.sources import open_source
+        from deit.export import load_package
+        from deit.fused_vit import compile_graph, fuse, refresh, register_hf, unfuse
+        from deit.train import Trainer, train
+        """
+    )
+
+
+def test_torchrun_finds_the_training():
+    """docs/training.md: `torchrun ... -m deit.train`."""
+    result = subprocess.run(
+        [sys.executable, "-m", "deit.train", "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert "--augment-on" in result.stdout

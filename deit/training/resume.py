@@ -19,8 +19,8 @@ RULES: dict[str, Rule] = {
     f"{group}.{line.name}".lstrip("."): line.metadata["rule"] for group, line, _ in lines(Options)
 }
 
-# Of the data itself, which an unchanged `data` may no longer hold. A run that has nothing left to
-# do is not refused for them: it stays as it is.
+# Facts of the data itself, which an unchanged `data` may no longer hold. They do not refuse a run
+# that has nothing left to do: it stays as it is.
 FACTS: dict[str, Rule] = {
     "classes": "refused",
     "mean": "refused",
@@ -48,7 +48,7 @@ class Change:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """What differs between two `run.json`; what an older version did not keep does not.
+    """What differs between two `run.json`, apart from what an older version did not keep.
 
     Raises ValueError for one that is no run's.
     """

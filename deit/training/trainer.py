@@ -250,7 +250,7 @@ class Trainer:
     def _begin(self) -> None:
         """Go on from the newest checkpoint, if any; then write down what is trained now.
 
-        All is checked before anything is written; of a run that has nothing left to do nothing is.
+        All is checked before anything is written. A run that has nothing left to do writes nothing.
         """
         options, plan, first = self.options, self.plan, self.world.first
         about: dict[str, Any] = {}

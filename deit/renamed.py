@@ -1,0 +1,74 @@
+"""Modules under the names they had before they moved into rooms: importing one still works.
+
+`import deit.images` gives `deit.data.images` itself, with a DeprecationWarning that says so: one
+module, one set of classes, whichever name it was found by.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+
+RENAMED = {
+    f"deit.{old}": f"deit.{new}"
+    for old, new in {
+        "beside": "weights.beside",
+        "cli": "commands.cli",
+        "continuing": "training.resume",
+        "decoding": "data.decoding",
+        "distill": "training.distillation",
+        "evaluate": "training.evaluation",
+        "flags": "commands.flags",
+        "images": "data.images",
+        "layouts": "weights.layouts",
+        "limits": "data.limits",
+        "networks": "weights.networks",
+        "options": "training.options",
+        "readers": "weights.readers",
+        "report": "training.report",
+        "runs": "training.runs",
+        "scale": "training.distributed",
+        "trackers": "training.trackers",
+        "kernels.dispatch": "kernels.engine.dispatch",
+        "kernels.json_files": "kernels.engine.json_files",
+        "kernels.native": "kernels.engine.native",
+        "kernels.packing": "kernels.engine.packing",
+        "kernels.reference": "kernels.prove.reference",
+        "kernels.tuning": "kernels.engine.tuning",
+        "kernels.validate": "kernels.engine.validate",
+    }.items()
+}
+
+
+class _Finder:
+    """Finds a module by an old name; it is its own loader."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name not in RENAMED:
+            return None
+        return importlib.util.spec_from_loader(name, self)  # type: ignore[arg-type]
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        new = RENAMED[spec.name]
+        # The import system's own frames are not counted: 2 is the import statement.
+        warnings.warn(f"{spec.name} is now {new}", DeprecationWarning, stacklevel=2)
+        return importlib.import_module(new)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # The import system has put this finder's in its place, by which it could not be reloaded.
+        module.__spec__ = importlib.machinery.PathFinder.find_spec(
+            module.__name__, sys.modules[module.__name__.rpartition(".")[0]].__path__
+        )
+
+
+def find_by_old_names() -> None:
+    """Have the import system ask here when no other finder knows a name."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())  # type: ignore[arg-type]
