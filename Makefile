@@ -1,6 +1,5 @@
 # The verbs of development. PYTHON names the interpreter of an environment with '.[test,dev]'.
 PYTHON ?= python
-MYPY_TREE := build/mypy
 
 .PHONY: test avx2 lint types sanitize aot gpu bench report
 
@@ -17,13 +16,8 @@ lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-# mypy resolves imports by folder names, and deit.kernels lives in kernels/: show it the tree as
-# it is imported, by links.
 types:
-	rm -rf $(MYPY_TREE) && mkdir -p $(MYPY_TREE)/deit
-	for entry in deit/*; do ln -s "$(CURDIR)/$$entry" $(MYPY_TREE)/deit/; done
-	ln -s "$(CURDIR)/kernels" $(MYPY_TREE)/deit/kernels
-	MYPYPATH=$(MYPY_TREE) $(PYTHON) -m mypy -p deit
+	$(PYTHON) -m mypy -p deit
 
 # The C++ kernels on fuzzed shapes under AddressSanitizer, UBSan and ThreadSanitizer.
 sanitize:
@@ -36,11 +30,11 @@ OLDEST_TRITON := 3.6.0
 OLDEST_TREE := build/triton-$(OLDEST_TRITON)
 
 aot: $(OLDEST_TREE)
-	FUSED_DEIT_TUNED=0 $(PYTHON) -m deit.kernels.triton.aot
-	FUSED_DEIT_TUNED=0 $(PYTHON) -m deit.kernels.triton.aot --arch 89 \
+	FUSED_DEIT_TUNED=0 $(PYTHON) -m deit.kernels.prove.aot
+	FUSED_DEIT_TUNED=0 $(PYTHON) -m deit.kernels.prove.aot --arch 89 \
 	    --operator fp8_rows fp8_product
 	FUSED_DEIT_TUNED=0 PYTHONPATH=$(CURDIR)/$(OLDEST_TREE):$$PYTHONPATH $(PYTHON) \
-	    -m deit.kernels.triton.aot --arch 90 --triton $(OLDEST_TRITON)
+	    -m deit.kernels.prove.aot --arch 90 --triton $(OLDEST_TRITON)
 
 $(OLDEST_TREE):
 	$(PYTHON) -m pip install -q --no-deps --target $@ triton==$(OLDEST_TRITON)

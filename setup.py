@@ -94,7 +94,7 @@ class Torch:
 
 
 def _load_record_module() -> ModuleType:
-    path = ROOT / "kernels" / "build_record.py"
+    path = ROOT / "deit" / "kernels" / "engine" / "build_record.py"
     spec = importlib.util.spec_from_file_location("build_record", path)
     assert spec is not None
     assert spec.loader is not None
@@ -342,7 +342,7 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         in_place = self.inplace or self.editable_mode
-        target = ROOT / "kernels" if in_place else Path(self.build_lib) / "deit" / "kernels"
+        target = (ROOT if in_place else Path(self.build_lib)) / "deit" / "kernels"
         build_all(target, Path(self.build_temp), os.environ)
 
     def get_outputs(self) -> list[str]:
@@ -357,16 +357,16 @@ class BuildNative(build_ext):
 
 
 def packages() -> list[str]:
-    """Every package of deit/, and of kernels/ under the name deit.kernels."""
-    kernels = ["deit.kernels", *(f"deit.kernels.{p}" for p in find_packages(str(ROOT / "kernels")))]
-    return [*find_packages(str(ROOT), include=["deit", "deit.*"]), *kernels]
+    """Every package of deit/; deit/kernels is a link to kernels/, so as to be deit.kernels.
+
+    Never a top-level package "kernels": PyPI has one, and transformers imports it.
+    """
+    return find_packages(str(ROOT), include=["deit", "deit.*"])
 
 
 if __name__ == "__main__":
     setup(
         packages=packages(),
-        # Never a top-level package "kernels": PyPI has one, and transformers imports it.
-        package_dir={"deit": "deit", "deit.kernels": "kernels"},
         # Named for the wheel's platform tag; BuildNative knows their sources.
         ext_modules=[
             Extension(f"deit.kernels._{kind}", [], py_limited_api=True)

@@ -8,8 +8,8 @@ recipe. Then each seed's plain and token-distilled student is fine-tuned at a hi
 the teacher brought there by FixRes. Every run is a `deit train` of its own that goes on where it
 was stopped, so this program does, too. About two hours on two cores by default.
 
-On a GPU, all images in bf16, and the students of two ways once more in fp32 on PyTorch's own
-operators, their losses overlaid and their scores compared seed by seed:
+A GPU takes all images, in bf16. The students of two ways are trained there once more in fp32 on
+PyTorch's own operators, to lay their losses over each other and compare scores seed by seed:
 
     python bench/distillation.py --images 60000 --epochs 24 --dtype bf16 --plain none token \\
         --jobs 1 --workers 8 --json bench/results/distillation-gpu.json
@@ -32,13 +32,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
 
-import devices
-import evidence
 import torch
-from outcomes import STUDENT_T, curves, difference, score
 
-from deit import flags
-from deit.watch import human
+import evidence
+from deit.commands import flags
+from deit.training.progress import human
+from evidence import devices
+from studies.outcomes import STUDENT_T, curves, difference, score
 
 SIZE, HIGHER = 28, 40  # pixels: 7 x 7 and 10 x 10 patches
 STUDENT = (

@@ -20,20 +20,21 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-import devices
-import evidence
 import torch
-from peers import calibration
 from torch import Tensor
 
 import deit
-from deit import flags, networks
+import evidence
+from deit.commands import flags
 from deit.data.augment import evaluation_transform
 from deit.data.loader import Loader, in_order
 from deit.data.sources import open_source
 from deit.fused_vit import eight_bits, fuse, unfuse
 from deit.kernels import attention, gelu_mlp, layer_norm, linear
 from deit.model import Block, DeiT
+from deit.weights import networks
+from evidence import devices
+from peers import calibration
 
 # Points of top-1 that a trained network may move by, and the least percentage that agrees.
 POINTS, AGREEMENT = 0.3, 99.0
@@ -66,7 +67,7 @@ def sqnr(out: Tensor, exact: Tensor) -> float:
 
 
 def implementation(dtype: str, device: torch.device) -> str:
-    """By what `fuse` is told to run: fp8's kernels where they can, int8's best."""
+    """What `fuse` is told to run: fp8's kernels where they can run, int8's best."""
     if dtype == "int8":
         return "auto"
     return "triton" if device.type == "cuda" else "reference"
@@ -109,7 +110,7 @@ def operator_noise(model: DeiT, images: Tensor, dtype: str) -> dict[str, list[fl
 
 
 def logits(model: DeiT, images: Tensor) -> Tensor:
-    """Of all images, not too many at a time for a CPU's memory."""
+    """Logits of all images, so many at a time that a CPU's memory holds them."""
     at_once = 500 if images.shape[-1] < 64 else 16
     return torch.cat([model(part) for part in images.split(at_once)])
 

@@ -6,9 +6,9 @@
 
 Each is a command of its own, as a result records it and the page shows it, and is done where
 some file of results has that command's rows from this device and this torch, with today's kernels.
-So it goes on where it was interrupted. Leave the machine alone while it runs. Not among them is
-what takes photographs or a dataset of yours: throughput.py --images, distillation.py and
-eight_bits_accuracy.py, whose results the page marks where they are stale.
+So it goes on where it was interrupted. Leave the machine alone while it runs. Programs that take
+photographs or a dataset of yours are not among them (throughput.py --images, distillation.py,
+eight_bits_accuracy.py); the page marks their results where they are stale.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import devices
 import evidence
 import report
 import table5
-
-from deit import flags
+from deit.commands import flags
+from evidence import devices
 
 RESULTS = evidence.ROOT / "bench" / "results"
 RACE = "python bench/throughput.py "

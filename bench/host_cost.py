@@ -1,18 +1,19 @@
 """Host time of a call: what each public operator costs beyond the launch of its kernel.
 
     python bench/host_cost.py
-    python bench/host_cost.py --json bench/results/host-cost-cpu-amd-epyc.json
+    python bench/host_cost.py --json bench/results/host-cost.json
     python bench/host_cost.py --gpu
 
 Every operator runs on CPU tensors of one row, so that the host's work is what there is to see, in
 three forms, in turns: the public function; the launch alone, which is the implementation that
 the public function picks on arguments it would hand over (a registered overload, or the
-reference's own calls of PyTorch); and the operator in torch.nn.functional (kernels/reference.py).
+reference's own calls of PyTorch); and the operator in torch.nn.functional (each operator's
+reference.py).
 "training" is the forward with every gradient wanted. The last rows are what `fuse` asks a block
 and a model before each forward.
 
 `--gpu` measures the Triton operators instead, in inference: kept calls, as
-kernels/triton/launching.py has them, beside what they hand to the driver. Where there is no GPU
+kernels/device/launching.py has them, beside what they hand to the driver. Where there is no GPU
 the driver's launch is stubbed, and the rows say so. "whole forward" is a fused DeiT-Ti of 12
 blocks at batch 1, in microseconds too.
 
@@ -34,19 +35,20 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import devices
-import evidence
-import stubbed_gpu
 import torch
-from timing import interleave, spread
 from torch import Tensor
 
 import deit
 import deit.kernels
-from deit import flags
+import evidence
+from deit.commands import flags
 from deit.fused_vit import fuse
-from deit.kernels import dispatch, ops
-from deit.kernels.triton import drivers, launching
+from deit.kernels.device import drivers, launching
+from deit.kernels.engine import dispatch, registry
+from deit.kernels.engine.operator import OPERATORS, operator_names
+from evidence import devices
+from evidence.timing import interleave, spread
+from studies import stubbed_gpu
 
 LIMIT = 10.0  # microseconds over the launch, in inference
 GPU_LIMIT = 12.0  # over the driver's launch
@@ -138,7 +140,7 @@ def on(device: torch.device, case: Case) -> Case:
 
 def trained(case: Case) -> Case:
     """The same call with every gradient wanted that kernels have."""
-    operator = dispatch.OPERATORS[case.operator]
+    operator = OPERATORS[case.operator]
     held = set(operator.constants.values())
 
     def leaf(value: Any, name: str = "") -> Any:
@@ -162,20 +164,20 @@ def thread_microseconds(call: Callable[[], object], calls: int) -> float:
 
 def measure(case: Case, mode: str, settings: Settings) -> Row:
     """The public call, the launch alone and torch.nn.functional in turns."""
-    function, operator = getattr(deit.kernels, case.operator), dispatch.OPERATORS[case.operator]
+    function, operator = getattr(deit.kernels, case.operator), OPERATORS[case.operator]
     case = trained(case) if mode == "training" else case
     with torch.set_grad_enabled(mode == "training"):
         arguments = operator.prepare(*case.inputs, **case.keywords)
         name = dispatch.choose(operator, arguments, "auto")
-        launch: Callable[..., Any] = operator.plain
+        launch: Callable[..., Any] = operator.reference
         if name != "reference":
-            launch = ops.COMPILED[name][operator.name]
+            launch = registry.COMPILED[name][operator.name]
             if mode == "training":
                 train = operator.train
                 assert train is not None  # or it would not have been chosen
                 launch = lambda *given: train(name, *given)
         call = lambda: function(*case.inputs, **case.keywords)
-        forms = [call, lambda: launch(*arguments), lambda: operator.plain(*arguments)]
+        forms = [call, lambda: launch(*arguments), lambda: operator.reference(*arguments)]
         found = timed(forms, settings)
     over = spread([ours - bare for ours, bare in zip(found[0], found[1], strict=True)])
     medians = [statistics.median(samples) for samples in found]
@@ -254,7 +256,7 @@ def markdown(rows: Sequence[Row]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        name = f"`{row.operator}`" if row.operator in ops.SCHEMAS else f"a {row.operator}"
+        name = f"`{row.operator}`" if row.operator in OPERATORS else f"a {row.operator}"
         name += " asks" * (row.options == "asks")
         options = f", {row.options}" if row.options and row.implementation else ""
         by = f"{row.mode}, {row.implementation}" if row.implementation else ""
@@ -278,8 +280,8 @@ def write(path: Path, rows: Sequence[Row], device: str) -> None:
 
 def main(settings: Settings) -> int:
     """Print the table; 1 where an operator costs more than LIMIT over its launch in inference."""
-    if unknown := sorted(set(settings.operator) - set(ops.SCHEMAS)):
-        known = ", ".join(ops.SCHEMAS)
+    if unknown := sorted(set(settings.operator) - set(operator_names(eight_bits=False))):
+        known = ", ".join(operator_names(eight_bits=False))
         print(f"--operator: expected among {known}; got {unknown[0]!r}", file=sys.stderr)
         return 2
     if min(settings.rounds, settings.calls) < 1:

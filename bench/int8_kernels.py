@@ -4,9 +4,9 @@
 
 GOP/s, two a multiply-add. Ours read fp32, normalise and quantise it, multiply, and write fp32 with
 bias, GELU or residual; oneDNN's int8 product (torch.ops.onednn.qlinear_pointwise) gets its input
-quantised already, one scale a tensor, and writes fp32 with bias. Contenders take turns; of each the
-fastest of the rounds counts, which other work on the machine disturbs least, and the ratio is the
-median of paired ones.
+quantised already, one scale a tensor, and writes fp32 with bias. Contenders take turns. Each one's
+fastest round counts, which other work on the machine disturbs least; the ratio is the median of
+the paired ones.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import timing
 import torch
 from torch import Tensor
 
 import deit
-from deit import flags
+from deit.commands import flags
 from deit.kernels import int8_gelu_mlp, int8_linear, linear
+from evidence import timing
 
 CLOCK = timing.Clock(torch.device("cpu"))
 

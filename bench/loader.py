@@ -20,20 +20,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import devices
-import evidence
-import timing
 import torch
 from PIL import Image, ImageOps
 
-from deit import flags
-from deit.commands import RecipeName
+import evidence
+from deit.commands import flags
+from deit.commands.train import RecipeName
 from deit.data.augment import training_transform
 from deit.data.drawn import split
 from deit.data.loader import Batch, Loader
 from deit.data.sampling import Draw
 from deit.data.sources import Source, open_source
 from deit.recipes import RECIPES
+from evidence import devices, timing
 
 CPU = torch.device("cpu")
 DECODE, WHOLE, DRAWN, DEVICE = "decoding alone", "a worker, whole", "a worker, crop", "the device"

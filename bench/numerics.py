@@ -28,13 +28,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the rule is stated there
 
-import devices
-import evidence
-import numerics_cases as cases
 import oracle
 
 import deit.kernels
-from deit import flags
+import evidence
+from deit.commands import flags
+from evidence import devices
+from operators import numerics_cases as cases
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -185,7 +185,7 @@ Cells = dict[tuple[str, str], dict[str, Row]]
 
 
 def grid(rows: Sequence[Row], impl: str, dtype: str) -> Cells:
-    """By (operator, quantity) and then family."""
+    """The rows by (operator, quantity), then by family."""
     found: Cells = {}
     for row in rows:
         if (row.impl, row.dtype) == (impl, dtype):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import deit
-from deit import flags
+from deit.commands import flags
 from deit.fused_vit import fuse
 
 if TYPE_CHECKING:

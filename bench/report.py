@@ -18,11 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import evidence
-import paper_table
-from page import distillation, html, listings, pictures
-from page.pictures import Picture
+from deit.commands import flags
+from evidence import paper_table
 
-from deit import flags
+try:
+    from page import distillation, html, listings, pictures
+    from page.drawing import WIDE, Picture
+except ModuleNotFoundError as missing:
+    package = missing.name
+    raise SystemExit(f"error: the page needs {package} (pip install {package})") from None
 
 Row = dict[str, Any]
 RESULTS = evidence.ROOT / "bench" / "results"
@@ -145,7 +149,7 @@ def _by_what_was_timed(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
 
 MACHINE = ("device", "cpu", "cores", "threads", "cpu_capability", "driver", "python", "torch",
            "cuda", "triton", "timm", "gpu_state")  # fmt: skip
-HIDDEN = (*MACHINE, "kind", "schema", "title", "command", "date", "kernels_sha256",
+HIDDEN = (*MACHINE, "processor", "kind", "schema", "title", "command", "date", "kernels_sha256",
           "kernels_scope", "seconds")  # fmt: skip
 
 
@@ -224,21 +228,18 @@ def save_pictures(folder: Path, named: Sequence[str], found: Found) -> None:
 
     Raises ValueError for a name that no picture has.
     """
-    style = (html.HERE / "style.css").read_text(encoding="utf-8")
-    paper = f"<style>{style}</style><rect width='100%' height='100%' fill='var(--paper)'/>"
-    files: dict[str, str] = {}
+    files: dict[str, Picture] = {}
     seen: Counter[str] = Counter()
     for device in found.devices():
         for picture in drawn(found.of(device)):
             seen[picture.name] += 1
             again = f"-{seen[picture.name]}" if seen[picture.name] > 1 else ""
-            text = picture.draw(pictures.WIDE).svg().replace("</title>", f"</title>{paper}", 1)
-            files[picture.name + again] = text
+            files[picture.name + again] = picture
     if wrong := sorted(set(named) - files.keys()):
         raise ValueError(f"named: expected among {', '.join(sorted(files))}; got {wrong[0]!r}")
     folder.mkdir(parents=True, exist_ok=True)
     for name in named or files:
-        (folder / f"{name}.svg").write_text(files[name] + "\n", encoding="utf-8")
+        (folder / f"{name}.svg").write_text(files[name].svg(WIDE), encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

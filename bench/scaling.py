@@ -21,27 +21,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import compiling
-import contenders as field_of
-import devices
-import evidence
-import nodes
-import planning
-import processes
-import tables
-import throughput
 import torch
-from contenders import Contender, Network
-from progress import Progress
-from race import Race
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from settings import Settings
-from timing import median_interval
 
 import deit
-from deit import flags
+import evidence
+import throughput
+from deit.commands import flags
+from evidence import devices
+from evidence.timing import median_interval
+from race import compiling, planning, tables
+from race import contenders as field_of
+from race.contenders import Contender, Network
+from race.progress import Progress
+from race.race import Race
+from race.settings import Settings
+from studies import nodes, processes
 
 Row = dict[str, Any]
 Sweep = Literal["batch", "resolution", "depth", "width", "processes", "ddp", "nodes"]

@@ -21,37 +21,34 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import compiling
-import contenders as field_of
-import devices
-import evidence
-import paper_table
-import peers
-import planning
-import tables
-import throughput
 import torch
-from contenders import Network
-from paper_table import Quoted
-from progress import Progress
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from deit import flags
+import evidence
+import peers
+import throughput
+from deit.commands import flags
+from evidence import devices, paper_table
+from evidence.paper_table import Quoted
+from race import compiling, planning, tables
+from race import contenders as field_of
+from race.contenders import Network
+from race.progress import Progress
 
 Row = dict[str, Any]
 Protocol = Literal["modern", "deit2021"]
 
-# Seconds a network on a CPU, more for each GFLOP of an image, and for what compiles long: on two
-# cores 8 s go into a DeiT; of EfficientNets none was compiled within 70 s in all.
+# Seconds a network on a CPU, more for each GFLOP of an image, and for what compiles long. On two
+# cores a DeiT compiles in 8 s; no EfficientNet was compiled within 70 s in all.
 CPU_LIMIT = {"modern": 40.0, "deit2021": 20.0}
 CPU_LIMIT_PER_GFLOP = 0.25
 CPU_COMPILING = {"EfficientNet": 110.0}
-# Images in a batch, at most. On a CPU more are slower: EfficientNet-B0, eager, two cores, 141
+# Images in a batch, at most. More are slower on a CPU: EfficientNet-B0, eager, two cores, had 141
 # images/s at 32 and 42 at 128, whose activations are fresh pages in every layer.
 BATCH = {"cpu": 16, "cuda": 256}
-# Of these by 2 images: by 16 no time was left to compile B5, which was at 3.0 images/s then; 9.6.
+# These run by 2 images. By 16 no time was left to compile B5: 3.0 images/s, and 9.6 by 2.
 CPU_BY_TWO = ("efficientnet_b5", "efficientnet_b6", "efficientnet_b7", "efficientnet_b8")
 CPU_SECONDS = 6.0  # timed, for each contender of the modern protocol: 7 rounds and more
 OVERRUN = 3.0  # times the limit after which a network is given up
@@ -205,8 +202,13 @@ def attempt(work: Callable[[Progress], list[Row]], title: str) -> list[Row]:
 
 
 def run(options: Options, path: Path, facts: Row) -> list[str]:
-    """Measure what is missing, a file write a network; returns the labels of those that failed."""
+    """Measure what is missing, a file write a network; returns the labels of those that failed.
+
+    Raises ValueError for a file of another device's rows.
+    """
     rows = evidence.read([path]) if path.exists() else []
+    if others := sorted({row["device"] for row in rows} - {facts["device"]}):
+        raise ValueError(f"json: expected rows of {facts['device']}; got some of {others[0]}")
     jobs = missing(rows, options, facts)
     failed = []
     for i, (quoted, protocol) in enumerate(jobs):

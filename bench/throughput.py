@@ -17,22 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import compiling
-import contenders as field_of
-import devices
-import evidence
-import paper_table
-import peers
-import photos
-import tables
 import torch
-from contenders import Network
-from progress import Progress, process_start
-from race import Race
-from selection import Selection
-from settings import Settings
 
-from deit import flags
+import evidence
+import peers
+from deit.commands import flags
+from evidence import devices, paper_table
+from race import compiling, photos, tables
+from race import contenders as field_of
+from race.contenders import Network
+from race.progress import Progress, process_start
+from race.race import Race
+from race.selection import Selection
+from race.settings import Settings
 
 CPU_BUDGET = 540.0
 TABLE5_DEITS = ("deit_ti", "deit_s", "deit_b", "deit_b_384")

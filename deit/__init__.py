@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 from deit.configs import PUBLISHED, VARIANTS, Config, config
 
 if TYPE_CHECKING:
-    from deit.checkpoint import load
     from deit.model import DeiT
+    from deit.weights.checkpoint import load
 
 __version__ = "0.1.0"
 
 __all__ = ["PUBLISHED", "VARIANTS", "Config", "DeiT", "config", "create", "load"]
 
 # Imported when asked for: these need torch, which `deit --help` should not wait for.
-_LAZY = {"DeiT": "deit.model", "load": "deit.checkpoint"}
+_LAZY = {"DeiT": "deit.model", "load": "deit.weights.checkpoint"}
 
 
 def __getattr__(name: str) -> object:

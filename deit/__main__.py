@@ -2,6 +2,6 @@
 
 import sys
 
-from deit.cli import main
+from deit.commands.cli import main
 
 sys.exit(main())

@@ -1,8 +1,7 @@
-"""`deit explain-image`: where a network's prefix tokens look, drawn over the photograph."""
+"""Where a network's prefix tokens look, drawn over the photograph."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +9,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from deit import networks
-from deit.commands import ExplainImage
-from deit.images import IMAGENET_MEAN, IMAGENET_STD, Prepare, load_image
 from deit.model import DeiT
 
 
@@ -77,23 +73,3 @@ def picture(photograph: Image.Image, maps: Tensor, heads: bool) -> Image.Image:
         for x, tile in enumerate(row):
             sheet.paste(tile, (x * (width + gap), y * (height + gap)))
     return sheet
-
-
-def run(command: ExplainImage) -> int:
-    """Write the picture; returns 0."""
-    model, about = networks.opened(command.weights)
-    if not isinstance(model, DeiT):
-        raise ValueError(f"weights: expected a DeiT; got a {type(model).__name__}")
-    mean, std = about.get("mean", IMAGENET_MEAN), about.get("std", IMAGENET_STD)
-    prepare = Prepare(model.config.img_size, networks.crop_of(about))
-    pixels = prepare(load_image(command.image))
-    channels = (3, 1, 1)
-    images = (pixels / 255 - torch.tensor(mean).view(channels)) / torch.tensor(std).view(channels)
-    maps = attention_maps(model, images[None], command.layer)[0]
-    shown = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    factor = max(1, -(-224 // model.config.img_size))  # small images are shown larger
-    shown = shown.resize((shown.width * factor, shown.height * factor), Image.Resampling.NEAREST)
-    picture(shown, maps, command.heads).save(Path(command.out))
-    tokens = "the class token" + (" and the distillation token" if maps.shape[1] == 2 else "")
-    print(f"attention of {tokens} in block {command.layer} is in {command.out}")
-    return 0

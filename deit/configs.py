@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 _WHOLE = ("embed_dim", "num_heads", "depth", "img_size", "num_classes", "patch_size", "in_chans",
           "mlp_ratio")  # fmt: skip
@@ -100,6 +102,9 @@ VARIANTS: dict[str, Config] = {
     "vit_l": Config("vit_l", embed_dim=1024, num_heads=16, depth=24),
 }
 
+# What may be changed of a variant's shape, for images or budgets that no published one fits.
+SHAPE = ("embed_dim", "depth", "num_heads", "patch_size")
+
 # Other published networks, by what their weights' shapes say: DeiT III's, ViT-H.
 _OTHERS = (
     Config("deit_m", embed_dim=512, num_heads=8),
@@ -180,3 +185,23 @@ def config(
         img_size=img_size,
         num_classes=1000 if num_classes is None else num_classes,
     )
+
+
+def reshaped(
+    arch: str,
+    *,
+    img_size: int,
+    num_classes: int,
+    distilled: bool,
+    shape: Mapping[str, int],
+) -> Config:
+    """The configuration of a variant with its shape changed: `shape` has names of SHAPE.
+
+    Heads are of 64 channels, which is what the kernels are made for, where `shape` has channels
+    without heads. Raises ValueError for an unknown name or an impossible shape.
+    """
+    settings = config(arch, distilled=distilled or None, num_classes=num_classes)
+    changes: dict[str, Any] = dict(shape)
+    if "embed_dim" in changes and "num_heads" not in changes:
+        changes["num_heads"] = max(1, changes["embed_dim"] // 64)
+    return replace(settings, img_size=img_size, **changes)

@@ -1,4 +1,4 @@
-"""`deit export`: a trained network for other programs, each file checked against the network.
+"""A trained network for other programs, each file checked against the network.
 
 safetensors   the weights and a model card
 torch         torch.export's program (.pt2), of PyTorch's own operators
@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deit import checkpoint, networks
-from deit.commands import Export
-from deit.images import crop_ratio
+from deit.data.images import crop_ratio
 from deit.model import DeiT
+from deit.weights import checkpoint, networks
 
 # Logits of unit scale: fp32 rounding through twelve blocks stays below 1e-5.
 TOLERANCE = 1e-4
@@ -132,7 +131,7 @@ def load_package(path: str | Path) -> Callable[[Tensor], Tensor]:
     Images [B, C, H, W], fp32 on the CPU -> logits [B, classes]. Raises RuntimeError for a file
     that is none; where the C++ library is not built here, the first call does.
     """
-    from deit.kernels import native
+    from deit.kernels.engine import native
 
     native.why_not("cpu")  # loads the library, without which the operators' names mean nothing
     return torch._inductor.aoti_load_package(str(path))
@@ -148,34 +147,3 @@ def difference(model: nn.Module, exported: Callable[[Tensor], Tensor], images: T
     """The largest difference of logits on `images`, the network's in fp32 on the same device."""
     with torch.no_grad():
         return float((model(images) - exported(images)).abs().max())
-
-
-def run(command: Export) -> int:
-    """Write the file, compare it with the network, say how far they differ; returns 0.
-
-    Raises ValueError where they differ by more than TOLERANCE.
-    """
-    model, about = networks.opened(command.weights)
-    if not isinstance(model, DeiT):
-        raise ValueError(f"weights: expected a DeiT; got a {type(model).__name__}")
-    size = model.config.img_size
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(3, model.config.in_chans, size, size, generator=generator)
-    command.out.parent.mkdir(parents=True, exist_ok=True)
-    exported: Any
-    if command.format == "safetensors":
-        to_safetensors(model, about, command.out)
-        exported = checkpoint.load(command.out)
-    else:
-        write = {"torch": to_program, "onnx": to_onnx, "aoti": to_aoti}[command.format]
-        exported = write(model, images[:2], command.out)
-    if exported is None:
-        print(f"{command.out} is written; not compared: ONNX Runtime is not installed")
-        return 0
-    apart = difference(model, exported, images)
-    if not apart <= TOLERANCE:
-        raise ValueError(
-            f"out: {command.out} differs from the network by {apart:.2g} in its logits"
-        )
-    print(f"{command.out} is written; its logits differ by {apart:.2g} at most")
-    return 0

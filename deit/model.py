@@ -171,7 +171,7 @@ class DeiT(nn.Module):
         """The prefix tokens, [1, 1 or 2, D]: class, then distillation."""
         if not self.config.distilled:
             return self.cls_token
-        # Joined as rows: joined along dim 1, their gradients have strides that DDP warns of.
+        # Joined as rows: along dim 1 their gradients would have strides that DDP warns of.
         return torch.cat([self.cls_token.flatten(0, 1), self.dist_token.flatten(0, 1)])[None]
 
     def embed(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, N, D]

@@ -6,12 +6,10 @@ Sources: DeiT, arXiv 2012.12877, Table 9 (the DeiT-B column) and section 5; DeiT
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-
-def _setting(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+from deit.settings import refused, said
 
 
 @dataclass(frozen=True)
@@ -22,48 +20,50 @@ class Recipe:
     """
 
     # Schedule.
-    epochs: int = _setting(
+    epochs: int = said(  # given again, not below what was made
         300, "passes over the data; with repeated augmentation of as many views as it has images"
     )
-    batch_size: int = _setting(1024, "images an update, over all processes and accumulated parts")
-    lr: float = _setting(5e-4, "learning rate at `lr_batch` images an update, scaled linearly")
-    lr_batch: int = _setting(512, "the batch that `lr` is for; 0: any batch, not scaled")
-    min_lr: float = _setting(1e-5, "where the cosine ends; not scaled")
-    warmup_epochs: float = _setting(5.0, "linear warm-up")
-    warmup_lr: float = _setting(1e-6, "where the warm-up starts; not scaled")
+    # Given again with another, a run goes on at the same share of its epoch.
+    batch_size: int = said(1024, "images an update, over all processes and accumulated parts")
+    lr: float = said(5e-4, "learning rate at `lr_batch` images an update, scaled linearly")
+    lr_batch: int = said(512, "the batch that `lr` is for; 0: any batch, not scaled")
+    min_lr: float = said(1e-5, "where the cosine ends; not scaled")
+    warmup_epochs: float = said(5.0, "linear warm-up")
+    warmup_lr: float = said(1e-6, "where the warm-up starts; not scaled")
     # Optimiser.
-    optimizer: Literal["adamw", "lamb"] = _setting("adamw", "update rule")
-    betas: tuple[float, float] = _setting((0.9, 0.999), "decay of the moments")
-    eps: float = _setting(1e-8, "of the update rule")
-    weight_decay: float = _setting(0.05, "not on biases, norms, tokens and positions")
-    clip_grad: float | None = _setting(None, "largest norm of the gradient; None: not clipped")
-    ema: float | None = _setting(0.99996, "decay of the averaged weights; None: not averaged")
-    ema_warmup: bool = _setting(False, "let the decay grow from 0, for runs of few updates")
+    optimizer: Literal["adamw", "lamb"] = refused("adamw", "update rule")
+    betas: tuple[float, float] = said((0.9, 0.999), "decay of the moments")
+    eps: float = said(1e-8, "of the update rule")
+    weight_decay: float = said(0.05, "not on biases, norms, tokens and positions")
+    clip_grad: float | None = said(None, "largest norm of the gradient; None: not clipped")
+    # Given again, a run neither begins an average nor gives it up.
+    ema: float | None = said(0.99996, "decay of the averaged weights; None: not averaged")
+    ema_warmup: bool = said(False, "let the decay grow from 0, for runs of few updates")
     # Regularisation.
-    loss: Literal["ce", "bce"] = _setting("ce", "of the true labels")
-    label_smoothing: float = _setting(0.1, "of the true labels, never of the teacher's")
-    drop_path: float = _setting(0.1, "stochastic depth of the last block, linear over depth")
-    layer_scale: float | None = _setting(
+    loss: Literal["ce", "bce"] = said("ce", "of the true labels")
+    label_smoothing: float = said(0.1, "of the true labels, never of the teacher's")
+    drop_path: float = said(0.1, "stochastic depth of the last block, linear over depth")
+    layer_scale: float | None = refused(
         None, "what LayerScale starts from in a fresh network; None: without it"
     )
     # Augmentation.
-    crop: Literal["random", "center"] = _setting(
+    crop: Literal["random", "center"] = said(
         "random", "random: a random resized crop; center: the evaluation's"
     )
-    repeats: int = _setting(3, "views of an image in a pass (repeated augmentation)")
-    policy: str | None = _setting(
+    repeats: int = said(3, "views of an image in a pass (repeated augmentation)")
+    policy: str | None = said(
         "rand-m9-mstd0.5-inc1", "timm's name of the augmentation policy, 3a, or None"
     )
-    color_jitter: float = _setting(0.3, "strength; used where the policy has no colour operations")
-    crop_scale: tuple[float, float] = _setting((0.08, 1.0), "share of the area a random crop keeps")
-    hflip: float = _setting(0.5, "probability of a mirror image")
-    random_erasing: float = _setting(0.25, "probability of a rectangle of noise")
-    mixup: float = _setting(0.8, "alpha of the beta distribution; 0: off")
-    cutmix: float = _setting(1.0, "alpha of the beta distribution; 0: off")
-    mix_probability: float = _setting(1.0, "of mixing a batch at all")
-    mix_switch: float = _setting(0.5, "probability of cutmix where both are on")
+    color_jitter: float = said(0.3, "strength; used where the policy has no colour operations")
+    crop_scale: tuple[float, float] = said((0.08, 1.0), "share of the area a random crop keeps")
+    hflip: float = said(0.5, "probability of a mirror image")
+    random_erasing: float = said(0.25, "probability of a rectangle of noise")
+    mixup: float = said(0.8, "alpha of the beta distribution; 0: off")
+    cutmix: float = said(1.0, "alpha of the beta distribution; 0: off")
+    mix_probability: float = said(1.0, "of mixing a batch at all")
+    mix_switch: float = said(0.5, "probability of cutmix where both are on")
     # Evaluation.
-    eval_crop: float | None = _setting(
+    eval_crop: float | None = said(
         None, "crop ratio; None: the paper's, 0.875 below 384 pixels and 1.0 from there"
     )
 

@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 import deit
-from deit.kernels import dispatch, tuning
+from deit.kernels.engine import dispatch, tuning
 
 if TYPE_CHECKING:
-    from deit.cli import Tune
     from deit.tune_problems import Problem
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -35,6 +34,22 @@ MARGIN = 0.02  # about what two runs of one kernel differ by
 FLUSH_BYTES = 1 << 30
 FIRST_ROUNDS, ROUNDS = 3, 20
 KEEP_WITHIN = 1.25  # of the fastest after the first rounds, to be timed further
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured, and how long; the flags of `deit tune` (commands/tune.py)."""
+
+    arch: tuple[str, ...]
+    dtype: str
+    batch_size: int
+    img_size: int | None
+    train: bool
+    only: tuple[str, ...]
+    candidates: int
+    seconds: float
+    jobs: int | None
+    device: str
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,7 @@ class Outcome:
     dropped: dict[str, str]
 
 
-def run(options: Tune) -> int:
+def run(options: Options) -> int:
     """The command; 1 where a pinned default is wrong or does not run.
 
     Raises ValueError for an option that makes no sense, before anything is compiled.
@@ -85,7 +100,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def problems_of(options: Tune, device: torch.device) -> list[Problem]:
+def problems_of(options: Options, device: torch.device) -> list[Problem]:
     """What `options` ask for, each entry of the table once.
 
     Raises ValueError for an unknown network, or a name in `only` that no problem has.
@@ -104,7 +119,7 @@ def problems_of(options: Tune, device: torch.device) -> list[Problem]:
     return [p for p in found.values() if not options.only or p.factory in options.only]
 
 
-def precompile(options: Tune, seconds: float) -> list[str]:
+def precompile(options: Options, seconds: float) -> list[str]:
     """Compile in several processes: Triton's cache on disk hands the kernels over.
 
     Returns a sentence for each process that did not come to its end within `seconds`. What it
@@ -132,21 +147,19 @@ def precompile(options: Tune, seconds: float) -> list[str]:
 
 def compile_part(arguments: Sequence[str]) -> None:
     """One process of `precompile`: the options as JSON, the part's number, the number of parts."""
-    from deit.cli import Tune
-
     text, part, parts = arguments
     fields: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in json.loads(text).items()
     }
-    options = Tune(**fields)
+    options = Options(**fields)
     problems = problems_of(options, _device(options.device))
     warm(problems[int(part) :: int(parts)], options.candidates)
 
 
 def candidates_of(problem: Problem, count: int) -> list[Any]:
     """At most `count` configurations to try, the pinned default first."""
-    from deit.kernels.triton import candidates
+    from deit.kernels.device import candidates
 
     return candidates.candidates(problem.factory, problem.arguments)[: max(1, count)]
 

@@ -13,10 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deit.kernels import fp8, reference, tuning
-from deit.kernels.fp8_quantize import E4M3, GROUP, quantize, rounded
-from deit.kernels.triton import common, fp8_product, fp8_rows
-from deit.kernels.triton.fp8 import kept
+from deit.kernels import fp8
+from deit.kernels.device import common
+from deit.kernels.engine import tuning
+from deit.kernels.fp8 import triton_product as fp8_product
+from deit.kernels.fp8 import triton_rows as fp8_rows
+from deit.kernels.fp8.quantize import E4M3, GROUP, quantize, rounded
+from deit.kernels.fp8.triton import kept
+from deit.kernels.prove import reference
 
 if TYPE_CHECKING:
     from deit.tune_problems import Problem, Size

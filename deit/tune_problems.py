@@ -12,20 +12,19 @@ from torch import Tensor
 
 from deit import tune_fp8
 from deit.configs import Config
-from deit.kernels import reference, tuning
-from deit.kernels.triton import (
-    attention,
-    attention_bwd,
-    common,
-    gelu_mlp,
-    layer_norm,
-    layer_norm_bwd,
-    linear,
-    norm_linear,
-    patch_embed,
-    products,
-    row_stats,
-)
+from deit.kernels.attention import triton as attention
+from deit.kernels.attention import triton_bwd as attention_bwd
+from deit.kernels.device import common
+from deit.kernels.engine import tuning
+from deit.kernels.gelu_mlp import triton as gelu_mlp
+from deit.kernels.layer_norm import triton as layer_norm
+from deit.kernels.layer_norm import triton_bwd as layer_norm_bwd
+from deit.kernels.linear import triton as linear
+from deit.kernels.linear import triton_gradients as products
+from deit.kernels.linear import triton_norm_linear as norm_linear
+from deit.kernels.linear import triton_row_stats as row_stats
+from deit.kernels.patch_embed import triton as patch_embed
+from deit.kernels.prove import reference
 
 EPS = (1e-6,)
 NEITHER = (None, None)  # gamma and keep

@@ -1,21 +1,24 @@
 """The fused operators of DeiT: `from deit.kernels import attention, gelu_mlp`."""
 
+# ruff: noqa: I001 - operators are listed as they are imported: in a network's order
+
 if __name__ == "kernels":  # found from the repository's root instead of the PyPI package
     from .shadow import hand_over
 
     hand_over(__name__, __path__)
 else:
-    from deit.kernels.attention import attention
-    from deit.kernels.dispatch import Explanation, explain
-    from deit.kernels.fp8 import fp8_gelu_mlp, fp8_linear
-    from deit.kernels.gelu_mlp import gelu_mlp
-    from deit.kernels.int8 import int8_gelu_mlp, int8_linear, int8_vit_block
     from deit.kernels.layer_norm import add_layer_norm, layer_norm
+    from deit.kernels.attention import attention
     from deit.kernels.linear import linear
-    from deit.kernels.losses import cross_entropy, distillation_loss
-    from deit.kernels.patch_embed import patch_embed
+    from deit.kernels.gelu_mlp import gelu_mlp
     from deit.kernels.vit_block import vit_block
-    from deit.kernels.warmup import warmup
+    from deit.kernels.patch_embed import patch_embed
+    from deit.kernels.losses import cross_entropy, distillation_loss
+    from deit.kernels.int8 import int8_gelu_mlp, int8_linear, int8_vit_block
+    from deit.kernels.fp8 import fp8_gelu_mlp, fp8_linear
+    from deit.kernels.engine.dispatch import Explanation, explain
+    from deit.kernels.engine.warmup import warmup
+    from deit.kernels import thirds as thirds
 
 __all__ = [
     "Explanation",

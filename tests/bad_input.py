@@ -18,7 +18,8 @@ from schema_calls import CALLS, argument_names, each
 from torch import Tensor
 
 import deit.kernels
-from deit.kernels import reference
+from deit.kernels.engine.operator import OPERATORS
+from deit.kernels.prove import reference
 
 # What keeps the shape, the dtype and, where the memory overlaps, not the values.
 LAYOUTS: dict[str, Callable[[Tensor], Any]] = {
@@ -58,7 +59,7 @@ def tensors(name: str) -> list[str]:
 
 def held(name: str) -> set[str]:
     """The arguments for which kernels have no gradient."""
-    return set(deit.kernels.dispatch.OPERATORS[name].constants.values())
+    return set(OPERATORS[name].constants.values())
 
 
 def given(name: str) -> dict[str, Any]:
@@ -110,6 +111,4 @@ def prepared_in_fp64(name: str, call: dict[str, Any]) -> list[Any]:
         value = value.detach().clone(memory_format=torch.contiguous_format)
         return value.double() if value.is_floating_point() else value
 
-    return list(
-        deit.kernels.dispatch.OPERATORS[name].prepare(**{k: packed(v) for k, v in call.items()})
-    )
+    return list(OPERATORS[name].prepare(**{k: packed(v) for k, v in call.items()}))

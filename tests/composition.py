@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deit.kernels
-from deit.kernels import dispatch
+from deit.kernels.engine.operator import OPERATORS
 
 
 def call(name: str, impl: str) -> tuple[Any, list[torch.Tensor]]:
@@ -33,7 +33,7 @@ def call(name: str, impl: str) -> tuple[Any, list[torch.Tensor]]:
 
 def differentiable(name: str, tensors: list[torch.Tensor]) -> list[int]:
     """Which of `call`'s tensors a kernel has gradients for."""
-    held, order = set(dispatch.OPERATORS[name].constants.values()), tensor_names(name)
+    held, order = set(OPERATORS[name].constants.values()), tensor_names(name)
     return [i for i, n in enumerate(order) if n not in held and tensors[i].is_floating_point()]
 
 

@@ -30,17 +30,17 @@ def pytest_configure() -> None:
     limit = os.environ.get("DEIT_TEST_ISA")
     if limit is None:
         return
-    from deit.kernels import native
+    from deit.kernels.engine import native
 
     native.select_cpu_isa = _limited(native.select_cpu_isa, SETS, limit)
     native.select_cpu_int8_isa = _limited(native.select_cpu_int8_isa, INT8_SETS, limit)
 
 
 def _selected(name: str) -> Iterator[str]:
-    from deit.kernels import dispatch, native
+    from deit.kernels.engine import limits, native
 
     try:
-        dispatch._cpu_isa()  # remembered once a process: the processor's own, not a test's choice
+        limits.cpu_isa()  # remembered once a process: the processor's own, not a test's choice
         native.select_cpu_isa(name)
     except (ValueError, RuntimeError) as error:
         pytest.skip(str(error))
@@ -81,7 +81,7 @@ def whole(data, tmp_path_factory):
     """A run that nothing interrupts: its folder and its result."""
     import training
 
-    from deit.train import train
+    from deit.training.trainer import train
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in training.py: sums in another order would be other bits

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
-import contenders
-import settings as terms
+from race import contenders
+from race import settings as terms
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""Arguments for every schema of ops.py, of the forward and of training alike.
+"""Arguments for every operator's schemas, of the forward and of training alike.
 
     schema_calls.arguments("linear_bwd", "triton")
 
@@ -17,7 +17,8 @@ import torch
 from test_dispatch import CALLS
 
 import deit.kernels
-from deit.kernels import dispatch, ops
+from deit.kernels.engine import registry
+from deit.kernels.engine.operator import OPERATORS
 
 # Of the operators in e4m3, which stand apart from those whose rule is fp64's.
 _X, _D = torch.randn(2, 5, 64), torch.randn(64)
@@ -36,7 +37,7 @@ def forward(
 ) -> list[Any]:
     """The arguments of a public operator's schema, floating-point tensors in `dtype`."""
     inputs, options = (CALLS | FP8_CALLS)[operator]
-    prepared = dispatch.OPERATORS[operator].prepare(*inputs, **options)
+    prepared = OPERATORS[operator].prepare(*inputs, **options)
     arguments = []
     for value, formal in zip(prepared, schema(operator).arguments, strict=True):
         if not full and isinstance(formal.type, torch.OptionalType):
@@ -55,7 +56,7 @@ def argument_names(operator: str) -> list[str]:
 
 def schema(name: str) -> Any:
     """The schema as torch has parsed it."""
-    return ops.COMPILED["triton"][name]._schema
+    return registry.COMPILED["triton"][name]._schema
 
 
 def arguments(name: str, impl: str, **options: Any) -> list[Any]:
@@ -64,9 +65,9 @@ def arguments(name: str, impl: str, **options: Any) -> list[Any]:
     inputs = forward(operator, **options)
     if not name.endswith("_bwd"):
         return inputs
-    saving = f"{operator}_fwd" if f"{operator}_fwd" in ops.TRAINING_SCHEMAS else operator
+    saving = f"{operator}_fwd" if f"{operator}_fwd" in registry.FAKES else operator
     known = dict(zip((a.name for a in schema(operator).arguments), inputs, strict=True))
-    outputs = each(ops.COMPILED[impl][saving](*inputs))
+    outputs = each(registry.COMPILED[impl][saving](*inputs))
     for formal, value in zip(schema(saving).returns, outputs, strict=True):
         known[formal.name or "out"] = value
         known[f"d{formal.name or 'out'}"] = torch.randn_like(value)

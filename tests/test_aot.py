@@ -1,6 +1,6 @@
 """A representative subset of the shipped Triton kernels, compiled for GPUs that are not here.
 
-The whole set: `python -m deit.kernels.triton.aot`.
+The whole set: `python -m deit.kernels.prove.aot`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("the interpreter has no compiler", allow_module_level=True)
 
-from deit.kernels.triton import aot, cases, chips, configs, hazards
+from deit.kernels.device import chips, configs
+from deit.kernels.prove import aot, cases, hazards
 
 # For every architecture: each kernel in bf16 with its longest epilogue, the widest tile
 # (D = 768) for its registers and shared memory, and both forms of attention.
@@ -224,7 +225,7 @@ def test_resident_blocks(arch, warps, registers, shared, columns, blocks):
 
 def test_command_line_reports_and_exits_with_zero():
     done = subprocess.run(
-        [sys.executable, "-m", "deit.kernels.triton.aot", "--arch", "90", "--dtype", "bf16",
+        [sys.executable, "-m", "deit.kernels.prove.aot", "--arch", "90", "--dtype", "bf16",
          "--operator", "gelu_mlp", "--jobs", "1"],
         capture_output=True,
         text=True,
@@ -239,7 +240,7 @@ def test_command_line_reports_and_exits_with_zero():
 def test_importing_and_planning_touch_no_device():
     code = (
         "import torch\n"
-        "from deit.kernels.triton import aot, cases\n"
+        "from deit.kernels.prove import aot, cases\n"
         "[case.build() for case in cases.all_cases((90,), ('bf16',))]\n"
         "assert not torch.cuda.is_initialized()\n"
     )

@@ -6,11 +6,17 @@ import torch
 from bad_input import ALWAYS_WRONG, LAYOUTS, WRONG, outcome
 
 import deit.kernels
-from deit.kernels import attention, explain, native, ops
+from deit.kernels import attention, explain
+from deit.kernels.engine import native, registry
+from deit.kernels.engine.operator import operator_names
 
-RUNS = [(name, impl) for name in ops.SCHEMAS for impl in ("auto", "reference")]
+RUNS = [(name, impl) for name in operator_names(eight_bits=False) for impl in ("auto", "reference")]
 if not native.why_not("cpu"):
-    RUNS += [(name, "cpu") for name in ops.SCHEMAS if name in ops.KERNELS["cpu"]]
+    RUNS += [
+        (name, "cpu")
+        for name in operator_names(eight_bits=False)
+        if name in registry.KERNELS["cpu"]
+    ]
 each_run = pytest.mark.parametrize(("name", "impl"), RUNS, ids=map("-".join, RUNS))
 
 
@@ -41,7 +47,7 @@ def test_tensors_on_two_devices(name, impl):
 @each_run
 def test_a_gradient_is_right_or_refused(name, impl):
     """Each input requires grad in its turn, also those that no kernel differentiates by."""
-    trains = impl in ops.KERNELS and f"{name}_bwd" in ops.KERNELS[impl]
+    trains = impl in registry.KERNELS and f"{name}_bwd" in registry.KERNELS[impl]
     for argument in bad_input.tensors(name):
         call = bad_input.given(name)
         if not call[argument].is_floating_point():
@@ -93,7 +99,7 @@ def test_a_gradient_is_right_or_refused(name, impl):
 )
 @pytest.mark.parametrize("impl", ["auto", "reference", "cpu"])
 def test_a_wrong_number_is_named(name, argument, value, impl):
-    if impl == "cpu" and name not in ops.KERNELS["cpu"]:
+    if impl == "cpu" and name not in registry.KERNELS["cpu"]:
         impl = "auto"
     assert bad_input.judge(name, impl, bad_input.given(name) | {argument: value}) == "error"
 

@@ -11,12 +11,10 @@ import torch
 from safetensors.torch import save_file
 from small import IMAGES, SMALL, hugging_face, logits, network, state_of
 
-import deit
-import deit.layouts
-from deit import networks
-from deit.checkpoint import load, load_into, save
 from deit.configs import config
-from deit.runs import RunFolder, State
+from deit.training.runs import RunFolder, State
+from deit.weights import layouts, networks
+from deit.weights.checkpoint import load, load_into, save
 
 OTHER = replace(SMALL, num_heads=6, eps=1e-4)
 ABOUT = {
@@ -79,7 +77,7 @@ def test_published_networks_load_unasked(name, heads):
         theirs = timm.create_model(name, num_classes=3)
     assert theirs.blocks[0].attn.num_heads == heads
     state = {key: torch.zeros(1).expand(v.shape) for key, v in theirs.state_dict().items()}
-    own, known = deit.layouts.infer(deit.layouts.convert(state))
+    own, known = layouts.infer(layouts.convert(state))
     assert (own.num_heads, known) == (heads, True)
 
 

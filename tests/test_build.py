@@ -147,7 +147,7 @@ def test_the_build_asks_for_the_oldest_interface_and_no_run_path(build, tmp_path
 
 def test_every_package_is_listed(build):
     listed = set(build.packages())
-    expected = {"deit", "deit.fused_vit", "deit.kernels", "deit.kernels.triton"}
+    expected = {"deit", "deit.fused_vit", "deit.kernels", "deit.kernels.attention"}
     assert expected <= listed
     for folder in ROOT.glob("deit/**/__init__.py"):
         assert ".".join(folder.parent.relative_to(ROOT).parts) in listed

@@ -14,7 +14,7 @@ from small import SMALL, SMALL_DISTILLED, network, same, state_of
 from timm.layers import resample_abs_pos_embed
 
 import deit
-from deit.checkpoint import load, load_into, resize_positions, save
+from deit.weights.checkpoint import load, load_into, resize_positions, save
 
 
 def test_loaded_weights_are_copies():

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
-import checks
-import contenders
 from racing import Scaled, tiny
+
+from race import checks, contenders
 
 CPU = torch.device("cpu")
 

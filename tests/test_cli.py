@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import MISSING
+from pathlib import Path
 
 import pytest
 import tyro
 
-from deit import cli
-from deit.commands import Train
-from deit.recipes import recipe
+from deit import settings
+from deit.commands import cli
+from deit.commands.train import Fixres, Train
+from deit.recipes import RECIPES, recipe
+from deit.training.options import Options
 
 
 def python(*arguments, **environment):
@@ -34,7 +38,7 @@ COMMANDS = (
 @pytest.mark.parametrize("command", [[], ["predict"], ["train"]])
 def test_help_does_not_wait_for_torch(command):
     code = (
-        "import sys\nfrom deit.cli import main\n"
+        "import sys\nfrom deit.commands.cli import main\n"
         f"try: main({[*command, '--help']!r})\n"
         "except SystemExit as end: assert end.code == 0, end\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
@@ -82,6 +86,26 @@ def test_flags_change_the_recipe_and_nothing_else():
     assert (options.data, str(options.out)) == ("x", "y")
 
 
+def test_every_setting_of_a_run_is_a_flag_with_its_default_and_help(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    defaults = vars(Train("x", "y"))
+    for group, line, _ in settings.lines(Options):
+        flag = settings.flag(line)
+        assert f"--{flag.replace('_', '-')}" in text
+        assert line.metadata["help"] in text
+        if group != "recipe" and line.default is not MISSING:
+            assert defaults[flag] == line.default
+
+
+def test_without_flags_the_options_are_those_of_python():
+    assert Train("x", Path("y")).options() == Options("x", Path("y"))
+    adapted = Fixres("x", Path("y")).options()
+    assert (adapted.recipe, adapted.img_size) == (RECIPES["fixres"], 384)
+    assert adapted.train_only == "classifier"
+
+
 @pytest.mark.parametrize("arguments", [["bake"], ["predict", "--no-such-flag"], []])
 def test_unknown_words_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as end:
@@ -123,7 +147,7 @@ def test_exit_codes_reach_the_shell():
 @pytest.mark.parametrize("arguments", [["info"], ["train", "--help"]])
 def test_a_closed_pipe_is_no_error(arguments):
     code = (
-        "import sys\nfrom deit import cli\n"
+        "import sys\nfrom deit.commands import cli\n"
         "cli.Info.run = lambda self: [print('x' * 1000) for _ in range(10000)] and 0\n"
         f"sys.exit(cli.main({arguments}))"
     )

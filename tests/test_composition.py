@@ -17,9 +17,11 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deit.kernels
-from deit.kernels import dispatch, hopper, native, ops, warmup
+from deit.kernels import warmup
+from deit.kernels.engine import dispatch, native, registry
+from deit.kernels.linear import cuda as hopper
 
-CPU = sorted(ops.KERNELS["cpu"] & set(CALLS)) if not native.why_not("cpu") else []
+CPU = sorted(registry.KERNELS["cpu"] & set(CALLS)) if not native.why_not("cpu") else []
 RUNS = [(name, "auto") for name in CALLS] + [(name, "cpu") for name in CPU]
 ids = "-".join
 
@@ -83,7 +85,7 @@ def test_torch_func_grad(name):
         assert (a - b).norm() <= 1e-5 * b.norm() + 1e-6 * b.numel() ** 0.5
 
 
-@pytest.mark.parametrize("name", [n for n in CPU if f"{n}_bwd" in ops.KERNELS["cpu"]])
+@pytest.mark.parametrize("name", [n for n in CPU if f"{n}_bwd" in registry.KERNELS["cpu"]])
 def test_frozen_parts_cost_nothing(name):
     composition.frozen_parts_cost_nothing(name, "cpu")
 
@@ -181,7 +183,7 @@ def autocast_to_half():
 
 
 KERNELS = [(name, impl) for impl in ("triton", "cuda") for name in CALLS
-           if name in ops.KERNELS[impl]]  # fmt: skip
+           if name in registry.KERNELS[impl]]  # fmt: skip
 # The calls have a residual in fp32, which the CUDA library's products do not take.
 REFUSED = {("linear", "cuda"), ("gelu_mlp", "cuda")}
 ON_CUDA = [(name, "reference") for name in CALLS] + [k for k in KERNELS if k not in REFUSED]
@@ -288,7 +290,7 @@ def test_warmup_on_a_gpu_runs_on_a_stream_of_its_own(gpu, monkeypatch):
 @pytest.fixture
 def launches(gpu, monkeypatch):
     """(device that is current, kernel, what it is specialised for) of each launch; none happens."""
-    from deit.kernels.triton import common
+    from deit.kernels.device import common
 
     current, found = ["cuda:0"], []
 
@@ -331,12 +333,12 @@ class Named:
 
 
 @pytest.mark.parametrize("full", [True, False], ids=["full", "plain"])
-@pytest.mark.parametrize("name", sorted(ops.KERNELS["triton"]))
+@pytest.mark.parametrize("name", sorted(registry.KERNELS["triton"]))
 def test_triton_launches_on_the_inputs_device(name, full, launches):
     """The current device is cuda:0, the tensors are on cuda:1; and a second call launches what
     the first did, so that a capture after `warmup` finds every kernel compiled."""
     arguments = schema_calls.arguments(name, "triton", full=full, device="cuda:1")
-    host = getattr(importlib.import_module(f"deit.kernels.{ops._triton_module(name)}"), name)
+    host = getattr(importlib.import_module(registry.MODULES["triton"][name]), name)
     outputs = each(host(*arguments))
     assert launches
     assert {device for device, *_ in launches} == {"cuda:1"}
@@ -349,7 +351,7 @@ def test_triton_launches_on_the_inputs_device(name, full, launches):
 
 def test_no_kernel_is_launched_but_by_launch():
     """What starts a kernel any other way would not be guarded."""
-    for path in (Path(ops.__file__).parent / "triton").glob("*.py"):
+    for path in Path(deit.kernels.__file__).parent.glob("*/*.py"):
         text = path.read_text()
         started = re.findall(r"_kernel\[|\.warmup\b|\.run\(\)|kernel\[", text)
         assert not started or path.name == "common.py", (path.name, started)

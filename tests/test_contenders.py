@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-from deit.kernels import dispatch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
-import contenders
-import paper_table
 from racing import tiny
+
+from deit.kernels.engine import dispatch
+from evidence import paper_table
+from race import contenders
 
 CPU = torch.device("cpu")
 

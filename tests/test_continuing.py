@@ -12,12 +12,13 @@ import torch
 import training
 from training import same
 
-from deit import continuing
-from deit.cli import main
-from deit.continuing import FACTS, RULES
+from deit.commands.cli import main
 from deit.data.sampling import Plan
-from deit.runs import RunFolder
-from deit.train import Trainer, train
+from deit.training import resume
+from deit.training.learner import Learner
+from deit.training.resume import FACTS, RULES
+from deit.training.runs import RunFolder
+from deit.training.trainer import Trainer, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,14 +53,14 @@ def test_the_rule_of_each_option_is_kept(name, tmp_path):
         place = place[group]
     place[last] = ["other"] if last != "ema" else 0.5
     said = []
-    found = continuing.changes(before, now)
+    found = resume.changes(before, now)
     assert [change.name for change in found] == [name]
     if (rule := (RULES | FACTS)[name]) == "refused":
         with pytest.raises(ValueError, match=rf"out: .*out holds a run with {last} .*; got other"):
-            continuing.check(found, tmp_path / "out", said.append)
+            resume.check(found, tmp_path / "out", said.append)
         assert not said
         return
-    continuing.check(found, tmp_path / "out", said.append)
+    resume.check(found, tmp_path / "out", said.append)
     words = last if last != "images_digest" else "other images or labels"
     assert len(said) == (rule == "said")
     assert all(f"going on with {words}" in line and "it was" in line for line in said)
@@ -67,13 +68,13 @@ def test_the_rule_of_each_option_is_kept(name, tmp_path):
 
 def test_nothing_is_a_change_to_itself_nor_what_an_older_version_did_not_keep(tmp_path):
     now = about(tmp_path)
-    assert continuing.changes(now, now) == []
+    assert resume.changes(now, now) == []
     older = json.loads(json.dumps(now))
     del older["images"], older["options"]["fuse"], older["options"]["recipe"]["crop"]
-    assert continuing.changes(older, now) == []
+    assert resume.changes(older, now) == []
     for damaged in ({}, {"options": []}, {"options": {"recipe": 3}}):
         with pytest.raises(ValueError, match=r"run.json: options.*: expected an object"):
-            continuing.changes(damaged, now)
+            resume.changes(damaged, now)
 
 
 @pytest.mark.parametrize("before", [None, 0.5])
@@ -82,7 +83,7 @@ def test_an_average_is_neither_begun_nor_given_up(before, tmp_path):
     was["options"]["recipe"]["ema"], now["options"]["recipe"]["ema"] = before, None
     now["options"]["recipe"]["ema"] = 0.9 if before is None else None
     with pytest.raises(ValueError, match="holds a run with ema"):
-        continuing.check(continuing.changes(was, now), tmp_path, print)
+        resume.check(resume.changes(was, now), tmp_path, print)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_an_average_is_neither_begun_nor_given_up(before, tmp_path):
     ],
 )
 def test_an_epoch_goes_on_at_the_same_share_of_it(position, old, new, expected):
-    assert continuing.position(continuing.place(old, position), new) == expected
+    assert resume.position(resume.place(old, position), new) == expected
 
 
 # ---- whole runs
@@ -208,15 +209,15 @@ def test_a_run_in_fp16_goes_on_in_fp32(data, tmp_path, steps):
 
 
 def test_the_optimiser_goes_on_by_todays_settings(run, data, monkeypatch):
-    seen, apply = [], Trainer._apply
+    seen, apply = [], Learner.apply
 
-    def watched(self):
+    def watched(self, made):
         seen.extend((g["betas"], g["eps"], g["weight_decay"]) for g in self.optimizer.param_groups)
         moments = next(iter(self.optimizer.state.values()))
         assert moments["exp_avg"].any()
-        apply(self)
+        apply(self, made)
 
-    monkeypatch.setattr(Trainer, "_apply", watched)
+    monkeypatch.setattr(Learner, "apply", watched)
     changes = {"recipe_betas": (0.5, 0.6), "recipe_eps": 1e-3, "recipe_weight_decay": 0.7}
     train(small(data, run, recipe_epochs=3, **changes))
     assert sorted(set(seen)) == [((0.5, 0.6), 1e-3, 0.0), ((0.5, 0.6), 1e-3, 0.7)]
@@ -382,7 +383,7 @@ def test_digests_tell_names_and_labels_apart(data):
     from deit.data.sources import open_source
 
     source = open_source(str(data), "train")
-    first = continuing.digest(source)
-    assert first == continuing.digest(open_source(str(data), "train"))
+    first = resume.digest(source)
+    assert first == resume.digest(open_source(str(data), "train"))
     source.labels = np.roll(source.labels, 1)
-    assert continuing.digest(source) != first
+    assert resume.digest(source) != first

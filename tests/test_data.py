@@ -13,10 +13,10 @@ from PIL import EpsImagePlugin, Image
 from torchvision.datasets import ImageFolder
 
 from deit.data.augment import evaluation_transform, mix, seeded, training_transform
+from deit.data.images import UnreadableImage
 from deit.data.loader import Loader, in_order
 from deit.data.sampling import Batches, Draw, Plan
 from deit.data.sources import FashionMnist, Folder, open_source
-from deit.images import UnreadableImage
 from deit.recipes import recipe
 
 STATS = ((0.5,) * 3, (0.25,) * 3)

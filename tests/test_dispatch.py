@@ -5,18 +5,11 @@ import warnings
 import pytest
 import torch
 
-from deit.kernels import (
-    attention,
-    dispatch,
-    eight_bits_schemas,
-    explain,
-    gelu_mlp,
-    layer_norm,
-    linear,
-    ops,
-    reference,
-    thirds_schemas,
-)
+from deit.kernels import attention, explain, gelu_mlp, layer_norm, linear
+from deit.kernels.engine import dispatch, limits, measured, registry
+from deit.kernels.engine.operator import OPERATORS, operator_names
+from deit.kernels.prove import reference
+from deit.kernels.vit_block.arguments import BlockArguments
 
 torch.manual_seed(0)  # of this module's tensors: what passes passes again
 X = torch.randn(2, 5, 64)
@@ -80,14 +73,29 @@ def public(name):
 
 
 def test_every_schema_has_an_operator_a_reference_and_a_fake():
-    operators = set(dispatch.OPERATORS) - set(eight_bits_schemas.SCHEMAS)
-    assert set(CALLS) == set(ops.SCHEMAS) == operators
-    schemas = ops.SCHEMAS | ops.TRAINING_SCHEMAS
-    assert set(ops.FAKES) == set(schemas)
-    for name in ops.SCHEMAS:
-        assert callable(getattr(reference, name))
-    for kernels in ops.KERNELS.values():
-        assert kernels <= set(schemas | eight_bits_schemas.ALL | thirds_schemas.SCHEMAS)
+    assert set(CALLS) == set(operator_names(eight_bits=False))
+    for name, operator in OPERATORS.items():
+        assert public(name) is operator.public
+        assert getattr(reference, name) is operator.reference
+        assert name in registry.FAKES
+        assert (operator.train is not None) == (f"{name}_bwd" in registry.FAKES)
+    for implementation, kernels in registry.KERNELS.items():
+        assert kernels <= set(registry.COMPILED[implementation])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_explain_takes_the_public_functions_arguments(name):
+    """And `prepare` gives the schema's, which are as many; `impl` is no user's way to them."""
+    args, kwargs = CALLS[name]
+    arguments = OPERATORS[name].prepare(*args, **kwargs)
+    assert len(arguments) == len(registry.COMPILED["cpu"][name]._schema.arguments)
+    with pytest.raises(ValueError, match="impl: expected 'auto' or one of"):
+        public(name)(*args, **kwargs, impl="prepare")
+
+
+def test_a_blocks_arguments_are_its_schemas():
+    formals = registry.COMPILED["cpu"]["vit_block"]._schema.arguments
+    assert tuple(formal.name for formal in formals) == BlockArguments._fields
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -110,9 +118,9 @@ def test_explain_agrees_with_what_runs(name):
 def test_fake_agrees_with_reference(name):
     """A wrong fake corrupts every compiled graph that holds the operator."""
     args, kwargs = CALLS[name]
-    arguments = dispatch.OPERATORS[name].prepare(*args, **kwargs)
+    arguments = OPERATORS[name].prepare(*args, **kwargs)
     real = getattr(reference, name)(*arguments)
-    meta = ops.COMPILED["cuda"][name](
+    meta = registry.COMPILED["cuda"][name](
         *(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments)
     )
     for got, want in zip(_tuple(meta), _tuple(real), strict=True):
@@ -127,7 +135,7 @@ def test_residual_in_fp32_beside_bf16_input():
     x, residual = X.bfloat16(), torch.randn(2, 5, 32)
     out = linear(x, torch.randn(32, 64).bfloat16(), residual=residual)
     assert out.dtype == torch.float32
-    fake = ops.FAKES["linear"](x, torch.randn(32, 64), None, None, residual, None, None)
+    fake = registry.FAKES["linear"](x, torch.randn(32, 64), None, None, residual, None, None)
     assert fake.dtype == torch.float32
 
 
@@ -139,8 +147,8 @@ def test_unknown_names():
 
 
 def test_forward_only_kernels_are_not_used_for_training(monkeypatch):
-    forward = {k: {n for n in v if not n.endswith("_bwd")} for k, v in ops.KERNELS.items()}
-    monkeypatch.setattr(ops, "KERNELS", forward)
+    forward = {k: {n for n in v if not n.endswith("_bwd")} for k, v in registry.KERNELS.items()}
+    monkeypatch.setattr(registry, "KERNELS", forward)
     weight = WEIGHT.clone().requires_grad_()
     with torch.no_grad():
         usable = {n for n, why in explain("layer_norm", X, weight).reasons.items() if not why}
@@ -165,13 +173,13 @@ def test_torch_func_grad():
 
 def test_an_unproven_gpu_is_announced_and_left_to_pytorch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 9))
-    dispatch._warn_unproven.cache_clear()
+    measured._warn_unproven.cache_clear()
     with pytest.warns(UserWarning, match="no kernel has been run and checked on sm_99"):
-        assert dispatch.measured("attention", "cuda", 1234) == ()
+        assert measured.implementations("attention", "cuda", 1234) == ()
 
 
 def test_measurements_speak_for_what_was_measured():
-    scope = dispatch.Scope((torch.bfloat16,), (64,), 10)
+    scope = measured.Scope((torch.bfloat16,), (64,), 10)
     assert scope.excludes(X.bfloat16()) == ""  # 2 x 5 rows
     assert "torch.float32" in scope.excludes(X)
     assert "a width of 32" in scope.excludes(X[..., :32].bfloat16())
@@ -179,7 +187,7 @@ def test_measurements_speak_for_what_was_measured():
 
 
 def test_every_scope_belongs_to_measurements():
-    assert dispatch.SCOPES.keys() <= dispatch.MEASURED.keys()
+    assert measured.SCOPES.keys() <= measured.MEASURED.keys()
 
 
 def test_auto_leaves_calls_outside_the_scope_to_the_reference(monkeypatch):
@@ -192,9 +200,9 @@ def test_auto_leaves_calls_outside_the_scope_to_the_reference(monkeypatch):
 
 def test_auto_leaves_products_that_avx2_does_slower_to_pytorch(monkeypatch):
     weight, wide = torch.randn(64, 64), torch.randn(768, 768)
-    monkeypatch.setattr(dispatch, "_cpu_isa", lambda: "avx512")
+    monkeypatch.setattr(limits, "cpu_isa", lambda: "avx512")
     assert explain("linear", X, weight).left == ""
-    monkeypatch.setattr(dispatch, "_cpu_isa", lambda: "avx2")
+    monkeypatch.setattr(limits, "cpu_isa", lambda: "avx2")
     plain = explain("linear", X, weight)
     assert (plain.chosen, plain.left) == ("reference", "its C++ kernel by AVX2 is slower")
     assert explain("linear", X, weight, residual=X).left == ""

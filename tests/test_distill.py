@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deit.distill import Objective, Teacher, check_classes
-from deit.options import Distillation, Options
+from deit.training.distillation import Objective, Teacher, check_classes
+from deit.training.options import Distillation, Options
 
 
 def logits(seed, batch=6, classes=5):

@@ -2,21 +2,17 @@
 
 import json
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
 import distillation
-import outcomes
 import report
+from deit.commands.cli import Command
 from page import distillation as drawing
-
-from deit.cli import Command
+from studies import outcomes
 
 OPTIONS = distillation.Options(out=Path("runs"), seeds=2, images=100, epochs=4)
 

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import deit
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
 import eight_bits_accuracy as accuracy
 
 SMALL = deit.Config("small", embed_dim=64, num_heads=1, depth=2, img_size=32, num_classes=10)

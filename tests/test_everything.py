@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
 import everything
 import evidence
 import host_cost
 import loader
-import paper_table
 import report
 import scaling
 import table5
 import throughput
+from evidence import paper_table
 
 FACTS = {"device": "some CPU", "torch": "2.11"}
 JOB = everything.Job("throughput", "python bench/throughput.py --arch deit_ti --bs 4")

@@ -10,15 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from deit import create, networks
+from deit import create
 from deit.attention_maps import attention_maps, picture
-from deit.checkpoint import save
-from deit.cli import main
+from deit.commands.cli import main
 from deit.configs import Config
-from deit.kernels import native
+from deit.kernels.engine import native
 from deit.model import DeiT
-from deit.report import draw, history
-from deit.runs import RunFolder
+from deit.training.report import draw, history
+from deit.training.runs import RunFolder
+from deit.weights import networks
+from deit.weights.checkpoint import save
 
 SMALL = Config("small", embed_dim=64, num_heads=1, depth=2, img_size=32, num_classes=7)
 

@@ -34,7 +34,7 @@ PARSE = """
     import sys
     from pathlib import Path
     from typing import Annotated, Literal
-    from deit import flags
+    from deit.commands import flags
 
     @dataclasses.dataclass(frozen=True)
     class Link:
@@ -51,6 +51,7 @@ PARSE = """
         names: tuple[str, ...] = ("x",)
         fast: bool = True
         slow: bool = False
+        told: int = dataclasses.field(default=1, metadata={"help": "In its line."})
         link: Annotated[Link, flags.arg(name="")] = dataclasses.field(default_factory=Link)
 
     print(flags.parse(Options, sys.argv[1:], "Does it."))
@@ -81,7 +82,14 @@ def test_without_tyro_the_same_options(script, line, capsys, monkeypatch):
 def test_without_tyro_help_and_bad_input(script):
     shown = run(script, "--help")
     assert shown.returncode == 0
-    for text in ("Does it.", "How many.", "GB/s, 100 % of it.", "--no-fast", "[PATH ...]"):
+    for text in (
+        "Does it.",
+        "How many.",
+        "In its line.",
+        "GB/s, 100 % of it.",
+        "--no-fast",
+        "[PATH ...]",
+    ):
         assert text in shown.stdout
     wrong = run(script, "--kind", "c")
     assert wrong.returncode == 2
@@ -97,7 +105,7 @@ def test_the_scripts_of_bench_need_no_tyro(name):
 
 def test_the_command_says_what_it_needs(tmp_path):
     code = (
-        "import sys; from deit.cli import Tune, main; assert Tune().candidates == 40\n"
+        "import sys; from deit.commands.cli import Tune, main; assert Tune().candidates == 40\n"
         "sys.exit(main(['info']))"
     )
     (tmp_path / "command.py").write_text(code)

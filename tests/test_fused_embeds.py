@@ -6,7 +6,7 @@ from test_fused_int8 import ran
 
 import deit
 from deit.fused_vit import fuse, unfuse
-from deit.kernels import native
+from deit.kernels.engine import native
 
 timm = pytest.importorskip("timm")
 from timm.models.deit import VisionTransformerDistilled  # noqa: E402

@@ -7,7 +7,7 @@ import torch
 
 import deit
 from deit.fused_vit import fuse, fused, unfuse
-from deit.kernels import dispatch, native
+from deit.kernels.engine import dispatch, native
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))

@@ -16,7 +16,7 @@ import deit
 from deit import fused_vit
 from deit.fused_vit import Report, fuse, fused, unfuse
 from deit.fused_vit.modules import Fused
-from deit.kernels import native, ops
+from deit.kernels.engine import native, registry
 
 needs_library = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))
@@ -417,9 +417,9 @@ def test_ddp_trains_a_fused_model(tmp_path):
 
 def block_calls(monkeypatch):
     """Counts the calls of the CPU's vit_block."""
-    calls, kernel = [], ops.COMPILED["cpu"]["vit_block"]
+    calls, kernel = [], registry.COMPILED["cpu"]["vit_block"]
     count = lambda *arguments: calls.append(1) or kernel(*arguments)
-    monkeypatch.setitem(ops.COMPILED["cpu"], "vit_block", count)
+    monkeypatch.setitem(registry.COMPILED["cpu"], "vit_block", count)
     return calls
 
 

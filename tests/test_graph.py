@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import deit
 from deit.fused_vit import compile_graph, fuse
-from deit.fused_vit.graph import Graph
+from deit.fused_vit.cuda_graph import Graph
 from deit.model import DeiT
 
 SMALL = deit.Config("deit_small", embed_dim=64, num_heads=1, depth=2, img_size=32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deit.kernels.triton import hazards
+from deit.kernels.prove import hazards
 
 FACTOR = "tensor<128x16xbf16, #ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = 2}>>"
 SHARED = "!ttg.memdesc<128x16xbf16, #shared, #smem>"

@@ -2,19 +2,14 @@
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
 import host_cost
-import stubbed_gpu
-
-from deit.kernels import dispatch, ops
-from deit.kernels.triton import drivers, launching
+from deit.kernels.device import drivers, launching
+from deit.kernels.engine.operator import OPERATORS, operator_names
+from studies import stubbed_gpu
 
 QUICK = host_cost.Settings(rounds=2, calls=2)
 
@@ -34,7 +29,7 @@ def test_every_operator_is_measured_in_inference_and_in_training(tmp_path, capsy
     assert document["threads"] == 1
     for mode in ("inference", "training"):
         found = {row["operator"] for row in document["rows"] if row["mode"] == mode}
-        assert set(ops.SCHEMAS) <= found
+        assert set(operator_names(eight_bits=False)) <= found
     table = capsys.readouterr().out
     for row in document["rows"]:
         assert row["over_low"] <= row["over"] <= row["over_high"]
@@ -43,7 +38,7 @@ def test_every_operator_is_measured_in_inference_and_in_training(tmp_path, capsy
 
 def test_training_wants_every_gradient_that_kernels_have():
     for case in map(host_cost.trained, host_cost.cases()):
-        held = set(dispatch.OPERATORS[case.operator].constants.values())
+        held = set(OPERATORS[case.operator].constants.values())
         wanting = [v for v in (*case.inputs, *case.keywords.values()) if torch.is_tensor(v)]
         assert any(v.requires_grad for v in wanting)
         for name in held & set(case.keywords):
@@ -88,7 +83,7 @@ def test_triton_operators_launch_stubbed_where_there_is_no_gpu(tmp_path, monkeyp
     path = tmp_path / "rows.json"
     host_cost.main(host_cost.Settings(rounds=2, calls=2, gpu=True, json=path))
     rows = json.loads(path.read_text())["rows"]
-    assert {*ops.SCHEMAS, "whole forward"} == {row["operator"] for row in rows}
+    assert {*operator_names(eight_bits=False), "whole forward"} == {row["operator"] for row in rows}
     assert {row["implementation"] for row in rows} == {"triton, launch stubbed"}
     assert "launch stubbed" in capsys.readouterr().out
     assert not isinstance(drivers.active(), stubbed_gpu.Stub)

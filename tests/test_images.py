@@ -16,7 +16,7 @@ import sklearn.datasets
 import torch
 from PIL import Image, ImageOps
 
-from deit.images import (
+from deit.data.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     NothingReadable,

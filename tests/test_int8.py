@@ -7,17 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deit.kernels import (
-    explain,
-    gelu_mlp,
-    int8_cpu,
-    int8_gelu_mlp,
-    int8_linear,
-    linear,
-    native,
-    packing,
-    quantize,
-)
+from deit.kernels import explain, gelu_mlp, int8_gelu_mlp, int8_linear, linear
+from deit.kernels.engine import native, packing
+from deit.kernels.int8 import cpu as int8_cpu
+from deit.kernels.int8 import quantize
 
 needs_library = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))

@@ -4,7 +4,8 @@ import oracle
 import pytest
 import torch
 
-from deit.kernels import attention, int8_gelu_mlp, int8_linear, int8_vit_block, native, vit_block
+from deit.kernels import attention, int8_gelu_mlp, int8_linear, int8_vit_block, vit_block
+from deit.kernels.engine import native
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))

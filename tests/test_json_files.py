@@ -7,8 +7,8 @@ import os
 
 import pytest
 
-from deit.kernels import json_files
-from deit.kernels.json_files import DEEPEST, Fields
+from deit.kernels.engine import json_files
+from deit.kernels.engine.json_files import DEEPEST, Fields
 
 TEXTS = {
     "": "expected JSON; got nothing",

@@ -12,8 +12,8 @@ from small import IMAGES, SMALL, SMALL_DISTILLED, hugging_face, logits, same, st
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 import deit
-from deit.checkpoint import load
 from deit.fused_vit import fuse
+from deit.weights.checkpoint import load
 
 
 @pytest.mark.parametrize("settings", [SMALL, SMALL_DISTILLED], ids=["plain", "distilled"])

@@ -1,10 +1,6 @@
 """bench/loader.py: a small measurement, whole."""
 
 import json
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import loader
 import report

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deit.kernels import marks, native
+from deit.kernels.engine import marks, native
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))

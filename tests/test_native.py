@@ -11,13 +11,15 @@ import oracle
 import pytest
 import torch
 
-from deit.kernels import attention, build_record, layer_norm, native, ops, reference
+from deit.kernels import attention, layer_norm
+from deit.kernels.engine import build_record, native, registry
+from deit.kernels.prove import reference
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))
 )
 
-OPS = ops.COMPILED["cpu"]
+OPS = registry.COMPILED["cpu"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SETS = ["avx512_bf16", "avx512", "avx2", "portable"]
 
@@ -379,7 +381,7 @@ def test_the_library_names_no_path_of_the_build():
 def test_loading_touches_no_device():
     code = """
         import torch
-        from deit.kernels import native
+        from deit.kernels.engine import native
         native.why_not("cpu")
         assert not torch.cuda.is_initialized()
     """

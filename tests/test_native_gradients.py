@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from layers import feed_forward, keep_of, layer
 
-from deit.kernels import add_layer_norm, attention, gelu_mlp, layer_norm, linear, native, ops
+from deit.kernels import add_layer_norm, attention, gelu_mlp, layer_norm, linear
+from deit.kernels.engine import native, registry
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))
 )
 
-OPS = ops.COMPILED["cpu"]
+OPS = registry.COMPILED["cpu"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOKENS = [1, 17, 64, 197, 198, 257, 577]
 

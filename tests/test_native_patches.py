@@ -4,7 +4,9 @@ import oracle
 import pytest
 import torch
 
-from deit.kernels import explain, native, ops, patch_embed, reference
+from deit.kernels import explain, patch_embed
+from deit.kernels.engine import native, registry
+from deit.kernels.prove import reference
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))
@@ -28,7 +30,7 @@ def arguments(
 
 
 def run(*given):
-    return ops.COMPILED["cpu"]["patch_embed"](*given)
+    return registry.COMPILED["cpu"]["patch_embed"](*given)
 
 
 # 33 and 50 channels leave a rest in every panel; (2, 6) is a patch that is not square; 240 x 224

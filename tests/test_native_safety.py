@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 
 import deit
 from deit.fused_vit import fuse
-from deit.kernels import native, ops
+from deit.kernels.engine import native, registry
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))
 )
-OPS = ops.COMPILED["cpu"]
+OPS = registry.COMPILED["cpu"]
 Call = Callable[[], object]
 
 
@@ -119,7 +119,7 @@ CALLS: dict[str, Call] = _TRAINING | {
 
 
 def test_every_cpu_operator_has_a_call() -> None:
-    assert set(CALLS) == ops.KERNELS["cpu"]
+    assert set(CALLS) == registry.KERNELS["cpu"]
 
 
 def bits(result: object) -> list[torch.Tensor]:

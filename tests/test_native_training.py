@@ -12,23 +12,15 @@ from layers import feed_forward, keep_of, layer
 
 import deit
 from deit.fused_vit import fuse
-from deit.kernels import (
-    add_layer_norm,
-    attention,
-    explain,
-    gelu_mlp,
-    layer_norm,
-    linear,
-    native,
-    ops,
-    reference,
-)
+from deit.kernels import add_layer_norm, attention, explain, gelu_mlp, layer_norm, linear
+from deit.kernels.engine import native, registry
+from deit.kernels.prove import reference
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))
 )
 
-OPS = ops.COMPILED["cpu"]
+OPS = registry.COMPILED["cpu"]
 
 
 def calls():

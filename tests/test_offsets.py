@@ -20,7 +20,7 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from deit.kernels.triton import aot, cases, offsets
+from deit.kernels.prove import aot, cases, offsets
 
 
 class _Stop(Exception):

@@ -17,16 +17,16 @@ from timm.data.auto_augment import _RAND_INCREASING_TRANSFORMS, _RAND_TRANSFORMS
 from torchvision.transforms.v2.functional import pil_to_tensor
 from training import PROGRAM, TORCHRUN, losses, same
 
-from deit.cli import main
+from deit.commands.cli import main
 from deit.data.augment import posterize, seeded, training_transform
 from deit.data.drawn import NUMBERS, _noted, split
+from deit.data.images import IMAGENET_MEAN, IMAGENET_STD
 from deit.data.loader import Loader
 from deit.data.on_device import KERNELS, Augmentation, Drawn
 from deit.data.sampling import Batches, Draw, Plan
 from deit.data.sources import open_source
-from deit.images import IMAGENET_MEAN, IMAGENET_STD
 from deit.recipes import recipe
-from deit.train import Trainer, train
+from deit.training.trainer import Trainer, train
 
 SIZE = 96
 CPU = torch.device("cpu")

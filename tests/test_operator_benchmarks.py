@@ -1,4 +1,4 @@
-"""bench/operators and bench/operator_race.py: what is timed, what is kept, what is guarded."""
+"""bench/operators and its measure.py: what is timed, what is kept, what is guarded."""
 
 from __future__ import annotations
 
@@ -13,20 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench" / "operators"))
-
-import checks
-import operator_cases
-import operator_int8
-import operator_race
-import operator_terms
-import report
-import test_each_operator as suite
-from numerics_cases import Call
-from operator_race import Prepared
-
 import deit
+import report
+from operators import cases, int8, measure, terms
+from operators import test_each_operator as suite
+from operators.measure import Prepared
+from operators.numerics_cases import Call
+from race import checks
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -56,15 +49,14 @@ def test_a_run_leaves_evidence_and_guards_its_ratio(tmp_path: Path) -> None:
     assert "time in shares of PyTorch's" in done.stdout
     document = json.loads(rows_file.read_text())
     assert document["kind"] == "operators"
-    terms = "--rounds=7 --no-compiled --rows rows.json"
-    assert document["command"].endswith(terms)
+    assert document["command"].endswith("--rounds=7 --no-compiled --rows rows.json")
     rows = {row["contender"]: row for row in document["rows"]}
     for row in rows.values():
         assert row["flops"] == 8 * 197 * 192
         assert row["bytes"] == 4 * (2 * 197 * 192 + 2 * 192)
         assert row["share"] > 0
         assert row["low"] <= row["seconds"] <= row["high"]
-        assert row["sets"] * row["bytes"] / 2 > 32e6 or row["sets"] == operator_race.MOST_SETS
+        assert row["sets"] * row["bytes"] / 2 > 32e6 or row["sets"] == measure.MOST_SETS
     assert rows["eager"]["ratio"] == 1.0
     (saved,) = tmp_path.rglob("*_base.json")
     kept = json.loads(saved.read_text())
@@ -95,20 +87,20 @@ def test_a_run_leaves_evidence_and_guards_its_ratio(tmp_path: Path) -> None:
     ],
 )
 def test_bad_terms(change: dict[str, Any], why: str) -> None:
-    terms = {"archs": "deit_ti", "bs": None, "dtype": None, "device": "cpu", "impl": "auto",
+    given = {"archs": "deit_ti", "bs": None, "dtype": None, "device": "cpu", "impl": "auto",
              "threads": None, "rounds": 7, "no_compiled": True}  # fmt: skip
-    assert operator_terms.settle(terms.__getitem__).batch == 16
-    terms |= change
+    assert terms.settle(given.__getitem__).batch == 16
+    given |= change
     with pytest.raises(ValueError, match=re.escape(why)):
-        operator_terms.settle(terms.__getitem__)
+        terms.settle(given.__getitem__)
 
 
 def test_plain_pytest_does_not_collect_benchmarks(pytestconfig: pytest.Config) -> None:
     assert pytestconfig.getini("testpaths") == ["tests"]
 
 
-@pytest.mark.parametrize("case", operator_cases.CASES, ids=lambda case: case.name)
-def test_cases_are_a_deits_and_cost_something(case: operator_cases.Case) -> None:
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+def test_cases_are_a_deits_and_cost_something(case: cases.Case) -> None:
     config = deit.config("deit_ti", img_size=32)
     call = case.build(config, 2, torch.float32, CPU, seed=1)
     again = case.build(config, 2, torch.float32, CPU, seed=2)
@@ -116,9 +108,9 @@ def test_cases_are_a_deits_and_cost_something(case: operator_cases.Case) -> None
         if tensor.is_floating_point() and "row_stats" not in name:
             assert not torch.equal(tensor, again.inputs[name])
             assert tensor.std() > 0  # never zeros
-    assert operator_cases.flops(call, False) > 0
+    assert cases.flops(call, False) > 0
     if call.gradients:
-        assert operator_cases.flops(call, True) > 0
+        assert cases.flops(call, True) > 0
     suite.calls.function(call, "reference")(call.inputs)
 
 
@@ -126,8 +118,8 @@ def test_products_of_a_block_are_the_networks_flops() -> None:
     """Counted by operator and call, a forward has the FLOPs that the config states."""
     config = deit.config("deit_ti")
     total = sum(
-        case.forward_calls(config) * operator_cases.flops(call, False)
-        for case in operator_cases.CASES
+        case.forward_calls(config) * cases.flops(call, False)
+        for case in cases.CASES
         if case.forward_calls(config)
         and (call := case.build(config, 1, torch.float32, CPU, 1)).operator != "layer_norm"
     )
@@ -136,10 +128,10 @@ def test_products_of_a_block_are_the_networks_flops() -> None:
 
 
 def test_inputs_exceed_the_cache() -> None:
-    assert operator_race.copies(1e6, 32 << 20) == 101
-    assert operator_race.copies(1e9, 32 << 20) == 2
-    assert operator_race.copies(10, 32 << 20) == operator_race.MOST_SETS
-    assert operator_race.cache_bytes(CPU) >= 32 << 20
+    assert measure.copies(1e6, 32 << 20) == 101
+    assert measure.copies(1e9, 32 << 20) == 2
+    assert measure.copies(10, 32 << 20) == measure.MOST_SETS
+    assert measure.cache_bytes(CPU) >= 32 << 20
 
 
 def test_every_set_is_called_in_a_pass() -> None:
@@ -150,7 +142,7 @@ def test_every_set_is_called_in_a_pass() -> None:
         return inputs["x"]
 
     sets = [Call("layer_norm", {"x": torch.tensor(float(i))}, {}, ()) for i in range(3)]
-    prepared = operator_race.prepare(function, sets, backward=False)
+    prepared = measure.prepare(function, sets, backward=False)
     assert prepared.how == "calls"
     seen.clear()
     assert prepared.sample() > 0
@@ -160,7 +152,7 @@ def test_every_set_is_called_in_a_pass() -> None:
 def test_seconds_are_of_one_call() -> None:
     sets = [Call("layer_norm", {"x": torch.zeros(1)}, {}, ()) for _ in range(4)]
     sleep = lambda inputs: time.sleep(0.005) or inputs["x"]
-    assert 0.005 <= operator_race.prepare(sleep, sets, backward=False).sample() < 0.015
+    assert 0.005 <= measure.prepare(sleep, sets, backward=False).sample() < 0.015
 
 
 def test_a_wrong_contender_is_refused() -> None:
@@ -178,35 +170,35 @@ def test_a_wrong_contender_is_refused() -> None:
 
 
 def test_ceilings_are_of_this_device() -> None:
-    found = operator_race.measure_ceilings(CPU, torch.float32, small=True)
+    found = measure.measure_ceilings(CPU, torch.float32, small=True)
     assert found.copy_bytes == 2 * 4 * 2**16
     assert min(found.bytes_per_s, found.flops_per_s) > 1e6
-    ceilings = operator_race.Ceilings(100.0, 1000.0, 1, "")
+    ceilings = measure.Ceilings(100.0, 1000.0, 1, "")
     assert (ceilings.seconds(200, 1000), ceilings.seconds(100, 5000)) == (2.0, 5.0)
 
 
 def test_int8_stands_beside_fp32_with_its_own_bytes_and_error() -> None:
     config = deit.config("deit_ti")
-    cases = {case.name: case for case in operator_cases.CASES}
+    by_name = {case.name: case for case in cases.CASES}
     for name, expected in (
         ("linear proj + residual", {"cpu int8", "oneDNN int8"}),
         ("gelu_mlp + residual", {"cpu int8"}),
         ("layer_norm", set()),
     ):
-        calls = [cases[name].build(config, 1, torch.float32, CPU, seed) for seed in (1, 2)]
-        functions = operator_int8.contenders(calls[0], backward=False)
+        calls = [by_name[name].build(config, 1, torch.float32, CPU, seed) for seed in (1, 2)]
+        functions = int8.contenders(calls[0], backward=False)
         assert set(functions) == expected
-        assert operator_int8.contenders(calls[0], backward=True) == {}
+        assert int8.contenders(calls[0], backward=True) == {}
         for function in functions.values():
             for call in [*calls, calls[0]]:  # sets rotate: each has its own weights
                 found = function(call.inputs)
                 wanted = suite.calls.function(call, "reference")(call.inputs)
-                assert checks.distance(found, wanted) < operator_int8.ALLOWED
+                assert checks.distance(found, wanted) < int8.ALLOWED
     dim = config.embed_dim
-    linear = cases["linear qkv"].build(config, 1, torch.float32, CPU, 1)
-    assert operator_int8.saved_bytes(linear) == 3 * 3 * dim * dim - 4 * 3 * dim
-    half = cases["linear qkv"].build(config, 1, torch.bfloat16, CPU, 1)
-    assert operator_int8.contenders(half, backward=False) == {}
+    linear = by_name["linear qkv"].build(config, 1, torch.float32, CPU, 1)
+    assert int8.saved_bytes(linear) == 3 * 3 * dim * dim - 4 * 3 * dim
+    half = by_name["linear qkv"].build(config, 1, torch.bfloat16, CPU, 1)
+    assert int8.contenders(half, backward=False) == {}
 
 
 def test_an_int8_row_is_measured_against_pytorchs_fp32(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from deit.kernels import native, packing
+from deit.kernels.engine import native, packing
 
 needs_library = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))

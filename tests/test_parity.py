@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import deit
-
-_FILE = Path(__file__).parents[1] / "bench" / "parity.py"
-_SPEC = importlib.util.spec_from_file_location("bench_parity", _FILE)
-parity = importlib.util.module_from_spec(_SPEC)
-sys.modules["bench_parity"] = parity  # dataclasses look their module up
-_SPEC.loader.exec_module(parity)
+import parity
 
 TINY = "deit_tiny_patch16_224"
 TINY_DISTILLED = "deit_tiny_distilled_patch16_224"

@@ -12,7 +12,6 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,14 +19,10 @@ import torch
 import torch.nn.functional as F
 
 import deit
-from deit.model import DeiT
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
-import checks
-import contenders
 import peers
+from deit.model import DeiT
 from peers import PEERS
+from race import checks, contenders
 
 CPU = torch.device("cpu")
 SMALL = deit.Config("deit_small", embed_dim=128, num_heads=2, depth=2, img_size=64)

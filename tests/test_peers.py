@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,22 +13,14 @@ import pytest
 import torch
 
 import deit
-from deit.model import DeiT
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
-import checks
-import contenders
 import evidence
 import peers
-import planning
-import progress
-import race
-import selection
-import settings as terms
 import throughput
-import timing
+from deit.model import DeiT
+from evidence import timing
 from peers import PEERS, calibration
+from race import checks, contenders, planning, progress, race, selection
+from race import settings as terms
 
 CPU = torch.device("cpu")
 SMALL = deit.Config("deit_small", embed_dim=128, num_heads=2, depth=2, img_size=64)

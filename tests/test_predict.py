@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 import deit
-from deit.checkpoint import save
-from deit.cli import main
-from deit.images import Prepare, load_image, normalise
+from deit.commands.cli import main
+from deit.data.images import Prepare, load_image, normalise
 from deit.predict import class_names
+from deit.weights.checkpoint import save
 
 SKLEARN = Path(sklearn.datasets.__file__).parent / "images"
 SKIMAGE = Path(skimage.data.__file__).parent

@@ -4,13 +4,15 @@ import oracle
 import pytest
 import torch
 
-from deit.kernels import dispatch, explain, gelu_mlp, linear, native, ops, reference
+from deit.kernels import explain, gelu_mlp, linear
+from deit.kernels.engine import limits, native, registry
+from deit.kernels.prove import reference
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))
 )
 
-OPS = ops.COMPILED["cpu"]
+OPS = registry.COMPILED["cpu"]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -171,9 +173,9 @@ def test_what_is_left_to_pytorch(monkeypatch):
         half = explain("linear", torch.randn(2, 8).half(), torch.randn(4, 8).half())
         empty = explain("linear", torch.randn(0, 8), torch.randn(4, 8))
         odd = explain("linear", torch.randn(2, 7).bfloat16(), torch.randn(4, 7).bfloat16())
-        monkeypatch.setattr(dispatch, "_cpu_isa", lambda: "avx2")
+        monkeypatch.setattr(limits, "cpu_isa", lambda: "avx2")
         older = explain("linear", torch.randn(2, 8).bfloat16(), torch.randn(4, 8).bfloat16())
-        monkeypatch.setattr(dispatch, "_cpu_isa", lambda: "portable")
+        monkeypatch.setattr(limits, "cpu_isa", lambda: "portable")
         other = explain("gelu_mlp", torch.randn(2, 8), torch.randn(8, 8), None, torch.randn(8, 8),
                         None)  # fmt: skip
     for found in (half, empty, odd, older, other):

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
-import devices
-import progress
-import race
 from racing import settings, tiny
+
+from evidence import devices
+from race import progress, race
 
 CPU = torch.device("cpu")
 

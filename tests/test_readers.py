@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from small import IMAGES, hugging_face, logits, network, same, state_of
 
-from deit.checkpoint import load, load_into, save
+from deit.weights.checkpoint import load, load_into, save
 
 
 def test_official_file(tmp_path):

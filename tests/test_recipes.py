@@ -36,7 +36,7 @@ TABLE_9 = {
     "hflip": 0.5,
     "crop": "random",
     "crop_scale": (0.08, 1.0),
-    "eval_crop": None,  # by the size: 0.875 at 224, 1.0 at 384 (deit.images.crop_ratio)
+    "eval_crop": None,  # by the size: 0.875 at 224, 1.0 at 384 (deit.data.images.crop_ratio)
     "ema_warmup": False,
 }
 

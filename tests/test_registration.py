@@ -10,11 +10,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import deit
 import deit.kernels
 from deit.fused_vit import fuse, register_hf
-from deit.kernels import dispatch, native, ops, reference
+from deit.kernels.engine import dispatch, native, registry
+from deit.kernels.engine.operator import OPERATORS, operator_names
+from deit.kernels.prove import reference
 
-CPU = sorted(ops.KERNELS["cpu"] & set(CALLS)) if not native.why_not("cpu") else []
+CPU = sorted(registry.KERNELS["cpu"] & set(CALLS)) if not native.why_not("cpu") else []
 needs_cpu = pytest.mark.skipif(not CPU, reason=f"{native.why_not('cpu')}")
-TRAINED = sorted(name for name in CALLS if f"{name}_bwd" in ops.TRAINING_SCHEMAS)
+TRAINED = sorted(name for name in CALLS if f"{name}_bwd" in registry.FAKES)
 
 
 def public(name):
@@ -24,7 +26,7 @@ def public(name):
 def prepared(name, change=lambda tensor: tensor):
     """The schema's arguments of one call with every optional set, tensors changed and detached."""
     args, kwargs = CALLS[name]
-    arguments = dispatch.OPERATORS[name].prepare(*args, **kwargs)
+    arguments = OPERATORS[name].prepare(*args, **kwargs)
     return tuple(
         change(a.detach().clone()) if isinstance(a, torch.Tensor) else a for a in arguments
     )
@@ -35,7 +37,9 @@ def each(value):
 
 
 # Those of 8-bit integers are in test_int8.py; training's products are for fp32.
-CPU_NAMES = sorted(ops.KERNELS["cpu"] & (ops.SCHEMAS | ops.TRAINING_SCHEMAS).keys())
+FORWARD = operator_names(eight_bits=False)
+NAMES = {f"{name}{way}" for name in FORWARD for way in ("", "_fwd", "_bwd")}
+CPU_NAMES = sorted(registry.KERNELS["cpu"] & NAMES)
 FP32_ALONE = {f"{name}_{way}" for name in ("linear", "gelu_mlp") for way in ("fwd", "bwd")}
 OPCHECKS = [(n, torch.float32) for n in CPU_NAMES]
 OPCHECKS += [(n, torch.bfloat16) for n in CPU_NAMES if n not in FP32_ALONE]
@@ -47,7 +51,7 @@ OPCHECKS += [(n, torch.bfloat16) for n in CPU_NAMES if n not in FP32_ALONE]
 def test_opcheck(name, full, dtype):
     """With every optional of the schema set, and with none; the forward and training alike."""
     arguments = schema_calls.arguments(name, "cpu", full=full, dtype=dtype)
-    checks = torch.library.opcheck(ops.COMPILED["cpu"][name], arguments)
+    checks = torch.library.opcheck(registry.COMPILED["cpu"][name], arguments)
     assert set(checks.values()) == {"SUCCESS"}
 
 
@@ -87,8 +91,8 @@ def test_any_memory_layout_gives_the_same_values(name, layout):
     if name == "vit_block":  # six operators in a row, each held to the rule by itself
         for draw in draws:
             packed = (a.contiguous() if isinstance(a, torch.Tensor) else a for a in draw)
-            want = ops.COMPILED["cpu"][name](*packed)
-            assert all(map(torch.equal, ops.COMPILED["cpu"][name](*draw), want))
+            want = registry.COMPILED["cpu"][name](*packed)
+            assert all(map(torch.equal, registry.COMPILED["cpu"][name](*draw), want))
         assert all(map(torch.equal, tensors, before))
         return
 
@@ -97,7 +101,7 @@ def test_any_memory_layout_gives_the_same_values(name, layout):
             *(a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments)
         )
 
-    oracle.check_draws(ops.COMPILED["cpu"][name], of_packed, draws, name=name)
+    oracle.check_draws(registry.COMPILED["cpu"][name], of_packed, draws, name=name)
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
 
 
@@ -138,7 +142,7 @@ def test_the_meta_device(name):
 @needs_cpu
 @pytest.mark.parametrize("name", CPU)
 def test_a_forward_only_kernel_refuses_to_train(name, monkeypatch):
-    monkeypatch.setitem(ops.KERNELS, "cpu", frozenset(CPU))
+    monkeypatch.setitem(registry.KERNELS, "cpu", frozenset(CPU))
     args, kwargs = CALLS[name]
     x = args[0].clone().requires_grad_()
     with pytest.raises(NotImplementedError, match="the kernel is forward-only"):
@@ -154,22 +158,22 @@ def throwaway(monkeypatch):
     What surrounds a kernel (saved tensors, the order and the shapes of gradients, what is refused)
     can so be tested for every operator, whichever kernels are built here.
     """
-    names = frozenset(ops.SCHEMAS) | frozenset(ops.TRAINING_SCHEMAS)
+    names = frozenset(registry.FAKES)
 
     def kernel(name):
         def run(*arguments):
-            return torch.utils._pytree.tree_map(torch.ones_like, ops.FAKES[name](*arguments))
+            return torch.utils._pytree.tree_map(torch.ones_like, registry.FAKES[name](*arguments))
 
         return run
 
-    monkeypatch.setitem(ops.KERNELS, "cpu", names)
-    monkeypatch.setitem(ops.COMPILED, "cpu", {name: kernel(name) for name in names})
+    monkeypatch.setitem(registry.KERNELS, "cpu", names)
+    monkeypatch.setitem(registry.COMPILED, "cpu", {name: kernel(name) for name in names})
     monkeypatch.setattr(dispatch, "environment", lambda *_: ())
 
 
 def trained(name):
     """The call's tensors that a kernel has gradients for, requiring them."""
-    operator = dispatch.OPERATORS[name]
+    operator = OPERATORS[name]
     arguments = list(prepared(name))
     leaves = []
     for position, value in enumerate(arguments):
@@ -209,11 +213,9 @@ def test_second_derivatives_exist_by_the_reference(name):
     assert second.abs().max() > 0
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in TRAINED if dispatch.OPERATORS[n].constants], ids=lambda n: n
-)
+@pytest.mark.parametrize("name", [n for n in TRAINED if OPERATORS[n].constants], ids=lambda n: n)
 def test_an_input_without_a_gradient_kernel_is_named(name, throwaway):
-    operator = dispatch.OPERATORS[name]
+    operator = OPERATORS[name]
     for position, argument in operator.constants.items():
         arguments = list(prepared(name))
         if not arguments[position].is_floating_point():
@@ -330,7 +332,7 @@ def test_export_with_gradients_holds_pytorch_s_operators():
     model = ours().eval()
     fuse(model)
     program = torch.export.export(model, (IMAGES,))
-    if not any(name.endswith("_bwd") for name in ops.KERNELS["cpu"]):
+    if not any(name.endswith("_bwd") for name in registry.KERNELS["cpu"]):
         assert operators_in(program) == set()
     torch.testing.assert_close(program.module()(IMAGES), model(IMAGES), atol=5e-5, rtol=1e-4)
 

@@ -15,19 +15,18 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
 import evidence
-import paper_table
 import report
-from page import listings, pictures, svg
+from evidence import paper_table
+from page import drawing, listings, pictures
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[1]
 VOID = {"meta", "link", "br"}
 
 MACHINE: Row = {
-    "device": "Sample <CPU>", "driver": None, "cpu": "Sample <CPU>", "cores": 2, "threads": 2,
+    "device": "Sample <CPU>", "driver": None, "cpu": "Sample <CPU>", "processor": {},
+    "cores": 2, "threads": 2,
     "cpu_capability": "AVX2", "python": "3.11", "torch": "2.15", "cuda": None, "triton": None,
     "timm": "1.0",
 }  # fmt: skip
@@ -45,7 +44,7 @@ def throughput_rows(kernels: str) -> list[Row]:
             speed = gain * quoted.v100_img_s / 50
             seconds = [8 / speed * draw.gauss(1, 0.02) for _ in range(7)]
             rows.append({
-                **MACHINE, "schema": 1, "date": "2026-01-02T03:04:05+00:00",
+                **MACHINE, "schema": evidence.SCHEMA, "date": "2026-01-02T03:04:05+00:00",
                 "command": f"python bench/table5.py --only {name}", "protocol": "modern",
                 "mode": "inference", "network": name, "contender": contender,
                 "img_size": quoted.img_size, "batch": 8, "batch_asked": 256, "dtype": "fp32",
@@ -182,8 +181,9 @@ def test_structure(page: Path) -> None:
 def test_page_loads_nothing_and_names_no_machine(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for link in re.findall(r'(?:src|href)="([^"]*)"', text):
-        assert link == "data:,"
-    assert set(re.findall(r"https?://[^\"\s<]*", text)) == {"http://www.w3.org/2000/svg"}
+        assert link == "data:," or f'id="{link.removeprefix("#")}"' in text  # drawn there
+    namespaces = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert set(re.findall(r"https?://[^\"\s<]*", text)) == namespaces
     assert str(ROOT) not in text
     assert "url(" not in text
 
@@ -241,7 +241,7 @@ def test_what_only_pytorch_runs_counts_for_both() -> None:
     alone = [row | {"ours": "eager", "best": "eager"} for row in document["rows"]
              if row["operator"] == "layer_norm" and row["contender"] == "eager"]  # fmt: skip
     rest = [row for row in document["rows"] if row["operator"] != "layer_norm"]
-    drawing = pictures.by_operator(document | {"rows": rest + alone}).draw(900).svg()
+    drawing = pictures.by_operator(document | {"rows": rest + alone}).svg(900)
     assert drawing.count("layer_norm by eager") == 4
 
 
@@ -271,6 +271,16 @@ def test_what_is_no_result_is_named(
     assert error.startswith("error: ")
     assert "rows.json: " in error
     assert not (tmp_path / "page.html").exists()
+
+
+def test_without_matplotlib_the_page_says_so() -> None:
+    code = "import sys; sys.modules['matplotlib'] = None; import report"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+        cwd=ROOT / "bench",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "error: the page needs matplotlib (pip install matplotlib)\n"
 
 
 def test_identical_contenders_show_no_difference() -> None:
@@ -310,54 +320,52 @@ def test_speedups_of_calls_and_steps_have_pictures_of_their_own() -> None:
     assert names == ["speedup", "speedup-deit2021", "speedup-latency", "speedup-training"]
 
 
-# Scales -----------------------------------------------------------------------------------------
+# Drawings ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "log", "expected"),
+    ("low", "high", "width", "expected"),
     [
-        (0.9, 110, True, [1, 2, 5, 10, 20, 50, 100]),
-        (1, 1e6, True, [1, 10, 100, 1e3, 1e4, 1e5, 1e6]),
-        (69, 87, False, [70, 75, 80, 85]),
-        (0, 1, False, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0.9, 110, 900, [1, 2, 5, 10, 20, 50, 100]),
+        (0.9, 110, 356, [1, 3, 10, 30, 100]),
     ],
 )
-def test_ticks_are_round(low: float, high: float, log: bool, expected: list[float]) -> None:
-    assert svg.Scale(low, high, 0, 430, log=log).ticks() == pytest.approx(expected)
+def test_ticks_are_round(low: float, high: float, width: int, expected: list[float]) -> None:
+    figure, axes = drawing.field(width, 300, "across")
+    drawing.by_logarithm(axes, "x")
+    axes.set_xlim(low, high)
+    figure.draw_without_rendering()
+    shown = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    assert shown == pytest.approx(expected)
 
 
-def test_scale_maps_its_ends() -> None:
-    for log in (False, True):
-        scale = svg.Scale(2.0, 50.0, 10, 110, log=log)
-        assert (scale(2.0), scale(50.0)) == (10, 110)
-    assert svg.Scale(1, 100, 0, 100, log=True)(10) == 50
+def test_labels_cover_nothing() -> None:
+    """Of names in a crowd only those are shown that have a place."""
+    _, axes = drawing.field(400, 400, "across", "up")
+    crowd = [(1 + i / 40, 1.0) for i in range(12)]
+    for at in [*crowd, (0.0, 0.0), (2.0, 2.0)]:
+        drawing.mark(axes, *at, "", drawing.look("c0"))
+    boxes = drawing.label(axes, [(*at, "a label", "c0") for at in crowd])
+    shown = [text for text in axes.texts if text.get_text() == "a label"]
+    assert 0 < len(shown) < 12
+    for box, text in zip(boxes[-len(shown) :], shown, strict=True):
+        assert box.bounds == pytest.approx(text.get_window_extent().bounds)
+    for i, box in enumerate(boxes[-len(shown) :], len(boxes) - len(shown)):
+        assert not box.count_overlaps(boxes[:i])
 
 
-def test_labels_do_not_cover_the_numbers_of_an_axis() -> None:
-    plot = svg.Plot(300, 200, "")
-    plot.axes(svg.Scale(0, 10, 40, 290), svg.Scale(0, 10, 160, 10), "x", "y")
-    ticks = list(plot.taken)
-    assert len(ticks) > 8
-    plot.mark(50, 62, "o", "", "")
-    plot.mark(62, 62, "o", "", "")  # no room on the right, and on the left stand numbers
-    before = len(plot.taken)
-    plot.label(50, 62, "a name", "c0")
-    assert len(plot.taken) == before + 1
-    assert not any(svg._overlap(plot.taken[-1], tick) for tick in ticks)
-
-
-def test_labels_do_not_cover_each_other() -> None:
-    plot = svg.Plot(400, 400, "")
-    for i in range(12):
-        plot.mark(200 + i, 200, "o", "", "")
-    for i in range(12):
-        plot.label(200 + i, 200, "a label", "c0")
-    boxes = plot.taken
-    assert 12 < len(boxes) < 24  # some found no place
-    overlaps = [
-        (a, b) for i, a in enumerate(boxes[12:], 12) for b in boxes[:i] if svg._overlap(a, b)
-    ]
-    assert overlaps == []
+def test_a_drawing_is_the_same_again_and_in_colours_by_name(page: Path) -> None:
+    """The committed pictures change with their rows alone, and follow the paper."""
+    picture = pictures.by_operator(operators_document("x"))
+    text = picture.svg(900)
+    assert text == picture.svg(900)
+    drawn = text.partition("</style>")[2]
+    assert "var(--c0)" in drawn
+    assert not set(re.findall(r"#[0-9a-f]{6}\b", drawn)) - {"#000000"}
+    wide, narrow = picture.svg(900, "wide"), picture.svg(356, "narrow")
+    ids = [set(re.findall(r' id="([^"]*)"', each)) for each in (wide, narrow)]
+    assert all(ids)
+    assert not ids[0] & ids[1]
 
 
 # In a browser -----------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import pytest
 import small_disk
 import torch
 
-from deit import runs
-from deit.runs import RunFolder, State, load_state
+from deit.training import runs
+from deit.training.runs import RunFolder, State, load_state
 
 
 def state(update, value=1.0):
@@ -99,7 +99,7 @@ FULL = """
 import sys
 from pathlib import Path
 import torch
-from deit.runs import RunFolder, State, load_state, write_atomically
+from deit.training.runs import RunFolder, State, load_state, write_atomically
 
 root = Path(sys.argv[1])
 folder = RunFolder(root / "run")

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 from torch import distributed as dist
 
-from deit.scale import meet
+from deit.training.distributed import meet
 
 SIZE = 3
 

@@ -1,11 +1,10 @@
-"""bench/scaling.py and bench/nodes.py: what is swept, what is fitted, what the model assumes."""
+"""bench/scaling.py and studies/nodes.py: what is swept, what is fitted, what the model assumes."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import statistics
-import sys
 import time
 import types
 from collections.abc import Callable
@@ -15,15 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
-import contenders
-import nodes
-import planning
-import processes
 import report
 import scaling
 from page import pictures
+from race import contenders, planning
+from studies import nodes, processes
 
 TINY = "deit_ti_32"
 QUICK = ["--arch", TINY, "--bs", "2", "--budget", "0", "--seconds", "0.2", "--threads", "1",

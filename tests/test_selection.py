@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
-import contenders
-import peers
-import progress
-import race
-import selection
 from racing import settings, tiny
+
+import peers
+from race import contenders, progress, race, selection
 
 COMPILED = [peers.PEERS["compile"]]
 

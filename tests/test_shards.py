@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from deit.data import fetch, shards
+from deit.data.images import UnreadableImage
 from deit.data.sources import open_source
-from deit.images import UnreadableImage
 
 
 def png(value):

@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models import vision_transformer
 
 from deit import model as ours
-from deit.fused_vit import fuse, shipped
+from deit.fused_vit import fuse, monkeypatches
 from deit.fused_vit.modules import Fused
 
 VIT = transformers.models.vit.modeling_vit
@@ -90,10 +90,10 @@ def test_a_class_in_a_librarys_place_is_not_the_librarys(monkeypatch):
         def forward(self, x):
             return 2 * super().forward(x)
 
-    assert shipped.Methods([ours.Attention]).replaced() is None
-    assert "not as its library" in shipped.Methods([Attention]).replaced()
+    assert monkeypatches.Methods([ours.Attention]).replaced() is None
+    assert "not as its library" in monkeypatches.Methods([Attention]).replaced()
     monkeypatch.setattr(ours.Attention, "forward", ours.Mlp.forward)  # the library's, elsewhere
-    assert "Attention.forward was replaced" in shipped.Methods([ours.Attention]).replaced()
+    assert "Attention.forward was replaced" in monkeypatches.Methods([ours.Attention]).replaced()
 
 
 def test_compiled_it_runs_as_patched(monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 import types
 from collections.abc import Iterator
@@ -14,14 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
-import compiling
-import contenders
-import devices
 import evidence
-import paper_table
 import table5
+from evidence import devices, paper_table
+from race import compiling, contenders
 
 CPU = torch.device("cpu")
 

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
-import contenders
-import tables
+from race import contenders, tables
 
 
 def timed(how: str, seconds: list[float]) -> contenders.Contender:

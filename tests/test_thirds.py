@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from deit import kernels
-from deit.kernels import native, thirds
+from deit.kernels import thirds
+from deit.kernels.engine import native
 
 needs_library = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))

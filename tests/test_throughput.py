@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from racing import Scaled
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
-import contenders
 import evidence
 import throughput
 from page import listings
-from racing import Scaled
+from race import contenders
 
 BENCH = Path(__file__).parents[1] / "bench"
 # One thread: beside other work on the machine, two wait for each other at every operator's end.

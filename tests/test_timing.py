@@ -1,22 +1,18 @@
-"""bench/timing.py and bench/planning.py: the clock, the order of rounds, statistics, what fits."""
+"""The clock, the order of rounds, statistics (evidence/timing.py); what fits (race/planning.py)."""
 
 from __future__ import annotations
 
 import math
 import random
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
-import planning
-import timing
+from evidence import timing
+from race import planning
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import training
 
-from deit.trackers import Trackers
-from deit.train import train
+from deit.training.trackers import Trackers
+from deit.training.trainer import train
 
 
 def test_nested_numbers_get_joined_names(tmp_path):

@@ -1,10 +1,12 @@
 """Whole runs: what they report, keep and compute."""
 
+import ast
 import itertools
 import json
 import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +17,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from training import same
 
-from deit import assemble, distill, load, networks
-from deit.cli import main
+from deit import load
+from deit.commands.cli import main
 from deit.fused_vit.modules import FusedBlock
-from deit.options import Shape
 from deit.recipes import recipe
-from deit.train import Trainer, train
+from deit.training import assemble, distillation, trainer
+from deit.training.options import Shape
+from deit.training.trainer import Trainer, train
+from deit.weights import networks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,6 +57,24 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(whole, data, 
     assert same(training.weights(whole[0]), training.weights(tmp_path / "a")) == []
     train(training.options(data, tmp_path / "b", seed=1, recipe_epochs=1))
     assert same(training.weights(whole[0]), training.weights(tmp_path / "b"))
+
+
+def test_only_its_own_methods_assign_an_objects_state():
+    """Those of the objects that a run is made of: the trainer, its learner, pace, and so on."""
+    trees = [ast.parse(path.read_text()) for path in Path(trainer.__file__).parent.glob("*.py")]
+    targets = [
+        target
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign)
+        for each in getattr(node, "targets", None) or [node.target]
+        for target in ast.walk(each)
+        if isinstance(target, ast.Attribute) and isinstance(target.ctx, ast.Store)
+    ]
+    own = {t.attr for t in targets if isinstance(t.value, ast.Name) and t.value.id == "self"}
+    foreign = {ast.unparse(t) for t in targets} - {f"self.{name}" for name in own}
+    assert {"update", "average", "scores"} <= own
+    assert [name for name in foreign if name.rpartition(".")[2] in own] == []
 
 
 def short_run(options, monkeypatch):
@@ -124,13 +146,13 @@ def test_without_fusing_the_network_and_its_loss_are_pytorchs(dtype, short, tmp_
     expected, _ = short_run(short(tmp_path / "fused", dtype=dtype), monkeypatch)
     asked = []
     for name in ("cross_entropy", "distillation_loss"):
-        loss = getattr(distill, name)
+        loss = getattr(distillation, name)
 
         def watched(*arguments, loss=loss, **options):
             asked.append(options["impl"])
             return loss(*arguments, **options)
 
-        monkeypatch.setattr(distill, name, watched)
+        monkeypatch.setattr(distillation, name, watched)
     monkeypatch.setattr(FusedBlock, "advance", None)
     found, _ = short_run(short(tmp_path / "plain", dtype=dtype, fuse=False), monkeypatch)
     assert asked == ["reference"] * 3

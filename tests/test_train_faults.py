@@ -17,7 +17,7 @@ from training import PROGRAM, losses, run, same
 
 from deit.data.loader import WorkerDied
 from deit.data.sources import Folder
-from deit.train import NotFinite, TooManyUnreadable, Trainer, train
+from deit.training.trainer import NotFinite, TooManyUnreadable, Trainer, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from deit.kernels import tuning
-from deit.kernels.triton import candidates, configs
+from deit.kernels.device import candidates, configs
+from deit.kernels.engine import tuning
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
@@ -344,7 +344,7 @@ def test_switched_off(cache, monkeypatch):
 def test_concurrent_processes_lose_nothing(cache):
     """Three processes of ten stores each, readers between them: every entry is there at the end."""
     code = (
-        "import sys; from deit.kernels import tuning\n"
+        "import sys; from deit.kernels.engine import tuning\n"
         "for i in range(10):\n"
         "    tuning.store('Busy', {f'{sys.argv[1]}-{i}': tuning.Entry(None, 1.0, None, 1, '')})\n"
         "    assert not tuning.load('Busy').ignored\n"

@@ -5,16 +5,9 @@ import torch
 from torch import nn
 
 import deit
-from deit.kernels import (
-    attention,
-    dispatch,
-    gelu_mlp,
-    layer_norm,
-    linear,
-    native,
-    reference,
-    vit_block,
-)
+from deit.kernels import attention, gelu_mlp, layer_norm, linear, vit_block
+from deit.kernels.engine import limits, native
+from deit.kernels.prove import reference
 from deit.kernels.vit_block import vit_blocks
 
 needs_library = pytest.mark.skipif(
@@ -151,7 +144,7 @@ def test_the_cpu_kernel_gives_the_operators_bits_at_any_number_of_threads(
     isa, threads, monkeypatch, images, dtype, dim, hidden, heads
 ):
     # Every set multiplies bf16, if slowly; "auto" would leave it to PyTorch without AVX512-BF16.
-    monkeypatch.setattr(dispatch, "_cpu_isa", lambda: "avx512_bf16")
+    monkeypatch.setattr(limits, "cpu_isa", lambda: "avx512_bf16")
     generator = torch.Generator().manual_seed(images)
     draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)
     given = {

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from deit.options import Distillation, Options, Shape
 from deit.recipes import recipe
+from deit.training.options import Distillation, Options, Shape
 
 PROGRAM = [sys.executable, str(Path(__file__))]
 TORCHRUN = [
@@ -139,7 +139,7 @@ def run(
 
 def main() -> None:
     """Train as the command line says, and be drilled as the environment does."""
-    from deit.train import train
+    from deit.training.trainer import train
 
     faulthandler.dump_traceback_later(LIMIT, exit=True)  # where it hangs, if it does
     torch.set_num_threads(1)
@@ -160,15 +160,15 @@ def drill(rank: int) -> None:
     KILL: "rank,update", where that process of torchrun kills itself, before any restart;
     LATE: the rank of the process that starts a second after the others, after a restart.
     """
-    from deit import evaluate
-    from deit.train import Trainer
+    from deit.training import evaluation
+    from deit.training.trainer import Trainer
 
     wait, (heard, wake) = os.environ.get("WAIT"), os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
     victim = tuple(map(int, os.environ.get("KILL", "-1,-1").split(",")))
     first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    step, judge = Trainer.step, evaluate.heads_of
+    step, judge = Trainer.step, evaluation.heads_of
 
     def say(line: str) -> None:
         os.write(1, f"{line}\n".encode())  # one write: several processes share the pipe
@@ -187,7 +187,7 @@ def drill(rank: int) -> None:
         return judge(model, images)
 
     Trainer.step = stepped  # type: ignore[method-assign]
-    evaluate.heads_of = judged
+    evaluation.heads_of = judged
     if not first and os.environ.get("LATE") == str(rank):
         time.sleep(1)
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import datetime
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))  # the oracle's inputs
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import devices
-import evidence
-import tables
 import torch
-from operator_terms import Run, settle
+
+import evidence
+from evidence import devices
+from operators.terms import Run, settle
+from race import tables
 
 NAMES = ("archs", "bs", "dtype", "device", "impl", "threads", "rounds", "no_compiled")
 RUN = pytest.StashKey[Run]()

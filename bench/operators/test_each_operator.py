@@ -11,24 +11,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import checks
-import operator_cases
-import operator_int8
-import operator_race
 import pytest
-import tables
 import torch
-from operator_cases import CASES, Case
-from operator_race import Prepared
-from operator_terms import Run
-from qualification import calls
-from timing import compare, spread
 
 import deit
 from deit.kernels import explain
+from evidence.timing import compare, spread
+from operators import calls, cases, int8, measure
+from operators.cases import CASES, Case
+from operators.measure import Prepared
+from operators.terms import Run
+from race import checks, tables
 
-# Of outputs and gradients against eager's, relative L2 distance: what rounding explains, not an
-# accuracy test, which is bench/numerics.py.
+# Relative L2 distance of outputs and gradients from eager's: what rounding explains. The test of
+# accuracy is bench/numerics.py.
 ALLOWED = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -60,12 +56,11 @@ def test_operator(benchmark: Any, run: Run, arch: deit.Config, case: Case, direc
         pytest.skip(f"{case.operator} is for inference")
     sets, functions, ours = contenders(run, arch, case, backward)
     prepared = {
-        name: operator_race.prepare(function, sets, backward)
-        for name, function in functions.items()
+        name: measure.prepare(function, sets, backward) for name, function in functions.items()
     }
     agree(prepared, run.dtype)
-    samples = operator_race.rounds(prepared, run.rounds)
-    theirs = (n for n in samples if not operator_race.is_ours(n) and not operator_int8.is_int8(n))
+    samples = measure.rounds(prepared, run.rounds)
+    theirs = (n for n in samples if not measure.is_ours(n) and not int8.is_int8(n))
     best = min(theirs, key=lambda name: spread(samples[name]).median)
     terms = {
         "operator": case.name,
@@ -88,15 +83,15 @@ def test_operator(benchmark: Any, run: Run, arch: deit.Config, case: Case, direc
 
 def contenders(
     run: Run, arch: deit.Config, case: Case, backward: bool
-) -> tuple[list[Any], dict[str, operator_race.Function], str]:
+) -> tuple[list[Any], dict[str, measure.Function], str]:
     """Sets of inputs past the cache, who runs them, and which of those is ours.
 
     Skips the case where nothing of ours runs and the network's own time does not need it.
     """
     build = lambda seed: case.build(arch, run.batch, run.dtype, run.device, seed)
     first = build(1)
-    wanted = operator_race.OURS if run.impl == "auto" else (run.impl,)
-    functions = operator_race.contenders(first, backward, wanted, compiled=run.compiled)
+    wanted = measure.OURS if run.impl == "auto" else (run.impl,)
+    functions = measure.contenders(first, backward, wanted, compiled=run.compiled)
     if run.impl == "auto":
         leaves = {n: first.inputs[n].clone().requires_grad_() for n in first.gradients}
         given = first.inputs | leaves if backward else first.inputs
@@ -105,22 +100,22 @@ def contenders(
     else:
         ours = run.impl if run.impl in functions else "eager"
     if run.impl in ("auto", "cpu"):
-        functions |= operator_int8.contenders(first, backward)
+        functions |= int8.contenders(first, backward)
     if ours == "eager" and not case.forward_calls(arch):
         pytest.skip(f"{case.operator}: nothing but PyTorch runs here")
     size = calls.traffic(first, [], backward)
-    count = operator_race.copies(size, operator_race.cache_bytes(run.device))
+    count = measure.copies(size, measure.cache_bytes(run.device))
     return [first, *(build(2 + i) for i in range(count - 1))], functions, ours
 
 
 def agree(prepared: Mapping[str, Prepared], dtype: torch.dtype) -> None:
-    """Nobody is timed who computes something else than eager does."""
+    """Refuse to time a contender that does not compute what eager does."""
     eager = prepared["eager"].results
     for name, each in prepared.items():
         expected_of = eager[:1] if name.endswith("by parts") else eager  # no row statistics
         for found, expected in zip(each.results, expected_of, strict=True):
             error = checks.distance(found, expected)
-            allowed = operator_int8.ALLOWED if operator_int8.is_int8(name) else ALLOWED[dtype]
+            allowed = int8.ALLOWED if int8.is_int8(name) else ALLOWED[dtype]
             if not error <= allowed:
                 raise checks.WrongOutputs(f"{name} is off by {error:.1e} (relative) from eager")
 
@@ -134,19 +129,19 @@ def measured(
     prepared: Mapping[str, Prepared],
 ) -> list[dict[str, Any]]:
     """Each contender's time, the arithmetic and the bytes it stands for, and its ratio."""
-    made = operator_race.outputs(calls.function(call, "reference")(call.inputs))
-    flops, traffic = operator_cases.flops(call, backward), calls.traffic(call, made, backward)
+    made = measure.outputs(calls.function(call, "reference")(call.inputs))
+    flops, traffic = cases.flops(call, backward), calls.traffic(call, made, backward)
     floor = run.measured_ceilings().seconds(traffic, flops)
     rows = []
     for name, taken in samples.items():
         middle, ratio = spread(taken), compare(taken, samples[best])
-        int8 = operator_int8.is_int8(name)
-        saved = operator_int8.saved_bytes(call) if int8 else 0.0
+        by_int8 = int8.is_int8(name)
+        saved = int8.saved_bytes(call) if by_int8 else 0.0
         rows.append({
             "contender": name, "timed": prepared[name].how, "n": middle.n,
             "seconds": middle.median, "low": middle.low, "high": middle.high,
             "bytes": traffic - saved, "flops": flops,
-            "share": None if int8 else floor / middle.median,  # the ceiling is of the dtype
+            "share": None if by_int8 else floor / middle.median,  # the ceiling is of the dtype
             "ratio": ratio.ratio, "ratio_low": ratio.low, "ratio_high": ratio.high,
         })  # fmt: skip
     return rows

@@ -9,18 +9,19 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from page.pictures import Picture
-from page.svg import Plot, Scale, around
+from matplotlib.figure import Figure
+
+from page.drawing import COLOURS, Picture, beside, curve, field, look, mark, rows_of
 
 Row = dict[str, Any]
-PLAIN, FUSED = "c1 curve", "c0 curve dashed"
-MEAN, SEED, QUOTED = ("c0 fill", "D"), ("c1 open", "o"), ("c6 open", "s")
+MEAN, SEED = look("c0", "D"), look("c1", filled=False)
+QUOTED = look("c6", "s", filled=False)
 
 
 def drawn(document: Row) -> list[Picture]:
     """A picture of the ways to distil, and one of the fine-tuned students; none of other kinds.
 
-    Where students were trained plainly, too, one of each such way: a document may have none.
+    Each way whose students were trained plainly, too, has one more; a document may have none.
     """
     if document.get("kind") != "distillation":
         return []
@@ -40,41 +41,31 @@ def _picture(name: str, what: str, rows: Sequence[Row], document: Row) -> Pictur
         "more."
     )
     title = f"{what} on {document['images']:,} images, {document['epochs']} passes, {seeds} seeds"
-    return Picture(name, title, caption, functools.partial(_gains, rows, title))
+    return Picture(name, title, caption, functools.partial(_gains, rows))
 
 
-def _gains(rows: Sequence[Row], title: str, width: int) -> Plot:
+def _gains(rows: Sequence[Row], width: int) -> Figure:
     base, others = rows[0], rows[1:]
-    narrow = width < 500
-    step, left = (50, 6) if narrow else (34, 232)
-    plot = Plot(width, 0, title)
-    marks = ((*MEAN, "mean, 95 %"), (*SEED, "a seed"), (*QUOTED, "the paper's, quoted"))
-    top = plot.legend(marks, left, 14)
-    bottom = int(top) + 8 + step * len(others)
-    plot.height = bottom + 40
-    ends = [v for row in others for v in (*row["gains"], *row.get("interval", ()))]
-    quoted = [_quoted(row, base) for row in others]
-    x = Scale(*around([0.0, *ends, *(q for q in quoted if q is not None)], log=False),
-              left, width - 62)  # fmt: skip
-    plot.axes(x, Scale(0, 1, bottom, top), f"points of top-1 over '{base['row']}'")
-    plot.line([(x(0), top), (x(0), bottom)], "rule")
-    for i, (row, theirs) in enumerate(zip(others, quoted, strict=True)):
-        y = top + 16 + step * i + (16 if narrow else 0)
-        plot.text(left if narrow else 0, y - 16 if narrow else y + 5, row["row"], "over")
+    legend = {"mean, 95 %": MEAN, "a seed": SEED, "the paper's, quoted": QUOTED}
+    across = f"points of top-1 over '{base['row']}'"
+    figure, axes = rows_of(width, [row["row"] for row in others], 34, across, legend)
+    axes.axvline(0, color=COLOURS["ink"], linestyle="--", linewidth=1)
+    for i, row in enumerate(others):
+        above, below = i - 0.15, i + 0.2
         for seed, gain in enumerate(row["gains"]):
             tip = f"{row['row']}, seed {seed}: {row['top1'][seed]:.2f} %, {gain:+.2f}"
-            plot.mark(x(gain), y + 7, "o", SEED[0], tip)
-        if theirs is not None:
+            mark(axes, gain, below, tip, SEED)
+        if (theirs := _quoted(row, base)) is not None:
             tip = f"{row['row']}: {row['quoted']} % in the paper, {theirs:+.1f}"
-            plot.mark(x(theirs), y + 7, "s", QUOTED[0], tip)
+            mark(axes, theirs, below, tip, QUOTED)
         said = f"{row['row']}: {row['gain']:+.2f}"
         if "interval" in row:
             low, high = row["interval"]
-            plot.line([(x(low), y - 5), (x(high), y - 5)], "c0 curve")
+            curve(axes, [(low, above), (high, above)], "c0")
             said += f", {low:+.2f} to {high:+.2f}"
-        plot.mark(x(row["gain"]), y - 5, "D", MEAN[0], said)
-        plot.text(width, y + 5, f"{row['mean']:.2f} %", "tick", "end")
-    return plot
+        mark(axes, row["gain"], above, said, MEAN)
+        beside(axes, (1, i), f"{row['mean']:.2f} %", (6, 0))
+    return figure
 
 
 def _quoted(row: Row, base: Row) -> float | None:
@@ -101,22 +92,16 @@ def _overlay(way: str, document: Row) -> Picture:
     )
     about = f"{document['images']:,} images, {len(curves['plain'])} seeds"
     title = f"{fused['row']} and fp32, plain; {about}"
-    draw = functools.partial(_losses, curves, (plain["row"], fused["row"]), title)
+    draw = functools.partial(_losses, curves, (plain["row"], fused["row"]))
     return Picture(f"precision-{way}", title, caption, draw)
 
 
-def _losses(curves: Row, names: tuple[str, str], title: str, width: int) -> Plot:
-    plot = Plot(width, 400, title)
-    top = plot.legend(
-        [(s, "-", name) for s, name in zip((PLAIN, FUSED), names, strict=True)], 46, 34
-    )
-    span = curves["updates"][0]
-    ends = [loss for kind in ("plain", "fused") for run in curves[kind] for loss in run]
-    x = Scale(0, curves["updates"][-1], 46, width - 16)
-    y = Scale(*around(ends, log=False), 354, top + 6)
-    plot.axes(x, y, "updates", "training loss")
-    for kind, style in (("plain", PLAIN), ("fused", FUSED)):
+def _losses(curves: Row, names: tuple[str, str], width: int) -> Figure:
+    looks = ({"color": COLOURS["c1"]}, {"color": COLOURS["c0"], "linestyle": "--"})
+    legend = dict(zip(names, looks, strict=True))
+    figure, axes = field(width, 380, "updates", "training loss", legend)
+    middles = [end - curves["updates"][0] / 2 for end in curves["updates"]]
+    for kind, how in zip(("plain", "fused"), looks, strict=True):
         for run in curves[kind]:
-            middles = [x(end - span / 2) for end in curves["updates"]]
-            plot.line([(at, y(loss)) for at, loss in zip(middles, run, strict=True)], style)
-    return plot
+            axes.plot(middles, run, **how)
+    return figure

@@ -9,10 +9,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from page.svg import number
-
 Row = dict[str, Any]
-HERE = Path(__file__).parent
+THEME, STYLE, SCRIPT = (
+    (Path(__file__).parent / name).read_text(encoding="utf-8")
+    for name in ("theme.css", "style.css", "sort.js")
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,14 @@ class Column:
 def keyed(head: str, key: str, *, quoted: bool = False) -> Column:
     """A column that shows one field of a row."""
     return Column(head, lambda row: row.get(key), quoted)
+
+
+def number(value: float) -> str:
+    """Three significant digits; thousands and beyond by k, M, G."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if unit == 'k' else size):.3g}{unit}"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def cell(value: Any) -> tuple[str, str]:
@@ -109,10 +118,9 @@ def _plain(head: str) -> Callable[[Row], Any]:
 
 def whole(title: str, body: str) -> str:
     """The page, self-contained: nothing is loaded from anywhere."""
-    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("style.css", "sort.js"))
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>\n{style}</style>'
-        f"</head><body>\n{body}\n<script>\n{script}</script></body></html>\n"
+        f'<link rel="icon" href="data:,"><title>{escape(title)}</title>'
+        f"<style>\n{THEME}{STYLE}</style></head><body>\n{body}\n<script>\n{SCRIPT}</script></body></html>\n"
     )

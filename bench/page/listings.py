@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import evidence
-import paper_table
-import timing
-
+from evidence import paper_table, timing
 from page import html, pictures
 from page.html import Column, keyed
 
@@ -70,7 +68,7 @@ def latencies(rows: Sequence[Row], stale: Stale) -> str:
 
 
 def _v100(row: Row) -> str | None:
-    """As printed."""
+    """The quoted speed as the paper prints it."""
     quoted = row["quoted_v100_img_per_s"]
     return None if quoted is None else f"{quoted:g}"
 
@@ -124,8 +122,8 @@ def runs(results: Sequence[Row], stale: Stale) -> str:
 def paper(rows: Sequence[Row], stale: Stale) -> str:
     """The paper's Table 5, quoted, beside what was measured; "" where no network of it was.
 
-    As bench/table5.py measures: inference by this package or by PyTorch, in bf16 on a GPU and fp32
-    elsewhere and by deit2021; of a network measured in several runs the fastest. A line that
+    The rows are such as bench/table5.py measures: inference by this package or by PyTorch, in bf16
+    on a GPU and fp32 elsewhere and by deit2021. The fastest run of a network counts. A line that
     draws on a stale row is marked.
     """
     lines = []

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
-import evidence
-import paper_table
-import timing
+from matplotlib.figure import Figure
 
-from page.svg import CHARACTER, Plot, Scale, around, number
+import evidence
+from evidence import paper_table, timing
+from page.drawing import (
+    COLOURS,
+    PHONE,
+    Picture,
+    beside,
+    by_logarithm,
+    curve,
+    field,
+    label,
+    look,
+    mark,
+    rows_of,
+)
+from page.html import number
 
 Row = dict[str, Any]
-WIDE, NARROW = 900, 356  # px: a desktop's column, and a phone of 390 px less its margins
 
 FAMILIES = {  # family -> (colour, marker); a fused DeiT is filled, PyTorch's DeiT open
     "DeiT": ("c0", "o"),
@@ -25,24 +36,6 @@ FAMILIES = {  # family -> (colour, marker); a fused DeiT is filled, PyTorch's De
     "RegNetY": ("c2", "^"),
     "EfficientNet": ("c3", "D"),
 }
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture: `draw(width)` makes it."""
-
-    name: str
-    title: str
-    caption: str
-    draw: Callable[[int], Plot]
-
-    def html(self) -> str:
-        """A figure with a drawing for wide windows and one for narrow ones."""
-        drawings = self.draw(WIDE).svg("wide") + self.draw(NARROW).svg("narrow")
-        return (
-            f"<figure><h3>{escape(self.title)}</h3>{drawings}"
-            f"<figcaption>{escape(self.caption)}</figcaption></figure>"
-        )
 
 
 def family(row: Row) -> str:
@@ -81,32 +74,32 @@ def accuracy(rows: Sequence[Row], terms: str) -> Picture:
     return Picture("accuracy", f"Accuracy (quoted) against images/s: {terms}", caption, draw)
 
 
-def _accuracy(rows: Sequence[Row], terms: str, width: int) -> Plot:
+def _accuracy(rows: Sequence[Row], terms: str, width: int) -> Figure:
     known = [row for row in rows if row["quoted_top1"] is not None]
     filled = of_each_network(known, fused=True)
     others = of_each_network(known, fused=False)
     has_fused = {row["network"] for row in filled}
     filled += [row for row in others if row["network"] not in has_fused]
     hollow = [row for row in others if row["network"] in has_fused]
-    plot = Plot(width, 470, f"Quoted accuracy against measured images/s, {terms}")
     shown = [each for each in FAMILIES if any(family(row) == each for row in known)]
-    top = plot.legend([(f"{FAMILIES[f][0]} fill", FAMILIES[f][1], f) for f in shown], 4, 34)
-    x = Scale(*around([speed(r) for r in filled + hollow], log=True), 38, width - 16, log=True)
-    y = Scale(*around([r["quoted_top1"] for r in known], log=False), 424, top + 6)
-    plot.axes(x, y, "images/s, measured (log scale)", "ImageNet top-1, %, quoted")
-    for each, style in ((hollow, "open"), (filled, "fill")):
+    figure, axes = field(
+        width, 450, "images/s, measured (log scale)", "ImageNet top-1, %, quoted",
+        {name: look(*FAMILIES[name]) for name in shown},
+    )  # fmt: skip
+    by_logarithm(axes, "x")
+    for each, is_filled in ((hollow, False), (filled, True)):
         for name in shown:
             line = sorted((r for r in each if family(r) == name), key=speed)
-            points = [(x(speed(row)), y(row["quoted_top1"])) for row in line]
+            points = [(speed(row), row["quoted_top1"]) for row in line]
             colour, shape = FAMILIES[name]
-            plot.line(points, f"{colour} curve" + (" dashed" if style == "open" else ""))
-            for row, (px, py) in zip(line, points, strict=True):
-                tip = f"{row['network']} {row['contender']}: {number(speed(row))} img/s measured, "
-                plot.mark(px, py, shape, f"{colour} {style}", f"{tip}{row['quoted_top1']} % quoted")
-    for row in filled:
-        at = x(speed(row)), y(row["quoted_top1"])
-        plot.label(*at, row["network"], FAMILIES[family(row)][0])
-    return plot
+            curve(axes, points, colour, dashed=not is_filled)
+            for row, at in zip(line, points, strict=True):
+                tip = f"{row['network']} {row['contender']}: {number(at[0])} img/s measured, "
+                tip += f"{row['quoted_top1']} % quoted"
+                mark(axes, *at, tip, look(colour, shape, filled=is_filled))
+    colour_of = lambda row: FAMILIES[family(row)][0]
+    label(axes, [(speed(r), r["quoted_top1"], r["network"], colour_of(r)) for r in filled])
+    return figure
 
 
 # Ratios -----------------------------------------------------------------------------------------
@@ -136,7 +129,8 @@ class Versus:
 def comparisons(rows: Sequence[Row]) -> list[Versus]:
     """Every fused row beside the others of its network and run: 8 bits beside 8 bits alone.
 
-    In the paper's order of networks; of several runs of the same the one with the most rounds.
+    They stand in the paper's order of networks. Where the same ran several times, the run with the
+    most rounds counts.
     """
     run = lambda row: tuple(row[k] for k in ("network", "date", "command", "protocol", "mode"))
     found = []
@@ -178,35 +172,27 @@ def speedups(rows: Sequence[Row], kind: str, dtype: str) -> Picture:
     caption = (
         "Median of the ratios within interleaved rounds, and its 95 % interval (sign test). Right "
         "of the dashed line the fused model is faster; where the interval holds 1 there is no "
-        "difference, and fewer than 6 rounds say nothing. Of several runs of the same the one "
-        "with the most rounds."
+        "difference, and fewer than 6 rounds say nothing. Where the same ran several times, "
+        "the run with the most rounds is drawn."
     )
     name, what = SPEEDUPS[kind]
     draw = functools.partial(_speedups, comparisons(rows))
     return Picture(name, f"Speed-up by variant: {what}, {dtype}", caption, draw)
 
 
-def _speedups(found: Sequence[Versus], width: int) -> Plot:
-    narrow = width < 500
-    step, left = (38, 6) if narrow else (22, 270)
-    bottom = 20 + step * len(found)
-    plot = Plot(width, bottom + 40, "Speed-up of the fused model over each other contender")
-    ends = [v for each in found for v in (each.found.low, each.found.high, each.found.ratio) if v]
-    x = Scale(*around([1.0, *ends], log=True), left, width - 92, log=True)
-    plot.axes(x, Scale(0, 1, bottom, 10), "times as fast (log scale)")
-    plot.line([(x(1), 10), (x(1), bottom)], "rule")
+def _speedups(found: Sequence[Versus], width: int) -> Figure:
+    names = [each.label for each in found]
+    figure, axes = rows_of(width, names, 22, "times as fast (log scale)")
+    by_logarithm(axes, "x")
+    axes.axvline(1, color=COLOURS["ink"], linestyle="--", linewidth=1)
     for i, each in enumerate(found):
-        y = 28 + step * i + (12 if narrow else 0)
-        plot.text(left if narrow else 0, y - 15 if narrow else y + 4, each.label, "over")
         ratio, verdict = each.found.ratio, each.found.verdict
         claimed = verdict in ("faster", "slower")
         if each.found.low is not None and each.found.high is not None:
-            plot.line([(x(each.found.low), y), (x(each.found.high), y)], "c0 curve")
-        style = "c0 fill" if claimed else "c0 open"
-        plot.mark(x(ratio), y, "o", style, f"{each.label}: {each.found}, {verdict}")
-        said = f"{ratio:.2f}x" if claimed else verdict
-        plot.text(width, y + 4, said, "strong" if claimed else "tick", "end")
-    return plot
+            curve(axes, [(each.found.low, i), (each.found.high, i)], "c0")
+        mark(axes, ratio, i, f"{each.label}: {each.found}, {verdict}", look("c0", filled=claimed))
+        beside(axes, (1, i), f"{ratio:.2f}x" if claimed else verdict, (6, 0), strong=claimed)
+    return figure
 
 
 # Operators --------------------------------------------------------------------------------------
@@ -228,31 +214,22 @@ def by_operator(document: Row) -> Picture:
     return Picture("operators", "Time by operator", caption, draw)
 
 
-def _stacks(bars: dict[str, list[Row]], operators: Sequence[str], width: int) -> Plot:
+def _stacks(bars: dict[str, list[Row]], operators: Sequence[str], width: int) -> Figure:
     names = sorted(bars, key=lambda n: (n.partition(" ")[0], "backward" in n, "PyTorch" in n))
-    narrow = width < 500
-    step, left = (46, 4) if narrow else (30, 230)
-    plot = Plot(width, 110 + step * len(names), "Time by operator")
-    legend = [(f"c{i % 8} fill", "s", name) for i, name in enumerate(operators)]
-    top = plot.legend(legend, 4, 14)
-    plot.height = int(top + step * len(names) + 44)
-    bottom = plot.height - 40
+    colours = {name: f"c{i % 8}" for i, name in enumerate(operators)}
+    legend = {name: look(colour, "s") for name, colour in colours.items()}
+    figure, axes = rows_of(width, names, 30, "ms for one image", legend)
     cost = lambda row: 1e3 * row["seconds"] * row["calls"] / row["batch"]  # ms an image
-    total = {name: sum(map(cost, bars[name])) for name in names}
-    x = Scale(0, max(total.values()) * 1.02, left, width - 62)
-    plot.axes(x, Scale(0, 1, bottom, top), "ms for one image")
     for i, name in enumerate(names):
-        y = top + 4 + step * i + (16 if narrow else 0)
-        plot.text(left if narrow else 0, y - 4 if narrow else y + 15, name, "over")
         done = 0.0
         for row in sorted(bars[name], key=lambda row: operators.index(row["operator"])):
             tip = f"{row['operator']} by {row['contender']}: {cost(row):.3g} ms, {name}"
-            end = done + cost(row)
-            colour = f"c{operators.index(row['operator']) % 8} fill"
-            plot.rect(x(done), y, x(end) - x(done), 20, colour, tip)
-            done = end
-        plot.text(x(done) + 4, y + 15, f"{done:.3g} ms", "strong")
-    return plot
+            colour = COLOURS[colours[row["operator"]]]
+            bar = axes.barh(i, cost(row), 0.66 if width >= PHONE else 0.42, done, color=colour)
+            bar.patches[0].set_gid(f"tip:{tip}")
+            done += cost(row)
+        beside(axes, (1, i), f"{done:.3g} ms", (6, 0), strong=True)
+    return figure
 
 
 def roofline(document: Row) -> Picture:
@@ -267,35 +244,32 @@ def roofline(document: Row) -> Picture:
     return Picture("roofline", "Roofline", caption, functools.partial(_roofline, document))
 
 
-def _roofline(document: Row, width: int) -> Plot:
+def _roofline(document: Row, width: int) -> Figure:
     rows = [row for row in document["rows"] if row["flops"] and row["bytes"]]
     rows = [row for row in rows if row["contender"] in (row["ours"], row["best"])]
     peak, copy = (document["ceilings"][name] for name in ("flops_per_s", "bytes_per_s"))
     operators = list(dict.fromkeys(row["operator"] for row in rows))
-    plot = Plot(width, 470, "Roofline with every kernel placed")
-    legend = [(f"c{i % 8} fill", "o", name) for i, name in enumerate(operators)]
-    top = plot.legend(legend, 4, 34)
+    colours = {name: f"c{i % 8}" for i, name in enumerate(operators)}
+    legend = {name: look(colour) for name, colour in colours.items()}
+    figure, axes = field(width, 450, "FLOP a byte (log scale)", "GFLOP/s (log scale)", legend)
+    by_logarithm(axes, "x")
+    by_logarithm(axes, "y")
     intensity = lambda row: row["flops"] / row["bytes"]
     rate = lambda row: row["flops"] / row["seconds"] / 1e9
     knee = peak / copy
-    ends = around([*map(intensity, rows), knee / 4, knee * 4], log=True)
-    x = Scale(*ends, 46, width - 16, log=True)
-    y = Scale(*around([*map(rate, rows), peak / 1e9], log=True), 424, top + 6, log=True)
-    plot.axes(x, y, "FLOP a byte (log scale)", "GFLOP/s (log scale)")
-    start = max(x.low, y.low * 1e9 / copy)
-    slope = [(x(start), y(start * copy / 1e9)), (x(knee), y(peak / 1e9)), (x.end, y(peak / 1e9))]
-    plot.line(slope, "c6 curve")
+    start = max(min(*map(intensity, rows), knee / 4), min(map(rate, rows)) * 1e9 / copy)
+    end = max(*map(intensity, rows), knee * 4)
+    slope = [(start, start * copy / 1e9), (knee, peak / 1e9), (end, peak / 1e9)]
+    curve(axes, slope, "c6")
     for row in sorted(rows, key=lambda row: row["contender"] == row["ours"]):
-        ours = row["contender"] == row["ours"]
-        colour = f"c{operators.index(row['operator']) % 8}"
-        shape = "s" if row["direction"] == "backward" else "o"
         tip = (
             f"{row['arch']} {row['operator']} {row['direction']} by {row['contender']}: "
             f"{number(rate(row))} GFLOP/s, {100 * row['share']:.0f} % of its ceiling"
         )
-        style = f"{colour} {'fill' if ours else 'open'}"
-        plot.mark(x(intensity(row)), y(rate(row)), shape, style, tip)
-    return plot
+        shape = "s" if row["direction"] == "backward" else "o"
+        how = look(colours[row["operator"]], shape, filled=row["contender"] == row["ours"])
+        mark(axes, intensity(row), rate(row), tip, how)
+    return figure
 
 
 # Scaling ----------------------------------------------------------------------------------------
@@ -322,26 +296,21 @@ def sweep(document: Row, name: str) -> Picture:
     return Picture(f"sweep-{name}", f"Throughput against {across}", caption, draw)
 
 
-def _sweep(rows: Sequence[Row], across: str, width: int) -> Plot:
+def _sweep(rows: Sequence[Row], across: str, width: int) -> Figure:
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
-    plot = Plot(width, 360, f"Images/s against {across}")
-    styles = {name: f"c{i}" for i, name in enumerate(contenders)}
-    top = plot.legend([(f"{styles[name]} fill", "o", name) for name in contenders], 4, 34)
-    values = sorted({float(row["x"]) for row in rows})
-    x = Scale(*around(values, log=True), 50, width - 16, log=True, at=tuple(values))
-    ends = [v for row in rows for v in (row["img_per_s_low"], row["img_per_s_high"])]
-    y = Scale(*around(ends, log=True), 314, top + 6, log=True)
-    plot.axes(x, y, f"{across} (log scale)", "images/s (log scale)")
-    for name in contenders:
+    colours = {name: f"c{i}" for i, name in enumerate(contenders)}
+    legend = {name: look(colour) for name, colour in colours.items()}
+    figure, axes = field(width, 340, f"{across} (log scale)", "images/s (log scale)", legend)
+    by_logarithm(axes, "x", sorted({float(row["x"]) for row in rows}))
+    by_logarithm(axes, "y")
+    last = []
+    for name, colour in colours.items():
         line = sorted((row for row in rows if row["contender"] == name), key=lambda r: r["x"])
-        plot.line([(x(r["x"]), y(r["img_per_s"])) for r in line], f"{styles[name]} curve")
+        curve(axes, [(r["x"], r["img_per_s"]) for r in line], colour)
         for r in line:
-            whisker = [(x(r["x"]), y(r["img_per_s_low"])), (x(r["x"]), y(r["img_per_s_high"]))]
-            plot.line(whisker, f"{styles[name]} curve")
+            curve(axes, [(r["x"], r["img_per_s_low"]), (r["x"], r["img_per_s_high"])], colour)
             tip = f"{name}, {r['x']:g} {across}: {number(r['img_per_s'])} img/s"
-            plot.mark(x(r["x"]), y(r["img_per_s"]), "o", f"{styles[name]} fill", tip)
-    last = {row["contender"]: row for row in sorted(rows, key=lambda r: r["x"])}
-    for name, row in last.items():
-        if len(name) * CHARACTER < width / 2:
-            plot.label(x(row["x"]), y(row["img_per_s"]), name, styles[name])
-    return plot
+            mark(axes, r["x"], r["img_per_s"], tip, look(colour))
+        last.append((line[-1]["x"], line[-1]["img_per_s"], name, colour))
+    label(axes, last)
+    return figure

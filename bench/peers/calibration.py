@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deit.images import normalise
+from deit.data.images import normalise
 
 
 def photographs(size: int, count: int, seed: int = 0) -> tuple[Tensor, str]:

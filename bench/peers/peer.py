@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import deit
-from deit.layouts import LAYOUTS
+from deit.weights.layouts import LAYOUTS
 
 Call = Callable[[Tensor], Tensor]
 FP32 = (torch.float32,)
@@ -78,7 +78,7 @@ def renamed(theirs: nn.Module, ours: dict[str, Tensor], layout: str) -> dict[str
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Without the progress bars and warnings of exporters; what they raise still comes through."""
+    """Silence the progress bars and warnings of exporters; what they raise still comes through."""
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),

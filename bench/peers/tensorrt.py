@@ -1,7 +1,7 @@
 """TensorRT by Torch-TensorRT: the exported network as one engine, CUDA only.
 
 Strongly typed, so that every layer runs in the dtype of the comparison, with TF32 off; shapes are
-the batch's own. Not run on a GPU yet.
+the batch's own. It has not run on a GPU yet.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """timm's own VisionTransformer, eager, on the same weights: its names are this package's.
 
-On CUDA not run yet.
+It has not run on CUDA yet.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """torchvision's own VisionTransformer (vit_b_16 has DeiT-B's shape), eager, on the same weights.
 
-In evaluation its nn.MultiheadAttention takes PyTorch's fused path. On CUDA not run yet.
+In evaluation its nn.MultiheadAttention takes PyTorch's fused path. It has not run on CUDA yet.
 """
 
 from __future__ import annotations

@@ -184,8 +184,9 @@ def tail(path: Path, lines: int = 6) -> str:
 
 def facts(context: Context) -> dict[str, Any]:
     """The device, the versions and the sources that a row belongs to."""
-    import evidence
     import torch
+
+    import evidence
 
     try:
         import triton
@@ -193,7 +194,7 @@ def facts(context: Context) -> dict[str, Any]:
         triton = None
     device, driver = platform.processor() or platform.machine(), None
     if not context.dry:
-        import devices
+        from evidence import devices
 
         device = torch.cuda.get_device_name(context.device)
         driver = devices.gpu_query(context.device, "driver_version")

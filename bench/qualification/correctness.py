@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from qualification.context import Context
@@ -21,12 +21,10 @@ SHAPES = (
 
 def correctness(context: Context) -> None:
     """As a stage: one job an operator and dtype. As a job: that operator's rows."""
-    from qualification.calls import OPERATORS
+    from operators.calls import OPERATORS
 
     if context.dry:
-        check(
-            context, ["layer_norm", "linear", "attention", "cross_entropy"], "fp32", ((1, 5, 64),)
-        )
+        check(context, DRY, "fp32", ((1, 5, 64),))
     elif context.job:
         operator, dtype = context.job.split(":")
         check(context, [operator], dtype, SHAPES)
@@ -38,7 +36,7 @@ def correctness(context: Context) -> None:
 
 
 def check(
-    context: Context, operators: list[str], dtype: str, shapes: tuple[tuple[int, ...], ...]
+    context: Context, operators: Sequence[str], dtype: str, shapes: tuple[tuple[int, ...], ...]
 ) -> None:
     """Rows of these operators: the random family at every shape, the others at the first."""
     import torch
@@ -59,7 +57,7 @@ def plan(
     operator: str, shapes: tuple[tuple[int, ...], ...], dry: bool
 ) -> Iterator[tuple[tuple[int, ...], str]]:
     """Shapes and input families, the most telling first."""
-    from qualification.calls import FAMILIES
+    from operators.calls import FAMILIES
 
     softmax = operator in ("attention", "cross_entropy", "distillation_loss")
     families = [f for f in FAMILIES if softmax or f != "one_hot"]
@@ -75,10 +73,9 @@ def compare(
     context: Context, impl: str, operator: str, dtype: str, shape: tuple[int, ...], family: str
 ) -> None:
     """One call forward and, where there are kernels for it, backward."""
-    import numerics
-
     import deit.kernels
-    from qualification import calls
+    import numerics
+    from operators import calls
 
     batch, tokens, dim = shape
     call = calls.build(operator, numerics.DTYPES[dtype], context.device, batch=batch,

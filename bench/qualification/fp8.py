@@ -46,11 +46,11 @@ def fp8(context: Context) -> None:
 
 def _rounding(context: Context, dtype: str) -> None:
     """Every scale and every value of the kernel's, against PyTorch's casts."""
-    import numerics
     import torch
 
-    from deit.kernels.fp8_quantize import GROUP, quantize
-    from deit.kernels.triton import fp8_rows
+    import numerics
+    from deit.kernels.fp8 import triton_rows as fp8_rows
+    from deit.kernels.fp8.quantize import GROUP, quantize
 
     generator = torch.Generator(context.device).manual_seed(1)
     x = torch.randn((515, 768), device=context.device, generator=generator)
@@ -74,11 +74,11 @@ def _rounding(context: Context, dtype: str) -> None:
 def _compare(
     context: Context, operator: str, dtype: str, shape: tuple[int, ...], family: str
 ) -> None:
-    import numerics
     import torch
 
     import deit.kernels
-    from qualification import calls
+    import numerics
+    from operators import calls
 
     batch, tokens, dim = shape
     call = calls.build(operator, numerics.DTYPES[dtype], context.device, batch=batch,

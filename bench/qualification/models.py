@@ -33,10 +33,10 @@ def measure(context: Context, arch: str, impl: str) -> None:
 
     DeiT-B's products are wide enough for e4m3 to pay: it is raced there, by its kernels.
     """
-    import devices
-    import tables
     import throughput
-    from progress import Progress
+    from evidence import devices
+    from race import tables
+    from race.progress import Progress
 
     peers = ("fused-graph", "fused-fp8") if (arch, impl) == FP8 else ("fused-graph",)
     options = throughput.Options(

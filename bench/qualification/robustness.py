@@ -17,7 +17,7 @@ IMPLEMENTATIONS = ("triton", "cuda")
 
 def robustness(context: Context) -> None:
     """As a stage: one job an operator. As a job: every check on it."""
-    from qualification.calls import OPERATORS
+    from operators.calls import OPERATORS
 
     if not context.job and not context.dry:
         context.fan_out(OPERATORS)
@@ -57,7 +57,7 @@ def _call(context: Context, operator: str, seed: int = 0) -> Any:
     """bf16 at DeiT-S's width and 198 tokens on a GPU; something tiny in fp32 in a dry run."""
     import torch
 
-    from qualification import calls
+    from operators import calls
 
     sizes = {"batch": 4, "tokens": 198, "dim": 384}
     if context.dry:
@@ -81,7 +81,7 @@ def evaluate(call: Any, impl: str, inputs: dict[str, Any], backward: bool) -> li
     """
     import torch
 
-    from qualification import calls
+    from operators import calls
 
     leaves = {n: inputs[n].detach().requires_grad_() for n in call.gradients if backward}
     found = calls.function(call, impl)(inputs | leaves)
@@ -173,7 +173,7 @@ def _layouts(context: Context, operator: str, impl: str) -> None:
 
 
 def _stream(context: Context, operator: str, impl: str) -> None:
-    """On a side stream, behind work that makes the inputs there: the bits of the default one."""
+    """A side stream, behind work that makes the inputs there, gives the default stream's bits."""
     import torch
 
     call = _call(context, operator)
@@ -194,7 +194,7 @@ def _graph(context: Context, operator: str, impl: str) -> None:
     import torch
 
     import deit.kernels
-    from qualification import calls
+    from operators import calls
 
     call, other = _call(context, operator), _call(context, operator, seed=5)
     run = calls.function(call, impl)
@@ -213,7 +213,7 @@ def _graph(context: Context, operator: str, impl: str) -> None:
     _same(context, as_list(expected), as_list(captured), "a replayed graph")
 
 
-# Operator -> (tokens, D): at the batch that puts its largest tensor past 2**31 elements.
+# Operator -> (tokens, D), at the batch that puts its largest tensor past 2**31 elements.
 LARGE = {"layer_norm": (197, 768), "add_layer_norm": (197, 768), "attention": (197, 192),
          "linear": (197, 768), "gelu_mlp": (197, 192), "patch_embed": (196, 192)}  # fmt: skip
 
@@ -222,7 +222,7 @@ def _large(context: Context, operator: str, impl: str) -> None:
     """The first and last samples of a batch past 2**31 elements are those of a batch of two."""
     import torch
 
-    from qualification import calls
+    from operators import calls
 
     tokens, dim = LARGE[operator]
     largest = {"attention": 3 * tokens * dim, "patch_embed": 3 * 224 * 224}
@@ -250,7 +250,7 @@ def _large(context: Context, operator: str, impl: str) -> None:
 
 def sanitizer(context: Context) -> None:
     """compute-sanitizer's memcheck over one small call an operator, forward and backward."""
-    from qualification.calls import OPERATORS
+    from operators.calls import OPERATORS
 
     if context.job:
         each(context, (context.job,), {"memcheck": _once})
@@ -262,7 +262,7 @@ def sanitizer(context: Context) -> None:
     if tool is None:
         context.skip("compute-sanitizer: absent")
         return
-    # Each tensor an allocation of its own, so that a step past its end is seen.
+    # Each tensor is an allocation of its own, so that a step past its end is seen.
     context.fan_out(
         OPERATORS,
         [

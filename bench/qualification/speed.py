@@ -1,6 +1,6 @@
 """Every operator beside PyTorch's best and beside what the device could do at most.
 
-How it is timed: operator_race.py. Here are the shapes, and what is kept of them.
+operators/measure.py times them; here are the shapes, and what is kept of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qualification.context import Context
 
 if TYPE_CHECKING:
-    from operator_race import Ceilings, Prepared
+    from operators.measure import Ceilings, Prepared
 
 ROUNDS = 15
 # In this order while time lasts. The losses take logits, whatever D.
@@ -21,7 +21,7 @@ COMPILED = (768,)  # compiling the reference takes seconds each
 
 def speed(context: Context) -> None:
     """Rows an operator, direction, width and contender; the most telling first."""
-    from qualification.calls import INFERENCE, OPERATORS
+    from operators.calls import INFERENCE, OPERATORS
 
     ceilings = measure_ceilings(context)
     for dim in WIDTHS[: 1 if context.dry else None]:
@@ -45,10 +45,11 @@ _DRY = ("layer_norm", "attention")
 
 def measure_ceilings(context: Context) -> Ceilings:
     """What the device does at best, kept as a row."""
-    import operator_race
     import torch
 
-    found = operator_race.measure_ceilings(context.device, torch.bfloat16, small=context.dry)
+    from operators import measure
+
+    found = measure.measure_ceilings(context.device, torch.bfloat16, small=context.dry)
     context.row(
         ceilings={
             "copy_bytes_per_s": found.bytes_per_s,
@@ -65,11 +66,10 @@ def measure_ceilings(context: Context) -> Ceilings:
 def _operator(
     context: Context, operator: str, dim: int, backward: bool, ceilings: Ceilings
 ) -> None:
-    import operator_race
     import torch
-    from timing import paired_ratio, spread
 
-    from qualification import calls
+    from evidence.timing import paired_ratio, spread
+    from operators import calls, measure
 
     sizes = {"batch": 256, "tokens": 197, "dim": dim}
     if context.dry:
@@ -78,19 +78,17 @@ def _operator(
     build = functools.partial(calls.build, operator, dtype, context.device, epilogue=False, **sizes)
     sets = [build(seed=1)]
     size = calls.traffic(sets[0], [], backward)
-    many = (
-        2 if context.dry else operator_race.copies(size, operator_race.cache_bytes(context.device))
-    )
+    many = 2 if context.dry else measure.copies(size, measure.cache_bytes(context.device))
     sets += [build(seed=2 + i) for i in range(many - 1)]
     prepared = _prepared(context, sets, dim, backward)
-    outputs = operator_race.outputs(calls.function(sets[0], "reference")(sets[0].inputs))
+    outputs = measure.outputs(calls.function(sets[0], "reference")(sets[0].inputs))
     traffic, flops = (
         calls.traffic(sets[0], outputs, backward),
         calls.flops(sets[0], backward),
     )
     enough = lambda done: done >= 5 and context.left() < 0
-    samples = operator_race.rounds(prepared, 3 if context.dry else ROUNDS, enough)
-    best = min((n for n in samples if not operator_race.is_ours(n)),
+    samples = measure.rounds(prepared, 3 if context.dry else ROUNDS, enough)
+    best = min((n for n in samples if not measure.is_ours(n)),
                key=lambda n: spread(samples[n]).median)  # fmt: skip
     floor = ceilings.seconds(traffic, flops)
     for name, found in samples.items():
@@ -121,23 +119,22 @@ def _operator(
 
 def _prepared(context: Context, sets: list[Any], dim: int, backward: bool) -> dict[str, Prepared]:
     """The contenders that run; what fails is a failure if it is ours, else a note."""
-    import operator_race
-
+    from operators import measure
     from qualification import fp8
 
     # In a dry run the interpreter's time means nothing, and compiling takes too long.
-    ours = ("cpu",) if context.dry else operator_race.OURS
+    ours = ("cpu",) if context.dry else measure.OURS
     compiled = dim in COMPILED and not context.dry
     found = {}
-    functions = operator_race.contenders(sets[0], backward, ours, compiled=compiled)
+    functions = measure.contenders(sets[0], backward, ours, compiled=compiled)
     functions |= fp8.contenders(sets[0], backward)
     for name, function in functions.items():
         try:
-            found[name] = operator_race.prepare(function, sets, backward)
+            found[name] = measure.prepare(function, sets, backward)
         except Exception as error:  # a backend that cannot take this shape, say
             text = (
                 f"{sets[0].operator} D {dim}: {name} did not run: {type(error).__name__}: {error}"
             )
-            report = context.fail if operator_race.is_ours(name) else context.note
+            report = context.fail if measure.is_ours(name) else context.note
             report(" ".join(text.split())[:300])
     return found

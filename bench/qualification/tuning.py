@@ -16,7 +16,7 @@ def tune(context: Context) -> None:
     import torch
 
     from deit import tune as tuner
-    from deit.kernels import tuning
+    from deit.kernels.engine import tuning
 
     problems = tuner.problems_of(_options(context), context.device)
     count = 2 if context.dry else 16

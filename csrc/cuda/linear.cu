@@ -74,7 +74,7 @@ __device__ inline float exp2_approximate(float x) {
 }
 
 // x * Phi(x), by Phi(-|x|) = exp(-x^2 / 2) * R(|x|) with R a polynomial on [0, 5], relative error
-// 1.2e-4; as in kernels/triton/common.py, whose reasons hold here. NaN stays NaN.
+// 1.2e-4; as in kernels/device/common.py, whose reasons hold here. NaN stays NaN.
 __device__ inline float gelu(float x) {
   const float a = fminf(fabsf(x), 5.0f), root = 0.8493218002880191f * x;
   float ratio = fmaf(5.790430350316456e-06f, a, -0.0001453153818147257f);

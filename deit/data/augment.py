@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from deit.data.images import Prepare
 from deit.data.sampling import Draw, stream
-from deit.images import Prepare
 from deit.recipes import Recipe
 
 Transform = Callable[[Image.Image], Tensor]
@@ -87,13 +87,13 @@ def timm_transform(
 
 
 def operations(step: Any) -> list[Any]:
-    """timm's operations in one of its policies; of another transform none."""
+    """timm's operations in one of its policies; none in another transform."""
     of_pairs = (operation for some in getattr(step, "policy", ()) for operation in some)
     return [*getattr(step, "ops", ()), *of_pairs]
 
 
 def posterize(image: Image.Image, bits: int, **settings: Any) -> Image.Image:
-    """timm's, for the 0 bits too that the DeiT recipe's policy draws now and then: black.
+    """timm's posterize, which also takes 0 bits: black. DeiT's policy draws that now and then.
 
     Pillow 13 refuses them, which ended a run at one image in 660.
     """

@@ -1,9 +1,9 @@
 """The workers' half of `--augment-on device`: an image cropped, and what else is to be done to it.
 
-The workers crop and mirror as ever. The rest they draw without doing it: timm's and torchvision's
-own transforms run with functions that note themselves in place of those that change an image. So
-the generators, set from the sample's counters, are asked what they are asked where the workers
-augment, and a sample gets the same operations, magnitudes and erased box either way; the erased
+The workers crop and mirror as ever. They draw the rest without doing it: timm's and torchvision's
+own transforms run with functions that note themselves in place of those that change an image. The
+generators are set from the sample's counters and are asked the same questions as where workers
+augment. So a sample gets the same operations, magnitudes and erased box either way; the erased
 pixels alone are drawn anew.
 """
 

@@ -1,7 +1,7 @@
 """Shards as plain tar files here: remote ones fetched, compressed ones decompressed, each once.
 
-Both go to a folder of the user's cache, whole or not at all. What does not come is an error with
-the shard's name and the reason, after as many attempts as `deit.limits` says.
+Both go to a folder of the user's cache, whole or not at all. A shard that does not come is an error
+with its name and the reason, after as many attempts as `deit.data.limits` says.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from deit.data import tars
-from deit.limits import limit, not_regular
+from deit.data.limits import limit, not_regular
 
 _PIECE = 1 << 20  # bytes read at a time
 pause = time.sleep
@@ -176,7 +176,7 @@ def _fetch(url: str, file: BinaryIO) -> None:
         if not tars.is_tar(start) and _opener(start) is None:
             kind = answer.headers.get("Content-Type", "no type")
             raise ValueError(f"expected a tar; got {kind} that begins {start[:40]!r}")
-        if not any(start):  # an empty tar; what goes on with zeros is none
+        if not any(start):  # an empty tar; a file that goes on with zeros is no tar
             most = min(most, 1 << 20)
         done = _copy(itertools.chain([start], pieces), file, most, "DEIT_MAX_SHARD_BYTES")
     if expected is not None and done != expected:
@@ -205,7 +205,7 @@ def _check_whole(path: Path, opener: Any) -> None:
 def _steady(answer: Any, patience: int) -> Iterator[bytes]:
     """What a server sends, as long as every 64 KiB, or the end, come within `patience` seconds.
 
-    A socket's own timeout asks for a byte in that time, and lets one drip for ever.
+    A socket's own timeout asks for one byte in that time, so a server could drip for ever.
     """
     got, since = 0, time.monotonic()
     while piece := answer.read1(_PIECE):

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deit.decoding import UnreadableImage, load_image
-from deit.images import IMAGENET_MEAN, IMAGENET_STD
-from deit.limits import limit
+from deit.data.decoding import UnreadableImage, load_image
+from deit.data.images import IMAGENET_MEAN, IMAGENET_STD
+from deit.data.limits import limit
 
 _SPLITS = {"train": ("train",), "val": ("validation", "val", "test")}
 _IMAGES, _LABELS = ("image", "img"), ("label", "labels", "fine_label")
@@ -19,8 +19,8 @@ _IMAGES, _LABELS = ("image", "img"), ("label", "labels", "fine_label")
 class HubDataset:
     """One split of a dataset with an image and a label column.
 
-    The package would decode whatever Pillow knows, and Pillow hands EPS to Ghostscript: here it
-    gives out each image's bytes or file, and `load_image` decodes those, as it does anywhere.
+    The package would decode whatever Pillow knows, and Pillow hands EPS to Ghostscript. So it gives
+    out each image's bytes or file here, and `load_image` decodes those, as it does anywhere.
     """
 
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -54,7 +54,7 @@ class HubDataset:
         self.classes = tuple(feature.names)
         labels = rows.select_columns([self.label])[:][self.label]
         self.labels = np.array([-1 if label is None else label for label in labels], np.int64)
-        # A row's other columns, images as they may be, are not read at all.
+        # A row's other columns are not read at all, even where they are images.
         self.rows = rows.select_columns([self.image]).cast_column(
             self.image, datasets.Image(decode=False)
         )

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from deit.data.augment import Transform, seeded
+from deit.data.decoding import UnreadableImage
 from deit.data.drawn import Drawing
 from deit.data.on_device import Augmentation, Drawn
 from deit.data.sampling import Batches, Draw
 from deit.data.sources import Source, check_labels
-from deit.decoding import UnreadableImage
 
 
 class WorkerDied(OSError):
@@ -29,7 +29,7 @@ class WorkerDied(OSError):
 
 @contextmanager
 def naming_lost_workers() -> Iterator[None]:
-    """Within: a worker's death, which torch reports wherever this process is, is a WorkerDied."""
+    """Within: a worker's death raises WorkerDied; torch reports it wherever this process is."""
     try:
         yield
     except RuntimeError as error:
@@ -107,7 +107,7 @@ def _collate(items: list[_Item]) -> Batch:
 
 
 def _begin_worker(_: int) -> None:
-    # A signal to the process group is the main process's to answer: it finishes its update, for
+    # The main process answers a signal to the process group: it finishes its update, for
     # which it may still need batches. Workers end with it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

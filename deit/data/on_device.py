@@ -2,9 +2,9 @@
 
 Samples that drew the same operation are done together: a batch of any size is some dozens of
 kernels a layer of operations. torchvision's tensor kernels take one magnitude a call, and a
-recipe's are continuous; so what has a magnitude is written here, in Pillow's arithmetic, which is
-what timm's operations are, and what has none is torchvision's. Images are uint8 between
-operations, as Pillow's are.
+recipe's magnitudes are continuous. So operations with a magnitude are written here, in Pillow's
+arithmetic, as timm's are; the others are torchvision's. Images are uint8 between operations, as
+Pillow's are.
 
 A sample's bits do not depend on the others of its batch, so not on the number of processes:
 sums are of integers, and every other step is elementwise, its products and sums rounded one by one
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from deit.images import normalise
+from deit.data.images import normalise
 
 
 class Operation(NamedTuple):

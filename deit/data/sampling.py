@@ -34,8 +34,8 @@ class Plan:
     sampler does; but that one drops all of a data set of fewer than 256 images, and this none.
 
     An update takes `batch` samples, a multiple of `pieces` (processes times accumulated parts);
-    what is left at the end of an epoch is dropped, except that of a data set smaller than a batch
-    all that divides into `pieces` is taken.
+    what is left at the end of an epoch is dropped. A data set smaller than a batch gives all that
+    divides into `pieces`.
     """
 
     images: int

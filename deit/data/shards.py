@@ -20,10 +20,10 @@ import numpy as np
 from PIL import Image
 
 from deit.data import fetch, tars
+from deit.data.decoding import UnreadableImage, check_size, is_image_name, load_image
+from deit.data.images import IMAGENET_MEAN, IMAGENET_STD
+from deit.data.limits import limit
 from deit.data.tars import Place
-from deit.decoding import UnreadableImage, check_size, is_image_name, load_image
-from deit.images import IMAGENET_MEAN, IMAGENET_STD
-from deit.limits import limit
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _LABEL = re.compile(rb"\s*(\d+)\s*")

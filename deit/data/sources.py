@@ -18,10 +18,10 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from deit.data.decoding import find_images, load_image
 from deit.data.hub import HubDataset
+from deit.data.images import IMAGENET_MEAN, IMAGENET_STD
 from deit.data.shards import Shards
-from deit.decoding import find_images, load_image
-from deit.images import IMAGENET_MEAN, IMAGENET_STD
 
 # The Debian package dataset-fashion-mnist puts its files here; torchvision below <root>.
 FASHION_FOLDERS = ("/usr/share/datasets/fashion-mnist",)
@@ -51,7 +51,7 @@ class Source(Protocol):
         """What a user would look for: a file's path, or a number in a set."""
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """The RGB image and its class; raises `deit.images.UnreadableImage`."""
+        """The RGB image and its class; raises `deit.data.images.UnreadableImage`."""
 
 
 def check_labels(source: Source) -> None:
@@ -192,7 +192,7 @@ def open_source(
 
     Raises:
         ValueError: nothing there, or not in the layout expected, or past a limit of
-            `deit.limits`.
+            `deit.data.limits`.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split: expected 'train' or 'val'; got {split!r}")

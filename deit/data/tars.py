@@ -1,7 +1,8 @@
 """Where a tar's members lie, by tarfile's reading of its headers, and whether it is all there.
 
 tarfile takes the end of a file, or a damaged header, for the end of the tar, as long as it is not
-the first one: a copy that ended early has fewer members, and nobody is told. Here it is an error.
+the first one. So a copy that ended early has fewer members, and nobody is told. Here it is an
+error.
 """
 
 from __future__ import annotations

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from deit import configs
-from deit.fused_vit import eight_bits, plain, swapping
-from deit.fused_vit.graph import Graph, compile_graph
+from deit.fused_vit import deit_model, eight_bits, swapping
+from deit.fused_vit.cuda_graph import Graph, compile_graph
 from deit.fused_vit.last_block import PrefixOnly
 from deit.fused_vit.modules import Fused
 from deit.fused_vit.report import Report, Row
-from deit.kernels import dispatch, ops, packing
+from deit.kernels.engine import dispatch, packing, registry
+from deit.kernels.engine.operator import operator_names
 from deit.model import DeiT
 
 __all__ = ["Graph", "Report", "Row", "compile_graph", "fuse", "fused", "refresh", "register_hf",
@@ -74,7 +75,7 @@ def fuse(
             elsewhere only with impl="reference". The outputs are close, not the same:
             docs/numerics.md. In training mode the model's own dtype runs; a gradient in eval mode
             is refused: use torch.inference_mode(). An attention or MLP outside a fused block stays
-            as it is. Of the weights 8-bit copies are kept. On a CPU a call sees any write to all
+            as it is. 8-bit copies of the weights are kept. On a CPU a call sees any write to all
             of a weight or to whole rows of it, through `.data` or from elsewhere, at once or
             within 64 calls, and one to a few numbers within some thousand. On a GPU it sees what
             PyTorch counts: in-place operators, load_state_dict, `.to`, `.data = other`. After
@@ -124,10 +125,11 @@ def fuse(
 
 
 def _implementations(impl: str, block: str, dtype: str | None) -> dict[str, str]:
-    """Operator -> the implementation that runs it; no whole blocks where they run by parts."""
+    """Operator -> the implementation that runs it; without whole blocks where they run by parts."""
+    kernels = registry.KERNELS.get(impl, ())
     impls = {
-        operator: impl if impl == "reference" or operator in ops.KERNELS.get(impl, ()) else "auto"
-        for operator in ops.SCHEMAS
+        operator: impl if impl == "reference" or operator in kernels else "auto"
+        for operator in operator_names(eight_bits=False)
     }
     if dtype is not None:
         del impls["vit_block"]  # in training nothing runs whole
@@ -230,7 +232,7 @@ _LIBRARIES = {
 
 
 def _families() -> _Families:
-    known = _Families(dict(plain.LEAVES), dict(plain.BLOCKS), dict(plain.ROOTS), {})
+    known = _Families(dict(deit_model.LEAVES), dict(deit_model.BLOCKS), dict(deit_model.ROOTS), {})
     for file in {file for library, file in _LIBRARIES.items() if library in sys.modules}:
         module = importlib.import_module(f"deit.fused_vit.{file}")
         known.leaves.update(module.LEAVES)
@@ -253,7 +255,7 @@ def _swap(
             reason = module.unsupported() or module.replaced()
             if reason is None:
                 module.adopt(impls)
-            else:  # a part of it is no longer what it was
+            else:  # one of its parts is no longer what it was
                 _restore(module)
                 notes[name] = reason
         return

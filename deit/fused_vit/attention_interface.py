@@ -37,8 +37,8 @@ def register(name: str, impl: str) -> None:
 class _Forward:
     """The attention function for one choice of implementation.
 
-    It is given transformers' own, which serves what ours does not: torch 2.11's Dynamo traces no
-    import within a call.
+    `fallback` is transformers' own function, which serves what ours does not. It is handed in
+    because torch 2.11's Dynamo traces no import within a call.
     """
 
     def __init__(self, impl: str, fallback: Callable[..., Any]) -> None:

@@ -2,7 +2,7 @@
 
 LayerNorm, softmax, GELU, LayerScale and the residual stream stay what they were, and so do the
 patch embedding and the heads. The parameters stay too: the 8-bit weights are copies that
-`deit.kernels.packing` keeps while a weight does not change.
+`deit.kernels.engine.packing` keeps while a weight does not change.
 """
 
 from __future__ import annotations
@@ -14,13 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deit.kernels import (
-    attention,
-    dispatch,
-    fp8,
-    fp8_gelu_mlp,
-    int8_gelu_mlp,
-)
+from deit.kernels import attention, fp8, fp8_gelu_mlp, int8_gelu_mlp
+from deit.kernels.engine import limits
 from deit.kernels.thirds import fp8_linear, int8_linear, int8_vit_block
 
 
@@ -61,7 +56,7 @@ def _refuse_int8(model: nn.Module, impl: str) -> None:
 
 def _refuse_fp8(model: nn.Module, impl: str) -> None:
     for name, parameter in model.named_parameters():
-        found = dispatch.unserved(parameter)
+        found = limits.unserved(parameter)
         if impl != "reference":
             found += fp8.why_not(parameter.device)
         if found:
@@ -94,8 +89,8 @@ WHOLE = int8_vit_block.__name__
 def implementations(dtype: str, impl: str) -> dict[str, str]:
     """Operator -> the implementation that runs it, for the operators of the kind `dtype` names.
 
-    No GPU has measured those of fp8, so "auto" would take the reference: whoever asks for fp8 by
-    name asks for its kernels by name.
+    fp8's were measured on no GPU, so "auto" would take the reference. Asking for fp8 by name is
+    therefore asking for its kernels by name.
     """
     if dtype == FP8.name:
         return dict.fromkeys(FP8.operators, "reference" if impl == "reference" else "triton")

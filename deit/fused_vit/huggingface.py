@@ -15,7 +15,7 @@ from transformers.activations import GELUActivation
 from transformers.models.deit import modeling_deit
 from transformers.models.vit import modeling_vit
 
-from deit.fused_vit import modules, plain
+from deit.fused_vit import deit_model, modules
 from deit.fused_vit.attention_interface import any_set, as_key_bias
 
 try:
@@ -30,46 +30,42 @@ class FusedAttention(modules.FusedAttention):
     LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
     def projection(self) -> tuple[Any, Any]:
-        children = self._modules  # type: ignore[attr-defined]
+        children = self._modules
         q, k, v = (children[name] for name in self.LINEARS[:3])
         biases = None if q.bias is None else (q.bias, k.bias, v.bias)
         return (q.weight, k.weight, v.weight), biases
 
     def geometry(self) -> tuple[int, float]:
         # The original cuts heads by their width alone: there are as many as fit the projection.
-        module: Any = self
-        return self.width() // module.head_dim, module.scaling
+        return self.width() // self.head_dim, self.scaling
 
     def width(self) -> int:
-        module: Any = self
-        return modules.weight_of(module._modules["q_proj"]).shape[0]
+        return modules.weight_of(self._modules["q_proj"]).shape[0]
 
     def unsupported(self) -> str | None:
-        module: Any = self
         reason = super(modules.FusedAttention, self).unsupported()
         if reason is not None:
             return reason
-        rows = [modules.weight_of(module._modules[name]).shape[0] for name in self.LINEARS[:3]]
-        if rows[1:] != rows[:2] or rows[0] % module.head_dim:
-            return f"q_proj, k_proj and v_proj have {rows} rows, heads take {module.head_dim} each"
-        if module.is_causal:
+        rows = [modules.weight_of(self._modules[name]).shape[0] for name in self.LINEARS[:3]]
+        if rows[1:] != rows[:2] or rows[0] % self.head_dim:
+            return f"q_proj, k_proj and v_proj have {rows} rows, heads take {self.head_dim} each"
+        if self.is_causal:
             return "it is causal"
-        biases = [module._modules[name].bias is None for name in self.LINEARS[:3]]
+        biases = [self._modules[name].bias is None for name in self.LINEARS[:3]]
         if any(biases) and not all(biases):
             return "some of q_proj, k_proj and v_proj have a bias and some have none"
         return None
 
     def interrupted(self) -> str | None:
-        module: Any = self
-        if module.training and module.attention_dropout > 0.0:
-            return f"attention drops {module.attention_dropout} in training"
+        if self.training and self.attention_dropout > 0.0:
+            return f"attention drops {self.attention_dropout} in training"
         return super().interrupted()
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        # Called by itself, the eager form owes its caller the attention weights.
-        weights = self.config._attn_implementation == "eager"  # type: ignore[attr-defined]
+        # The eager form owes its caller the attention weights where it is called by itself.
+        weights = self.config._attn_implementation == "eager"
         bias = _bias(hidden_states, attention_mask)
         if (
             weights
@@ -100,9 +96,9 @@ class FusedLayer(modules.FusedBlock):
     """Over DeiTLayer and ViTLayer. Gradient checkpointing wraps this forward as it does theirs."""
 
     PARTS = (
-        ("layernorm_before", plain.FusedLayerNorm),
+        ("layernorm_before", deit_model.FusedLayerNorm),
         ("attention", FusedAttention),
-        ("layernorm_after", plain.FusedLayerNorm),
+        ("layernorm_after", deit_model.FusedLayerNorm),
         ("mlp", FusedMlp),
     )
     SCALES = ()

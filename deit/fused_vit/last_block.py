@@ -1,14 +1,14 @@
 """The last block of a classifier, computed for the tokens that the heads read.
 
-A head reads the class token's row, a distilled model's other head the distillation token's. What
-the last block computes for patch tokens after its keys and values is read by nobody: their queries,
+A head reads the class token's row, a distilled model's other head the distillation token's. Nobody
+reads what the last block computes for patch tokens after its keys and values: their queries,
 scores, output projection and MLP are left out, and the final norm with them. The logits are the
 same to rounding and so are the gradients; of DeiT-B's floating-point operations 6.9 % are saved.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -19,9 +19,9 @@ from deit.kernels.vit_block import vit_blocks
 class PrefixOnly(Fused):
     """Over a vision transformer whose `forward` classifies by its first tokens.
 
-    Only `forward` is touched: `forward_features` and the like give every token as before. A
-    block that is wrapped (checkpointing, compilation), or a hook that would see fewer tokens, has
-    the original forward run.
+    Only `forward` is touched: `forward_features` and the like give every token as before. The
+    original forward runs where a block is wrapped (checkpointing, compilation) and where a hook
+    would see fewer tokens.
     """
 
     ROWS: ClassVar[int] = 1
@@ -34,48 +34,44 @@ class PrefixOnly(Fused):
         return f"last block for the first {self.rows()} of its tokens (attention by PyTorch's SDPA)"
 
     def unsupported(self) -> str | None:
-        module: Any = self
-        if type(module.blocks) is not nn.Sequential or len(module.blocks) == 0:
+        if type(self.blocks) is not nn.Sequential or len(self.blocks) == 0:
             return "its blocks are not a Sequential of at least one"
-        last = module.blocks[-1]
+        last = self.blocks[-1]
         if not isinstance(last, FusedBlock):
             return f"last block in full: it is a {type(last).__name__} that is not fused"
-        if not _by_row(module.norm):
-            return f"last block in full: the norm is a {type(module.norm).__name__}"
+        if not _by_row(self.norm):
+            return f"last block in full: the norm is a {type(self.norm).__name__}"
         reason = last.unsupported()
         return None if reason is None else f"last block in full: {reason}"
 
     def interrupted(self) -> str | None:
-        module: Any = self
         for name in ("forward_features", "forward_head"):
-            if name in module.__dict__:
+            if name in self.__dict__:
                 return f"{name} was replaced"
-        last = module.blocks[-1]
-        for name, part in (("blocks", module.blocks), ("last block", last), ("norm", module.norm)):
+        last = self.blocks[-1]
+        for name, part in (("blocks", self.blocks), ("last block", last), ("norm", self.norm)):
             if hooked(part):
                 return f"{name} has a hook"
         reason = last.interrupted()
         return None if reason is None else f"last block: {reason}"
 
     def replaced(self) -> str | None:
-        module: Any = self
-        return super().replaced() or module.blocks[-1].replaced()
+        return super().replaced() or self.blocks[-1].replaced()
 
     def prefix_features(self, x: Tensor) -> Tensor:
         """Embedded tokens [B, N, D] -> the heads' tokens, normalised, [B, rows, D].
 
-        Where all blocks before the last run whole, they are asked first and run then, one after
-        another: between kernels that use all of the caches, the questions of Python take three
-        times as long (a tenth of DeiT-Ti's latency).
+        Where all blocks before the last run whole, all are asked first, and then they run one after
+        another. Python's questions between kernels that use all of the caches take three times
+        as long (a tenth of DeiT-Ti's latency).
         """
-        module: Any = self
-        *body, last = module.blocks
+        *body, last = self.blocks
         if all(isinstance(block, FusedBlock) and block.hands_over(x) for block in body):
             x = vit_blocks(x, [block.arguments() for block in body])
         else:
             for block in body:
                 x = block(x)
-        return module.norm(last.advance(x, rows=self.rows()))
+        return self.norm(last.advance(x, rows=self.rows()))
 
 
 def _by_row(norm: nn.Module) -> bool:

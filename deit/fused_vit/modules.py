@@ -8,15 +8,15 @@ dropout in training, a mask, a replaced layer), the original forward runs.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from deit.fused_vit import eight_bits, shipped, swapping
-from deit.fused_vit.attends import Attends
-from deit.fused_vit.whole import Whole
+from deit.fused_vit import eight_bits, monkeypatches, swapping
+from deit.fused_vit.self_attention import SelfAttention
+from deit.fused_vit.whole_block import WholeBlock
 from deit.kernels import gelu_mlp, layer_norm
 
 # What a kernel may read, and what torch.export traces with in its place. Not DTensor and the like.
@@ -26,16 +26,20 @@ PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 class Fused:
     """What all fused classes share."""
 
+    if TYPE_CHECKING:  # the attributes of the class that this is mixed over
+
+        def __getattr__(self, name: str) -> Any: ...
+
     OPERATORS: ClassVar[tuple[str, ...]] = ()
     # The submodules whose own forward the fused path does not call, by what they must be.
     LINEARS: ClassVar[tuple[str, ...]] = ()
     IDENTITIES: ClassVar[tuple[str, ...]] = ()
     DROPOUTS: ClassVar[tuple[str, ...]] = ()
 
-    # Other classes whose forward the fused path stands for, and the original's other methods.
+    # The fused path stands for these classes' forward too, and for these methods of the original.
     STANDS_FOR: ClassVar[tuple[type[nn.Module], ...]] = ()
     STEPS: ClassVar[tuple[str, ...]] = ()
-    METHODS: ClassVar[shipped.Methods]  # all of them
+    METHODS: ClassVar[monkeypatches.Methods]  # all of them
 
     # What fuse() leaves on a module, and unfuse() takes away.
     STATE: ClassVar[tuple[str, ...]] = ("fused_impls",)
@@ -43,7 +47,7 @@ class Fused:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         original = _original(cls)
-        # Not a mix-in, nor derived from a fused class at run time.
+        # Neither a mix-in nor a class derived from a fused one at run time.
         if original is not object and not hasattr(cls, "fused_forward"):
             cls._stand_for(original)
         super().__init_subclass__(**kwargs)  # transformers wraps what is the forward by now
@@ -57,7 +61,7 @@ class Fused:
             stands_for += [nn.Dropout, nn.Identity]
         if cls.IDENTITIES:
             stands_for.append(nn.Identity)
-        cls.METHODS = shipped.Methods(stands_for, cls.STEPS)
+        cls.METHODS = monkeypatches.Methods(stands_for, cls.STEPS)
         cls.fused_forward = cls.forward  # type: ignore[attr-defined]
         cls.forward = swapping.entrance(original.forward)  # type: ignore[attr-defined]
 
@@ -71,7 +75,7 @@ class Fused:
 
     def absorbed(self) -> list[nn.Module]:
         """The submodules whose parameters the fused path reads itself."""
-        children = self._modules  # type: ignore[attr-defined]
+        children = self._modules
         return [child for name in self.LINEARS if (child := children.get(name)) is not None]
 
     def operators(self) -> tuple[str, ...]:
@@ -79,12 +83,12 @@ class Fused:
         return self.OPERATORS
 
     def remark(self) -> str:
-        """What the report says of this module beside that it is fused."""
+        """What the report adds to this module's being fused."""
         return ""
 
     def unsupported(self) -> str | None:
         """Why this module's structure has no fused form; None where it has."""
-        children = self._modules  # type: ignore[attr-defined]
+        children = self._modules
         for name in self.LINEARS:
             child = children.get(name)
             if type(child) is not nn.Linear:
@@ -104,7 +108,7 @@ class Fused:
 
     def interrupted(self) -> str | None:
         """Why the fused form must not run at this moment; None where it may."""
-        children = self._modules  # type: ignore[attr-defined]
+        children = self._modules
         for name in self.DROPOUTS:
             child = children.get(name)
             if child is not None and child.training and getattr(child, "p", 0.0) > 0.0:
@@ -116,8 +120,8 @@ class Fused:
         return None
 
     def replaced(self) -> str | None:
-        """Which method that the fused path stands for was replaced on its class; None for none."""
-        return shipped.replaced(type(self))
+        """Which of the methods that the fused path stands for was replaced; None for none."""
+        return monkeypatches.replaced(type(self))
 
     def waiting(self) -> str | None:
         """Why the original forward would run now; None where the fused one would."""
@@ -161,7 +165,7 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def weight_of(module: nn.Module) -> Any:
+def weight_of(module: Any) -> Any:
     """`module.weight`, read past nn.Module's slow look-up where it is a parameter."""
     found = module._parameters.get("weight")
     return module.weight if found is None else found
@@ -173,15 +177,14 @@ class FusedLayerNorm(Fused):
     OPERATORS = ("layer_norm",)
 
     def unsupported(self) -> str | None:
-        norm: Any = self
-        if len(norm.normalized_shape) != 1:
-            return f"it normalises over {len(norm.normalized_shape)} axes, not the last one"
-        weight = weight_of(norm)
+        if len(self.normalized_shape) != 1:
+            return f"it normalises over {len(self.normalized_shape)} axes, not the last one"
+        weight = weight_of(self)
         if weight is None:
             return "it has no weight"
         if type(weight) not in PLAIN_TENSORS:
             return f"weight is a {type(weight).__name__}, not a plain tensor"
-        if norm.__dict__.get("_fast_norm", False):
+        if self.__dict__.get("_fast_norm", False):
             return "timm's fast_norm is set, which normalises in the autocast dtype"
         return None
 
@@ -189,45 +192,41 @@ class FusedLayerNorm(Fused):
         if self.runs_fused(input):
             return self.normalise(input)
         if isinstance(input, torch.fx.Proxy):
-            module: Any = self
-            node = swapping.as_leaf(module, original_class(self), input)
+            node = swapping.as_leaf(self, original_class(self), input)
             if node is not None:
                 return node
         return super().forward(input)  # type: ignore[misc]
 
     def normalise(self, x: Tensor) -> Tensor:
-        norm: Any = self
-        return layer_norm(x, norm.weight, norm.bias, norm.eps, impl=self.fused_impls["layer_norm"])
+        return layer_norm(x, self.weight, self.bias, self.eps, impl=self.fused_impls["layer_norm"])
 
 
-class FusedAttention(Attends, Fused):
+class FusedAttention(SelfAttention, Fused):
     """Over an attention with one qkv projection and an output projection."""
 
     OPERATORS = ("linear", "attention")
     LINEARS: ClassVar[tuple[str, ...]] = ("qkv", "proj")
 
     def projection(self) -> tuple[Tensor, Tensor | None]:
-        qkv: Any = self._modules["qkv"]  # type: ignore[attr-defined]
+        qkv: Any = self._modules["qkv"]
         return qkv.weight, qkv.bias
 
     def output(self) -> nn.Linear:
-        return self._modules[self.LINEARS[-1]]  # type: ignore[attr-defined]
+        return self._modules[self.LINEARS[-1]]
 
     def geometry(self) -> tuple[int, float]:
-        module: Any = self
-        return module.num_heads, module.scale
+        return self.num_heads, self.scale
 
     def width(self) -> int:
-        module: Any = self
-        per_head = module.__dict__.get("head_dim")  # which need not be D / heads
+        per_head = self.__dict__.get("head_dim")  # which need not be D / heads
         if per_head is None:
-            return weight_of(module._modules["qkv"]).shape[1] // module.num_heads * module.num_heads
-        return module.num_heads * per_head
+            return weight_of(self._modules["qkv"]).shape[1] // self.num_heads * self.num_heads
+        return self.num_heads * per_head
 
     def unsupported(self) -> str | None:
         reason = super().unsupported()
         if reason is None:
-            rows, width = weight_of(self._modules["qkv"]).shape[0], self.width()  # type: ignore[attr-defined]
+            rows, width = weight_of(self._modules["qkv"]).shape[0], self.width()
             if rows != 3 * width:
                 return f"qkv has {rows} rows, its heads take 3 * {width}"
         return reason
@@ -252,13 +251,13 @@ class FusedMlp(Fused):
         return type(act) is nn.GELU and act.approximate == "none"
 
     def unsupported(self) -> str | None:
-        act = self._modules.get(self.ACTIVATION)  # type: ignore[attr-defined]
+        act = self._modules.get(self.ACTIVATION)
         if self.ACTIVATION and not self.exact_gelu(act):
             return f"its activation is {act}, not the exact GELU"
         return super().unsupported()
 
     def interrupted(self) -> str | None:
-        act = self._modules.get(self.ACTIVATION)  # type: ignore[attr-defined]
+        act = self._modules.get(self.ACTIVATION)
         if act is not None and hooked(act):
             return f"{self.ACTIVATION} has a hook"
         return super().interrupted()
@@ -276,7 +275,7 @@ class FusedMlp(Fused):
         keep: Tensor | None = None,
     ) -> Tensor:
         """residual + keep * gamma * fc2(gelu(fc1(x)))."""
-        fc1, fc2 = (self._modules[name] for name in self.LINEARS)  # type: ignore[attr-defined]
+        fc1, fc2 = (self._modules[name] for name in self.LINEARS)
         return gelu_mlp(
             x,
             fc1.weight,
@@ -290,7 +289,7 @@ class FusedMlp(Fused):
         )
 
 
-class FusedBlock(Whole, Fused):
+class FusedBlock(WholeBlock, Fused):
     """Over a pre-norm block: both residual additions move into the products' epilogues."""
 
     OPERATORS = ("layer_norm", "linear", "attention", "gelu_mlp", *eight_bits.OPERATORS)
@@ -303,7 +302,7 @@ class FusedBlock(Whole, Fused):
     )
     SCALES: ClassVar[tuple[str, ...]] = ("ls1", "ls2")
     DROP_PATHS: ClassVar[tuple[str, ...]] = ("drop_path1", "drop_path2")
-    # What those may be: LayerScale with its `gamma`, stochastic depth that `keep` draws for.
+    # What they may be: LayerScale with its `gamma`, stochastic depth that `keep` draws for.
     SCALE_KINDS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Identity,)
     DROP_PATH_KINDS: ClassVar[tuple[type[nn.Module], ...]] = (nn.Identity,)
 
@@ -312,15 +311,15 @@ class FusedBlock(Whole, Fused):
         return super().remark() if kind is None else kind.remark
 
     def absorbed(self) -> list[nn.Module]:
-        scales = (self._modules[name] for name in self.SCALES)  # type: ignore[attr-defined]
+        scales = (self._modules[name] for name in self.SCALES)
         return [*super().absorbed(), *scales]
 
     def parts(self) -> tuple[Any, ...]:
         """What normalises, attends, normalises and feeds forward."""
-        return tuple(self._modules[name] for name, _ in self.PARTS)  # type: ignore[attr-defined]
+        return tuple(self._modules[name] for name, _ in self.PARTS)
 
     def unsupported(self) -> str | None:
-        children = self._modules  # type: ignore[attr-defined]
+        children = self._modules
         for name, kind in self.PARTS:
             part = children.get(name)
             if not isinstance(part, kind):
@@ -336,7 +335,7 @@ class FusedBlock(Whole, Fused):
         return super().unsupported()
 
     def interrupted(self) -> str | None:
-        children = self._modules  # type: ignore[attr-defined]
+        children = self._modules
         for name, _ in self.PARTS:
             part = children[name]
             reason = "it has a hook" if self.watched(part) else part.interrupted()
@@ -351,7 +350,7 @@ class FusedBlock(Whole, Fused):
     def replaced(self) -> str | None:
         reason = super().replaced()
         for name, _ in self.PARTS:
-            reason = reason or self._modules[name].replaced()  # type: ignore[attr-defined]
+            reason = reason or self._modules[name].replaced()
         return reason
 
     def watched(self, part: nn.Module) -> bool:
@@ -362,7 +361,7 @@ class FusedBlock(Whole, Fused):
         """LayerScale's [D] of the first or second branch; None where there is none."""
         if not self.SCALES:
             return None
-        return getattr(self._modules.get(self.SCALES[index]), "gamma", None)  # type: ignore[attr-defined]
+        return getattr(self._modules.get(self.SCALES[index]), "gamma", None)
 
     def keep(self, index: int, x: Tensor) -> Tensor | None:
         """Stochastic depth's factors [B] of a branch, drawn as the original draws them."""
@@ -382,7 +381,7 @@ class FusedBlock(Whole, Fused):
     ) -> Tensor:
         """The block's output [B, N, D], or [B, rows, D]: its first `rows` tokens alone."""
         kind = eight_bits.asked(self.fused_impls)
-        if kind is not None and not self.training:  # type: ignore[attr-defined]
+        if kind is not None and not self.training:
             return eight_bits.advance(kind, self, x, key_bias, rows)
         if rows is None and self.runs_whole(x):
             return self.whole(x, key_bias=key_bias)[0]

@@ -22,8 +22,8 @@ def _entrance(self: Any, *args: Any, **kwargs: Any) -> Any:
 def entrance(original: Callable[..., Any]) -> Callable[..., Any]:
     """A forward with the original's signature and globals that calls the class's `fused_forward`.
 
-    torch.fx looks in a forward's globals for functions that are not to be traced into: a library
-    registers its own, and they are found where the original forward finds them.
+    torch.fx looks in a forward's globals for functions that are not to be traced into. A library
+    registers its own there, and they are found where the original forward finds them.
     """
     forward = types.FunctionType(_entrance.__code__, original.__globals__, "forward")
     forward.__wrapped__ = original  # type: ignore[attr-defined]
@@ -96,8 +96,8 @@ def original_of(module: Any, base: type, known: dict[int, Any]) -> Any:
 def as_leaf(module: nn.Module, original: type, x: torch.fx.Proxy) -> Any:
     """The node of a call of `module`, where the tracer would not trace into the original.
 
-    torch.fx knows leaves by where their class is defined, so torch's own would lose their nodes
-    by being fused. None where the tracer traces into the original, too.
+    torch.fx knows leaves by where their class is defined, so fusing torch's own modules would cost
+    them their nodes. None where the tracer traces into the original, too.
     """
     tracer: Any = x.tracer
     twin: Any = object.__new__(original)

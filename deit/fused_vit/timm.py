@@ -10,7 +10,7 @@ from timm.models import deit, vision_transformer
 from torch import Tensor, nn
 
 from deit.fused_vit import modules
-from deit.fused_vit.embeds import Embeds
+from deit.fused_vit.embedding import ImageEmbedding
 from deit.fused_vit.last_block import PrefixOnly
 from deit.fused_vit.modules import hooked
 
@@ -25,7 +25,7 @@ class Masked:
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:  # [B, N, D] -> [B, N, D]
-        given: dict[str, Any] = {}  # timm's of before 2026 know neither or only the first
+        given: dict[str, Any] = {}  # timm's before 2026 know neither, or only the first
         if attn_mask is not None:
             given["attn_mask"] = attn_mask
         if is_causal is not False:
@@ -76,46 +76,42 @@ class FusedBlock(Masked, modules.FusedBlock, vision_transformer.Block):
         return keep.div_(1.0 - rate) if drop.scale_by_keep and rate < 1.0 else keep
 
 
-class ClassifiesByPrefix(Embeds, PrefixOnly):
+class ClassifiesByPrefix(ImageEmbedding, PrefixOnly):
     """What timm's two vision transformers share."""
 
     STEPS = ("forward_features", "_pos_embed")
     STANDS_FOR = (nn.Sequential, timm.layers.PatchEmbed, nn.Conv2d, nn.Dropout, nn.Identity)
 
     def prefix_tokens(self) -> Tensor:
-        module: Any = self
         if self.rows() == 1:
-            return module.cls_token
+            return self.cls_token
         # As rows, for the gradients' strides (deit/model.py).
-        tokens = [token.flatten(0, 1) for token in (module.cls_token, module.dist_token)]
+        tokens = [token.flatten(0, 1) for token in (self.cls_token, self.dist_token)]
         return torch.cat(tokens)[None]
 
     def by_steps(self, images: Tensor) -> Tensor:
-        module: Any = self
-        return module._pos_embed(module.patch_embed(images))
+        return self._pos_embed(self.patch_embed(images))
 
     def why_steps(self) -> str | None:
-        module: Any = self
-        patches = module.patch_embed
+        patches = self.patch_embed
         if type(patches) is not timm.layers.PatchEmbed:
             return f"patch_embed is a {type(patches).__name__}"
-        if module.cls_token is None or module.pos_embed is None or module.no_embed_class:
+        if self.cls_token is None or self.pos_embed is None or self.no_embed_class:
             return "positions are not added to a class token"
-        if getattr(module, "reg_token", None) is not None:
+        if getattr(self, "reg_token", None) is not None:
             return "it has register tokens"
-        sized = not (module.dynamic_img_size or getattr(patches, "dynamic_img_pad", False))
+        sized = not (self.dynamic_img_size or getattr(patches, "dynamic_img_pad", False))
         if not sized or not patches.flatten:
             return "it takes images of any size"
         if type(patches.norm) is not nn.Identity or hooked(patches.norm):
             return f"patch_embed.norm is a {type(patches.norm).__name__}, or has a hook"
-        dropped = module.pos_drop
+        dropped = self.pos_drop
         if hooked(dropped) or (dropped.training and getattr(dropped, "p", 0.0) > 0.0):
             return "pos_drop drops, or has a hook"
         return super().why_steps()
 
     def embedded(self, images: Tensor) -> Tensor:
-        module: Any = self
-        sizes = module.patch_embed.img_size
+        sizes = self.patch_embed.img_size
         if images.dim() != 4 or sizes is None or tuple(images.shape[2:]) != tuple(sizes):
             return self.by_steps(images)  # which says what is wrong with them
         return super().embedded(images)
@@ -126,10 +122,9 @@ class ClassifiesByPrefix(Embeds, PrefixOnly):
         return super().unsupported()
 
     def interrupted(self) -> str | None:
-        module: Any = self
-        if module.global_pool != "token" or module.attn_pool is not None:
-            return f"global_pool={module.global_pool!r} reads every token"
-        if module.grad_checkpointing:
+        if self.global_pool != "token" or self.attn_pool is not None:
+            return f"global_pool={self.global_pool!r} reads every token"
+        if self.grad_checkpointing:
             return "gradient checkpointing is on"
         return super().interrupted()
 
@@ -138,11 +133,10 @@ class ClassifiesByPrefix(Embeds, PrefixOnly):
     ) -> Any:  # [B, 3, H, W] -> [B, C]
         if attn_mask is not None or is_causal is not False:
             return modules.original_class(self).forward(self, x, attn_mask, is_causal)
-        module: Any = self
         if not self.runs_fused(x):
             return super().forward(x)  # type: ignore[misc]
-        x = module.norm_pre(module.patch_drop(self.embedded(x)))
-        return module.forward_head(self.prefix_features(x))
+        x = self.norm_pre(self.patch_drop(self.embedded(x)))
+        return self.forward_head(self.prefix_features(x))
 
 
 class FusedVisionTransformer(ClassifiesByPrefix, vision_transformer.VisionTransformer):
@@ -157,7 +151,7 @@ class FusedVisionTransformerDistilled(ClassifiesByPrefix, deit.VisionTransformer
     ROWS = 2
 
 
-# `forward` above spells out the steps of timm's forward_features (the same since 0.9): a timm that
+# `forward` above spells out the steps of timm's forward_features, the same since 0.9. A timm that
 # takes another step would silently lose it there.
 _STEPS = {"patch_embed", "_pos_embed", "patch_drop", "norm_pre", "blocks", "norm"}
 _FEATURES_KNOWN = (

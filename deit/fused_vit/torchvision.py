@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torchvision.models import vision_transformer
 
-from deit.fused_vit import modules, plain
-from deit.fused_vit.attends import Attends
+from deit.fused_vit import deit_model, modules
+from deit.fused_vit.self_attention import SelfAttention
 
 
 class FusedMlp(modules.FusedMlp, vision_transformer.MLPBlock):
@@ -29,12 +29,12 @@ class FusedMlp(modules.FusedMlp, vision_transformer.MLPBlock):
         return super().unsupported()
 
 
-class FusedEncoderBlock(Attends, modules.FusedBlock, vision_transformer.EncoderBlock):
+class FusedEncoderBlock(SelfAttention, modules.FusedBlock, vision_transformer.EncoderBlock):
     """torchvision's EncoderBlock with its residual additions in the products' epilogues."""
 
     PARTS = (
-        ("ln_1", plain.FusedLayerNorm),
-        ("ln_2", plain.FusedLayerNorm),
+        ("ln_1", deit_model.FusedLayerNorm),
+        ("ln_2", deit_model.FusedLayerNorm),
         ("mlp", FusedMlp),
     )
     SCALES = ()

@@ -21,10 +21,9 @@ from typing import IO
 
 import pytest
 
-from deit.kernels.triton import interpreter
+from deit.kernels.device import interpreter
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))  # for `import oracle`, also where only this folder is run
 
 INSIDE = os.environ.get("TRITON_INTERPRET", "0") == "1"
 REPORT = "DEIT_INTERPRETED_REPORT"

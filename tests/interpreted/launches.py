@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from deit.kernels.triton import common, drivers, launching
+from deit.kernels.device import common, drivers, launching
 
 
 class Interpreter:

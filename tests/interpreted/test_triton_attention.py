@@ -6,9 +6,11 @@ import oracle
 import pytest
 import torch
 
-from deit.kernels import attention, explain, ops, reference
-from deit.kernels.triton import attention as implementation
-from deit.kernels.triton import configs
+from deit.kernels import attention, explain
+from deit.kernels.attention import triton as implementation
+from deit.kernels.device import configs
+from deit.kernels.engine import registry
+from deit.kernels.prove import reference
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter's bf16 products are wrong
 
@@ -19,7 +21,7 @@ def make_qkv(batch, tokens, heads=3, head_dim=64, dtype=torch.float16, family="r
 
 def _check(qkv, heads=3, key_bias=None, scale=0.125, config=None):
     if config is None:
-        out = ops.COMPILED["triton"]["attention"](qkv, heads, scale, key_bias)
+        out = registry.COMPILED["triton"]["attention"](qkv, heads, scale, key_bias)
     else:
         out = implementation.attention(qkv, heads, scale, key_bias, config=config)
     oracle.check(out, reference.attention, (qkv, heads, scale, key_bias))

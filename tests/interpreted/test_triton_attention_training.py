@@ -7,11 +7,13 @@ import pytest
 import torch
 from test_triton_attention import DTYPES, STRIDES, make_qkv
 
-from deit.kernels import attention, ops, reference
-from deit.kernels.triton import attention_bwd as backward
-from deit.kernels.triton import configs
+from deit.kernels import attention
+from deit.kernels.attention import triton_bwd as backward
+from deit.kernels.device import configs
+from deit.kernels.engine import registry
+from deit.kernels.prove import reference
 
-FWD, BWD = (ops.COMPILED["triton"][name] for name in ("attention_fwd", "attention_bwd"))
+FWD, BWD = (registry.COMPILED["triton"][name] for name in ("attention_fwd", "attention_bwd"))
 
 
 def gradients(dout, qkv, heads, scale, key_bias):

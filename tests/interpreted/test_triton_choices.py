@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import deit.kernels
-from deit.kernels import tuning
+from deit.kernels.engine import tuning
 
 D = 192
 

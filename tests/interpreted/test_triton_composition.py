@@ -6,11 +6,12 @@ import schema_calls
 import torch
 
 import deit.kernels
-from deit.kernels import dispatch, ops
+from deit.kernels.engine import dispatch, registry
+from deit.kernels.engine.operator import OPERATORS, operator_names
 
-TRITON = sorted(ops.KERNELS["triton"])
-PUBLIC = sorted(set(TRITON) & set(ops.SCHEMAS))
-TRAINS = [name for name in PUBLIC if f"{name}_bwd" in ops.KERNELS["triton"]]
+TRITON = sorted(registry.KERNELS["triton"])
+PUBLIC = sorted(set(TRITON) & set(operator_names(eight_bits=False)))
+TRAINS = [name for name in PUBLIC if f"{name}_bwd" in registry.KERNELS["triton"]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -19,7 +20,7 @@ TRAINS = [name for name in PUBLIC if f"{name}_bwd" in ops.KERNELS["triton"]]
 def test_opcheck(name, full, dtype):
     """With every optional of the schema set, and with none; the forward and training alike."""
     arguments = schema_calls.arguments(name, "triton", full=full, dtype=dtype)
-    found = torch.library.opcheck(ops.COMPILED["triton"][name], arguments)
+    found = torch.library.opcheck(registry.COMPILED["triton"][name], arguments)
     assert set(found.values()) == {"SUCCESS"}
     assert len(found) == 4
 
@@ -73,13 +74,13 @@ def test_second_derivatives_are_refused(name):
 
 def test_a_gradient_for_what_has_none_is_refused_by_name():
     for name in TRAINS:
-        for position, argument in dispatch.OPERATORS[name].constants.items():
+        for position, argument in OPERATORS[name].constants.items():
             arguments = schema_calls.forward(name)
             if not arguments[position].is_floating_point():
                 continue
             arguments[position].requires_grad_()
             with pytest.raises(NotImplementedError, match=f"{argument} requires grad"):
-                dispatch.run(dispatch.OPERATORS[name], tuple(arguments), "triton")
+                dispatch.run(OPERATORS[name], tuple(arguments), "triton")
     assert (
         deit.kernels.explain("layer_norm", torch.randn(2, 8), torch.ones(8)).reasons["triton"] == []
     )

@@ -17,9 +17,11 @@ import triton.language as tl
 import deit
 from deit.fused_vit import fuse
 from deit.kernels import explain, fp8_gelu_mlp, fp8_linear
-from deit.kernels.fp8_quantize import E4M3, GROUP, quantize
-from deit.kernels.triton import fp8 as implementation
-from deit.kernels.triton import fp8_configs, fp8_product, fp8_rows
+from deit.kernels.fp8 import tiles as fp8_configs
+from deit.kernels.fp8 import triton as implementation
+from deit.kernels.fp8 import triton_product as fp8_product
+from deit.kernels.fp8 import triton_rows as fp8_rows
+from deit.kernels.fp8.quantize import E4M3, GROUP, quantize
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -8,7 +8,7 @@ import torch
 
 import deit
 from deit.fused_vit import fuse, fused, unfuse
-from deit.kernels import ops
+from deit.kernels.engine import registry
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -59,13 +59,13 @@ def logits(output):
 def calls(monkeypatch):
     """Whether each call of vit_block was given row statistics."""
     seen = []
-    original = ops.COMPILED["triton"]["vit_block"]
+    original = registry.COMPILED["triton"]["vit_block"]
 
     def record(x, row_stats, *others):
         seen.append(row_stats is not None)
         return original(x, row_stats, *others)
 
-    monkeypatch.setitem(ops.COMPILED["triton"], "vit_block", record)
+    monkeypatch.setitem(registry.COMPILED["triton"], "vit_block", record)
     return seen
 
 

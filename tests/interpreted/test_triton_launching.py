@@ -13,17 +13,17 @@ import triton
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
-from deit.kernels import ops, tuning
-from deit.kernels.triton import configs, drivers, launching
-from deit.kernels.triton import linear as linear_module
+from deit.kernels.device import configs, drivers, launching
+from deit.kernels.engine import registry, tuning
+from deit.kernels.linear import triton as linear_module
 
-TRITON = sorted(ops.KERNELS["triton"])
+TRITON = sorted(registry.KERNELS["triton"])
 LINEAR = linear_module.linear
 
 
 def kept_by(name):
     """The function whose calls are kept; e4m3 keeps what follows its packing."""
-    module = importlib.import_module(f"deit.kernels.{ops._triton_module(name)}")
+    module = importlib.import_module(registry.MODULES["triton"][name])
     return getattr(module, name.removeprefix("fp8") if name.startswith("fp8") else name)
 
 
@@ -65,7 +65,7 @@ def test_every_operator_is_kept():
 def test_a_repeated_call_has_the_calls_bits(name, full, dtype, driver, monkeypatch):
     """With tensors moved and values changed; outputs are new, and the first stay what they were."""
     arguments = schema_calls.arguments(name, "triton", full=full, dtype=dtype)
-    others, run, kept = moved(arguments), ops.COMPILED["triton"][name], kept_by(name)
+    others, run, kept = moved(arguments), registry.COMPILED["triton"][name], kept_by(name)
     kept.calls, driver.launched = {}, 0  # the forward of a backward has run
     first = run(*arguments)
     copies = [o.clone() for o in schema_calls.each(first)]

@@ -8,10 +8,12 @@ import oracle
 import pytest
 import torch
 
-from deit.kernels import explain, gelu_mlp, linear, ops, reference
-from deit.kernels.triton import configs
-from deit.kernels.triton import gelu_mlp as mlp_implementation
-from deit.kernels.triton import linear as implementation
+from deit.kernels import explain, gelu_mlp, linear
+from deit.kernels.device import configs
+from deit.kernels.engine import registry
+from deit.kernels.gelu_mlp import triton as mlp_implementation
+from deit.kernels.linear import triton as implementation
+from deit.kernels.prove import reference
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter's bf16 products are wrong
 
@@ -28,7 +30,7 @@ def _vector(size, dtype=torch.float16, seed=12):
 
 def _check(*arguments, config=None):
     if config is None:
-        out = ops.COMPILED["triton"]["linear"](*arguments)
+        out = registry.COMPILED["triton"]["linear"](*arguments)
     else:
         out = implementation.linear(*arguments, config=config)
     oracle.check(out, reference.linear, arguments)
@@ -37,7 +39,7 @@ def _check(*arguments, config=None):
 
 def _check_mlp(*arguments, config=None):
     if config is None:
-        out = ops.COMPILED["triton"]["gelu_mlp"](*arguments)
+        out = registry.COMPILED["triton"]["gelu_mlp"](*arguments)
     else:
         out = mlp_implementation.gelu_mlp(*arguments, config=config)
     oracle.check(out, reference.gelu_mlp, arguments)

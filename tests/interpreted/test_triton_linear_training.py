@@ -13,8 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from deit.kernels import gelu_mlp, linear, ops, reference
-from deit.kernels.triton import configs, linear_bwd, products
+from deit.kernels import gelu_mlp, linear
+from deit.kernels.device import configs
+from deit.kernels.engine import registry
+from deit.kernels.linear import triton_bwd as linear_bwd
+from deit.kernels.linear import triton_gradients as products
+from deit.kernels.prove import reference
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter's bf16 products are wrong
 
@@ -151,7 +155,9 @@ def test_strides(name):
     _check_linear(contiguous, x.clone(), weight, None, None, None, None, None)
     empty = x.new_empty(0)
     for dout, saved in ((x, contiguous), (contiguous, x)):
-        got = ops.COMPILED["triton"]["linear_bwd"](dout, saved, weight, empty, None, None, keep)
+        got = registry.COMPILED["triton"]["linear_bwd"](
+            dout, saved, weight, empty, None, None, keep
+        )
 
         def plain(dout, saved, weight, keep):
             leaves = (saved, weight, dout.new_zeros(64))
@@ -353,7 +359,7 @@ def test_registration():
     x, weight, bias = _make(2, 5, 16), _make(32, 16, seed=2), _make(32, seed=6)
     gamma, keep = _make(32, dtype=torch.float32, seed=4), torch.tensor([0.0, 1.25])
     residual = _make(2, 5, 32).float()
-    compiled = ops.COMPILED["triton"]
+    compiled = registry.COMPILED["triton"]
 
     def check(name, *arguments):
         torch.library.opcheck(

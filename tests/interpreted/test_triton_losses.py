@@ -10,8 +10,10 @@ import oracle
 import pytest
 import torch
 
-from deit.kernels import cross_entropy, distillation_loss, explain, ops, reference
-from deit.kernels.triton import losses
+from deit.kernels import cross_entropy, distillation_loss, explain
+from deit.kernels.engine import registry
+from deit.kernels.losses import triton as losses
+from deit.kernels.prove import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # no product here: bf16 is right too
 ONE, BLOCKS = 1000, 5000  # classes in one block; in two blocks of 2048 and a part of the next
@@ -120,7 +122,7 @@ def test_inference_gives_the_same_losses():
         ("cross_entropy", (logits, soft, 0.1)),
         ("distillation_loss", (logits, soft, teacher, student, *rest)),
     ):
-        triton = ops.COMPILED["triton"]
+        triton = registry.COMPILED["triton"]
         assert torch.equal(triton[name](*arguments), triton[f"{name}_fwd"](*arguments)[0])
 
 
@@ -241,7 +243,7 @@ def test_offsets_past_32_bits():
     logits.copy_(oracle.make("random", (2, 10), torch.float16))
     target = torch.tensor([3, 9])
     args = (logits, target, 0.1)
-    oracle.check(ops.COMPILED["triton"]["cross_entropy"](*args), reference.cross_entropy, args)
+    oracle.check(registry.COMPILED["triton"]["cross_entropy"](*args), reference.cross_entropy, args)
 
 
 def test_the_mean_of_many_rows():
@@ -265,7 +267,7 @@ def test_targets_get_no_gradient():
 
 
 def test_opcheck():
-    triton = ops.COMPILED["triton"]
+    triton = registry.COMPILED["triton"]
     logits, teacher, student = (oracle.make("random", (3, 20), torch.float16, seed=s)
                                 for s in range(3))  # fmt: skip
     soft, index, dloss = _target(True, 3, 20), _target(False, 3, 20), torch.tensor(1.7)

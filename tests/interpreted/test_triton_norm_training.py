@@ -11,7 +11,8 @@ import oracle
 import pytest
 import torch
 
-from deit.kernels import add_layer_norm, explain, layer_norm, ops
+from deit.kernels import add_layer_norm, explain, layer_norm
+from deit.kernels.engine import registry
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # no product here: bf16 is right too
 
@@ -164,7 +165,7 @@ def test_frozen_inputs_and_keep():
 
 
 def test_opcheck():
-    triton = ops.COMPILED["triton"]
+    triton = registry.COMPILED["triton"]
     x = oracle.make("random", (2, 5, 64), torch.float16)
     residual = oracle.make("random", (2, 5, 64))
     weight, bias = _parameters(64, torch.float16)

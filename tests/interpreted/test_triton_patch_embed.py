@@ -11,7 +11,8 @@ import oracle
 import pytest
 import torch
 
-from deit.kernels import explain, ops, patch_embed
+from deit.kernels import explain, patch_embed
+from deit.kernels.engine import registry
 
 DTYPES = (torch.float32, torch.float16)
 
@@ -38,7 +39,7 @@ def _check(arguments, dout=None):
     dout = oracle.make("random", shape, images.dtype, seed=9) if dout is None else dout
     wanted = (1, 3, 4) if bias is None else (1, 2, 3, 4)
     found = gradients.check(patch_embed, arguments, wanted, (dout,))
-    inference = ops.COMPILED["triton"]["patch_embed"](*arguments)
+    inference = registry.COMPILED["triton"]["patch_embed"](*arguments)
     torch.testing.assert_close(inference, found[0], rtol=0, atol=0, equal_nan=True)
     return found
 
@@ -149,7 +150,7 @@ def test_images_get_no_gradient():
 
 
 def test_opcheck():
-    triton = ops.COMPILED["triton"]
+    triton = registry.COMPILED["triton"]
     for prefix, layout in ((2, torch.contiguous_format), (0, torch.channels_last)):
         images, weight, bias, *rest = _make(2, (2, 2), 64, patch=(4, 4), prefix=prefix)
         images, weight = (t.contiguous(memory_format=layout) for t in (images, weight))

@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deit.kernels import explain, ops, reference, vit_block
-from deit.kernels.triton import common, configs
-from deit.kernels.triton import norm_linear as folded_implementation
-from deit.kernels.triton import row_stats as statistics
-from deit.kernels.triton import vit_block as implementation
+from deit.kernels import explain, vit_block
+from deit.kernels.device import common, configs
+from deit.kernels.engine import registry
+from deit.kernels.linear import triton_norm_linear as folded_implementation
+from deit.kernels.linear import triton_row_stats as statistics
+from deit.kernels.prove import reference
+from deit.kernels.vit_block import triton as implementation
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter's bf16 products are wrong
 PANEL = {"panel": True, "by itself": False}  # the two forms of a LayerNorm
@@ -72,7 +74,7 @@ def launched(monkeypatch):
 
 
 def check(arguments):
-    out, row_stats = ops.COMPILED["triton"]["vit_block"](*arguments)
+    out, row_stats = registry.COMPILED["triton"]["vit_block"](*arguments)
     oracle.check(out, lambda *a: reference.vit_block(*a)[0], arguments)
     torch.testing.assert_close(row_stats, reference.row_stats(out), rtol=1e-5, atol=1e-4)
     return out, row_stats
@@ -173,8 +175,8 @@ def test_a_chain_hands_its_statistics_on(dtype):
     first, second = (Draw(dtype) for _ in range(2))
     x, row_stats = check(first.arguments("large_mean", 2, 17))
     _, _, *rest = second.arguments("random", 2, 17)
-    chained = ops.COMPILED["triton"]["vit_block"](x, row_stats, *rest)
-    alone = ops.COMPILED["triton"]["vit_block"](x, None, *rest)
+    chained = registry.COMPILED["triton"]["vit_block"](x, row_stats, *rest)
+    alone = registry.COMPILED["triton"]["vit_block"](x, None, *rest)
     torch.testing.assert_close(chained[0], alone[0], rtol=1e-5, atol=1e-4)
     oracle.check(chained[0], lambda *a: reference.vit_block(*a)[0], (x, None, *rest))
 
@@ -204,15 +206,15 @@ def test_only_statistics_that_are_read_are_written(monkeypatch):
 def test_given_statistics_are_read():
     """Or the test above would pass without them."""
     arguments = list(Draw(torch.float16).arguments("random", 1, 5))
-    want, _ = ops.COMPILED["triton"]["vit_block"](*arguments)
+    want, _ = registry.COMPILED["triton"]["vit_block"](*arguments)
     arguments[1] = reference.row_stats(2 * arguments[0])
-    got, _ = ops.COMPILED["triton"]["vit_block"](*arguments)
+    got, _ = registry.COMPILED["triton"]["vit_block"](*arguments)
     assert not torch.allclose(got, want, atol=1e-2)
 
 
 def test_the_same_bits_again():
     arguments = Draw(torch.float16).arguments("outlier", 2, 70)
-    first, again = (ops.COMPILED["triton"]["vit_block"](*arguments) for _ in range(2))
+    first, again = (registry.COMPILED["triton"]["vit_block"](*arguments) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -297,7 +299,7 @@ def test_opcheck():
         "random", 2, 5, key_bias=torch.zeros(2, 5)
     )
     for given in (arguments, (arguments[0], reference.row_stats(arguments[0]), *arguments[2:])):
-        checks = torch.library.opcheck(ops.COMPILED["triton"]["vit_block"], given)
+        checks = torch.library.opcheck(registry.COMPILED["triton"]["vit_block"], given)
         assert set(checks.values()) == {"SUCCESS"}
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from deit import tune
-from deit.cli import Tune
+from deit.commands.cli import Tune
 from deit.configs import Config
-from deit.kernels import tuning
+from deit.kernels.engine import tuning
 from deit.tune_problems import Size, problems
 
 SIZE = Size(2, Config("tiny", 64, 1, img_size=16), torch.float16, torch.device("cpu"))
@@ -25,7 +25,7 @@ def test_the_pinned_default_computes_what_pytorch_does(name):
 
 
 def test_every_kernel_that_has_candidates_has_a_problem():
-    from deit.kernels.triton import candidates
+    from deit.kernels.device import candidates
 
     assert {problem.factory for problem in PROBLEMS.values()} == set(candidates._SPACES)
 

@@ -1,0 +1,1 @@
+"""One comparison: contenders built, checked, planned, timed in interleaved rounds, shown."""

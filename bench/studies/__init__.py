@@ -1,0 +1,1 @@
+"""What programs of bench/ are made of: scaling.py, distillation.py, host_cost.py."""

@@ -1,0 +1,1 @@
+"""The command `deit`: one subcommand a file, its flags beside what it runs."""

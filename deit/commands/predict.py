@@ -1,0 +1,168 @@
+"""`deit predict`: the likeliest classes of photographs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from deit.commands import flags
+
+if TYPE_CHECKING:
+    from deit.data.images import Unreadable
+    from deit.model import DeiT
+    from deit.predict import Prediction
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Name what photographs show: the likeliest classes of each, with their probabilities.
+
+    Exits with 1 if an image could not be read (the others are still printed), with 2 for bad
+    input.
+    """
+
+    images: flags.Paths
+    """Photographs, or folders of them."""
+    weights: flags.OptionalPath = None
+    """The trained weights: a run's folder, an official .pth, a .safetensors, or a Hugging Face
+    model folder."""
+    arch: flags.OptionalName = None
+    """The network, such as deit_b or deit_tiny_distilled_patch16_224; left out: the weights'."""
+    img_size: flags.OptionalInt = None
+    """Pixels along a side, a multiple of 16; the weights' own if left out."""
+    test_head: Literal["class", "distillation", "softmax-sum", "logit-mean"] = "softmax-sum"
+    """Of a distilled network: one head, the softmaxes' sum (the paper's) or the logits' mean."""
+    topk: int = 5
+    """Classes to print for each photograph."""
+    classes: flags.OptionalPath = None
+    """A text file with one class name a line; a run's own classes or ImageNet's if left out."""
+    device: str = "auto"
+    """A torch device; auto is the first GPU, or the CPU where there is none."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What the network computes in."""
+    batch_size: int = 16
+    """Photographs at a time."""
+    fuse: bool = True
+    """Run on the fused operators."""
+    json: bool = False
+    """Print one JSON document instead of text."""
+
+    def run(self) -> int:
+        """Predictions to stdout, all else to stderr.
+
+        Returns 0, or 1 if an image could not be read. Raises ValueError for bad input.
+        """
+        from deit import devices
+        from deit.data.images import IMAGENET_MEAN, IMAGENET_STD, NothingReadable, PhotoLoader
+        from deit.predict import class_names, predict
+        from deit.weights import networks
+
+        paths, failed = _find(self.images)
+        device = devices.named(self.device)
+        model, about = self._load()
+        model.to(device, devices.DTYPES[self.dtype])
+        names = about.get("classes")
+        if names is None or self.classes is not None:
+            names = class_names(model.config.num_classes, self.classes)
+        if self.fuse:
+            from deit.fused_vit import fuse
+
+            fuse(model)
+        size = model.config.img_size
+        how = f"{model.config.label} at {size} px, {self.dtype} on {device}"
+        how += ", fused" if self.fuse else ", not fused"
+        print(f"deit: {how}; {len(paths)} image{'s' * (len(paths) != 1)}", file=sys.stderr)
+        predictions: list[Prediction] = []
+        if paths:
+            loader = PhotoLoader(
+                paths,
+                size,
+                self.batch_size,
+                ratio=networks.crop_of(about),
+                mean=about.get("mean", IMAGENET_MEAN),
+                std=about.get("std", IMAGENET_STD),
+                device=device,
+                dtype=devices.DTYPES[self.dtype],
+            )
+            batches = predict(model, loader, names, self.topk)
+            with contextlib.suppress(NothingReadable):  # each file is named below
+                for batch in _shown(batches, len(paths), self.batch_size):
+                    predictions += batch
+                    if not self.json:
+                        print("\n".join(map(_text, batch)), flush=True)
+            failed += loader.unreadable
+        if self.json:
+            print(json.dumps(_document(how, self.weights, predictions, failed), indent=2))
+        for bad in failed:
+            print(f"deit: cannot read {bad.path}: {bad.reason}", file=sys.stderr)
+        return 1 if failed else 0
+
+    def _load(self) -> tuple[DeiT, dict[str, Any]]:
+        """The network, and how a run here prepared its images; see `networks.opened`."""
+        from deit.weights import networks
+        from deit.weights.checkpoint import OFFICIAL_FILES
+
+        if self.weights is None:
+            files = ", ".join(OFFICIAL_FILES.values())
+            raise ValueError(
+                "--weights: expected a file, for random weights predict nothing. The official "
+                f"ones, published at github.com/facebookresearch/deit, are {files}"
+            )
+        return networks.opened_deit(
+            self.weights, self.img_size, arch=self.arch, test_head=self.test_head
+        )
+
+
+def _find(given: Sequence[Path]) -> tuple[list[Path], list[Unreadable]]:
+    """The images to read; a path that is not there is a failure beside the others."""
+    from deit.data.images import Unreadable, find_images
+
+    there = [path for path in given if path.exists()]
+    absent = [Unreadable(path, "no such file or folder") for path in given if path not in there]
+    return find_images(there) if there or not absent else [], absent
+
+
+def _shown(
+    batches: Iterable[list[Prediction]], total: int, batch_size: int
+) -> Iterator[list[Prediction]]:
+    """`batches`, with a progress bar where someone watches and there is more than one to come."""
+    if total <= batch_size or not sys.stderr.isatty():
+        yield from batches
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    # rich would send stdout to its own console, stderr. It may where both are the terminal.
+    redirect = sys.stdout.isatty()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, redirect_stdout=redirect) as bar:
+        task = bar.add_task("photographs", total=total)
+        for batch in batches:
+            yield batch
+            bar.advance(task, len(batch))
+
+
+def _text(prediction: Prediction) -> str:
+    lines = [str(prediction.path)]
+    for rank, guess in enumerate(prediction.top, start=1):
+        lines.append(f"  {rank}  {100 * guess.probability:6.2f} %  {guess.name}")
+    return "\n".join(lines)
+
+
+def _document(
+    how: str, weights: Path | None, predictions: list[Prediction], failed: list[Unreadable]
+) -> dict[str, object]:
+    return {
+        "network": how,
+        "weights": str(weights),
+        "predictions": [
+            {"path": str(p.path), "top": [asdict(guess) for guess in p.top]} for p in predictions
+        ],
+        "unreadable": [{"path": str(bad.path), "reason": bad.reason} for bad in failed],
+    }

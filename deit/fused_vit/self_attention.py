@@ -1,0 +1,96 @@
+"""Self-attention from one packed projection, for all tokens or for the first few."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deit.kernels import attention, linear, thirds
+
+
+class SelfAttention:
+    """Self-attention from one packed projection; a mix-in for what holds its parameters."""
+
+    if TYPE_CHECKING:  # the attributes of the class that this is mixed over
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def projection(self) -> tuple[Any, Any]:
+        """Weight [3 * D', D] of q, k and v one after another, and bias [3 * D'] or None.
+
+        Or three weights [D', D], and three biases [D'] or None, as `deit.kernels.thirds` takes
+        them; never for `mix_prefix`.
+        """
+        raise NotImplementedError
+
+    def output(self) -> nn.Linear:
+        """The projection of the concatenated heads."""
+        raise NotImplementedError
+
+    def geometry(self) -> tuple[int, float]:
+        """The number of heads and the factor on the scores."""
+        raise NotImplementedError
+
+    def width(self) -> int:
+        """D': heads times head width, which need not be the stream's D."""
+        raise NotImplementedError
+
+    def attend(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        gamma: Tensor | None = None,
+        keep: Tensor | None = None,
+        *,
+        key_bias: Tensor | None = None,
+        rows: int | None = None,
+    ) -> Tensor:
+        """residual + keep * gamma * proj(attention(qkv(x))), of the first `rows` tokens or all."""
+        impls = self.fused_impls
+        weight, bias = self.projection()
+        heads, scale = self.geometry()
+        if rows is None:
+            packed = thirds.linear(x, weight, bias, impl=impls["linear"])
+            mixed = attention(
+                packed, heads, scale=scale, key_bias=key_bias, impl=impls["attention"]
+            )
+        else:
+            mixed = self.mix_prefix(x, rows, weight, bias)
+        proj = self.output()
+        return linear(
+            mixed,
+            proj.weight,
+            proj.bias,
+            residual=residual,
+            gamma=gamma,
+            keep=keep,
+            impl=impls["linear"],
+        )
+
+    def mix_prefix(
+        self,
+        x: Tensor,
+        rows: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        project: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None,
+    ) -> Tensor:
+        """[B, rows, D']: the first `rows` queries against all keys, heads concatenated.
+
+        `project` stands for `linear` where it is given. PyTorch's attention is good enough for
+        B * H * rows queries, half a percent of a layer's.
+        """
+        heads, scale = self.geometry()
+        if project is None:
+            project = functools.partial(linear, impl=self.fused_impls["linear"])
+        width = weight.shape[0] // 3
+        bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
+        q = project(x[:, :rows], weight[:width], bias_q)
+        kv = project(x, weight[width:], bias_kv)
+        q = q.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, H, rows, d]
+        k, v = kv.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, N, d]
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)

@@ -1,0 +1,1 @@
+"""Training: recipes' options, the loop, distillation, evaluation, checkpoints, many processes."""

@@ -1,0 +1,1 @@
+"""What every operator shares on the host: dispatch, validation, tuning, kept weights, libraries."""

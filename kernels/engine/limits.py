@@ -1,0 +1,52 @@
+"""Why kernels cannot take a call's arguments: the reasons that several operators share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deit.kernels.engine import native
+from deit.kernels.engine.tracing import constant_when_traced
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def unserved(*arguments: Any) -> list[str]:
+    """Why kernels cannot take these tensors' dtypes."""
+    dtypes = (a.dtype for a in arguments if isinstance(a, Tensor) and a.is_floating_point())
+    return [f"dtype {d} (fp32, fp16 and bf16 are served)" for d in dtypes if d not in KERNEL_DTYPES]
+
+
+def interpreter_limits(implementation: str, x: Tensor, *_: Any) -> list[str]:
+    """For operators with a matrix product: Triton's interpreter gets bf16 `tl.dot` wrong."""
+    if implementation == "triton" and x.dtype == torch.bfloat16 and not x.is_cuda:
+        return ["Triton's interpreter computes bf16 matrix products wrongly (triton#11584)"]
+    return []
+
+
+def product_limits(implementation: str, x: Tensor, *weights: Tensor) -> list[str]:
+    """For operators that are matrix products of x [..., K] and weights [M, K]."""
+    if implementation != "cpu":
+        return interpreter_limits(implementation, x)
+    isa, dtype, found = cpu_isa(), x.dtype, []
+    if isa == "portable":
+        found.append("no AVX2 here, and PyTorch's products are faster than the portable ones")
+    if dtype == torch.float16:
+        found.append("dtype torch.float16 (its products are for fp32 and bf16)")
+    if dtype == torch.bfloat16 and isa != "avx512_bf16":
+        found.append(f"bf16 products need AVX512-BF16, this processor has {isa}")
+    if dtype == torch.bfloat16 and any(w.shape[-1] % 2 for w in weights):
+        found.append("an odd depth, where bf16 products take pairs")
+    for tensor in (x, *weights):  # a generator's set-up alone would double this
+        if tensor.numel() == 0:
+            found.append("an empty axis")
+            break
+    return found
+
+
+@constant_when_traced
+def cpu_isa() -> str:
+    """The instruction set that the C++ library uses; asked once a process."""
+    return native.cpu_isa()

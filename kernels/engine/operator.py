@@ -1,0 +1,69 @@
+"""What an operator's folder declares of it: all that the engine knows of any operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+Arguments = tuple[Any, ...]
+
+# In the place of `impl`: return the schema's arguments, run nothing.
+PREPARE: Any = object()
+
+
+def no_limits(implementation: str, *arguments: Any) -> list[str]:
+    """For operators whose kernels take whatever the schema takes."""
+    return []
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One public operator. Its schemas and kernels are in `registry`, under its name.
+
+    public: the function that users call. It validates its arguments, casts them for autocast, and
+        ends with `return dispatch.run(<this>, <the schema's arguments>, impl)`.
+    reference: the same in plain PyTorch, by the schema's arguments.
+    limits: (implementation, *schema arguments) -> why that implementation cannot take them. The
+        first argument's dtype is among those that kernels serve; so are the others' where `public`
+        has them in that dtype or fp32, and where it does not `limits` asks `limits.unserved`.
+    train: (implementation, *schema arguments) -> the output, differentiable by that
+        implementation's own `_fwd` and `_bwd` kernels.
+    constants: the schema arguments for which those kernels compute no gradient, by position.
+    trains_in_fp32: the implementations whose gradients have fp32 kernels alone.
+    slower_by_avx2: (*schema arguments) -> whether, in inference and where AVX2 is all there is, the
+        C++ kernel is slower than PyTorch's: measured, with the figures beside it.
+    eight_bits: whether it rounds to 8 bits. Its reference is then the arithmetic itself, and
+        neither gradients nor the rule against fp64 are its own.
+    """
+
+    public: Callable[..., Any]
+    reference: Callable[..., Any]
+    limits: Callable[..., list[str]] = no_limits
+    train: Callable[..., Any] | None = None
+    constants: dict[int, str] = field(default_factory=dict)
+    trains_in_fp32: tuple[str, ...] = ()
+    slower_by_avx2: Callable[..., bool] | None = None
+    eight_bits: bool = False
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.public.__name__)
+
+    def prepare(self, *inputs: Any, **options: Any) -> Arguments:
+        """The public arguments -> the schema's, validated; raises what `public` raises."""
+        return self.public(*inputs, **options, impl=PREPARE)
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def register(operator: Operator) -> Operator:
+    """Make it known under its name, to `explain` and to whoever asks for all of them."""
+    OPERATORS[operator.name] = operator
+    return operator
+
+
+def operator_names(*, eight_bits: bool) -> tuple[str, ...]:
+    """Those of the operators that round to 8 bits, or of all the others."""
+    return tuple(name for name, known in OPERATORS.items() if known.eight_bits is eight_bits)

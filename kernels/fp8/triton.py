@@ -1,0 +1,123 @@
+"""`deit.kernels.fp8_linear` and `fp8_gelu_mlp` on Triton: rows to e4m3, then the products.
+
+The weights' e4m3 forms are kept by `deit.kernels.engine.packing`. fc1 writes its output as fc2
+reads it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deit.kernels.device import common, launching
+from deit.kernels.engine.packing import packed
+from deit.kernels.fp8 import triton_product as fp8_product
+from deit.kernels.fp8 import triton_rows as fp8_rows
+from deit.kernels.fp8.quantize import E4M3, GROUP, quantize
+from deit.kernels.fp8.triton_product import Weight
+
+
+def fp8_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    gelu: bool,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+) -> Tensor:
+    """`deit.kernels.fp8_linear`; x and residual as `linear` takes them (`common.as_rows`)."""
+    made = kept(weight)
+    return _linear(
+        x, made.e4m3, made.scales, bias, norm_weight, norm_bias, eps, gelu, residual, gamma
+    )
+
+
+@launching.kept
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    gelu: bool,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+) -> Tensor:
+    out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+    rows = _rows(x, norm_weight, norm_bias, eps)
+    weights, activation = Weight(weight, weight_scales), "gelu" if gelu else None
+    _run(fp8_product.plan(rows, weights, bias, activation, residual, gamma, out), x)
+    return out
+
+
+def fp8_gelu_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+) -> Tensor:
+    """`deit.kernels.fp8_gelu_mlp`; the hidden layer is in memory as e4m3, 1 byte a channel."""
+    first, second = (*kept(w1), b1), (*kept(w2), b2)
+    return _gelu_mlp(x, *first, *second, norm_weight, norm_bias, eps, residual, gamma)
+
+
+@launching.kept
+def _gelu_mlp(
+    x: Tensor,
+    w1: Tensor,
+    w1_scales: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    w2_scales: Tensor,
+    b2: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+) -> Tensor:
+    out = torch.empty((*x.shape[:-1], w2.shape[0]), dtype=x.dtype, device=x.device)
+    rows = _rows(x, norm_weight, norm_bias, eps)
+    hidden, launch = fp8_product.plan_hidden(rows, Weight(w1, w1_scales), b1)
+    _run(launch, x)
+    weights = Weight(w2, w2_scales)
+    _run(fp8_product.plan(hidden, weights, b2, None, residual, gamma, out), x)
+    return out
+
+
+def kept(weight: Tensor) -> Weight:
+    """The e4m3 form of a weight [M, K], made once while the weight does not change."""
+    return packed(weight, "fp8", pack)
+
+
+def pack(weight: Tensor) -> Weight:
+    """Round a weight [M, K] to e4m3 by output channel, padded with zeros to whole groups."""
+    e4m3, scales = quantize(weight, weight.shape[1])
+    padded = F.pad(e4m3.view(torch.uint8), (0, -weight.shape[1] % GROUP)).view(E4M3)
+    return Weight(padded.contiguous(), scales.flatten().contiguous())
+
+
+def _rows(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
+) -> fp8_rows.Rows:
+    norm = None if norm_weight is None else fp8_rows.Norm(norm_weight, norm_bias, eps)
+    rows, launch = fp8_rows.plan(x, norm)
+    _run(launch, x)
+    return rows
+
+
+def _run(launch: common.Launch | None, like: Tensor) -> None:
+    if launch is not None:
+        launch.run(like)

@@ -1,0 +1,162 @@
+"""LayerNorm, alone and fused with the residual addition before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from deit.kernels.engine import dispatch, validate
+from deit.kernels.engine.derivatives import gradients
+from deit.kernels.engine.operator import Operator, register
+from deit.kernels.engine.registry import COMPILED
+from deit.kernels.layer_norm import reference
+from deit.kernels.layer_norm import schema as schema
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """LayerNorm over the last axis (arXiv 1607.06450).
+
+    Args:
+        x: [..., D], fp32, fp16 or bf16 (fp64 by the reference).
+        weight, bias: [D], in x's dtype or fp32; bias may be None.
+        eps: added to the variance. timm and the official DeiT use 1e-6, Hugging Face 1e-12.
+        impl: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        [..., D] in x's dtype. Mean and variance are fp32 whatever the dtype, also under
+        autocast, which leaves x as it is.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+        NotImplementedError: the implementation named by `impl` cannot run, with each reason.
+    """
+    eps = _check(x, weight, bias, eps)
+    return dispatch.run(_LAYER_NORM, (x, weight, bias, eps), impl)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    gamma: Tensor | None = None,
+    keep: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The residual addition and the LayerNorm that follows it, in one pass.
+
+    Args:
+        x: [..., D], the branch's output.
+        residual: the stream it joins, x's shape, in x's dtype or fp32.
+        weight, bias, eps: as for `layer_norm`.
+        gamma: [D], LayerScale (arXiv 2103.17239), or None for 1.
+        keep: [B], stochastic depth's factor for each sample, 0 or 1/(1 - p), or None for 1.
+        impl: as for `layer_norm`.
+
+    Returns:
+        (LN(s), s) with s = residual + keep * gamma * x; LN(s) in x's dtype, s in residual's.
+
+    Raises:
+        As `layer_norm`.
+    """
+    eps = _check(x, weight, bias, eps)
+    validate.tensor("residual", residual)
+    validate.epilogue(x, x.shape[-1], residual, gamma, keep)
+    return dispatch.run(_ADD_LAYER_NORM, (x, residual, weight, bias, eps, gamma, keep), impl)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> float:
+    """eps as a float; the others are what LayerNorm takes."""
+    validate.tensor("x", x)
+    shape = x.shape[-1:]
+    validate.parameters(x, ("weight", weight, shape), fp32_allowed=True)
+    if bias is not None:
+        validate.parameters(weight, ("bias", bias, shape))
+    eps = validate.number("eps", eps)
+    if eps < 0:
+        raise ValueError(f"eps: expected a number >= 0; got {eps}")
+    return eps
+
+
+class _LayerNorm(torch.autograd.Function):
+    """Differentiates by an implementation's `layer_norm_fwd` and `layer_norm_bwd`."""
+
+    @staticmethod
+    def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return COMPILED[implementation]["layer_norm_fwd"](*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.implementation, x, weight, _, _ = inputs
+        _, mean, rstd = output
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)  # or autograd fills zeros for mean and rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        kernel = COMPILED[ctx.implementation]["layer_norm_bwd"]
+        saved = ctx.saved_tensors
+        return tuple(gradients(ctx, lambda wanted: kernel(dout, *saved, wanted), (1, 2, 3)))
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    """Differentiates by an implementation's `add_layer_norm_fwd` and `add_layer_norm_bwd`."""
+
+    @staticmethod
+    def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return COMPILED[implementation]["add_layer_norm_fwd"](*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.implementation, x, _, weight, _, _, gamma, keep = inputs
+        _, total, mean, rstd = output
+        of_gamma = ctx.needs_input_grad[6]
+        ctx.save_for_backward(x if of_gamma else None, total, weight, mean, rstd, gamma, keep)
+        ctx.dtype = x.dtype
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)  # or autograd fills zeros for mean and rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dout: Tensor | None, dtotal: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        kernel, saved = COMPILED[ctx.implementation]["add_layer_norm_bwd"], ctx.saved_tensors
+        total = saved[1]
+        douts = (
+            torch.zeros_like(total, dtype=ctx.dtype) if dout is None else dout,
+            torch.zeros_like(total) if dtotal is None else dtotal,
+        )
+
+        def backward(wanted: list[bool]) -> tuple[Tensor, ...]:
+            return kernel(*douts, *saved, wanted)
+
+        return tuple(gradients(ctx, backward, (1, 2, 3, 4, 6)))
+
+
+def _train(implementation: str, *arguments: Any) -> Tensor:
+    return _LayerNorm.apply(implementation, *arguments)[0]
+
+
+def _train_add(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return _AddLayerNorm.apply(implementation, *arguments)[:2]
+
+
+_LAYER_NORM = register(Operator(layer_norm, reference.layer_norm, train=_train))
+_ADD_LAYER_NORM = register(
+    Operator(add_layer_norm, reference.add_layer_norm, train=_train_add, constants={6: "keep"})
+)
