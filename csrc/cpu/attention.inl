@@ -24,7 +24,7 @@ void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t r
              int64_t depth, int64_t chain, int vectors, float* c, int64_t ldc) {
   for (int64_t k = 0; k < depth; k += chain) {
     const int64_t terms = depth - k < chain ? depth - k : chain;
-    multiply<W, false>(a + k, lda, b + k * ldb, ldb, rows, terms, vectors, k > 0, c, ldc);
+    multiply<W, false, false>(a + k, lda, b + k * ldb, ldb, rows, terms, vectors, k > 0, c, ldc);
   }
 }
 

@@ -16,7 +16,7 @@
 //       197 x 768 x 192         54.4        51.0        51.8
 //      1576 x 192 x 768         49.7        47.1        47.3
 //      1576 x 768 x 192         51.2        50.6        46.6
-//      6304 x 384 x 1536        @@@@        41.3        38.5
+//      6304 x 384 x 1536        40.4        41.3        38.5
 //
 // Neither blocks of 200 and 400 rows nor weights packed before, in blocks of 96 and 192, mended that: it
 // stayed up to 14 % behind at 788 and 1576 rows of DeiT-Ti and S, and came out 8 % ahead at 1576 x
