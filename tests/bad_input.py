@@ -21,7 +21,7 @@ import deit.kernels
 from deit.kernels.engine.operator import OPERATORS
 from deit.kernels.prove import reference
 
-# What keeps the shape, the dtype and, where the memory overlaps, not the values.
+# These keep the shape and the dtype. They change the values where the memory overlaps.
 LAYOUTS: dict[str, Callable[[Tensor], Any]] = {
     "last axis strided": lambda t: torch.stack([t, t], dim=-1).flatten(-2)[..., ::2],
     "last axis expanded": lambda t: t[..., :1].expand(t.shape),
@@ -66,7 +66,7 @@ def given(name: str) -> dict[str, Any]:
     """The call of test_dispatch.CALLS with every argument by name."""
     inputs, options = CALLS[name]
     call = dict(zip(argument_names(name), inputs, strict=False)) | options
-    call.pop("row_stats", None)  # of x as it is: an x that is spoilt would not be theirs
+    call.pop("row_stats", None)  # they belong to the x that is not spoilt
     return call
 
 

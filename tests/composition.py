@@ -72,7 +72,7 @@ def compiled_is_eager(name: str, impl: str) -> None:
         torch.testing.assert_close(got, want)
 
 
-# What a backward reads for one gradient alone; what it gives without computing.
+# What a backward reads for one gradient alone, and what it passes on without computing.
 READ_FOR = {
     "linear": ("x", "weight"),
     "gelu_mlp": ("x", "w1"),
@@ -97,7 +97,7 @@ class Backwards(TorchDispatchMode):
 
 
 def frozen_parts_cost_nothing(name: str, impl: str) -> None:
-    """Each gradient alone, and all but each: the same values, no other one computed or kept for."""
+    """Any one gradient, and all but one, have the same values; no other is computed or kept for."""
     run, tensors = call(name, impl)
     names, wanted = tensor_names(name), differentiable(name, tensors)
     outputs = len(schema_calls.each(run(*tensors)))

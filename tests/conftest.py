@@ -40,7 +40,7 @@ def _selected(name: str) -> Iterator[str]:
     from deit.kernels.engine import limits, native
 
     try:
-        limits.cpu_isa()  # remembered once a process: the processor's own, not a test's choice
+        limits.cpu_isa()  # cached now: the processor's own, not a test's choice
         native.select_cpu_isa(name)
     except (ValueError, RuntimeError) as error:
         pytest.skip(str(error))

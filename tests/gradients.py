@@ -36,7 +36,7 @@ def outputs_and_gradients(
             pairs = [(o, d) for o, d in zip(outputs, douts, strict=True) if d is not None]
             torch.autograd.backward([o for o, _ in pairs], [d.to(o.dtype) for o, d in pairs])
         grads = [inputs[i].grad for i in wanted]
-        # An input that an unused output alone depends on has none on the reference.
+        # The reference gives no gradient to an input that only an unused output depends on.
         zeros = (torch.zeros_like(inputs[i]) for i in wanted)
         grads = [z if g is None else g for g, z in zip(grads, zeros, strict=True)]
         return [o.detach() for o in outputs] + grads
@@ -48,7 +48,7 @@ def outputs_and_gradients(
 def one_thread() -> Iterator[None]:
     """PyTorch shares sums over rows out among its threads, and its error depends on their number.
 
-    By two of them one dweight was right to 0.7 of an ulp (8.5e-8), which no rule can ask for.
+    With two threads one dweight was right to 0.7 of an ulp (8.5e-8). No rule can ask for that.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -72,9 +72,9 @@ def packed(
 ) -> Tensor:
     """qkv [B, N, 3 * H * d] of one input family, from `seed` and the two after it.
 
-    A mean of 1000 is for v alone: in q and k it would make every softmax an argmax; there the mean
-    is 4. "outlier": in k there are none, since outlier channels times each other would be scores
-    of 10^4. "one_hot": scores of standard deviation 25, one key taking nearly everything.
+    A mean of 1000 is for v alone. In q and k it would make every softmax an argmax, so there the
+    mean is 4. "outlier": k has none, since outlier channels times each other would be scores of
+    10^4. "one_hot": scores of standard deviation 25, where one key takes nearly everything.
     """
     shape = (batch, tokens, heads * head_dim)
     seeds = (seed, seed + 1, seed + 2)

@@ -204,8 +204,8 @@ def test_launches_of_one_kernel_are_compiled_once(monkeypatch):
 @pytest.mark.parametrize(
     ("arch", "warps", "registers", "shared", "columns", "blocks"),
     [
-        # By CUDA's occupancy calculator (cuda_occupancy.h): registers, shared memory, warps,
-        # blocks and tensor memory are what limits, in turn.
+        # The limit is, in turn, registers, shared memory, warps, blocks and tensor memory, by
+        # CUDA's occupancy calculator (cuda_occupancy.h).
         (90, 4, 255, 0, 0, 2),
         (90, 8, 128, 0, 0, 2),
         (90, 8, 96, 0, 0, 2),

@@ -46,7 +46,7 @@ def test_tensors_on_two_devices(name, impl):
 
 @each_run
 def test_a_gradient_is_right_or_refused(name, impl):
-    """Each input requires grad in its turn, also those that no kernel differentiates by."""
+    """Each input requires grad in its turn, even where no kernel has a gradient for it."""
     trains = impl in registry.KERNELS and f"{name}_bwd" in registry.KERNELS[impl]
     for argument in bad_input.tensors(name):
         call = bad_input.given(name)

@@ -204,7 +204,7 @@ def test_a_run_file_that_is_no_json(tmp_path, text):
 
 
 def test_a_timm_runs_classes_are_those_of_its_weights(tmp_path):
-    """Before a network of as many is made: a run.json of megabytes names millions."""
+    """It is refused before the network is made: a run.json of megabytes can name millions."""
     model = timm.create_model("resnet10t", num_classes=3)
     about = {**ABOUT, "network": {"arch": "timm:resnet10t", "img_size": 64}}
     path = run_of(tmp_path, {**about, "classes": ["a"] * 100_000}, model.state_dict())

@@ -56,7 +56,7 @@ def test_export_round_trip(name, impl, tmp_path):
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's, under vmap
 @pytest.mark.parametrize("name", CALLS)
 def test_vmap(name):
-    """Over a new leading axis of the first input, as a loop over it."""
+    """vmap over a new leading axis of the first input gives what a loop over it gives."""
     run, (first, *rest) = composition.call(name, "auto")
     stacked = torch.stack([first, 2 * first, -first])
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_vmap(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_torch_func_grad(name):
-    """Of every differentiable input, as autograd has it by the reference."""
+    """The gradient of every differentiable input is that of autograd by the reference."""
     run, tensors = composition.call(name, "auto")
     wanted = composition.differentiable(name, tensors)
 
@@ -102,7 +102,7 @@ def by_dual_numbers(function, primals, tangents):
 @pytest.mark.parametrize("jvp", [by_dual_numbers, torch.func.jvp])
 @pytest.mark.parametrize("name", CALLS)
 def test_forward_mode(name, jvp, grad):
-    """A tangent on each input in its turn, whether or not autograd records, is the reference's."""
+    """Each input has a tangent in its turn, with autograd on and off: the reference's results."""
     run, tensors = composition.call(name, "auto")
     plain, _ = composition.call(name, "reference")
     for place, tensor in enumerate(tensors):
@@ -146,7 +146,7 @@ PRODUCTS = ("attention", "linear", "gelu_mlp", "patch_embed", "vit_block")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CALLS)
 def test_autocast_on_the_cpu(name, dtype):
-    """Products in the autocast dtype, into a residual of fp32; norms and losses as they are."""
+    """Products run in the autocast dtype, into a residual of fp32; norms and losses do not."""
     run, tensors = composition.call(name, "auto")
     with torch.no_grad():
         plain = each(run(*tensors))
@@ -173,7 +173,7 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def autocast_to_half():
-    """torch.autocast("cuda") as it is where there is a GPU; without one it turns itself off."""
+    """torch.autocast("cuda") as on a machine with a GPU; without one it turns itself off."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.float16)
@@ -191,7 +191,7 @@ ON_CUDA = [(name, "reference") for name in CALLS] + [k for k in KERNELS if k not
 
 @pytest.mark.parametrize(("name", "impl"), ON_CUDA, ids=map(ids, ON_CUDA))
 def test_autocast_on_cuda(name, impl, gpu, autocast_to_half):
-    """As on the CPU: CUDA's own rule would return fp32 from a LayerNorm of half-precision input."""
+    """It is as on the CPU. CUDA's rule would return fp32 from a LayerNorm of half precision."""
     run, tensors = composition.call(name, impl)
     tensors = [t.to("cuda:1") for t in tensors]
     found = each(run(*tensors))
@@ -219,7 +219,7 @@ def test_what_hoppers_products_refuse_is_said(name, gpu, autocast_to_half, monke
 
 
 def test_warmup_makes_the_calls_that_a_capture_would(monkeypatch):
-    """Forward and backward, of an operator and of a module; no gradient is left behind."""
+    """An operator and a module run forward and backward; no gradient is left behind."""
     seen = []
     run = deit.kernels.linear
 
@@ -253,7 +253,7 @@ def test_warmup_makes_the_calls_that_a_capture_would(monkeypatch):
 
 
 def test_warmup_on_a_gpu_runs_on_a_stream_of_its_own(gpu, monkeypatch):
-    """On the inputs' device, behind its current work, and ends with all of it done."""
+    """It runs on the inputs' device, after its current work, and waits until all is done."""
     log = []
 
     class Stream:

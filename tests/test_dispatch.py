@@ -11,7 +11,7 @@ from deit.kernels.engine.operator import OPERATORS, operator_names
 from deit.kernels.prove import reference
 from deit.kernels.vit_block.arguments import BlockArguments
 
-torch.manual_seed(0)  # of this module's tensors: what passes passes again
+torch.manual_seed(0)  # this module's tensors are the same in every run
 X = torch.randn(2, 5, 64)
 WEIGHT = torch.ones(64)
 
@@ -91,6 +91,12 @@ def test_explain_takes_the_public_functions_arguments(name):
     assert len(arguments) == len(registry.COMPILED["cpu"][name]._schema.arguments)
     with pytest.raises(ValueError, match="impl: expected 'auto' or one of"):
         public(name)(*args, **kwargs, impl="prepare")
+
+
+def test_explain_takes_options_that_no_schema_has():
+    weights = (torch.randn(96, 64), None, torch.randn(64, 96), None)
+    found = explain("gelu_mlp", X, *weights, recompute=True)
+    assert found.reasons == explain("gelu_mlp", X, *weights).reasons
 
 
 def test_a_blocks_arguments_are_its_schemas():

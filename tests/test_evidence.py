@@ -183,7 +183,7 @@ def test_a_tidy_up_leaves_rows_fresh(tidy: str) -> None:
         ("kernels/int8/__init__.py", "return x", "return -x", EIGHT),
         ("kernels/int8/cpu.py", "deit_cpu.int8_linear(x)", "deit_cpu.other(x)", {"cpu int8"}),
         ("kernels/fp8/__init__.py", "schema.OPS", "not schema.OPS", {"cpu fp8", "cuda fp8"}),
-        # fp8's own import of it, which loads int8, counts; the table of all does not.
+        # fp8's own import of int8's schema counts. The import by the table of all does not.
         ("kernels/int8/schema.py", "{}", "{1: 2}", EIGHT),
         # What no contender runs: the catalogue of calls, the ahead-of-time gate, files unincluded.
         ("kernels/linear/calls.py", "[", "[None, ", set()),
@@ -198,7 +198,7 @@ def test_a_row_goes_stale_by_what_its_contender_can_run(
 
 
 def test_another_definition_of_the_same_name_is_a_change() -> None:
-    """Though the imports themselves are left out."""
+    """It is one, though the imports themselves are left out."""
     twice = KERNELS | {
         "kernels/linear/one.py": "def plain(x):\n    return x\n",
         "kernels/linear/two.py": "def plain(x):\n    return x + x\n",
@@ -243,7 +243,7 @@ with torch.inference_mode():
 
 
 def test_what_calls_load_counts() -> None:
-    """Of our own tree: nothing runs that its imports do not tell. Tables load the other 8 bits."""
+    """In our own tree, imports tell all that runs. Only tables load the other 8 bits."""
     done = subprocess.run([sys.executable, "-c", SEEN], capture_output=True, text=True, cwd=ROOT)
     assert not done.returncode, done.stderr
     tree = sources.read(ROOT)
@@ -256,7 +256,7 @@ def test_what_calls_load_counts() -> None:
 
 
 def test_nothing_in_fp32_is_made_of_what_its_hash_leaves_out() -> None:
-    """Of our own tree."""
+    """The tree is our own."""
     tree = sources.read(ROOT)
     for device in sources.DEVICES:
         counted = sources.counted(tree, device)

@@ -41,7 +41,7 @@ def test_every_value_of_the_format_comes_back():
 
 
 def test_rounds_to_the_nearest_value_and_ties_to_even():
-    """Against the values themselves, by distance: no cast is trusted."""
+    """The result is the nearest of all values, by distance: no cast is trusted."""
     grid = EVERY.unique()
     middle = (grid[1:] + grid[:-1]) / 2
     x = torch.cat([grid, middle, torch.nextafter(middle, grid[1:]), torch.linspace(-448, 448, 999)])
@@ -83,7 +83,7 @@ def test_the_edges_of_a_scale(largest):
 
 @pytest.mark.parametrize(("width", "cost"), [(GROUP, 0.27), (768, 0.05)])
 def test_what_powers_of_two_cost(width, cost):
-    """Against amax / 448, which would make the largest number of each group exact."""
+    """The comparison is with amax / 448, which makes each group's largest number exact."""
     x = oracle.make("random", (512, 768))
     blocks = x.unflatten(-1, (-1, width))
     scales = blocks.abs().amax(-1, keepdim=True) / LARGEST
@@ -124,7 +124,7 @@ def test_signal_to_noise_against_fp64():
 
 
 def test_epilogue_and_norm():
-    """Every option, against the same arithmetic in fp64 on the factors as they were rounded."""
+    """Every option is held to the same arithmetic in fp64 on the rounded factors."""
     x = oracle.make("random", (2, 9, 200))
     weight, bias = layer(200, 70)
     norm = (1 + bias[:1].expand(200) * 0.1, weight[0].contiguous(), 1e-6)

@@ -32,7 +32,7 @@ BUILDERS = {
     "timm": lambda: build(VisionTransformer, **SMALL),
     "timm, distilled": lambda: build(VisionTransformerDistilled, **SMALL),
 }
-# What the operator does not compute; each has tokens of its own or takes other images.
+# Models that the operator does not cover: they have tokens of their own or take other images.
 UNUSUAL = {
     "registers": {"reg_tokens": 2},
     "positions without the class token": {"no_embed_class": True},
@@ -118,7 +118,7 @@ def test_gradients_reach_every_parameter_and_the_images(name):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_gradients_have_the_strides_of_their_parameters(name, fused):
-    """Else DDP warns of them, and copies each."""
+    """With other strides, DDP warns of them and copies each gradient."""
     model = BUILDERS[name]()
     if fused:
         fuse(model)

@@ -137,7 +137,7 @@ def test_dropout_in_training_runs_the_original(option):
 
 
 def test_an_older_layout_is_refused_with_a_reason(monkeypatch):
-    """transformers 4 has no DeiTMLP; its ViT multiplies what comes where the mask does."""
+    """transformers 4 has no DeiTMLP. Its ViT multiplies the argument that is the mask here."""
     spec = importlib.util.spec_from_file_location("old_layout", huggingface.__file__)
     old = importlib.util.module_from_spec(spec)
     with monkeypatch.context() as patch:
@@ -191,7 +191,7 @@ def test_autocast():
 
 @torch.no_grad()
 def test_a_forward_replaced_on_an_instance_is_called():
-    """accelerate's offloading wraps a Linear so, while its weight is away on another device."""
+    """accelerate's offloading wraps a Linear this way while its weight is on another device."""
     model = make()
     fuse(model)
     linear = layers(model)[0].mlp.fc1

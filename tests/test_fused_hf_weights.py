@@ -32,7 +32,7 @@ def by_data(model):
 
 
 def behind_the_version_counter(model):
-    """As optimizers outside PyTorch do: nothing but train() and eval() tells."""
+    """Optimizers outside PyTorch do this: only train() and eval() tell of the change."""
     model.train()
     for parameter in model.parameters():
         parameter.data.mul_(1.5)
@@ -111,7 +111,7 @@ def test_the_outputs_follow(change, block):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 6])  # operator by operator, and image by image
 def test_q_k_and_v_are_read_where_they_lie(batch, dtype, monkeypatch):
-    """The same bits as by one weight, and nobody copies weights together."""
+    """They give the same bits as one weight does, and no weights are copied together."""
     model = make().to(dtype)
     fuse(model)
     images = IMAGES[:1].repeat(batch, 1, 1, 1).to(dtype)

@@ -25,7 +25,7 @@ def model() -> DeiT:
 
 
 def graphed(model: nn.Module) -> Graph:
-    """As compile_graph makes it, replayed as a CPU can: the same memory is read and written."""
+    """A graph as compile_graph makes it. A CPU replays it, in the same memory."""
     with torch.no_grad():
         images = torch.randn(2, 3, 32, 32)
         outputs = model(images)

@@ -87,7 +87,7 @@ def prune_timm(attention):
 
 
 def prune_hugging_face(attention):
-    """The same where the number of heads follows from the widths: nobody sets it."""
+    """The same for Hugging Face, where the number of heads follows from the widths."""
     width = attention.head_dim
     for name in ("q_proj", "k_proj", "v_proj"):
         setattr(attention, name, cut(getattr(attention, name), range(width)))

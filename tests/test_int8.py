@@ -48,7 +48,7 @@ def norm_of(depth, seed=7):
 
 
 def agree(out, expected):
-    """All but a hair of the elements to the last bits; what is left, to a step of a token's scale.
+    """All but a few elements agree to the last bits, and the rest to a step of a token's scale.
 
     An ulp of difference before the rounding (LayerNorm's and GELU's own) can flip one integer.
     """
@@ -82,7 +82,7 @@ def test_linear_is_the_integer_arithmetic(isa, family, rows, depth, width):
 
 
 def test_whole_numbers_are_exact(isa):
-    # With the ranges 0..255 and -127..127 all scales are 1: fp32 results are the integers' own.
+    # The ranges 0..255 and -127..127 make all scales 1, so fp32 results are the integers' own.
     x = torch.randint(0, 256, (29, 192)).float()
     x[:, 0], x[:, 1] = 255, 0
     weight = torch.randint(-127, 128, (96, 192)).float()
@@ -103,7 +103,7 @@ def test_the_largest_sum_fits(isa):
 
 @pytest.mark.parametrize("family", oracle.FAMILIES)
 def test_norm_and_gelu(isa, family):
-    # A mean of 1000 costs PyTorch's LayerNorm, the reference's, 1e-4: enough to flip integers.
+    # The reference's LayerNorm is PyTorch's. A mean of 1000 costs it 1e-4: enough to flip integers.
     x = oracle.make(family, (3, 37, 192), mean=8.0)
     weight, bias = layer(192, 130)
     for options in (

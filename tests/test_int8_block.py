@@ -37,7 +37,7 @@ def distance(out, exact):
 
 
 def exactly(x, arguments, **options):
-    """What fp64 has."""
+    """The block in fp64."""
     wide = oracle.in_fp64((x, *arguments))
     options = dict(zip(options, oracle.in_fp64(tuple(options.values())), strict=True))
     return vit_block(*wide, **options, impl="reference")[0]
@@ -67,7 +67,7 @@ def test_it_is_as_close_to_fp64_as_the_reference(images, tokens, dim, heads, bia
 
 
 def test_attention_alone_is_within_bf16():
-    """Values of one size and a projection of 1: what comes out is the attention's rounding."""
+    """With values of one size and a projection of 1 the output is the attention's rounding."""
     dim, tokens = 64, 197
     arguments = block(dim, 1, biases=False)
     arguments[4] = torch.zeros(dim, dim)  # proj: the first branch gone

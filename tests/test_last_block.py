@@ -82,14 +82,14 @@ def test_features_keep_every_token(model):
 
 
 class Nowhere(contextlib.nullcontext):
-    """In place of the counter's module tracker, whose global hooks ask for the original forward."""
+    """Replaces the counter's module tracker, whose global hooks ask for the original forward."""
 
     parents = ("Global",)
 
 
 @pytest.mark.parametrize("name", ["deit_b", "deit_b_distilled"])
 def test_operations_saved(name):
-    """Of a block's 24 N D^2 + 4 N^2 D the keys' and values' 4 N D^2 remain: 1/12 of 83 %."""
+    """The keys' and values' 4 N D^2 of a block's 24 N D^2 + 4 N^2 D remain: 1/12 of 83 %."""
     with torch.device("meta"), torch.no_grad():
         model = deit.create(name).eval()
         images = torch.empty(4, 3, 224, 224)

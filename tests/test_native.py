@@ -88,7 +88,8 @@ def attention_draws(family, dtype, tokens, draws, batches, heads=1, head_dim=64)
 @pytest.mark.parametrize("tokens", [1, 17, 64, 197, 198, 256, 257, 577, 578, 1025])
 def test_attention(isa, tokens, family):
     for dtype in DTYPES:
-        # Half precision rounds too coarsely for luck to matter, many tokens are many rows.
+        # Two draws are enough where luck cannot matter: in half precision, which rounds coarsely,
+        # and with many tokens, which are many rows.
         draws = 2 if tokens > 64 or dtype != torch.float32 else 24
         batches, heads = ((1,), 1) if tokens > 300 else ((3, 1), 2 if tokens == 197 else 1)
         arguments = attention_draws(family, dtype, tokens, draws, batches, heads)
@@ -118,8 +119,8 @@ def test_attention_over_thousands_of_tokens(isa):
 
 
 def test_extreme_scores(isa):
-    # exp must neither overflow nor lose the small terms: scores spread over +-400, the error of
-    # which is in the few rows where two keys are nearly equal.
+    # exp must neither overflow nor lose the small terms. Scores spread over +-400, and their
+    # error is in the few rows where two keys are nearly equal.
     draws = [oracle.make("random", (1, 40, 3 * 64), scale=7.0, seed=seed) for seed in range(40)]
     arguments = [(qkv, 1, 1.0, None) for qkv in draws]
     oracle.check_draws(OPS["attention"], reference.attention, arguments)
@@ -206,7 +207,7 @@ def test_denormals_and_the_edges_of_half(isa):
     arguments = (tiny, torch.ones(64), None, 0.0)
     total = OPS["add_layer_norm"](tiny, tiny, *arguments[1:], None, None)[1]
     assert torch.equal(total, tiny + tiny)
-    # Every fp16 value widened, and rounded back through the addition of zero.
+    # Every half-precision value is widened, and rounded back by adding zero.
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(128, 512)
     for dtype in (torch.float16, torch.bfloat16):
         x = bits.view(dtype)

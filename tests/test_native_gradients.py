@@ -185,8 +185,8 @@ def draws_of(inputs, *shape, family):
     """Several draws of `layer` or `feed_forward` where few hidden values decide: (arguments, dout).
 
     With outlier channels GELU's slope is open only where their large terms cancel. One draw is
-    luck: PyTorch beside itself, the inputs' channels permuted, misses the rule on 2.5 % of them,
-    and so do the kernels.
+    luck: PyTorch, compared with itself with the inputs' channels permuted, misses the rule on
+    2.5 % of them, and so do the kernels.
     """
     draws = [inputs(*shape, family, draw=i) for i in range(4 if family == "outlier" else 1)]
     return [arguments for *arguments, _ in draws], draws[0][-1]

@@ -41,7 +41,7 @@ NONE = (None, None, None)
 
 
 def backward(name: str, douts: tuple[torch.Tensor, ...], saves: Call, *rest: object) -> Call:
-    """`rest` holds places (int) of what the forward saved, between the other arguments."""
+    """An int in `rest` is the place of what the forward saved; the others are arguments."""
 
     def call() -> object:
         saved = saves()
@@ -139,8 +139,8 @@ def test_threads_change_no_bit(name: str, threads: Callable[[int], None]) -> Non
 def model() -> torch.nn.Module:
     torch.manual_seed(0)
     made = deit.create("deit_ti", img_size=64).eval()
-    # The shortened last block asks PyTorch's attention for one query a head, whose sums PyTorch
-    # splits by the number of threads: its logits move by 3e-7.
+    # The shortened last block asks PyTorch's attention for one query a head. PyTorch splits
+    # those sums by the number of threads, and the logits move by 3e-7.
     fuse(made, last_block="full")
     return made
 
@@ -158,7 +158,7 @@ def test_threads_change_no_bit_of_a_fused_models_logits(
 
 
 class Embedded(Dataset[torch.Tensor]):
-    """Images run through a fused model by whoever loads them, as an embedding pipeline does."""
+    """The loader runs its images through a fused model, as an embedding pipeline does."""
 
     def __init__(self, model: torch.nn.Module, images: torch.Tensor) -> None:
         self.model, self.images = model, images

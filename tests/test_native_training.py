@@ -110,7 +110,7 @@ def test_strides_change_no_bit(prepared, name):
 
 
 def test_an_expanded_gradient():
-    """What `.sum().backward()` sends: one element at stride 0."""
+    """`.sum().backward()` sends one element at stride 0."""
     x = torch.randn(2, 9, 48, requires_grad=True)
     weight = torch.randn(48, 48, requires_grad=True)
     for impl in ("cpu", "reference"):
@@ -124,7 +124,7 @@ def test_an_expanded_gradient():
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
 def test_empty(shape):
-    """An empty batch has empty gradients, and parameters zeros, whoever computes them."""
+    """An empty batch has empty gradients and zeros for its parameters, by every kernel."""
     x = torch.empty(*shape, 24, requires_grad=True)
     weight = torch.randn(24, 24, requires_grad=True)
     vector = torch.randn(24, requires_grad=True)

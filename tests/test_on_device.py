@@ -131,8 +131,8 @@ def test_a_sample_is_the_one_that_a_worker_makes(name, photos):
         if what.erased is not None and what.noise is not None:
             top, left, bottom, right = what.erased
             each[:, top:bottom, left:right] = 0.0  # noise, drawn anew
-    # In deviations of a channel: most samples agree to a level, which is 0.018, and a few were
-    # moved by Pillow's bicubic weights and then equalised or sharpened.
+    # Bounds in deviations of a channel. Most samples agree to a level, which is 0.018. A few
+    # were moved by Pillow's bicubic weights and then equalised or sharpened.
     assert apart.mean((1, 2, 3)).median() <= 0.01
     assert apart.mean((1, 2, 3)).max() <= 0.2
     plain = torch.stack(crops).float().div(255).sub_(torch.tensor(STATS[0]).view(3, 1, 1))

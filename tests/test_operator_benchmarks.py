@@ -66,7 +66,7 @@ def test_a_run_leaves_evidence_and_guards_its_ratio(tmp_path: Path) -> None:
         1 / mine["ratio"], rel=0.2
     )  # medians of a/b, b/a
     assert case["extra_info"]["contender"] == rows["eager"]["ours"]
-    # Had the ratio been a hundredth of today's, today's would be a regression.
+    # If the ratio had been a hundredth of today's, today's would be a regression.
     for name in ("min", "max", "mean", "median"):
         case["stats"][name] /= 100
     saved.write_text(json.dumps(kept))
@@ -115,7 +115,7 @@ def test_cases_are_a_deits_and_cost_something(case: cases.Case) -> None:
 
 
 def test_products_of_a_block_are_the_networks_flops() -> None:
-    """Counted by operator and call, a forward has the FLOPs that the config states."""
+    """A forward counted by operator and call has the FLOPs that the config states."""
     config = deit.config("deit_ti")
     total = sum(
         case.forward_calls(config) * cases.flops(call, False)

@@ -229,7 +229,7 @@ def test_tensors_are_swapped(make):
 
 
 def test_a_capture_makes_its_own_copy(make, monkeypatch):
-    """What a CUDA graph replays reads the weight, not a copy of what it was."""
+    """A replayed CUDA graph reads the weight, not a copy of what it was."""
     weight = nn.Parameter(torch.randn(4, 6))
     check(weight, make, 1)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
@@ -239,7 +239,7 @@ def test_a_capture_makes_its_own_copy(make, monkeypatch):
 
 
 def test_training_forgets(make):
-    # The kernels of fused optimisers leave version counters alone; training calls come before.
+    # The kernels of fused optimisers do not raise version counters. Training calls come first.
     weight = nn.Parameter(torch.randn(4, 6))
     check(weight, make, 1)
     optimiser = torch.optim.AdamW([weight], lr=0.1, fused=True)

@@ -98,7 +98,7 @@ def test_a_deit_s_sizes(dtype):
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])
 def test_gelu_over_its_whole_range(isa, name):
-    # A product with the identity: the activation alone. Its error is relative to what is small.
+    # A product with the identity is the activation alone. The error is relative to it.
     for low, high in ((-12.0, 12.0), (-0.01, 0.01), (-1e-30, 1e-30)):
         x = torch.linspace(low, high, 4097)[:, None]
         out = OPS["linear"](x, torch.ones(1, 1), None, name, None, None, None)
@@ -153,7 +153,7 @@ def test_strides_and_ranks(isa, dtype):
 
 @torch.no_grad()
 def test_a_changed_weight_is_seen_however_it_changed():
-    # Nothing is kept of a weight: also what no version counter tells.
+    # Nothing is kept of a weight, so even changes that no version counter tells are seen.
     x, weight = torch.randn(3, 64), torch.nn.Parameter(torch.randn(48, 64))
     for change in (
         lambda: weight.mul_(2.0),

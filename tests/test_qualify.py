@@ -111,7 +111,7 @@ def test_a_stage_that_crashes_keeps_what_it_found(tmp_path, monkeypatch):
 
 
 def running(pid):
-    """Whether a process lives; one that has ended and waits to be collected does not."""
+    """Whether a process lives. One that has ended and waits to be collected does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:

@@ -44,7 +44,7 @@ def test_attention_by_its_formula():
 @pytest.mark.parametrize("impl", ["reference", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_hidden_keys(dtype, impl):
-    """fp32's smallest number beside half precision is a number: keys that all have it count alike.
+    """fp32's smallest number counts in half precision, too: keys that all have it are alike.
 
     Samples: none hidden; some by it, some by -inf; all by it; all by it but one a little less; all
     by -inf.
@@ -88,7 +88,8 @@ def leaf(*shape):
     return fp64(*shape).requires_grad_()
 
 
-# Every operator with every optional; keep and a probability target, too, by the reference alone.
+# Every operator with every optional. Only the reference differentiates by keep and by a
+# probability target.
 DIFFERENTIATED = {
     "layer_norm": (leaf(2, 3, 6), leaf(6), leaf(6), 1e-5),
     "add_layer_norm": (leaf(2, 3, 6), leaf(2, 3, 6), leaf(6), leaf(6), 1e-5, leaf(6), leaf(2)),
@@ -98,7 +99,7 @@ DIFFERENTIATED = {
     "gelu_mlp": (
         leaf(2, 3, 4), leaf(6, 4), leaf(6), leaf(4, 6), leaf(4), leaf(2, 3, 4), leaf(4), leaf(2),
     ),
-    "vit_block": (  # row_stats, which it does not read, is of x alone
+    "vit_block": (  # row_stats is a function of x, and is not read
         leaf(1, 3, 4), fp64(1, 3, 2, 1), leaf(4), leaf(4), leaf(12, 4), leaf(12), leaf(4, 4),
         leaf(4), leaf(4), leaf(4), leaf(4), leaf(5, 4), leaf(5), leaf(4, 5), leaf(4), leaf(4),
         leaf(1, 3), 2, 0.5, 1e-5,

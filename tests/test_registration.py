@@ -36,7 +36,7 @@ def each(value):
     return value if isinstance(value, tuple) else (value,)
 
 
-# Those of 8-bit integers are in test_int8.py; training's products are for fp32.
+# test_int8.py has those of 8-bit integers. Training's products are for fp32.
 FORWARD = operator_names(eight_bits=False)
 NAMES = {f"{name}{way}" for name in FORWARD for way in ("", "_fwd", "_bwd")}
 CPU_NAMES = sorted(registry.KERNELS["cpu"] & NAMES)
@@ -49,7 +49,7 @@ OPCHECKS += [(n, torch.bfloat16) for n in CPU_NAMES if n not in FP32_ALONE]
 @pytest.mark.parametrize(("name", "dtype"), OPCHECKS if CPU else [], ids=str)
 @pytest.mark.parametrize("full", [True, False], ids=["full", "plain"])
 def test_opcheck(name, full, dtype):
-    """With every optional of the schema set, and with none; the forward and training alike."""
+    """The forward and the training schemas pass with every optional set, and with none."""
     arguments = schema_calls.arguments(name, "cpu", full=full, dtype=dtype)
     checks = torch.library.opcheck(registry.COMPILED["cpu"][name], arguments)
     assert set(checks.values()) == {"SUCCESS"}
@@ -239,7 +239,7 @@ def timms():
 
 def huggingfaces():
     transformers = pytest.importorskip("transformers", minversion="5.0")
-    # While exporting, transformers' own "sdpa" writes out a mask even where nothing is hidden.
+    # transformers' own "sdpa", while exporting, writes out a mask even where nothing is hidden.
     register_hf()
     config = transformers.DeiTConfig(
         image_size=32,
@@ -313,7 +313,7 @@ def operators_in(program):
 
 
 def test_export_round_trip(model, tmp_path):
-    """Exported under no_grad, a graph holds the kernels that this process would run."""
+    """A graph exported under no_grad holds the kernels that this process would run."""
     with torch.no_grad():
         fuse(model)
         want = logits(model(IMAGES))

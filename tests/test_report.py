@@ -204,7 +204,7 @@ def test_a_row_of_other_kernels_is_stale(
 
 
 def test_table5_holds_what_its_heads_say() -> None:
-    """Other runtimes and dtypes, however fast, are no figures of PyTorch in fp32."""
+    """The figures of PyTorch in fp32 are not those of other runtimes or dtypes, however fast."""
     fused, eager = (row for row in throughput_rows("") if row["network"] == "deit_s")
     faster = {"img_per_s": 9e5, "img_per_s_mean": 9e5}
     others = [eager | {"contender": "OpenVINO"}, fused | {"dtype": "bf16"},
@@ -236,7 +236,7 @@ def test_pictures_by_name(page: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_what_only_pytorch_runs_counts_for_both() -> None:
-    """A forward is not faster for leaving out what nobody fused."""
+    """Parts that nobody fused count in the time of both, so leaving them out gains nothing."""
     document = operators_document("x")
     alone = [row | {"ours": "eager", "best": "eager"} for row in document["rows"]
              if row["operator"] == "layer_norm" and row["contender"] == "eager"]  # fmt: skip
@@ -299,7 +299,7 @@ def test_of_two_runs_of_the_same_the_longer_is_drawn() -> None:
 
 
 def test_the_terms_of_most_rows_have_the_name_without_a_number() -> None:
-    """The README's pictures, whatever file comes first."""
+    """The README's pictures take that name, whatever file comes first."""
     rows = throughput_rows("x")
     few = [dict(row) | {"dtype": "bf16"} for row in rows if row["network"] == "deit_s"]
     for both in (few + rows, rows + few):

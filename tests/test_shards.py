@@ -32,7 +32,7 @@ def sample(key, value, label):
 
 
 def write(path, members, mode="w", form=tarfile.PAX_FORMAT):
-    """`members`: names with bytes, or with (type, link name)."""
+    """`members` are names with bytes, or with (type, link name)."""
     with tarfile.open(path, mode, format=form) as archive:
         for name, data in members:
             member = tarfile.TarInfo(name)

@@ -31,7 +31,7 @@ CASES = [(family, kind) for family, kinds in PATCHED.items() for kind in kinds]
 
 
 def patch(monkeypatch, kind, name="forward"):
-    """As a tool does that looks at what passes by; what comes out is halved, to be seen."""
+    """Replace the method as a tool does that looks at what passes by, and halve its result."""
     calls, original = [], getattr(kind, name)
 
     @functools.wraps(original)

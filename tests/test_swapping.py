@@ -138,7 +138,7 @@ def test_fused_again_with_another_block(family):
 
 
 class MergingAttention(Attention):
-    """Tokens merged as arXiv 2210.09461's patch of timm does it: classes put on modules."""
+    """Merges tokens as arXiv 2210.09461's patch of timm does: it puts a class on modules."""
 
     def forward(self, x):
         return super().forward(x), x.mean(-1)

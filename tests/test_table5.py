@@ -172,7 +172,7 @@ def test_limits_of_the_whole_table() -> None:
 
 
 def test_a_network_costs_no_more_than_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One peak for all, no early figure, a convnet compiled once; without a limit in both."""
+    """One peak for all, no early figure; a convnet compiled in one format, or two with no limit."""
     measured: list[torch.dtype] = []
     monkeypatch.setattr(table5.devices.Peak, "measure", lambda self, _: measured.append(self.dtype))
     table5.peak.cache_clear()

@@ -66,7 +66,7 @@ def test_linear_by_every_instruction_set(isa, rows, width, depth, bias):
 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [64, 24])  # read by thirds, and joined: not a multiple of 16
+@pytest.mark.parametrize("width", [64, 24])  # 24, no multiple of 16, is joined
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("rows", [5, 100])  # products joined, and weights
 def test_linear(rows, impl, width, dtype):

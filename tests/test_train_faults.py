@@ -29,7 +29,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(number, status, kept, whole, d
     out = tmp_path / "run"
     command = [*PROGRAM, str(data), str(out)]
     _, errors = run(command, status=status, send=number, at="^update 3 ")
-    # SIGTERM saves after the update that comes next, SIGKILL falls back to the end of the epoch.
+    # SIGTERM saves after the next update. SIGKILL falls back to the end of the epoch.
     assert ("stopped by a signal after update 5" in errors) == (number == signal.SIGTERM)
     assert not (out / "model.safetensors").exists()
     again, _ = run(command)
@@ -39,7 +39,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(number, status, kept, whole, d
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_in_another_thread_is_the_same_run(workers, whole, data, tmp_path):
-    """A notebook's or a service's: Python sets no signal's handler there."""
+    """A notebook or a service trains so: Python sets no signal handler outside the main thread."""
     results = []
     before = signal.getsignal(signal.SIGTERM)
     options = training.options(data, tmp_path, workers=workers)

@@ -28,8 +28,9 @@ def test_two_processes_have_the_losses_of_one(parallel, data, tmp_path):
 
 
 def test_any_number_of_processes_takes_up_a_checkpoint(data, tmp_path):
-    # Two shard the weights and lose one; one goes on and is killed; two end it. Every process
-    # has a folder of its own, as nodes without a common disk do: the first one's counts.
+    # Two processes shard the weights and lose one; one goes on and is killed; two end the run.
+    # Every process has a folder of its own, as nodes without a common disk do. The first one's
+    # counts.
     expected: dict[int, float] = {}
     for name, starts in (
         ("whole", [(PROGRAM, "parallel=ddp", "-1,-1", 0)]),

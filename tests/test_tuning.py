@@ -112,7 +112,7 @@ def test_no_programs_would_sum_nothing(factory, programs):
 
 
 def test_configurations_hold_ints_and_bools_alone():
-    """What `revive` checks an edited file for."""
+    """`revive` checks an edited file for ints and bools. No field is of another type."""
     for factory in tuning.TUNABLE.values():
         assert {field.type for field in dataclasses.fields(factory.kind)} <= {"int", "bool"}
         assert factory.kind.__dataclass_params__.frozen

@@ -50,7 +50,7 @@ OPTIONAL = {
 def test_a_wrong_shape_is_named(name):
     given = tensors() | OPTIONAL
     given[name] = given[name][..., :-1] if name != "row_stats" else given[name][:, :-1]
-    # A wrong x shows as the first weight that does not fit it.
+    # A wrong x is reported by the first weight that does not fit it.
     named = "x: expected a last axis" if name == "x" else f"{name}: expected shape"
     with pytest.raises(ValueError, match=named):
         vit_block(**given, num_heads=HEADS)

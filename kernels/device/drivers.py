@@ -11,7 +11,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -20,11 +20,19 @@ from triton import knobs
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-if TYPE_CHECKING:
-    from deit.kernels.device.common import Launch
-
 Launcher = Callable[[int, list[Any]], None]
 _VERSIONS = ("3.6", "3.7", "3.8")
+
+
+class Launch(Protocol):
+    """What is asked here of a `common.Launch`."""
+
+    @property
+    def kernel(self) -> Any: ...
+    @property
+    def grid(self) -> tuple[int, ...]: ...
+    @property
+    def arguments(self) -> dict[str, Any]: ...
 
 
 @functools.cache

@@ -25,7 +25,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -36,10 +36,8 @@ from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deit.kernels.device import drivers
+from deit.kernels.device.drivers import Launch
 from deit.kernels.engine import tuning
-
-if TYPE_CHECKING:
-    from deit.kernels.device.common import Launch
 
 # Calls an operator keeps, and encoded addresses a descriptor keeps. DeiT-B's 12 blocks need 2 of
 # the first and 12 to 24 of the second; a kept call is some 10 KB, an encoded descriptor 0.2 KB.

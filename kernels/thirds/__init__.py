@@ -14,12 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit import kernels
 from deit.kernels.engine import autocast, dispatch
 from deit.kernels.engine.derivatives import has_tangent, needs_gradient
 from deit.kernels.engine.operator import OPERATORS, Arguments
 from deit.kernels.engine.registry import COMPILED
+from deit.kernels.fp8 import fp8_linear as joined_fp8_linear
+from deit.kernels.int8 import int8_linear as joined_int8_linear
+from deit.kernels.int8 import int8_vit_block as joined_int8_vit_block
+from deit.kernels.linear import linear as joined_linear
 from deit.kernels.thirds import schema as schema
+from deit.kernels.vit_block import vit_block as joined_vit_block
 
 Weight = Tensor | tuple[Tensor, Tensor, Tensor]
 Bias = Tensor | tuple[Tensor, Tensor, Tensor] | None
@@ -30,12 +34,12 @@ _MULTIPLE = 16  # of each weight's rows, for csrc/cpu/linear.inl
 def linear(x: Tensor, weight: Weight, bias: Bias, *, impl: str) -> Tensor:
     """`deit.kernels.linear`: [..., K] -> [..., 3 * D']."""
     if isinstance(weight, Tensor):
-        return kernels.linear(x, weight, _joined(bias), impl=impl)
+        return joined_linear(x, weight, _joined(bias), impl=impl)
     call = _by_thirds("linear", "weight", x, weight, bias, {"bias": _joined(bias)}, impl)
     if call is not None:
         x, _, joined, *_ = call
         return COMPILED["cpu"]["linear_thirds"](x, *weight, joined)
-    return _together(kernels.linear, x, weight, bias, impl=impl)
+    return _together(joined_linear, x, weight, bias, impl=impl)
 
 
 def vit_block(
@@ -52,7 +56,7 @@ def vit_block(
                 x, norm_weight, norm_bias, *qkv_weight, *others
             )
         qkv_weight = torch.cat(qkv_weight)
-    return kernels.vit_block(x, qkv_weight=qkv_weight, qkv_bias=joined, impl=impl, **rest)
+    return joined_vit_block(x, qkv_weight=qkv_weight, qkv_bias=joined, impl=impl, **rest)
 
 
 def int8_linear(
@@ -60,13 +64,13 @@ def int8_linear(
 ) -> Tensor:
     """`deit.kernels.int8_linear`; for three weights without anything after the product."""
     if isinstance(weight, Tensor):
-        return kernels.int8_linear(x, weight, _joined(bias), norm=norm, impl=impl, **rest)
+        return joined_int8_linear(x, weight, _joined(bias), norm=norm, impl=impl, **rest)
     given = {"bias": _joined(bias), "norm": norm, **rest}
     call = _by_thirds("int8_linear", "weight", x, weight, bias, given, impl)
     if call is not None:
         x, _, joined, *normed = call
         return COMPILED["cpu"]["int8_linear_thirds"](x, *weight, joined, *normed[:3])
-    return kernels.int8_linear(x, torch.cat(weight), _joined(bias), norm=norm, impl=impl, **rest)
+    return joined_int8_linear(x, torch.cat(weight), _joined(bias), norm=norm, impl=impl, **rest)
 
 
 def int8_vit_block(
@@ -83,14 +87,14 @@ def int8_vit_block(
                 x, norm_weight, norm_bias, *qkv_weight, *others
             )
         qkv_weight = torch.cat(qkv_weight)
-    return kernels.int8_vit_block(x, qkv_weight=qkv_weight, qkv_bias=joined, impl=impl, **rest)
+    return joined_int8_vit_block(x, qkv_weight=qkv_weight, qkv_bias=joined, impl=impl, **rest)
 
 
 def fp8_linear(x: Tensor, weight: Weight, bias: Bias, **rest: Any) -> Tensor:
     """`deit.kernels.fp8_linear`; three products for three weights, whose copies are kept."""
     if isinstance(weight, Tensor):
-        return kernels.fp8_linear(x, weight, _joined(bias), **rest)
-    return _apart(kernels.fp8_linear, x, weight, bias, **rest)
+        return joined_fp8_linear(x, weight, _joined(bias), **rest)
+    return _apart(joined_fp8_linear, x, weight, bias, **rest)
 
 
 def _joined(bias: Bias) -> Tensor | None:
