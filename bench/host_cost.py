@@ -24,7 +24,6 @@ differences within a round.
 
 from __future__ import annotations
 
-import inspect
 import json
 import statistics
 import sys
@@ -46,6 +45,8 @@ from deit.fused_vit import fuse
 from deit.kernels.device import drivers, launching
 from deit.kernels.engine import dispatch, registry
 from deit.kernels.engine.operator import OPERATORS, operator_names
+from deit.kernels.prove import calls
+from deit.kernels.prove.calls import Call
 from evidence import devices
 from evidence.timing import interleave, spread
 from studies import stubbed_gpu
@@ -70,16 +71,6 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Case:
-    """One call of a public operator; options: what is set beside the plain call, in words."""
-
-    operator: str
-    options: str
-    inputs: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class Row:
     """Medians in microseconds; over: quartiles of call - launch, round by round.
 
@@ -100,58 +91,36 @@ class Row:
     calls: int
 
 
-def cases() -> list[Case]:
-    """Every public operator on one row of 64 channels (one patch of a pixel), plain and with
-    its options."""
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(shape, generator=generator)
-    x, weight, vector, keep = draw(1, 1, 64), draw(64, 64), draw(64), torch.ones(1)
-    epilogue = {"residual": x, "gamma": vector, "keep": keep}
-    logits, target = draw(1, 10), torch.tensor([3])
-    mlp = (x, weight, vector, weight, vector)
-    norm = (vector, vector)
-    block = (x, *norm, draw(192, 64), draw(192), weight, vector, *norm, *mlp[1:], 1)
-    patches = (draw(1, 1, 1, 1), draw(64, 1, 1, 1), vector, draw(1, 1, 64), draw(1, 2, 64))
+# Words for what is set beside the plain call -> the form that sets it.
+FORMS = {
+    "add_layer_norm": {"all": "every"},
+    "attention": {"key_bias": "every"},
+    "linear": {"all": "every"},
+    "gelu_mlp": {"residual": "inference", "all": "every"},
+    "distillation_loss": {"token": "inference"},
+}
+
+
+def wanted_calls(operators: Sequence[str]) -> list[tuple[str, Call]]:
+    """Every public operator on one row of 64 channels (one patch of a pixel), plain and with its
+    options, and what these are; `operators`: only those, all where there are none."""
+    row = calls.Size(1, 1, 64, patch=1, channels=1, classes=10)
     return [
-        Case("layer_norm", "", (x, vector, vector), {}),
-        Case("add_layer_norm", "", (x, x, vector, vector), {}),
-        Case("add_layer_norm", "all", (x, x, vector, vector), {"gamma": vector, "keep": keep}),
-        Case("attention", "", (draw(1, 1, 192), 1), {}),
-        Case("attention", "key_bias", (draw(1, 1, 192), 1), {"key_bias": draw(1, 1)}),
-        Case("linear", "", (x, weight, vector), {}),
-        Case("linear", "all", (x, weight, vector), {"activation": "gelu", **epilogue}),
-        Case("gelu_mlp", "residual", mlp, {"residual": x}),
-        Case("gelu_mlp", "all", mlp, epilogue),
-        Case("vit_block", "", block, {}),
-        Case("patch_embed", "", patches, {}),
-        Case("cross_entropy", "", (logits, target), {}),
-        Case("distillation_loss", "", (logits, target, draw(1, 10)), {}),
-        Case("distillation_loss", "token", (logits, target, draw(1, 10)),
-             {"distillation_logits": draw(1, 10)}),
-    ]  # fmt: skip
+        (options, calls.build(name, calls.Draw(), row, form))
+        for name in calls.operators()
+        if not operators or name in operators
+        for options, form in ({"": "least"} | FORMS.get(name, {})).items()
+        if name != "gelu_mlp" or options
+    ]
 
 
-def on(device: torch.device, case: Case) -> Case:
-    """The same call with its tensors there."""
-    place = lambda value: value.to(device) if isinstance(value, Tensor) else value
-    keywords = {name: place(value) for name, value in case.keywords.items()}
-    return Case(case.operator, case.options, tuple(map(place, case.inputs)), keywords)
-
-
-def trained(case: Case) -> Case:
-    """The same call with every gradient wanted that kernels have."""
-    operator = OPERATORS[case.operator]
-    held = set(operator.constants.values())
-
-    def leaf(value: Any, name: str = "") -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point() or name in held:
-            return value
-        return value.clone().requires_grad_()
-
-    names = inspect.signature(getattr(deit.kernels, case.operator)).parameters
-    inputs = tuple(leaf(v, name) for v, name in zip(case.inputs, names, strict=False))
-    keywords = {name: leaf(value, name) for name, value in case.keywords.items()}
-    return Case(case.operator, case.options, inputs, keywords)
+def trained(call: Call) -> dict[str, Tensor]:
+    """The call's inputs with every gradient wanted that kernels have."""
+    held = set(OPERATORS[call.operator].constants.values())
+    return {
+        name: t.clone().requires_grad_() if t.is_floating_point() and name not in held else t
+        for name, t in call.inputs.items()
+    }
 
 
 def thread_microseconds(call: Callable[[], object], calls: int) -> float:
@@ -162,12 +131,13 @@ def thread_microseconds(call: Callable[[], object], calls: int) -> float:
     return (time.thread_time_ns() - start) / calls / 1e3
 
 
-def measure(case: Case, mode: str, settings: Settings) -> Row:
+def measure(options: str, call: Call, mode: str, settings: Settings) -> Row:
     """The public call, the launch alone and torch.nn.functional in turns."""
-    function, operator = getattr(deit.kernels, case.operator), OPERATORS[case.operator]
-    case = trained(case) if mode == "training" else case
+    operator = OPERATORS[call.operator]
+    places, names = call.written(trained(call) if mode == "training" else call.inputs)
+    public = getattr(deit.kernels, call.operator)
     with torch.set_grad_enabled(mode == "training"):
-        arguments = operator.prepare(*case.inputs, **case.keywords)
+        arguments = operator.prepare(*places, **names)
         name = dispatch.choose(operator, arguments, "auto")
         launch: Callable[..., Any] = operator.reference
         if name != "reference":
@@ -176,16 +146,16 @@ def measure(case: Case, mode: str, settings: Settings) -> Row:
                 train = operator.train
                 assert train is not None  # or it would not have been chosen
                 launch = lambda *given: train(name, *given)
-        call = lambda: function(*case.inputs, **case.keywords)
-        forms = [call, lambda: launch(*arguments), lambda: operator.reference(*arguments)]
+        whole = lambda: public(*places, **names)
+        forms = [whole, lambda: launch(*arguments), lambda: operator.reference(*arguments)]
         found = timed(forms, settings)
     over = spread([ours - bare for ours, bare in zip(found[0], found[1], strict=True)])
     medians = [statistics.median(samples) for samples in found]
-    return Row(case.operator, case.options, mode, name, *medians,
+    return Row(call.operator, options, mode, name, *medians,
                over.low, over.median, over.high, over.n, settings.calls)  # fmt: skip
 
 
-def gpu_rows(wanted: Sequence[Case], settings: Settings) -> list[Row]:
+def gpu_rows(wanted: Sequence[tuple[str, Call]], settings: Settings) -> list[Row]:
     """The Triton operators' kept calls beside the launches they make, and a whole forward."""
     if not torch.cuda.is_available():
         with stubbed_gpu.stubbed():
@@ -194,14 +164,15 @@ def gpu_rows(wanted: Sequence[Case], settings: Settings) -> list[Row]:
 
 
 def _triton_rows(
-    wanted: Sequence[Case], device: torch.device, label: str, settings: Settings
+    wanted: Sequence[tuple[str, Call]], device: torch.device, label: str, settings: Settings
 ) -> list[Row]:
     driver, rows = drivers.active(), []
     if driver is None:
         raise SystemExit("this version of Triton has no launcher that is known: no call is kept")
-    for case in (on(device, case) for case in wanted):
-        function = getattr(deit.kernels, case.operator)
-        call = lambda case=case, run=function: run(*case.inputs, **case.keywords, impl="triton")
+    for options, made in wanted:
+        places, names = made.written(made.to(device).inputs)
+        names["impl"], public = "triton", getattr(deit.kernels, made.operator)
+        call = lambda run=public, places=places, names=names: run(*places, **names)
         with torch.no_grad():
             with stubbed_gpu.handed(driver) as launches:
                 outputs = [call(), call()]  # these hold what the launches write to
@@ -210,7 +181,7 @@ def _triton_rows(
             found = timed([call, alone], settings)
         over = spread([ours - bare for ours, bare in zip(*found, strict=True)])
         medians = [statistics.median(samples) for samples in found]
-        rows.append(Row(case.operator, case.options, "inference", label, *medians, None,
+        rows.append(Row(made.operator, options, "inference", label, *medians, None,
                         over.low, over.median, over.high, over.n, settings.calls))  # fmt: skip
         del outputs
     model = deit.create("deit_ti").eval().to(device, torch.float16)
@@ -288,12 +259,12 @@ def main(settings: Settings) -> int:
         print("--rounds, --calls: expected at least 1", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
-    wanted = [c for c in cases() if not settings.operator or c.operator in settings.operator]
+    wanted = wanted_calls(settings.operator)
     if settings.gpu:
         rows = gpu_rows(wanted, settings)
     else:
         modes = ("inference", "training")
-        rows = [measure(case, mode, settings) for mode in modes for case in wanted]
+        rows = [measure(*one, mode, settings) for mode in modes for one in wanted]
         rows += questions(settings)
     print(markdown(rows))
     if settings.json is not None:

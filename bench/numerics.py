@@ -8,8 +8,8 @@
 Each public operator runs forward and, where its kernels have a gradient, backward: by a kernel,
 by PyTorch at the same dtype, and by PyTorch in fp64. A figure is the kernel's error over
 PyTorch's, both against fp64 and pooled over several draws (`oracle.pooled`): 1.0 is as accurate as
-PyTorch, less is more accurate. The rule (tests/oracle.py) allows 1.25 and an ulp-sized floor;
-figures above it are marked, and the exit status is then 1.
+PyTorch, less is more accurate. The rule (kernels/prove/oracle.py) allows 1.25 and an ulp-sized
+floor; figures above it are marked, and the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the rule is stated there
 
-import oracle
-
-import deit.kernels
 import evidence
 from deit.commands import flags
+from deit.kernels.prove import calls, oracle
+from deit.kernels.prove.calls import FAMILIES, Call
 from evidence import devices
-from operators import numerics_cases as cases
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+SIZE = calls.Size(2, 70, 192, side=4)
+LOGITS = calls.Size(70, 1, 1)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -81,7 +81,13 @@ class Row:
     used: float
 
 
-def results(call: cases.Call, impl: str, dtype: torch.dtype | None, backward: bool) -> dict:
+def draw(operator: str, family: str, dtype: torch.dtype, number: int = 0) -> Call:
+    """What is measured of an operator, drawn on the CPU, whose numbers are the same everywhere."""
+    made = calls.Draw(family, dtype, number=number)
+    return calls.build(operator, made, LOGITS if calls.stated()[operator].loss else SIZE)
+
+
+def results(call: Call, impl: str, dtype: torch.dtype | None, backward: bool) -> dict:
     """Outputs and gradients by name; every tensor in `dtype`, or as it is for None.
 
     The gradient is that of a fixed random cotangent of each output.
@@ -90,24 +96,16 @@ def results(call: cases.Call, impl: str, dtype: torch.dtype | None, backward: bo
         name: t.to(dtype) if dtype is not None and t.is_floating_point() else t
         for name, t in call.inputs.items()
     }
-    leaves = {n: inputs[n].clone().requires_grad_() for n in call.gradients if backward}
-    function = getattr(deit.kernels, call.operator)
-    found = function(**(inputs | leaves), **call.options, impl=impl)
-    outputs = [found] if isinstance(found, Tensor) else list(found)
-    named = {f"out {i}" if i else "out": t.detach() for i, t in enumerate(outputs)}
-    if backward:
-        cotangents = []
-        for index, (output, like) in enumerate(zip(outputs, outputs, strict=True)):
-            drawn = oracle.make("random", like.shape, seed=31 + index)
-            # Rounded to the call's dtype first, so that fp64 sees the cotangent the kernel sees.
-            original = call.inputs[call.gradients[0]].dtype
-            cotangents.append(drawn.to(original).to(output))
-        torch.autograd.backward(outputs, cotangents)
-        named |= {f"d {name}": leaf.grad for name, leaf in leaves.items()}
-    return named
+
+    def cotangent(index: int, output: Tensor) -> Tensor:
+        drawn = oracle.make("random", output.shape, seed=31 + index)
+        # Rounded to the call's dtype first, so that fp64 sees the cotangent the kernel sees.
+        return drawn.to(call.inputs[call.gradients[0]].dtype).to(output)
+
+    return call.results(impl, inputs, cotangent if backward else None)
 
 
-def measured(call: cases.Call, impl: str, backward: bool) -> dict[str, oracle.Measured]:
+def measured(call: Call, impl: str, backward: bool) -> dict[str, oracle.Measured]:
     """Every output's and gradient's errors by name."""
     kernel = results(call, impl, None, backward)
     plain = results(call, "reference", None, backward)
@@ -122,21 +120,21 @@ def measured(call: cases.Call, impl: str, backward: bool) -> dict[str, oracle.Me
     }
 
 
-def compare(call: cases.Call, impl: str, dtype: str, family: str, backward: bool) -> list[Row]:
+def compare(call: Call, impl: str, dtype: str, family: str, backward: bool) -> list[Row]:
     """A row for every output and gradient of one call."""
     return compare_draws([call], impl, dtype, family, backward)
 
 
 def compare_draws(
-    calls: Sequence[cases.Call], impl: str, dtype: str, family: str, backward: bool
+    draws: Sequence[Call], impl: str, dtype: str, family: str, backward: bool
 ) -> list[Row]:
     """The same pooled over several draws of one call."""
-    found = [measured(call, impl, backward) for call in calls]
+    found = [measured(call, impl, backward) for call in draws]
     rows = []
     for quantity in found[0]:
         m = oracle.pooled([draw[quantity] for draw in found])
         rows.append(
-            Row(impl, calls[0].operator, quantity, dtype, family, m.ours.norm, m.theirs.norm,
+            Row(impl, draws[0].operator, quantity, dtype, family, m.ours.norm, m.theirs.norm,
                 m.ours.maximum, m.theirs.maximum, m.used)
         )  # fmt: skip
     return rows
@@ -149,36 +147,19 @@ def measure(
     rows: list[Row] = []
     left_out: dict[tuple[str, str, str], str] = {}
     for dtype in settings.dtype:
-        for family in cases.FAMILIES:
-            drawn = (cases.calls(family, DTYPES[dtype], draw) for draw in range(settings.draws))
-            for draws in zip(*drawn, strict=True):
-                call = draws[0]
-                if settings.operator and call.operator not in settings.operator:
+        for family in FAMILIES:
+            for operator in calls.operators(softmax=family == "one_hot"):
+                if settings.operator and operator not in settings.operator:
                     continue
-                there = [on_device(c, device) for c in draws]
-                explained = deit.kernels.explain(call.operator, **there[0].inputs, **call.options)
+                numbers = range(settings.draws)
+                draws = [draw(operator, family, DTYPES[dtype], n).to(device) for n in numbers]
                 for impl in settings.impl:
-                    if explained.reasons[impl]:
-                        reasons = "; ".join(explained.reasons[impl])
-                        left_out[impl, dtype, call.operator] = reasons
+                    if reasons := draws[0].reasons(impl):
+                        left_out[impl, dtype, operator] = "; ".join(reasons)
                         continue
-                    backward = differentiable(there[0], impl)
-                    rows += compare_draws(there, impl, dtype, family, backward)
+                    backward = draws[0].differentiable(impl)
+                    rows += compare_draws(draws, impl, dtype, family, backward)
     return rows, left_out
-
-
-def on_device(call: cases.Call, device: torch.device) -> cases.Call:
-    inputs = {name: t.to(device) for name, t in call.inputs.items()}
-    return cases.Call(call.operator, inputs, call.options, call.gradients)
-
-
-def differentiable(call: cases.Call, impl: str) -> bool:
-    """Whether this implementation has kernels for the call's gradients."""
-    inputs = call.inputs | {n: call.inputs[n].clone().requires_grad_() for n in call.gradients}
-    return (
-        bool(call.gradients)
-        and not deit.kernels.explain(call.operator, **inputs, **call.options).reasons[impl]
-    )
 
 
 Cells = dict[tuple[str, str], dict[str, Row]]
@@ -199,10 +180,10 @@ def table(rows: Sequence[Row], impl: str, dtype: str) -> Table:
     from rich.table import Table
 
     shown = Table(title=f"{impl}, {dtype}", box=box.SIMPLE_HEAD, pad_edge=False)
-    for head in ("operator", "", *cases.FAMILIES):
+    for head in ("operator", "", *FAMILIES):
         shown.add_column(head, justify="left" if head in ("operator", "") else "right")
     for (operator, quantity), cells in grid(rows, impl, dtype).items():
-        figures = [figure(cells[f]) if f in cells else "" for f in cases.FAMILIES]
+        figures = [figure(cells[f]) if f in cells else "" for f in FAMILIES]
         shown.add_row(operator, quantity, *figures)
     return shown
 
@@ -220,12 +201,12 @@ def markdown(
             if not cells and not absent:
                 continue
             lines += ["", f"**{impl}, {dtype}**", ""]
-            lines += ["| operator | | " + " | ".join(cases.FAMILIES) + " |"]
-            lines += ["|---|---|" + "---|" * len(cases.FAMILIES)]
+            lines += ["| operator | | " + " | ".join(FAMILIES) + " |"]
+            lines += ["|---|---|" + "---|" * len(FAMILIES)]
             for (operator, quantity), found in cells.items():
-                figures = [_plain(found[f]) if f in found else "" for f in cases.FAMILIES]
+                figures = [_plain(found[f]) if f in found else "" for f in FAMILIES]
                 lines.append(f"| {operator} | {quantity} | " + " | ".join(figures) + " |")
-            lines += [f"| {op} | | " + "needs a GPU | " * len(cases.FAMILIES) for op in absent]
+            lines += [f"| {op} | | " + "needs a GPU | " * len(FAMILIES) for op in absent]
     return "\n".join(lines)
 
 

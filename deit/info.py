@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from deit.kernels.engine import dispatch, measured, native, registry, tuning
+from deit.kernels.device import tuning
+from deit.kernels.engine import dispatch, measured, native, registry
 from deit.kernels.engine.operator import operator_names
 
 PACKAGES = ("fused-deit", "torch", "triton", "torchvision", "timm", "transformers", "numpy")

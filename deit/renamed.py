@@ -39,7 +39,7 @@ RENAMED = {
         "kernels.native": "kernels.engine.native",
         "kernels.packing": "kernels.engine.packing",
         "kernels.reference": "kernels.prove.reference",
-        "kernels.tuning": "kernels.engine.tuning",
+        "kernels.tuning": "kernels.device.tuning",
         "kernels.validate": "kernels.engine.validate",
     }.items()
 }

@@ -63,7 +63,7 @@ def held(name: str) -> set[str]:
 
 
 def given(name: str) -> dict[str, Any]:
-    """The call of test_dispatch.CALLS with every argument by name."""
+    """The call of schema_calls.CALLS with every argument by name."""
     inputs, options = CALLS[name]
     call = dict(zip(argument_names(name), inputs, strict=False)) | options
     call.pop("row_stats", None)  # they belong to the x that is not spoilt

@@ -13,9 +13,10 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import oracle
 import torch
 from torch import Tensor
+
+from deit.kernels.prove import oracle
 
 
 def outputs_and_gradients(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import oracle
 import torch
 from torch import Tensor
+
+from deit.kernels.prove import oracle
 
 
 def keep_of(batch: int) -> Tensor | None:

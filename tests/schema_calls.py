@@ -2,7 +2,7 @@
 
     schema_calls.arguments("linear_bwd", "triton")
 
-Those of a forward are a public call's with every optional set (test_dispatch.CALLS), or with none
+Those of a forward are a public call's with every optional set (`CALLS`), or with none
 (`full=False`). Those of a `_bwd` are found by name: the forward's own, what its `_fwd` returned,
 a random `d<output>` for each output, and which gradients are wanted.
 """
@@ -14,29 +14,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from test_dispatch import CALLS
 
 import deit.kernels
 from deit.kernels.engine import registry
 from deit.kernels.engine.operator import OPERATORS
+from deit.kernels.prove import calls
 
-# Of the operators in e4m3, which stand apart from those whose rule is fp64's.
-_X, _D = torch.randn(2, 5, 64), torch.randn(64)
-_EPILOGUE = {"norm": (_D, _D, 1e-6), "residual": _X, "gamma": _D}
-FP8_CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
-    "fp8_linear": ((_X, torch.randn(64, 64), _D), _EPILOGUE),
-    "fp8_gelu_mlp": (
-        (_X, torch.randn(96, 64), torch.randn(96), torch.randn(64, 96), _D),
-        _EPILOGUE,
-    ),
-}
+_TINY = calls.Size(2, 5, 64, width=32, hidden=96, side=2, classes=10)
+_EVERY = {name: calls.build(name, calls.Draw(), _TINY, "every") for name in calls.stated()}
+# One valid call of every public operator, as a user writes it, every optional argument at a
+# non-default value.
+CALLS = {name: _EVERY[name].written(_EVERY[name].inputs) for name in calls.operators()}
 
 
 def forward(
     operator: str, *, full: bool = True, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> list[Any]:
     """The arguments of a public operator's schema, floating-point tensors in `dtype`."""
-    inputs, options = (CALLS | FP8_CALLS)[operator]
+    inputs, options = _EVERY[operator].written(_EVERY[operator].inputs)
     prepared = OPERATORS[operator].prepare(*inputs, **options)
     arguments = []
     for value, formal in zip(prepared, schema(operator).arguments, strict=True):

@@ -17,14 +17,16 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("the interpreter has no compiler", allow_module_level=True)
 
-from deit.kernels.device import chips, configs
-from deit.kernels.prove import aot, cases, hazards
+from deit.kernels.device import chips
+from deit.kernels.gelu_mlp import tiles as gelu_mlp_tiles
+from deit.kernels.linear import tiles as linear_tiles
+from deit.kernels.prove import aot, hazards, launches
 
 # For every architecture: each kernel in bf16 with its longest epilogue, the widest tile
 # (D = 768) for its registers and shared memory, and both forms of attention.
 SUBSET = [
     # sm_80's widest tile is that of D = 384.
-    cases.Case(
+    launches.Shipped(
         operator,
         variant,
         dtype,
@@ -70,7 +72,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
 
 
-def _name(case: cases.Case) -> str:
+def _name(case: launches.Shipped) -> str:
     return f"sm_{case.arch}-{case.operator}-{case.size}-{case.dtype}-{case.variant}"
 
 
@@ -82,21 +84,21 @@ def test_compiles_without_fault(case):
 
 
 def test_subset_is_part_of_the_whole():
-    assert set(SUBSET) <= set(cases.all_cases())
+    assert set(SUBSET) <= set(launches.shipped())
 
 
 def test_every_shipped_configuration_is_a_case():
     """Each (operator, architecture, dtype) has a case, and linear one for each tile width."""
-    found = {(c.operator, c.arch, c.dtype) for c in cases.all_cases()}
-    for arch in cases.ARCHITECTURES:
-        for dtype in cases.DTYPES:
+    found = {(c.operator, c.arch, c.dtype) for c in launches.shipped()}
+    for arch in launches.ARCHITECTURES:
+        for dtype in launches.DTYPES:
             for operator in ("layer_norm", "add_layer_norm", "attention", "linear"):
                 assert (operator, arch, dtype) in found
-            single = configs.gelu_mlp(arch, cases.DTYPES[dtype], 192) is not None
+            single = gelu_mlp_tiles.gelu_mlp(arch, launches.DTYPES[dtype], 192) is not None
             assert (("gelu_mlp", arch, dtype) in found) == single
     tiles = {
-        configs.linear(90, cases.DTYPES["bf16"], c.size, c.size).block_n
-        for c in cases.all_cases((90,), ("bf16",))
+        linear_tiles.linear(90, launches.DTYPES["bf16"], c.size, c.size).block_n
+        for c in launches.shipped((90,), ("bf16",))
         if c.operator == "linear"
     }
     assert tiles == {64, 128, 256}
@@ -104,19 +106,19 @@ def test_every_shipped_configuration_is_a_case():
 
 def test_products_in_e4m3_start_with_ada():
     """sm_80 has none; of sm_89's kernels they alone are compiled by `make aot`."""
-    operators = {arch: {c.operator for c in cases.all_cases((arch,))} for arch in (80, 89)}
+    operators = {arch: {c.operator for c in launches.shipped((arch,))} for arch in (80, 89)}
     assert not any(name.startswith("fp8") for name in operators[80])
     assert {"fp8_rows", "fp8_product"} <= operators[89]
-    ada = cases.Case("fp8_product", "hidden", "bf16", 192, 89)
-    widest = cases.Case("fp8_product", "hidden", "bf16", 768, 90)
+    ada = launches.Shipped("fp8_product", "hidden", "bf16", 192, 89)
+    widest = launches.Shipped("fp8_product", "hidden", "bf16", 768, 90)
     for case in (ada, widest):
-        assert case in set(cases.all_cases((case.arch,), ("bf16",)))
+        assert case in set(launches.shipped((case.arch,), ("bf16",)))
         assert aot.compile_case(case).faults == []
 
 
 def test_a_spill_is_found():
     """Four warps cannot hold a 128 x 256 accumulator and its epilogue."""
-    case = cases.Case("linear", "fp32 residual", "bf16", 768, 90)
+    case = launches.Shipped("linear", "fp32 residual", "bf16", 768, 90)
     launch = dataclasses.replace(case.build(), num_warps=4)
     with aot.target(90):
         registers, spills = aot.resource_usage(launch.compile().asm["cubin"])
@@ -126,7 +128,7 @@ def test_a_spill_is_found():
 
 def test_faults_are_named():
     result = aot.Result(
-        case=cases.Case("linear", "bias", "bf16", 192, 90),
+        case=launches.Shipped("linear", "bias", "bf16", 192, 90),
         kernel="k",
         registers=255,
         spills=16,
@@ -154,15 +156,15 @@ def test_faults_are_named():
 )
 def test_each_fault_is_found_in_a_real_kernel(arch, change, fault, monkeypatch):
     """DeiT-B's linear layer, made wrong in one way at a time."""
-    case = cases.Case("linear", "fp32 residual", "bf16", 768, arch)
-    wrong = dataclasses.replace(configs.linear(arch, case.torch_dtype, 768, 768), **change)
-    monkeypatch.setattr(configs, "linear", lambda *_: wrong)
+    case = launches.Shipped("linear", "fp32 residual", "bf16", 768, arch)
+    wrong = dataclasses.replace(linear_tiles.linear(arch, case.torch_dtype, 768, 768), **change)
+    monkeypatch.setattr(linear_tiles, "linear", lambda *_: wrong)
     assert fault in " ".join(aot.compile_case(case).faults)
 
 
 def test_a_product_that_is_not_waited_for_is_a_fault(monkeypatch):
     """Attention's second product, by the compiler's own IR with its waits taken out."""
-    case = cases.Case("attention", "577", "bf16", 64, 90)
+    case = launches.Shipped("attention", "577", "bf16", 64, 90)
     read = hazards.faults
     assert aot.compile_case(case).faults == []
     monkeypatch.setattr(
@@ -172,10 +174,10 @@ def test_a_product_that_is_not_waited_for_is_a_fault(monkeypatch):
 
 
 def test_a_kernel_that_does_not_compile_is_a_fault(monkeypatch):
-    case = cases.Case("linear", "bias", "bf16", 192, 90)
+    case = launches.Shipped("linear", "bias", "bf16", 192, 90)
     launch = case.build()
     launch.arguments["BLOCK_M"] = 96  # not a power of two
-    monkeypatch.setattr(cases.Case, "build", lambda self: launch)
+    monkeypatch.setattr(launches.Shipped, "build", lambda self: launch)
     assert "does not compile" in aot.compile_case(case).faults[0]
 
 
@@ -187,14 +189,14 @@ def test_another_triton_than_named_is_refused(capsys):
 
 def test_launches_of_one_kernel_are_compiled_once(monkeypatch):
     """577 tokens of fp32 run what 197 do; a key bias is another kernel, as another head is."""
-    one = cases.Case("attention", "197", "fp32", 64, 90)
+    one = launches.Shipped("attention", "197", "fp32", 64, 90)
     same = dataclasses.replace(one, variant="577")
     assert aot.kernel_of(one) == aot.kernel_of(same)
     for other in ({"variant": "197 bias"}, {"size": 32}, {"arch": 80}, {"dtype": "bf16"}):
         assert aot.kernel_of(dataclasses.replace(one, **other)) != aot.kernel_of(one)
     built = []
-    build = cases.Case.build
-    monkeypatch.setattr(cases.Case, "build", lambda self: built.append(self) or build(self))
+    build = launches.Shipped.build
+    monkeypatch.setattr(launches.Shipped, "build", lambda self: built.append(self) or build(self))
     results = aot.compile_group([one, same])
     assert [r.case for r in results] == [one, same]
     assert [c.variant for c in built] == ["197", "197", "577"]  # compiled, then both read
@@ -240,8 +242,8 @@ def test_command_line_reports_and_exits_with_zero():
 def test_importing_and_planning_touch_no_device():
     code = (
         "import torch\n"
-        "from deit.kernels.prove import aot, cases\n"
-        "[case.build() for case in cases.all_cases((90,), ('bf16',))]\n"
+        "from deit.kernels.prove import aot, launches\n"
+        "[case.build() for case in launches.shipped((90,), ('bf16',))]\n"
         "assert not torch.cuda.is_initialized()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

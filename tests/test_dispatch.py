@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from schema_calls import CALLS
 
 from deit.kernels import attention, explain, gelu_mlp, layer_norm, linear
 from deit.kernels.engine import dispatch, limits, measured, registry
@@ -14,56 +15,6 @@ from deit.kernels.vit_block.arguments import BlockArguments
 torch.manual_seed(0)  # this module's tensors are the same in every run
 X = torch.randn(2, 5, 64)
 WEIGHT = torch.ones(64)
-
-# One valid call of every public operator, every optional argument at a non-default value.
-CALLS = {
-    "layer_norm": ((X, WEIGHT, WEIGHT, 1e-5), {}),
-    "add_layer_norm": ((X, X, WEIGHT, WEIGHT, 1e-5), {"gamma": WEIGHT, "keep": torch.ones(2)}),
-    "attention": ((torch.randn(2, 5, 192), 1), {"scale": 0.2, "key_bias": torch.zeros(2, 5)}),
-    "linear": (
-        (X, torch.randn(32, 64), torch.randn(32)),
-        {
-            "activation": "gelu",
-            "residual": torch.randn(2, 5, 32),
-            "gamma": torch.randn(32),
-            "keep": torch.ones(2),
-        },
-    ),
-    "gelu_mlp": (
-        (X, torch.randn(96, 64), torch.randn(96), torch.randn(64, 96), torch.randn(64)),
-        {"residual": X, "gamma": WEIGHT, "keep": torch.ones(2)},
-    ),
-    "vit_block": (
-        (
-            *(X, WEIGHT, WEIGHT, torch.randn(192, 64), torch.randn(192)),
-            *(torch.randn(64, 64), WEIGHT, WEIGHT, WEIGHT),
-            *(torch.randn(96, 64), torch.randn(96), torch.randn(64, 96), WEIGHT, 2),
-        ),
-        {
-            "scale": 0.1,
-            "eps": 1e-5,
-            "gamma1": WEIGHT,
-            "gamma2": torch.randn(64),
-            "key_bias": torch.zeros(2, 5),
-            "row_stats": reference.row_stats(X),
-        },
-    ),
-    "patch_embed": (
-        (
-            torch.randn(2, 3, 32, 32),
-            torch.randn(8, 3, 16, 16),
-            torch.randn(8),
-            torch.randn(1, 2, 8),
-            torch.randn(1, 6, 8),
-        ),
-        {},
-    ),
-    "cross_entropy": ((torch.randn(4, 10), torch.tensor([0, 9, 3, 3])), {"label_smoothing": 0.1}),
-    "distillation_loss": (
-        (torch.randn(4, 10), torch.tensor([0, 9, 3, 3]), torch.randn(4, 10)),
-        {"distillation_logits": torch.randn(4, 10), "kind": "soft", "alpha": 0.3},
-    ),
-}
 
 
 def public(name):

@@ -2,7 +2,6 @@
 
 import math
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,7 @@ from deit.kernels import explain, fp8, fp8_gelu_mlp, fp8_linear, gelu_mlp, linea
 from deit.kernels.engine import measured, packing, registry
 from deit.kernels.engine.operator import OPERATORS
 from deit.kernels.fp8.quantize import E4M3, GROUP, LARGEST, quantize, rounded
-from deit.kernels.prove import reference
+from deit.kernels.prove import oracle, reference
 
 
 @pytest.fixture(autouse=True)

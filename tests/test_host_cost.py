@@ -37,18 +37,17 @@ def test_every_operator_is_measured_in_inference_and_in_training(tmp_path, capsy
 
 
 def test_training_wants_every_gradient_that_kernels_have():
-    for case in map(host_cost.trained, host_cost.cases()):
-        held = set(OPERATORS[case.operator].constants.values())
-        wanting = [v for v in (*case.inputs, *case.keywords.values()) if torch.is_tensor(v)]
-        assert any(v.requires_grad for v in wanting)
-        for name in held & set(case.keywords):
-            assert not case.keywords[name].requires_grad
+    for _, call in host_cost.wanted_calls(()):
+        held = set(OPERATORS[call.operator].constants.values())
+        inputs = host_cost.trained(call)
+        assert any(t.requires_grad for t in inputs.values())
+        assert not any(inputs[name].requires_grad for name in held & set(inputs))
 
 
 def test_what_is_over_the_launch_is_paired(monkeypatch):
     """A machine that slows down in the second round adds nothing to the difference."""
     monkeypatch.setattr(host_cost, "timed", lambda *_: [[7.0, 70.0], [4.0, 67.0], [1.0, 1.0]])
-    row = host_cost.measure(host_cost.cases()[0], "inference", QUICK)
+    row = host_cost.measure(*host_cost.wanted_calls(())[0], "inference", QUICK)
     assert (row.over_low, row.over, row.over_high) == (3.0, 3.0, 3.0)
     assert (row.call, row.launch, row.torch, row.n) == (38.5, 35.5, 1.0, 2)
 
@@ -91,8 +90,8 @@ def test_triton_operators_launch_stubbed_where_there_is_no_gpu(tmp_path, monkeyp
 
 
 def test_a_stubbed_call_is_kept_and_repeated():
-    case = next(c for c in host_cost.cases() if c.operator == "linear")
-    call = lambda: host_cost.deit.kernels.linear(*case.inputs, impl="triton")
+    (_, linear), _ = host_cost.wanted_calls(("linear",))
+    call = lambda: linear.function("triton")(linear.inputs)
     with stubbed_gpu.stubbed(), stubbed_gpu.handed(drivers.active()) as launches:
         launching.forget()
         call()

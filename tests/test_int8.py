@@ -2,7 +2,6 @@
 
 import math
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from deit.kernels import explain, gelu_mlp, int8_gelu_mlp, int8_linear, linear
 from deit.kernels.engine import native, packing
 from deit.kernels.int8 import cpu as int8_cpu
 from deit.kernels.int8 import quantize
+from deit.kernels.prove import oracle
 
 needs_library = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))

@@ -1,11 +1,11 @@
 """A whole block in 8-bit integers: against its reference, fp64 and its own operators."""
 
-import oracle
 import pytest
 import torch
 
 from deit.kernels import attention, int8_gelu_mlp, int8_linear, int8_vit_block, vit_block
 from deit.kernels.engine import native
+from deit.kernels.prove import oracle
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))

@@ -7,13 +7,12 @@ import subprocess
 import sys
 import textwrap
 
-import oracle
 import pytest
 import torch
 
 from deit.kernels import attention, layer_norm
 from deit.kernels.engine import build_record, native, registry
-from deit.kernels.prove import reference
+from deit.kernels.prove import oracle, reference
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import gradients
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from layers import feed_forward, keep_of, layer
 
 from deit.kernels import add_layer_norm, attention, gelu_mlp, layer_norm, linear
 from deit.kernels.engine import native, registry
+from deit.kernels.prove import oracle
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))

@@ -1,12 +1,11 @@
 """The C++ patch embedding against fp64: grids, layouts, bands, and what it refuses."""
 
-import oracle
 import pytest
 import torch
 
 from deit.kernels import explain, patch_embed
 from deit.kernels.engine import native, registry
-from deit.kernels.prove import reference
+from deit.kernels.prove import oracle, reference
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))

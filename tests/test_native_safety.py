@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-import oracle
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 import deit
 from deit.fused_vit import fuse
 from deit.kernels.engine import native, registry
+from deit.kernels.prove import oracle
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))

@@ -20,7 +20,7 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from deit.kernels.prove import aot, cases, offsets
+from deit.kernels.prove import aot, launches, offsets
 
 
 class _Stop(Exception):
@@ -42,10 +42,10 @@ def triton_ir(launch, monkeypatch, arch: int = 90) -> str:
     return str(stopped.value)
 
 
-def first_of_each() -> list[cases.Case]:
+def first_of_each() -> list[launches.Shipped]:
     """Each variant of each operator once. fp32 brings those that have no half-precision form."""
     found = {}
-    for case in cases.all_cases((90,), ("bf16", "fp32")):
+    for case in launches.shipped((90,), ("bf16", "fp32")):
         found.setdefault((case.operator, case.variant), case)
     return list(found.values())
 
@@ -83,7 +83,7 @@ def _narrow_kernel(x, out, rows, width, BLOCK: tl.constexpr):
 
 
 def _narrow(rows: int):
-    launch = cases.Case("layer_norm", "plain", "bf16", 192, 90, batch=rows // 197).build()
+    launch = launches.Shipped("layer_norm", "plain", "bf16", 192, 90, batch=rows // 197).build()
     x = launch.arguments["x"].view(-1, 192)
     arguments = {"x": x, "out": x, "rows": x.shape[0], "width": 192, "BLOCK": 64}
     return dataclasses.replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -15,10 +16,11 @@ import torch
 
 import deit
 import report
-from operators import cases, int8, measure, terms
+from deit.kernels.prove import calls
+from deit.kernels.prove.calls import Call, Part
+from operators import int8, measure, terms
 from operators import test_each_operator as suite
 from operators.measure import Prepared
-from operators.numerics_cases import Call
 from race import checks
 
 ROOT = Path(__file__).parents[1]
@@ -99,29 +101,28 @@ def test_plain_pytest_does_not_collect_benchmarks(pytestconfig: pytest.Config) -
     assert pytestconfig.getini("testpaths") == ["tests"]
 
 
-@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
-def test_cases_are_a_deits_and_cost_something(case: cases.Case) -> None:
+@pytest.mark.parametrize("part", calls.parts(), ids=lambda part: part.name)
+def test_cases_are_a_deits_and_cost_something(part: Part) -> None:
     config = deit.config("deit_ti", img_size=32)
-    call = case.build(config, 2, torch.float32, CPU, seed=1)
-    again = case.build(config, 2, torch.float32, CPU, seed=2)
+    call, again = (suite.call_of(part, config, 2, torch.float32, CPU, n) for n in (1, 2))
     for name, tensor in call.inputs.items():
         if tensor.is_floating_point() and "row_stats" not in name:
             assert not torch.equal(tensor, again.inputs[name])
             assert tensor.std() > 0  # never zeros
-    assert cases.flops(call, False) > 0
+    assert call.flops[0] > 0
     if call.gradients:
-        assert cases.flops(call, True) > 0
-    suite.calls.function(call, "reference")(call.inputs)
+        assert call.flops[1] > 0
+    call.function("reference")(call.inputs)
 
 
 def test_products_of_a_block_are_the_networks_flops() -> None:
     """A forward counted by operator and call has the FLOPs that the config states."""
     config = deit.config("deit_ti")
     total = sum(
-        case.forward_calls(config) * cases.flops(call, False)
-        for case in cases.CASES
-        if case.forward_calls(config)
-        and (call := case.build(config, 1, torch.float32, CPU, 1)).operator != "layer_norm"
+        part.times(config.depth) * call.flops[0]
+        for part in calls.parts()
+        if part.times(config.depth)
+        and (call := suite.call_of(part, config, 1, torch.float32, CPU, 1)).operator != "layer_norm"
     )
     head = 2 * config.embed_dim * config.num_classes
     assert total + head == config.flops
@@ -179,25 +180,25 @@ def test_ceilings_are_of_this_device() -> None:
 
 def test_int8_stands_beside_fp32_with_its_own_bytes_and_error() -> None:
     config = deit.config("deit_ti")
-    by_name = {case.name: case for case in cases.CASES}
+    build = {p.name: functools.partial(suite.call_of, p) for p in calls.parts()}
     for name, expected in (
         ("linear proj + residual", {"cpu int8", "oneDNN int8"}),
         ("gelu_mlp + residual", {"cpu int8"}),
         ("layer_norm", set()),
     ):
-        calls = [by_name[name].build(config, 1, torch.float32, CPU, seed) for seed in (1, 2)]
-        functions = int8.contenders(calls[0], backward=False)
+        sets = [build[name](config, 1, torch.float32, CPU, number) for number in (1, 2)]
+        functions = int8.contenders(sets[0], backward=False)
         assert set(functions) == expected
-        assert int8.contenders(calls[0], backward=True) == {}
+        assert int8.contenders(sets[0], backward=True) == {}
         for function in functions.values():
-            for call in [*calls, calls[0]]:  # sets rotate: each has its own weights
+            for call in [*sets, sets[0]]:  # they rotate: each has its own weights
                 found = function(call.inputs)
-                wanted = suite.calls.function(call, "reference")(call.inputs)
+                wanted = call.function("reference")(call.inputs)
                 assert checks.distance(found, wanted) < int8.ALLOWED
     dim = config.embed_dim
-    linear = by_name["linear qkv"].build(config, 1, torch.float32, CPU, 1)
+    linear = build["linear qkv"](config, 1, torch.float32, CPU, 1)
     assert int8.saved_bytes(linear) == 3 * 3 * dim * dim - 4 * 3 * dim
-    half = by_name["linear qkv"].build(config, 1, torch.bfloat16, CPU, 1)
+    half = build["linear qkv"](config, 1, torch.bfloat16, CPU, 1)
     assert int8.contenders(half, backward=False) == {}
 
 

@@ -1,12 +1,11 @@
 """The C++ matrix products against fp64: every instruction set, optional and tail."""
 
-import oracle
 import pytest
 import torch
 
 from deit.kernels import explain, gelu_mlp, linear
 from deit.kernels.engine import limits, native, registry
-from deit.kernels.prove import reference
+from deit.kernels.prove import oracle, reference
 
 pytestmark = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))

@@ -1,10 +1,9 @@
 """The operators as PyTorch sees them: schemas, fakes, tracing, autograd, odd memory, devices."""
 
-import oracle
 import pytest
 import schema_calls
 import torch
-from test_dispatch import CALLS
+from schema_calls import CALLS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deit
@@ -12,7 +11,7 @@ import deit.kernels
 from deit.fused_vit import fuse, register_hf
 from deit.kernels.engine import dispatch, native, registry
 from deit.kernels.engine.operator import OPERATORS, operator_names
-from deit.kernels.prove import reference
+from deit.kernels.prove import oracle, reference
 
 CPU = sorted(registry.KERNELS["cpu"] & set(CALLS)) if not native.why_not("cpu") else []
 needs_cpu = pytest.mark.skipif(not CPU, reason=f"{native.why_not('cpu')}")

@@ -1,6 +1,7 @@
 """Tuned configurations: what is legal, how they are kept, and when they are used."""
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -10,8 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from deit.kernels.device import candidates, configs
-from deit.kernels.engine import tuning
+from deit.kernels.device import tuning
+from deit.kernels.gelu_mlp import tiles as gelu_mlp_tiles
+from deit.kernels.linear import tiles as linear_tiles
+
+for operator in ("attention", "fp8", "layer_norm", "losses", "patch_embed"):
+    importlib.import_module(f"deit.kernels.{operator}.tiles")  # fills TUNABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
@@ -62,7 +67,7 @@ def entry(config, microseconds=10.0):
 
 
 def tuned(**changes):
-    return dataclasses.replace(configs.linear.pinned(**LINEAR), **changes)
+    return dataclasses.replace(linear_tiles.linear.pinned(**LINEAR), **changes)
 
 
 @pytest.mark.parametrize("factory", SIZES)
@@ -70,11 +75,11 @@ def tuned(**changes):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_pinned_defaults_are_legal_and_candidates_distinct(factory, arch, dtype):
     arguments = tuning.TUNABLE[factory].arguments(arch, dtype, **SIZES[factory])
-    found = candidates.candidates(factory, arguments)
+    found = tuning.TUNABLE[factory].candidates(arguments)
     assert found[0] == tuning.TUNABLE[factory].pinned(**arguments)
     assert len(set(found)) == len(found)
     for config in found:
-        assert config is None or candidates.illegal(factory, config, arguments) == []
+        assert config is None or config.illegal(arguments) == []
 
 
 @pytest.mark.parametrize(
@@ -89,17 +94,17 @@ def test_pinned_defaults_are_legal_and_candidates_distinct(factory, arch, dtype)
     ],
 )
 def test_illegal(changes, why):
-    assert why in "; ".join(candidates.illegal("linear", tuned(**changes), LINEAR))
+    assert why in "; ".join(tuned(**changes).illegal(LINEAR))
 
 
 @pytest.mark.parametrize("factory", SIZES)
 def test_absurd_numbers_are_illegal_everywhere(factory):
     arguments = tuning.TUNABLE[factory].arguments(90, torch.bfloat16, **SIZES[factory])
-    config = next(c for c in candidates.candidates(factory, arguments) if c is not None)
+    config = next(c for c in tuning.TUNABLE[factory].candidates(arguments) if c is not None)
     for field in dataclasses.fields(config):
         for value in (0, -1, 2**13, 2**40, 2**70) if field.type == "int" else ():
             changed = dataclasses.replace(config, **{field.name: value})
-            assert candidates.illegal(factory, changed, arguments), (field.name, value)
+            assert changed.illegal(arguments), (field.name, value)
 
 
 @pytest.mark.parametrize("factory", ["layer_norm_bwd", "patch_embed_bwd"])
@@ -107,7 +112,7 @@ def test_absurd_numbers_are_illegal_everywhere(factory):
 def test_no_programs_would_sum_nothing(factory, programs):
     arguments = tuning.TUNABLE[factory].arguments(90, torch.bfloat16, **SIZES[factory])
     config = dataclasses.replace(tuning.TUNABLE[factory].pinned(**arguments), programs=programs)
-    found = candidates.illegal(factory, config, arguments)
+    found = config.illegal(arguments)
     assert found == [f"programs is {programs}, expected 1 to 32"]
 
 
@@ -119,12 +124,12 @@ def test_configurations_hold_ints_and_bools_alone():
 
 
 def test_tensor_copies_need_an_architecture_that_has_them():
-    assert "tma" in candidates.illegal("linear", tuned(), {**LINEAR, "arch": 80})[0]
+    assert "tma" in tuned().illegal({**LINEAR, "arch": 80})[0]
 
 
 def test_the_pinned_default_without_a_file(cache):
-    assert configs.linear(**LINEAR) == configs.linear.pinned(**LINEAR)
-    assert configs.linear.explain(**LINEAR)[1] == "pinned default, not tuned on this GPU"
+    assert linear_tiles.linear(**LINEAR) == linear_tiles.linear.pinned(**LINEAR)
+    assert linear_tiles.linear.explain(**LINEAR)[1] == "pinned default, not tuned on this GPU"
     assert not cache.exists()  # looking for it makes nothing
 
 
@@ -132,21 +137,21 @@ def test_a_tuned_configuration_is_used_and_says_so(cache):
     better = tuned(block_n=128, num_stages=4)
     tuning.store("Test H100", {ENTRY: entry(better)})
     forget()
-    assert configs.linear(**LINEAR) == better
-    assert configs.linear(90, torch.bfloat16, 768, depth=768) == better
-    assert configs.linear.explain(**LINEAR) == (
+    assert linear_tiles.linear(**LINEAR) == better
+    assert linear_tiles.linear(90, torch.bfloat16, 768, depth=768) == better
+    assert linear_tiles.linear.explain(**LINEAR) == (
         better, "tuned 2026-11-22 on Test H100: 10.0 us, the best of 7"
     )  # fmt: skip
     other = {**LINEAR, "width": 384}
-    assert configs.linear(**other) == configs.linear.pinned(**other)
+    assert linear_tiles.linear(**other) == linear_tiles.linear.pinned(**other)
 
 
 def test_the_other_form_can_be_the_best(cache):
     arguments = {"arch": 90, "dtype": torch.bfloat16, "dim": 192}
-    assert configs.gelu_mlp(**arguments) is not None
+    assert gelu_mlp_tiles.gelu_mlp(**arguments) is not None
     tuning.store("Test H100", {tuning.entry_name("gelu_mlp", arguments): entry(None)})
     forget()
-    assert configs.gelu_mlp(**arguments) is None
+    assert gelu_mlp_tiles.gelu_mlp(**arguments) is None
 
 
 @pytest.mark.parametrize("name", ["torch", "triton", "driver", "kernels"])
@@ -155,8 +160,8 @@ def test_other_versions_are_ignored_with_the_reason(cache, monkeypatch, name):
     now = {**tuning.versions(), name: "another"}
     forget()
     monkeypatch.setattr(tuning, "versions", lambda: now)
-    config, evidence = configs.linear.explain(**LINEAR)
-    assert config == configs.linear.pinned(**LINEAR)
+    config, evidence = linear_tiles.linear.explain(**LINEAR)
+    assert config == linear_tiles.linear.pinned(**LINEAR)
     assert f"tuned with other versions: {name} " in evidence
     assert "now another" in evidence
     monkeypatch.undo()
@@ -190,8 +195,8 @@ def test_an_edited_entry_that_cannot_run_is_not_used(cache, config, why):
     fields = dataclasses.asdict(tuned()) | config
     tuning.store("Test H100", {ENTRY: tuning.Entry(fields, 1.0, 2.0, 3, "2026-11-22")})
     forget()
-    found, evidence = configs.linear.explain(**LINEAR)
-    assert found == configs.linear.pinned(**LINEAR)
+    found, evidence = linear_tiles.linear.explain(**LINEAR)
+    assert found == linear_tiles.linear.pinned(**LINEAR)
     assert why in evidence
 
 
@@ -215,13 +220,13 @@ def test_a_broken_file_is_ignored_and_set_aside(cache, text):
     file.parent.mkdir(parents=True)
     file.write_text(text)
     with pytest.warns(UserWarning, match=r"Test_H100.json cannot be read: .*; the pinned defaults"):
-        assert configs.linear(**LINEAR) == configs.linear.pinned(**LINEAR)
-    assert "cannot be read" in configs.linear.explain(**LINEAR)[1]
+        assert linear_tiles.linear(**LINEAR) == linear_tiles.linear.pinned(**LINEAR)
+    assert "cannot be read" in linear_tiles.linear.explain(**LINEAR)[1]
     assert len(list(tuning.reasons())) == 1
     tuning.store("Test H100", {ENTRY: entry(tuned(block_n=128))})
     assert file.with_suffix(".unreadable").read_text() == text
     forget()
-    assert configs.linear(**LINEAR) == tuned(block_n=128)
+    assert linear_tiles.linear(**LINEAR) == tuned(block_n=128)
 
 
 @pytest.mark.parametrize(
@@ -247,8 +252,8 @@ def test_an_entry_that_is_none_is_reported_and_not_used(cache, change, why):
     file.write_text(json.dumps(document))
     forget()
     with pytest.warns(UserWarning, match="cannot be read"):
-        found, evidence = configs.linear.explain(**LINEAR)
-    assert found == configs.linear.pinned(**LINEAR)
+        found, evidence = linear_tiles.linear.explain(**LINEAR)
+    assert found == linear_tiles.linear.pinned(**LINEAR)
     assert why in evidence
 
 
@@ -261,7 +266,7 @@ def test_a_file_that_may_not_be_read_is_reported(cache, monkeypatch):
 
     monkeypatch.setattr(tuning.json_files, "read", refuse)
     with pytest.warns(UserWarning, match="Permission denied"):
-        assert "Permission denied" in configs.linear.explain(**LINEAR)[1]
+        assert "Permission denied" in linear_tiles.linear.explain(**LINEAR)[1]
     assert file.exists()
 
 
@@ -302,12 +307,12 @@ def test_a_link_by_the_files_name_is_set_aside_and_its_target_left(cache):
     before = elsewhere.read_text()
     forget()
     with pytest.warns(UserWarning, match="cannot be read"):
-        assert configs.linear(**LINEAR) == configs.linear.pinned(**LINEAR)
+        assert linear_tiles.linear(**LINEAR) == linear_tiles.linear.pinned(**LINEAR)
     tuning.store("Test H100", {ENTRY: entry(tuned(block_n=128, num_stages=4))})
     assert elsewhere.read_text() == before
     assert not stored.is_symlink()
     forget()
-    assert configs.linear(**LINEAR) == tuned(block_n=128, num_stages=4)
+    assert linear_tiles.linear(**LINEAR) == tuned(block_n=128, num_stages=4)
 
 
 def test_another_users_files_are_not_taken(cache, monkeypatch):
@@ -323,7 +328,7 @@ def test_another_users_files_are_not_taken(cache, monkeypatch):
 
     monkeypatch.setattr(os, "fstat", another)
     with pytest.warns(UserWarning, match=rf"cannot be read: .*a file of user {owner + 2}"):
-        assert configs.linear(**LINEAR) == configs.linear.pinned(**LINEAR)
+        assert linear_tiles.linear(**LINEAR) == linear_tiles.linear.pinned(**LINEAR)
     with pytest.raises(PermissionError, match=rf"a file of user {owner + 2}.*lock"):
         tuning.store("Test H100", {ENTRY: entry(tuned())})
 
@@ -338,13 +343,13 @@ def test_switched_off(cache, monkeypatch):
     tuning.store("Test H100", {ENTRY: entry(tuned(block_n=128))})
     forget()
     monkeypatch.setenv("FUSED_DEIT_TUNED", "0")
-    assert configs.linear(**LINEAR) == configs.linear.pinned(**LINEAR)
+    assert linear_tiles.linear(**LINEAR) == linear_tiles.linear.pinned(**LINEAR)
 
 
 def test_concurrent_processes_lose_nothing(cache):
     """Three processes of ten stores each, readers between them: every entry is there at the end."""
     code = (
-        "import sys; from deit.kernels.engine import tuning\n"
+        "import sys; from deit.kernels.device import tuning\n"
         "for i in range(10):\n"
         "    tuning.store('Busy', {f'{sys.argv[1]}-{i}': tuning.Entry(None, 1.0, None, 1, '')})\n"
         "    assert not tuning.load('Busy').ignored\n"

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deit.kernels.prove.calls import Call
 from int8_kernels import onednn_int8
 from operators.measure import Function
-from operators.numerics_cases import Call
 
 MATRICES = {"linear": ("weight",), "gelu_mlp": ("w1", "w2")}  # quantised before, and kept
 # Relative L2 distance of outputs from eager's: 8 bits of normal numbers are off by 1 %.

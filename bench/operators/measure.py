@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from deit.kernels.prove.calls import Call
 from evidence import devices
 from evidence.timing import Clock, interleave
-from operators.numerics_cases import Call
 
 Function = Callable[[dict[str, Any]], Any]  # an operator on its tensors by name
 
@@ -90,18 +90,16 @@ def contenders(call: Call, backward: bool, ours: Sequence[str], *, compiled: boo
 
     A vit_block is also run by parts; attention on a GPU by every backend of PyTorch's.
     """
-    import deit.kernels
-    import numerics
-    from operators import calls
 
-    reasons = deit.kernels.explain(call.operator, **call.inputs, **call.options).reasons
-    able = [name for name in ours if not reasons[name]]
+    from deit.kernels.vit_block.calls import by_parts
+
+    able = [name for name in ours if not call.reasons(name)]
     if backward:
-        able = [name for name in able if numerics.differentiable(call, name)]
-    found: dict[str, Function] = {name: calls.function(call, name) for name in able}
+        able = [name for name in able if call.differentiable(name)]
+    found: dict[str, Function] = {name: call.function(name) for name in able}
     if call.operator == "vit_block":
-        found |= {f"{name}, by parts": calls.by_parts(call, name) for name in able}
-    found["eager"] = reference = calls.function(call, "reference")
+        found |= {f"{name}, by parts": by_parts(call, name) for name in able}
+    found["eager"] = reference = call.function("reference")
     if compiled:
         import torch._functorch.config as functorch
 

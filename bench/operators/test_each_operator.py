@@ -16,9 +16,10 @@ import torch
 
 import deit
 from deit.kernels import explain
+from deit.kernels.prove import calls
+from deit.kernels.prove.calls import Call, Draw, Part, Size
 from evidence.timing import compare, spread
-from operators import calls, cases, int8, measure
-from operators.cases import CASES, Case
+from operators import int8, measure
 from operators.measure import Prepared
 from operators.terms import Run
 from race import checks, tables
@@ -47,14 +48,12 @@ CLOCK = RatioClock()
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
+@pytest.mark.parametrize("part", calls.parts(), ids=lambda part: part.name.replace(" ", "_"))
 @pytest.mark.benchmark(timer=CLOCK, disable_gc=True)
-def test_operator(benchmark: Any, run: Run, arch: deit.Config, case: Case, direction: str) -> None:
+def test_operator(benchmark: Any, run: Run, arch: deit.Config, part: Part, direction: str) -> None:
     """One row of the report for each contender, and the ratio for pytest-benchmark."""
     backward = direction == "backward"
-    if backward and case.operator in calls.INFERENCE:
-        pytest.skip(f"{case.operator} is for inference")
-    sets, functions, ours = contenders(run, arch, case, backward)
+    sets, functions, ours = contenders(run, arch, part, backward)
     prepared = {
         name: measure.prepare(function, sets, backward) for name, function in functions.items()
     }
@@ -63,12 +62,12 @@ def test_operator(benchmark: Any, run: Run, arch: deit.Config, case: Case, direc
     theirs = (n for n in samples if not measure.is_ours(n) and not int8.is_int8(n))
     best = min(theirs, key=lambda name: spread(samples[name]).median)
     terms = {
-        "operator": case.name,
+        "operator": part.name,
         "direction": direction,
         "arch": arch.label,
         "batch": run.batch,
         "dtype": next(name for name, dtype in tables.DTYPES.items() if dtype == run.dtype),
-        "calls": case.forward_calls(arch),
+        "calls": part.times(arch.depth),
         "ours": best if ours == "eager" else ours,
         "best": best,
         "sets": len(sets),
@@ -81,29 +80,37 @@ def test_operator(benchmark: Any, run: Run, arch: deit.Config, case: Case, direc
     benchmark.pedantic(CLOCK.advance, rounds=len(CLOCK.waiting))
 
 
+def call_of(
+    part: Part, arch: deit.Config, batch: int, dtype: torch.dtype, device: torch.device, number: int
+) -> Call:
+    """Its inputs at this network's sizes, drawn anew for each number."""
+    return part.build(Draw(dtype=dtype, device=device, number=number), Size.of(arch, batch))
+
+
 def contenders(
-    run: Run, arch: deit.Config, case: Case, backward: bool
+    run: Run, arch: deit.Config, part: Part, backward: bool
 ) -> tuple[list[Any], dict[str, measure.Function], str]:
     """Sets of inputs past the cache, who runs them, and which of those is ours.
 
     Skips the case where nothing of ours runs and the network's own time does not need it.
     """
-    build = lambda seed: case.build(arch, run.batch, run.dtype, run.device, seed)
+    build = lambda number: call_of(part, arch, run.batch, run.dtype, run.device, number)
     first = build(1)
+    if backward and not first.gradients:
+        pytest.skip(f"{first.operator} is for inference")
     wanted = measure.OURS if run.impl == "auto" else (run.impl,)
     functions = measure.contenders(first, backward, wanted, compiled=run.compiled)
     if run.impl == "auto":
-        leaves = {n: first.inputs[n].clone().requires_grad_() for n in first.gradients}
-        given = first.inputs | leaves if backward else first.inputs
-        ours = explain(case.operator, **given, **first.options).chosen
+        given = first.leaves() if backward else first.inputs
+        ours = explain(first.operator, **given, **first.options).chosen
         ours = "eager" if ours == "reference" else ours
     else:
         ours = run.impl if run.impl in functions else "eager"
     if run.impl in ("auto", "cpu"):
         functions |= int8.contenders(first, backward)
-    if ours == "eager" and not case.forward_calls(arch):
-        pytest.skip(f"{case.operator}: nothing but PyTorch runs here")
-    size = calls.traffic(first, [], backward)
+    if ours == "eager" and not part.times(arch.depth):
+        pytest.skip(f"{first.operator}: nothing but PyTorch runs here")
+    size = first.traffic([], backward)
     count = measure.copies(size, measure.cache_bytes(run.device))
     return [first, *(build(2 + i) for i in range(count - 1))], functions, ours
 
@@ -129,8 +136,8 @@ def measured(
     prepared: Mapping[str, Prepared],
 ) -> list[dict[str, Any]]:
     """Each contender's time, the arithmetic and the bytes it stands for, and its ratio."""
-    made = measure.outputs(calls.function(call, "reference")(call.inputs))
-    flops, traffic = cases.flops(call, backward), calls.traffic(call, made, backward)
+    made = measure.outputs(call.function("reference")(call.inputs))
+    flops, traffic = call.flops[backward], call.traffic(made, backward)
     floor = run.measured_ceilings().seconds(traffic, flops)
     rows = []
     for name, taken in samples.items():

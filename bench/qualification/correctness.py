@@ -1,4 +1,4 @@
-"""Every operator and implementation against fp64, under the rule of tests/oracle.py."""
+"""Every operator and implementation against fp64, under the rule of kernels/prove/oracle.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qualification.context import Context
 
 IMPLEMENTATIONS = ("triton", "cuda", "cpu")
 DTYPES = ("bf16", "fp16", "fp32")
-DRY = ("layer_norm", "linear", "attention", "cross_entropy")
+DRY = ["layer_norm", "linear", "attention", "cross_entropy"]
 # (batch, tokens, D): one token; DeiT's 197 and, distilled, 198; the first count past one block of
 # keys; 384 pixels; the largest that is promised. Then the widths of DeiT-S and -B.
 SHAPES = (
@@ -21,7 +21,7 @@ SHAPES = (
 
 def correctness(context: Context) -> None:
     """As a stage: one job an operator and dtype. As a job: that operator's rows."""
-    from operators.calls import OPERATORS
+    from deit.kernels.prove import calls
 
     if context.dry:
         check(context, DRY, "fp32", ((1, 5, 64),))
@@ -29,7 +29,9 @@ def correctness(context: Context) -> None:
         operator, dtype = context.job.split(":")
         check(context, [operator], dtype, SHAPES)
     else:
-        context.fan_out([f"{operator}:{dtype}" for dtype in DTYPES for operator in OPERATORS])
+        context.fan_out(
+            [f"{operator}:{dtype}" for dtype in DTYPES for operator in calls.operators()]
+        )
     if not context.job:
         above = sum(row["used"] > 1 for row in context.rows)
         context.note(f"{len(context.rows)} figures, {above} above the rule")
@@ -57,14 +59,14 @@ def plan(
     operator: str, shapes: tuple[tuple[int, ...], ...], dry: bool
 ) -> Iterator[tuple[tuple[int, ...], str]]:
     """Shapes and input families, the most telling first."""
-    from operators.calls import FAMILIES
+    from deit.kernels.prove import calls
 
-    softmax = operator in ("attention", "cross_entropy", "distillation_loss")
-    families = [f for f in FAMILIES if softmax or f != "one_hot"]
+    stated = calls.stated()[operator]
+    families = [f for f in calls.FAMILIES if stated.softmax or f != "one_hot"]
     yield from ((shapes[0], family) for family in families[: 1 if dry else None])
     # A loss has neither tokens nor D: its batch, one row to 257, is all that differs.
     rest = shapes[1:]
-    if "loss" in operator or operator == "cross_entropy":
+    if stated.loss:
         rest = ((1, 0, 0), (257, 0, 0)) if rest else ()
     yield from ((shape, "random") for shape in rest)
 
@@ -73,18 +75,15 @@ def compare(
     context: Context, impl: str, operator: str, dtype: str, shape: tuple[int, ...], family: str
 ) -> None:
     """One call forward and, where there are kernels for it, backward."""
-    import deit.kernels
     import numerics
-    from operators import calls
+    from deit.kernels.prove import calls
 
-    batch, tokens, dim = shape
-    call = calls.build(operator, numerics.DTYPES[dtype], context.device, batch=batch,
-                       tokens=tokens, dim=dim, family=family)  # fmt: skip
-    reasons = deit.kernels.explain(call.operator, **call.inputs, **call.options).reasons[impl]
-    if reasons:
+    draw = calls.Draw(family, numerics.DTYPES[dtype], context.device)
+    call = calls.build(operator, draw, calls.Size(*shape))
+    if reasons := call.reasons(impl):
         context.note(f"{impl} {operator}: not run, {'; '.join(reasons)}")
         return
-    backward = numerics.differentiable(call, impl)
+    backward = call.differentiable(impl)
     for row in numerics.compare(call, impl, dtype, family, backward):
         context.row(shape=list(shape), **asdict(row))
         if row.used > 1:

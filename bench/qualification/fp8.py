@@ -78,16 +78,15 @@ def _compare(
 
     import deit.kernels
     import numerics
-    from operators import calls
+    from deit.kernels.prove import calls
 
-    batch, tokens, dim = shape
-    call = calls.build(operator, numerics.DTYPES[dtype], context.device, batch=batch,
-                       tokens=tokens, dim=dim, family=family, epilogue=False)  # fmt: skip
+    draw = calls.Draw(family, numerics.DTYPES[dtype], context.device)
+    call = calls.build(operator, draw, calls.Size(*shape), "inference")
     public = getattr(deit.kernels, f"fp8_{operator}")
     with torch.no_grad():
         out, expected = (public(**call.inputs, impl=i).double() for i in ("triton", "reference"))
         wide = {name: tensor.double() for name, tensor in call.inputs.items()}
-        exact = calls.function(call, "reference")(wide)
+        exact = call.function("reference")(wide)
     error, noise = ((out - other).norm() for other in (expected, exact))
     found: dict[str, Any] = {
         "impl": "triton",

@@ -17,10 +17,10 @@ IMPLEMENTATIONS = ("triton", "cuda")
 
 def robustness(context: Context) -> None:
     """As a stage: one job an operator. As a job: every check on it."""
-    from operators.calls import OPERATORS
+    from deit.kernels.prove import calls
 
     if not context.job and not context.dry:
-        context.fan_out(OPERATORS)
+        context.fan_out(calls.operators())
         context.jobs = 2  # each takes up to 30 GB
         context.fan_out([f"{operator}:large" for operator in LARGE])
         context.note(f"{len(context.rows)} checks passed")
@@ -53,25 +53,20 @@ def each(
                         context.row(check=name, impl=impl, operator=operator, passed=True)
 
 
-def _call(context: Context, operator: str, seed: int = 0) -> Any:
+def _call(context: Context, operator: str, number: int = 0) -> Any:
     """bf16 at DeiT-S's width and 198 tokens on a GPU; something tiny in fp32 in a dry run."""
     import torch
 
-    from operators import calls
+    from deit.kernels.prove import calls
 
-    sizes = {"batch": 4, "tokens": 198, "dim": 384}
-    if context.dry:
-        sizes = {"batch": 2, "tokens": 6, "dim": 64}
+    size = calls.Size(2, 6, 64) if context.dry else calls.Size(4, 198, 384)
     dtype = torch.float32 if context.dry else torch.bfloat16
-    return calls.build(operator, dtype, context.device, seed=seed, **sizes)
+    draw = calls.Draw(dtype=dtype, device=context.device, number=number)
+    return calls.build(operator, draw, size)
 
 
 def _runs(context: Context, operator: str, impl: str) -> bool:
-    import deit.kernels
-
-    call = _call(context, operator)
-    reasons = deit.kernels.explain(operator, **call.inputs, **call.options).reasons[impl]
-    return not reasons
+    return not _call(context, operator).reasons(impl)
 
 
 def evaluate(call: Any, impl: str, inputs: dict[str, Any], backward: bool) -> list[Any]:
@@ -81,17 +76,9 @@ def evaluate(call: Any, impl: str, inputs: dict[str, Any], backward: bool) -> li
     """
     import torch
 
-    from operators import calls
-
-    leaves = {n: inputs[n].detach().requires_grad_() for n in call.gradients if backward}
-    found = calls.function(call, impl)(inputs | leaves)
-    outputs = [found] if isinstance(found, torch.Tensor) else list(found)
-    results = [t.detach() for t in outputs]
-    if backward:
-        generator = torch.Generator().manual_seed(17)
-        seeds = [torch.randn(t.shape[-1:], generator=generator).to(t).expand_as(t) for t in outputs]
-        results += torch.autograd.grad(outputs, list(leaves.values()), seeds, allow_unused=True)
-    return [t for t in results if t is not None]
+    generator = torch.Generator().manual_seed(17)
+    row = lambda _, t: torch.randn(t.shape[-1:], generator=generator).to(t).expand_as(t)
+    return list(call.results(impl, inputs, row if backward else None).values())
 
 
 def _same(context: Context, first: list[Any], other: list[Any], what: str) -> None:
@@ -103,16 +90,10 @@ def _same(context: Context, first: list[Any], other: list[Any], what: str) -> No
             raise AssertionError(f"{what}: result {index} differs in {count} of {a.numel()} values")
 
 
-def _backward(call: Any, impl: str) -> bool:
-    import numerics
-
-    return bool(numerics.differentiable(call, impl))
-
-
 def _repeats(context: Context, operator: str, impl: str) -> None:
     """REPEATS runs give the same bits."""
     call = _call(context, operator)
-    run = lambda: evaluate(call, impl, call.inputs, _backward(call, impl))
+    run = lambda: evaluate(call, impl, call.inputs, call.differentiable(impl))
     first = run()
     for number in range(1, 3 if context.dry else REPEATS):
         _same(context, first, run(), f"run {number}")
@@ -146,11 +127,12 @@ def _views() -> dict[str, Callable[[Any], Any]]:
 
 def _layouts(context: Context, operator: str, impl: str) -> None:
     """Every floating-point input in each layout: forward and backward under the error rule."""
-    import oracle
     import torch
 
+    from deit.kernels.prove import oracle
+
     call = _call(context, operator)
-    backward = _backward(call, impl)
+    backward = call.differentiable(impl)
     double = {n: t.double() if t.is_floating_point() else t for n, t in call.inputs.items()}
     exact = evaluate(call, "reference", double, backward)
     plain = evaluate(call, "reference", call.inputs, backward)
@@ -177,7 +159,7 @@ def _stream(context: Context, operator: str, impl: str) -> None:
     import torch
 
     call = _call(context, operator)
-    backward = _backward(call, impl)
+    backward = call.differentiable(impl)
     expected = evaluate(call, impl, call.inputs, backward)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
@@ -194,10 +176,9 @@ def _graph(context: Context, operator: str, impl: str) -> None:
     import torch
 
     import deit.kernels
-    from operators import calls
 
-    call, other = _call(context, operator), _call(context, operator, seed=5)
-    run = calls.function(call, impl)
+    call, other = _call(context, operator), _call(context, operator, number=5)
+    run = call.function(impl)
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad():
         deit.kernels.warmup(run, call.inputs)
@@ -222,7 +203,7 @@ def _large(context: Context, operator: str, impl: str) -> None:
     """The first and last samples of a batch past 2**31 elements are those of a batch of two."""
     import torch
 
-    from operators import calls
+    from deit.kernels.prove import calls
 
     tokens, dim = LARGE[operator]
     largest = {"attention": 3 * tokens * dim, "patch_embed": 3 * 224 * 224}
@@ -230,14 +211,13 @@ def _large(context: Context, operator: str, impl: str) -> None:
     if torch.cuda.mem_get_info()[0] < 14 * 2**31:  # about six tensors of that size
         context.skip(f"{operator}: not enough free memory for tensors past 2**31 elements")
         return
-    build = functools.partial(calls.build, operator, torch.bfloat16, context.device, tokens=tokens,
-                              dim=dim, epilogue=False)  # fmt: skip
+    draw = calls.Draw(dtype=torch.bfloat16, device=context.device)
     with torch.no_grad():
-        call = build(batch=batch)
+        call = calls.build(operator, draw, calls.Size(batch, tokens, dim), "inference")
         for part in (slice(0, 2), slice(batch - 2, batch)):
             inputs = {n: t[part] if t.shape[0] == batch else t for n, t in call.inputs.items()}
             small = {n: t.clone() for n, t in inputs.items()}
-            run = calls.function(call, impl)
+            run = call.function(impl)
             whole, alone = (
                 [r] if isinstance(r, torch.Tensor) else list(r)
                 for r in (run(call.inputs), run(small))
@@ -250,7 +230,7 @@ def _large(context: Context, operator: str, impl: str) -> None:
 
 def sanitizer(context: Context) -> None:
     """compute-sanitizer's memcheck over one small call an operator, forward and backward."""
-    from operators.calls import OPERATORS
+    from deit.kernels.prove import calls
 
     if context.job:
         each(context, (context.job,), {"memcheck": _once})
@@ -264,7 +244,7 @@ def sanitizer(context: Context) -> None:
         return
     # Each tensor is an allocation of its own, so that a step past its end is seen.
     context.fan_out(
-        OPERATORS,
+        calls.operators(),
         [
             tool,
             "--tool",
@@ -290,6 +270,6 @@ def _once(context: Context, operator: str, impl: str) -> None:
     import torch
 
     call = _call(context, operator)
-    evaluate(call, impl, call.inputs, _backward(call, impl))
+    evaluate(call, impl, call.inputs, call.differentiable(impl))
     torch.cuda.synchronize()
     assert os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") == "1"

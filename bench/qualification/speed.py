@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qualification.context import Context
 
 if TYPE_CHECKING:
+    from deit.kernels.prove.calls import Call
     from operators.measure import Ceilings, Prepared
 
 ROUNDS = 15
@@ -21,14 +22,15 @@ COMPILED = (768,)  # compiling the reference takes seconds each
 
 def speed(context: Context) -> None:
     """Rows an operator, direction, width and contender; the most telling first."""
-    from operators.calls import INFERENCE, OPERATORS
+    from deit.kernels.engine.operator import OPERATORS
+    from deit.kernels.prove import calls
 
     ceilings = measure_ceilings(context)
     for dim in WIDTHS[: 1 if context.dry else None]:
         for backward in (False, True):
-            for operator in OPERATORS:
-                loss = "loss" in operator or operator == "cross_entropy"
-                if backward and operator in INFERENCE:
+            for operator in calls.operators():
+                loss = calls.stated()[operator].loss
+                if backward and OPERATORS[operator].train is None:
                     continue
                 if (loss and dim != WIDTHS[0]) or (context.dry and operator not in _DRY):
                     continue
@@ -68,24 +70,26 @@ def _operator(
 ) -> None:
     import torch
 
+    from deit.kernels.prove import calls
     from evidence.timing import paired_ratio, spread
-    from operators import calls, measure
+    from operators import measure
 
     sizes = {"batch": 256, "tokens": 197, "dim": dim}
     if context.dry:
         sizes = {"batch": 2, "tokens": 5, "dim": 64}
     dtype = torch.float32 if context.dry else torch.bfloat16
-    build = functools.partial(calls.build, operator, dtype, context.device, epilogue=False, **sizes)
-    sets = [build(seed=1)]
-    size = calls.traffic(sets[0], [], backward)
+
+    def build(number: int) -> Call:
+        draw = calls.Draw(dtype=dtype, device=context.device, number=number)
+        return calls.build(operator, draw, calls.Size(**sizes), "inference")
+
+    sets = [build(1)]
+    size = sets[0].traffic([], backward)
     many = 2 if context.dry else measure.copies(size, measure.cache_bytes(context.device))
-    sets += [build(seed=2 + i) for i in range(many - 1)]
+    sets += [build(2 + i) for i in range(many - 1)]
     prepared = _prepared(context, sets, dim, backward)
-    outputs = measure.outputs(calls.function(sets[0], "reference")(sets[0].inputs))
-    traffic, flops = (
-        calls.traffic(sets[0], outputs, backward),
-        calls.flops(sets[0], backward),
-    )
+    outputs = measure.outputs(sets[0].function("reference")(sets[0].inputs))
+    traffic, flops = sets[0].traffic(outputs, backward), sets[0].flops[backward]
     enough = lambda done: done >= 5 and context.left() < 0
     samples = measure.rounds(prepared, 3 if context.dry else ROUNDS, enough)
     best = min((n for n in samples if not measure.is_ours(n)),

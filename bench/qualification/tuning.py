@@ -15,10 +15,11 @@ def tune(context: Context) -> None:
     """As a stage: a row for each kernel and shape. As a job: compile a part of the candidates."""
     import torch
 
-    from deit import tune as tuner
-    from deit.kernels.engine import tuning
+    from deit import tune
+    from deit.kernels.device import tuning
+    from deit.kernels.prove import tune as tuner
 
-    problems = tuner.problems_of(_options(context), context.device)
+    problems = tune.problems_of(_options(context), context.device)
     count = 2 if context.dry else 16
     if context.job:
         tuner.warm(problems[int(context.job) :: PARTS], count)

@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.attention import triton_qkv as tiles
-from deit.kernels.device import common, configs, launching
+from deit.kernels.attention import tiles as attention_tiles
+from deit.kernels.attention import triton_qkv as qkv_tiles
+from deit.kernels.device import common, launching
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -32,7 +33,7 @@ def attention(
     scale: float,
     key_bias: Tensor | None,
     *,
-    config: configs.AttentionConfig | None = None,
+    config: attention_tiles.AttentionConfig | None = None,
 ) -> Tensor:
     """`deit.kernels.attention` on Triton.
 
@@ -52,7 +53,7 @@ def attention_fwd(
     scale: float,
     key_bias: Tensor | None,
     *,
-    config: configs.AttentionConfig | None = None,
+    config: attention_tiles.AttentionConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(`attention`, lse): lse [B, H, N] in fp32 is the natural log of each query's sum of
     exp(score), -inf for a query with no key left."""
@@ -70,7 +71,7 @@ def plan(
     key_bias: Tensor | None,
     *,
     save_lse: bool = False,
-    config: configs.AttentionConfig | None = None,
+    config: attention_tiles.AttentionConfig | None = None,
 ) -> tuple[tuple[Tensor, Tensor | None], common.Launch | None]:
     """(out, lse or None), unwritten, and the launch that writes them; None for an empty output."""
     batch, tokens, channels = qkv.shape
@@ -82,13 +83,13 @@ def plan(
     if out.numel() == 0:
         return (out, lse), None
     qkv = common.last_contiguous(qkv)
-    config = config or configs.attention(
+    config = config or attention_tiles.attention(
         common.architecture(qkv), qkv.dtype, head_dim, tokens, common.describable(qkv)
     )
     query_blocks = triton.cdiv(tokens, config.block_m)
     arguments = {
-        "q_source": tiles.source(qkv, config.block_m, head_dim, config.tma),
-        "kv_source": tiles.source(qkv, config.block_n, head_dim, config.tma),
+        "q_source": qkv_tiles.source(qkv, config.block_m, head_dim, config.tma),
+        "kv_source": qkv_tiles.source(qkv, config.block_n, head_dim, config.tma),
         "key_bias": key_bias,
         "out": out,
         "lse": lse,
@@ -124,7 +125,7 @@ def plan(
 def _finish(y, total, out, batch, head, token, tokens, num_heads, HEAD_DIM: tl.constexpr):
     """Divide by the sum of exponentials and write the queries from `token` on."""
     y = y / tl.where(total == 0.0, 1.0, total)[:, None]
-    tiles.store(out, y, batch, token, head * HEAD_DIM, tokens, num_heads * HEAD_DIM, HEAD_DIM)
+    qkv_tiles.store(out, y, batch, token, head * HEAD_DIM, tokens, num_heads * HEAD_DIM, HEAD_DIM)
 
 
 @triton.jit
@@ -182,7 +183,7 @@ def _one_block_kernel(
     batch_head = tl.program_id(0) // programs
     batch, head = batch_head // num_heads, batch_head % num_heads
     width, channel = num_heads * HEAD_DIM, head * HEAD_DIM
-    k = tiles.load(
+    k = qkv_tiles.load(
         kv_source,
         batch,
         0,
@@ -195,7 +196,7 @@ def _one_block_kernel(
         BLOCK_D,
         TMA,
     )
-    v = tiles.load(
+    v = qkv_tiles.load(
         kv_source,
         batch,
         0,
@@ -208,10 +209,10 @@ def _one_block_kernel(
         BLOCK_D,
         TMA,
     )
-    bias = tiles.key_bias(key_bias, batch, 0, tokens, bias_b, bias_n, BLOCK_N)
+    bias = qkv_tiles.key_bias(key_bias, batch, 0, tokens, bias_b, bias_n, BLOCK_N)
     first = (tl.program_id(0) % programs) * span
     for m0 in tl.range(first, tl.minimum(first + span, tokens), BLOCK_M):
-        q = tiles.load(
+        q = qkv_tiles.load(
             q_source,
             batch,
             m0,
@@ -259,14 +260,14 @@ def _online_kernel(
     batch, head = batch_head // num_heads, batch_head % num_heads
     width, channel = num_heads * HEAD_DIM, head * HEAD_DIM
     m0 = (tl.program_id(0) % programs) * BLOCK_M
-    q = tiles.load(
+    q = qkv_tiles.load(
         q_source, batch, m0, channel, tokens, stride_b, stride_n, BLOCK_M, HEAD_DIM, BLOCK_D, TMA
     )
     maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     y = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for n0 in tl.range(0, tokens, BLOCK_N):
-        k = tiles.load(
+        k = qkv_tiles.load(
             kv_source,
             batch,
             n0,
@@ -279,14 +280,14 @@ def _online_kernel(
             BLOCK_D,
             TMA,
         )
-        bias = tiles.key_bias(key_bias, batch, n0, tokens, bias_b, bias_n, BLOCK_N)
+        bias = qkv_tiles.key_bias(key_bias, batch, n0, tokens, bias_b, bias_n, BLOCK_N)
         scores = _scores(q, k, bias, scale, lse, PRECISION)
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         reference = _finite_maximum(new_maximum)
         p = _exponential(scores - reference[:, None], lse)
         shrink = _exponential(maximum - reference, lse)
         total = total * shrink + tl.sum(p, 1)
-        v = tiles.load(
+        v = qkv_tiles.load(
             kv_source,
             batch,
             n0,

@@ -30,8 +30,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.attention import triton_qkv as tiles
-from deit.kernels.device import common, configs, launching
+from deit.kernels.attention import tiles as attention_tiles
+from deit.kernels.attention import triton_qkv as qkv_tiles
+from deit.kernels.device import common, launching
 
 _DELTA_ROWS = 16  # 32 rows of 128 fp32 channels spill 8 bytes on Hopper
 
@@ -46,7 +47,7 @@ def attention_bwd(
     scale: float,
     key_bias: Tensor | None,
     *,
-    config: configs.AttentionBwdConfig | None = None,
+    config: attention_tiles.AttentionBwdConfig | None = None,
 ) -> Tensor:
     """dqkv [B, N, 3 * D] in qkv's dtype, contiguous, from `attention_fwd`'s inputs and outputs.
 
@@ -68,7 +69,7 @@ def plan(
     scale: float,
     key_bias: Tensor | None,
     *,
-    config: configs.AttentionBwdConfig | None = None,
+    config: attention_tiles.AttentionBwdConfig | None = None,
 ) -> tuple[Tensor, list[common.Launch]]:
     """dqkv, unwritten, and the launches that write it, in order; none for an empty one."""
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
@@ -76,7 +77,7 @@ def plan(
         return dqkv, []
     head_dim = qkv.shape[-1] // (3 * num_heads)
     qkv, dout, out = common.last_contiguous(qkv), common.last_contiguous(dout), out.contiguous()
-    config = config or configs.attention_bwd(
+    config = config or attention_tiles.attention_bwd(
         common.architecture(qkv), qkv.dtype, head_dim, qkv.shape[1], common.describable(qkv)
     )
     if config.tma and not common.describable(dout):
@@ -92,12 +93,12 @@ def _inputs(
     key_bias: Tensor | None,
     num_heads: int,
     scale: float,
-    config: configs.AttentionBwdConfig,
+    config: attention_tiles.AttentionBwdConfig,
 ) -> dict[str, Any]:
     """What both kernels take; each source once for tiles that stay and once for those that pass."""
     head_dim = qkv.shape[-1] // (3 * num_heads)
     stay, passing = (
-        [tiles.source(t, block, head_dim, config.tma) for t in (qkv, dout)]
+        [qkv_tiles.source(t, block, head_dim, config.tma) for t in (qkv, dout)]
         for block in (config.resident, config.passing)
     )
     return {
@@ -128,7 +129,7 @@ def _plan_whole_head(
     dout: Tensor,
     out: Tensor,
     lse: Tensor,
-    config: configs.AttentionBwdConfig,
+    config: attention_tiles.AttentionBwdConfig,
 ) -> list[common.Launch]:
     batch, heads, _ = lse.shape
     arguments = arguments | {"out": out, "lse": lse}
@@ -141,7 +142,7 @@ def _plan_split(
     dout: Tensor,
     out: Tensor,
     lse: Tensor,
-    config: configs.AttentionBwdConfig,
+    config: attention_tiles.AttentionBwdConfig,
 ) -> list[common.Launch]:
     batch, heads, tokens = lse.shape
     delta = torch.empty_like(lse)
@@ -154,7 +155,7 @@ def _plan_split(
         num_warps=4,
     )
     blocks = triton.cdiv(tokens, config.resident)
-    dout_passing = tiles.source(dout, config.passing, arguments["HEAD_DIM"], config.tma)
+    dout_passing = qkv_tiles.source(dout, config.passing, arguments["HEAD_DIM"], config.tma)
     arguments = arguments | {
         "dout_passing": dout_passing, "lse": lse, "delta": delta, "blocks": blocks
     }  # fmt: skip
@@ -175,10 +176,10 @@ def _delta_kernel(
     batch_head = tl.program_id(0) // blocks
     batch, head = batch_head // num_heads, batch_head % num_heads
     token, channel, width = tl.program_id(0) % blocks * ROWS, head * HEAD_DIM, num_heads * HEAD_DIM
-    do = tiles.load(
+    do = qkv_tiles.load(
         dout, batch, token, channel, tokens, dout_b, dout_n, ROWS, HEAD_DIM, BLOCK_D, False
     )
-    o = tiles.load(
+    o = qkv_tiles.load(
         out, batch, token, channel, tokens, tokens * width, width,
         ROWS, HEAD_DIM, BLOCK_D, False,
     )  # fmt: skip
@@ -252,24 +253,24 @@ def _block(
     da_at = channel + (2 * width if KEYS else 0)
     b_at = channel + (0 if KEYS else width)
     db_at = channel + (0 if KEYS else 2 * width)
-    a = tiles.load(
+    a = qkv_tiles.load(
         a_source, batch, a0, a_at, tokens, qkv_b, qkv_n, RESIDENT, HEAD_DIM, BLOCK_D, TMA
     )
-    da = tiles.load(
+    da = qkv_tiles.load(
         da_source, batch, a0, da_at, tokens, da_b, da_n, RESIDENT, HEAD_DIM, BLOCK_D, TMA
     )
     if KEYS:
-        a_bias = tiles.key_bias(key_bias, batch, a0, tokens, bias_b, bias_n, RESIDENT)[:, None]
+        a_bias = qkv_tiles.key_bias(key_bias, batch, a0, tokens, bias_b, bias_n, RESIDENT)[:, None]
     else:
         a_lse = _load_lse(lse, batch_head, a0, tokens, RESIDENT)[:, None]
         a_delta = _load_delta(delta, batch_head, a0, tokens, RESIDENT)[:, None]
     gradient = tl.zeros((RESIDENT, BLOCK_D), tl.float32)
     dv = tl.zeros((RESIDENT, BLOCK_D), tl.float32)
     for b0 in tl.range(0, tokens, PASSING):
-        b = tiles.load(
+        b = qkv_tiles.load(
             b_source, batch, b0, b_at, tokens, qkv_b, qkv_n, PASSING, HEAD_DIM, BLOCK_D, TMA
         )
-        db = tiles.load(
+        db = qkv_tiles.load(
             db_source, batch, b0, db_at, tokens, db_b, db_n, PASSING, HEAD_DIM, BLOCK_D, TMA
         )
         scores = tl.dot(a, b.T, input_precision=PRECISION) * scale
@@ -281,12 +282,12 @@ def _block(
             ds = p * (dp - row_delta)
             dv = tl.dot(p.to(db.dtype), db, dv, input_precision=PRECISION)
         else:
-            bias = tiles.key_bias(key_bias, batch, b0, tokens, bias_b, bias_n, PASSING)[None, :]
+            bias = qkv_tiles.key_bias(key_bias, batch, b0, tokens, bias_b, bias_n, PASSING)[None, :]
             ds = tl.exp(scores + bias - a_lse) * (dp - a_delta)
         gradient = tl.dot(ds.to(b.dtype), b, gradient, input_precision=PRECISION)
-    tiles.store(dqkv, gradient * scale, batch, a0, a_at, tokens, 3 * width, HEAD_DIM)
+    qkv_tiles.store(dqkv, gradient * scale, batch, a0, a_at, tokens, 3 * width, HEAD_DIM)
     if KEYS:
-        tiles.store(dqkv, dv, batch, a0, da_at, tokens, 3 * width, HEAD_DIM)
+        qkv_tiles.store(dqkv, dv, batch, a0, da_at, tokens, 3 * width, HEAD_DIM)
 
 
 @triton.jit
@@ -298,13 +299,13 @@ def _whole_head_kernel(
 ):  # fmt: skip
     batch, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
     width, channel = num_heads * HEAD_DIM, head * HEAD_DIM
-    q = tiles.load(
+    q = qkv_tiles.load(
         qkv_resident, batch, 0, channel, tokens, qkv_b, qkv_n, RESIDENT, HEAD_DIM, BLOCK_D, TMA
     )
-    do = tiles.load(
+    do = qkv_tiles.load(
         dout_resident, batch, 0, channel, tokens, dout_b, dout_n, RESIDENT, HEAD_DIM, BLOCK_D, TMA
     )
-    o = tiles.load(
+    o = qkv_tiles.load(
         out, batch, 0, channel, tokens, tokens * width, width,
         RESIDENT, HEAD_DIM, BLOCK_D, False,
     )  # fmt: skip
@@ -312,15 +313,15 @@ def _whole_head_kernel(
     row_lse = _load_lse(lse, tl.program_id(0), 0, tokens, RESIDENT)
     dq = tl.zeros((RESIDENT, BLOCK_D), tl.float32)
     for n0 in tl.range(0, tokens, PASSING):
-        k = tiles.load(
+        k = qkv_tiles.load(
             qkv_passing, batch, n0, width + channel, tokens, qkv_b, qkv_n,
             PASSING, HEAD_DIM, BLOCK_D, TMA,
         )  # fmt: skip
-        v = tiles.load(
+        v = qkv_tiles.load(
             qkv_passing, batch, n0, 2 * width + channel, tokens, qkv_b, qkv_n,
             PASSING, HEAD_DIM, BLOCK_D, TMA,
         )  # fmt: skip
-        bias = tiles.key_bias(key_bias, batch, n0, tokens, bias_b, bias_n, PASSING)
+        bias = qkv_tiles.key_bias(key_bias, batch, n0, tokens, bias_b, bias_n, PASSING)
         scores = tl.dot(q, k.T, input_precision=PRECISION) * scale + bias[None, :]
         p = tl.exp(scores - row_lse[:, None])
         dp = tl.dot(do, v.T, input_precision=PRECISION)
@@ -329,6 +330,6 @@ def _whole_head_kernel(
         dv = tl.dot(do.T, p.to(do.dtype), input_precision=PRECISION)
         dk = tl.dot(q.T, ds, input_precision=PRECISION)
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-        tiles.store(dqkv, dk.T * scale, batch, n0, width + channel, tokens, 3 * width, HEAD_DIM)
-        tiles.store(dqkv, dv.T, batch, n0, 2 * width + channel, tokens, 3 * width, HEAD_DIM)
-    tiles.store(dqkv, dq * scale, batch, 0, channel, tokens, 3 * width, HEAD_DIM)
+        qkv_tiles.store(dqkv, dk.T * scale, batch, n0, width + channel, tokens, 3 * width, HEAD_DIM)
+        qkv_tiles.store(dqkv, dv.T, batch, n0, 2 * width + channel, tokens, 3 * width, HEAD_DIM)
+    qkv_tiles.store(dqkv, dq * scale, batch, 0, channel, tokens, 3 * width, HEAD_DIM)

@@ -31,7 +31,7 @@ def load(
     """[BLOCK, BLOCK_D] of one sample from a token and a channel on.
 
     Zero past the last token and past HEAD_DIM channels. A descriptor would read the next head
-    there, so with TMA BLOCK_D is HEAD_DIM (`configs.attention` sees to it).
+    there, so with TMA BLOCK_D is HEAD_DIM (`attention_tiles.attention` sees to it).
     """
     if TMA:
         tile = source.load([batch, token, channel]).reshape(BLOCK, BLOCK_D)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from deit.kernels.device import configs, interpreter, launching
+from deit.kernels.device import chips, interpreter, launching
 
 interpreter.mend()
 
@@ -68,7 +68,7 @@ def architecture(tensor: Tensor) -> int:
 
 @functools.cache
 def _architecture(index: int | None) -> int:
-    return configs.family(*torch.cuda.get_device_capability(index))
+    return chips.family(*torch.cuda.get_device_capability(index))
 
 
 def multiprocessors(tensor: Tensor) -> int:

@@ -35,9 +35,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from deit.kernels.device import drivers
+from deit.kernels.device import drivers, tuning
 from deit.kernels.device.drivers import Launch
-from deit.kernels.engine import tuning
 
 # Calls an operator keeps, and encoded addresses a descriptor keeps. DeiT-B's 12 blocks need 2 of
 # the first and 12 to 24 of the second; a kept call is some 10 KB, an encoded descriptor 0.2 KB.

@@ -224,8 +224,9 @@ def explain(operator: str, *inputs: Any, **options: Any) -> Explanation:
     why_not = {name: reasons(known, arguments, name) for name in IMPLEMENTATIONS}
     configurations: tuple[str, ...] = ()
     if not why_not["triton"]:
-        choices = importlib.import_module("deit.kernels.device.choices")
-        configurations = choices.explain(operator, arguments)
+        tiles = importlib.import_module(f"{known.public.__module__}.tiles")  # in its folder
+        choices = tiles.CHOICES[operator](*arguments)
+        configurations = tuple(f"{config}: {evidence}" for config, evidence in choices)
     chosen = choose(known, arguments, "auto")
     left = left_to_pytorch(known, arguments, needs_gradient(arguments))
     return Explanation(operator, chosen, why_not, configurations, left)

@@ -1,18 +1,27 @@
-"""Tile sizes of the products in e4m3, beside those of `configs`. No GPU has timed any of them."""
+"""Tile sizes of the products in e4m3. No GPU has timed any of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from deit.kernels.engine.tuning import tunable
-from deit.kernels.fp8.quantize import E4M3
+from deit.kernels.device import common
+from deit.kernels.device.tiles import Arguments, Choice, Choices, Configuration
+from deit.kernels.device.tuning import tunable
+from deit.kernels.fp8.quantize import E4M3, GROUP
+from deit.kernels.layer_norm import tiles as layer_norm_tiles
+
+SUMS = 192  # a thread's fp32: 128 x 256 in 8 warps; fc1 compiles without spills
 
 
 @dataclass(frozen=True)
-class Fp8Config:
-    """Output tiles of block_m x block_n, 128 of the sum at a time (fp8_quantize.GROUP).
+class Fp8Config(Configuration):
+    """Output tiles of block_m x block_n, 128 of the sum at a time (`quantize.GROUP`).
 
     block_n: 128; or 256, by halves that share x's tile, with tma.
     group: tiles are numbered down `group` rows of tiles before the next column, for L2 reuse.
@@ -25,6 +34,24 @@ class Fp8Config:
     tma: bool
     num_warps: int
     num_stages: int
+
+    def rules(self, arguments: Arguments) -> list[str]:
+        """Beside the accumulators stands the product of 128 columns that is added to them next."""
+        each = self.block_m * (self.block_n + GROUP) // (32 * self.num_warps)
+        found = [] if each <= SUMS else [f"{each} sums a thread, {SUMS} fit its registers"]
+        if self.block_n not in ((GROUP, 2 * GROUP) if self.tma else (GROUP,)):
+            found.append(f"block_n {self.block_n}: {GROUP}, or {2 * GROUP} with tma, is there")
+        return found
+
+    def shared_memory(self, arguments: Arguments, itemsize: int) -> int:
+        written = self.block_m * min(self.block_n, GROUP) * itemsize if self.tma else 0
+        return self.num_stages * (self.block_m + self.block_n) * GROUP + written
+
+    @classmethod
+    def space(cls, arguments: Arguments, pinned: Any) -> Iterator[Fp8Config]:
+        tiles = ((128, 256), (128, 128), (64, 128), (64, 256))
+        for (m, n), stages, warps in itertools.product(tiles, (3, 4, 2), (8, 4)):
+            yield replace(pinned, block_m=m, block_n=n, num_stages=stages, num_warps=warps)
 
 
 @tunable(Fp8Config)
@@ -43,3 +70,23 @@ def fp8_product(arch: int, dtype: torch.dtype, width: int, depth: int) -> Fp8Con
     if arch in (90, 100):
         return Fp8Config(128, 128, group=8, tma=True, num_warps=8, num_stages=4)
     return Fp8Config(64, 128, group=8, tma=False, num_warps=8, num_stages=3)
+
+
+def _linear(x: Tensor, weight: Tensor, *_: Any) -> Choice:
+    return [*layer_norm_tiles.choose(x), _product(x.dtype, weight)]
+
+
+def _gelu_mlp(x: Tensor, w1: Tensor, b1: Any, w2: Tensor, *_: Any) -> Choice:
+    return [*layer_norm_tiles.choose(x), _product(E4M3, w1), _product(x.dtype, w2)]
+
+
+def _product(dtype: torch.dtype, weight: Tensor) -> tuple[Any, str]:
+    width, depth = weight.shape
+    padded = -(-depth // GROUP) * GROUP
+    return fp8_product.explain(common.architecture(weight), dtype, width, padded)
+
+
+CHOICES: Choices = {
+    "fp8_linear": _linear,
+    "fp8_gelu_mlp": _gelu_mlp,
+}

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deit.kernels.device import common
-from deit.kernels.fp8 import tiles as fp8_configs
+from deit.kernels.fp8 import tiles as fp8_tiles
 from deit.kernels.fp8 import triton_rows as fp8_rows
 from deit.kernels.fp8.quantize import GROUP
 from deit.kernels.fp8.triton_rows import Rows
@@ -40,7 +40,7 @@ def plan_hidden(
     weight: Weight,
     bias: Tensor | None,
     *,
-    config: fp8_configs.Fp8Config | None = None,
+    config: fp8_tiles.Fp8Config | None = None,
 ) -> tuple[Rows, common.Launch | None]:
     """gelu(x @ weight.T + bias) in e4m3, unwritten, and the launch that writes it."""
     rows, width = x.e4m3.shape[0], weight.e4m3.shape[0]
@@ -60,7 +60,7 @@ def plan(
     gamma: Tensor | None,
     out: Tensor,
     *,
-    config: fp8_configs.Fp8Config | None = None,
+    config: fp8_tiles.Fp8Config | None = None,
 ) -> common.Launch | None:
     """The launch that writes residual + gamma * act(x @ weight.T + bias) to `out`; None for empty.
 
@@ -93,10 +93,10 @@ def _launch(
     out: Tensor,
     out_scales: Tensor | None,
     epilogue: dict[str, Any],
-    config: fp8_configs.Fp8Config | None,
+    config: fp8_tiles.Fp8Config | None,
 ) -> common.Launch:
     (rows, depth), width = x.e4m3.shape, weight.e4m3.shape[0]
-    config = config or fp8_configs.fp8_product(common.architecture(out), out.dtype, width, depth)
+    config = config or fp8_tiles.fp8_product(common.architecture(out), out.dtype, width, depth)
     out_tma = config.tma and common.describable(out)
     # Pointers to 128 columns spill 304 bytes on sm_90; e4m3 has a scale for 128.
     columns = GROUP if out_tma or out_scales is not None else 32

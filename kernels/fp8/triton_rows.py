@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.device import common, configs
+from deit.kernels.device import common
 from deit.kernels.fp8.quantize import E4M3, GROUP
+from deit.kernels.layer_norm import tiles as layer_norm_tiles
 from deit.kernels.layer_norm import triton as layer_norm
 
 _GROUP = tl.constexpr(GROUP)
@@ -55,7 +56,7 @@ def rounds_first(tensor: Tensor) -> bool:
 
 
 def plan(
-    x: Tensor, norm: Norm | None, *, config: configs.LayerNormConfig | None = None
+    x: Tensor, norm: Norm | None, *, config: layer_norm_tiles.LayerNormConfig | None = None
 ) -> tuple[Rows, common.Launch | None]:
     """x [..., K] as `Rows`, unwritten, and the launch that writes them; None for an empty input."""
     dim = x.shape[-1]
@@ -65,7 +66,7 @@ def plan(
     out = empty(rows, dim, x.device)
     if rows == 0:
         return out, None
-    config = config or configs.layer_norm(common.architecture(x), x.dtype, dim)
+    config = config or layer_norm_tiles.layer_norm(common.architecture(x), x.dtype, dim)
     weight, bias, eps = norm or (None, None, 0.0)
     arguments = {
         "x": view,

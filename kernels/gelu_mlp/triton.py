@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.device import common, configs, launching
+from deit.kernels.device import common, launching
+from deit.kernels.gelu_mlp import tiles as gelu_mlp_tiles
 from deit.kernels.linear import triton as linear_module
 from deit.kernels.linear import triton_row_stats as statistics
 from deit.kernels.linear.row_stats import STATS_COLUMNS
@@ -30,15 +31,15 @@ def gelu_mlp(
     gamma: Tensor | None,
     keep: Tensor | None,
     *,
-    config: configs.MlpConfig | None = None,
+    config: gelu_mlp_tiles.MlpConfig | None = None,
 ) -> Tensor:
     """`deit.kernels.gelu_mlp` on Triton; strides as for `linear`.
 
-    The one-kernel form runs where `configs.gelu_mlp` has an entry (or `config` is given) and
+    The one-kernel form runs where `gelu_mlp_tiles.gelu_mlp` has an entry (or `config` is given) and
     the tensors are what its descriptors can take: `single_kernel` says.
     """
     if config is None:
-        config = configs.gelu_mlp(common.architecture(x), x.dtype, x.shape[-1])
+        config = gelu_mlp_tiles.gelu_mlp(common.architecture(x), x.dtype, x.shape[-1])
     if config is not None:
         planned = plan(x, w1, b1, w2, b2, residual, gamma, keep, config=config)
         if planned is not None:
@@ -81,7 +82,7 @@ def plan(
     *,
     norm: statistics.Norm | None = None,
     row_stats: Tensor | None = None,
-    config: configs.MlpConfig,
+    config: gelu_mlp_tiles.MlpConfig,
 ) -> tuple[Tensor, common.Launch] | None:
     """The output, unwritten, and the launch of the one-kernel form; None where it cannot run.
 

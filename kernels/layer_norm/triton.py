@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.device import common, configs, launching
+from deit.kernels.device import common, launching
+from deit.kernels.layer_norm import tiles as layer_norm_tiles
 
 
 @launching.kept
@@ -28,7 +29,7 @@ def layer_norm(
     eps: float,
     *,
     dtype: torch.dtype | None = None,
-    config: configs.LayerNormConfig | None = None,
+    config: layer_norm_tiles.LayerNormConfig | None = None,
 ) -> Tensor:
     """`deit.kernels.layer_norm` on Triton; the last axis is made contiguous, others stay.
 
@@ -61,7 +62,7 @@ def add_layer_norm(
     gamma: Tensor | None,
     keep: Tensor | None,
     *,
-    config: configs.LayerNormConfig | None = None,
+    config: layer_norm_tiles.LayerNormConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`deit.kernels.add_layer_norm` on Triton; LN sees the sum before it is rounded."""
     (out, total, *_), launch = plan_add_layer_norm(
@@ -97,7 +98,7 @@ def plan_layer_norm(
     *,
     save: bool = False,
     dtype: torch.dtype | None = None,
-    config: configs.LayerNormConfig | None = None,
+    config: layer_norm_tiles.LayerNormConfig | None = None,
 ) -> tuple[tuple[Tensor, ...], common.Launch | None]:
     """The outputs, unwritten, and the launch that writes them; None for an empty input.
 
@@ -108,7 +109,7 @@ def plan_layer_norm(
     if out.numel() == 0:
         return (out, *statistics), None
     dim = x.shape[-1]
-    config = config or configs.layer_norm(common.architecture(x), x.dtype, dim)
+    config = config or layer_norm_tiles.layer_norm(common.architecture(x), x.dtype, dim)
     (view,) = common.as_rows(x)
     arguments = _row_arguments(view, dim, eps, config) | common.contiguous(weight=weight, bias=bias)
     arguments |= {"out": out} | _statistics_arguments(*statistics)
@@ -127,7 +128,7 @@ def plan_add_layer_norm(
     keep: Tensor | None,
     *,
     save: bool = False,
-    config: configs.LayerNormConfig | None = None,
+    config: layer_norm_tiles.LayerNormConfig | None = None,
 ) -> tuple[tuple[Tensor, ...], common.Launch | None]:
     """As `plan_layer_norm`, for (LN(s), s)."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -136,7 +137,7 @@ def plan_add_layer_norm(
     if out.numel() == 0:
         return (out, total, *statistics), None
     dim = x.shape[-1]
-    config = config or configs.layer_norm(common.architecture(x), x.dtype, dim)
+    config = config or layer_norm_tiles.layer_norm(common.architecture(x), x.dtype, dim)
     view, residual_view = common.as_rows(x, residual)
     arguments = {
         **_row_arguments(view, dim, eps, config),
@@ -164,7 +165,7 @@ def _statistics_arguments(
 
 
 def _row_arguments(
-    view: Tensor, dim: int, eps: float, config: configs.LayerNormConfig
+    view: Tensor, dim: int, eps: float, config: layer_norm_tiles.LayerNormConfig
 ) -> dict[str, Any]:
     x_outer, x_inner = common.row_strides(view)
     return {

@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.device import common, configs, launching, partials
+from deit.kernels.device import common, launching, partials
+from deit.kernels.layer_norm import tiles as layer_norm_tiles
 from deit.kernels.layer_norm import triton as layer_norm
 
 
@@ -82,7 +83,7 @@ def plan(
     keep: Tensor | None,
     *,
     wanted: Sequence[bool] | None = None,
-    config: configs.LayerNormBwdConfig | None = None,
+    config: layer_norm_tiles.LayerNormBwdConfig | None = None,
 ) -> tuple[tuple[Tensor, ...], list[common.Launch]]:
     """(dx, dtotal's gradient through, dweight, dbias, dgamma), unwritten, and their launches.
 
@@ -108,7 +109,7 @@ def plan(
         for gradient in outputs[2:]:
             gradient.zero_()
         return outputs, []
-    config = config or configs.layer_norm_bwd(common.architecture(total), total.dtype, dim)
+    config = config or layer_norm_tiles.layer_norm_bwd(common.architecture(total), total.dtype, dim)
     arguments = _views(dout, dtotal, x if of_gamma else None, total) | common.contiguous(
         weight=weight, mean=mean, rstd=rstd, gamma=gamma, keep=keep
     )

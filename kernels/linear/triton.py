@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.device import common, configs, launching
+from deit.kernels.device import common, launching
+from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton_row_stats as statistics
 from deit.kernels.linear.row_stats import STATS_COLUMNS
 
@@ -32,7 +33,7 @@ def linear(
     gamma: Tensor | None,
     keep: Tensor | None,
     *,
-    config: configs.LinearConfig | None = None,
+    config: linear_tiles.LinearConfig | None = None,
 ) -> Tensor:
     """`deit.kernels.linear` on Triton.
 
@@ -55,7 +56,7 @@ def linear_fwd(
     gamma: Tensor | None,
     keep: Tensor | None,
     *,
-    config: configs.LinearConfig | None = None,
+    config: linear_tiles.LinearConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`linear`, and x @ weight.T + bias in x's dtype where the backward needs it, else empty.
 
@@ -90,7 +91,7 @@ def plan(
     *,
     affine: Tensor | None = None,
     row_stats: Tensor | None = None,
-    config: configs.LinearConfig | None = None,
+    config: linear_tiles.LinearConfig | None = None,
 ) -> tuple[Tensor, common.Launch | None]:
     """The output, unwritten, and the launch that writes it; None for an empty output.
 
@@ -103,7 +104,7 @@ def plan(
     if out.numel() == 0:
         return out, None
     if config is None:
-        config = configs.linear(common.architecture(x), weight.dtype, width, depth)
+        config = linear_tiles.linear(common.architecture(x), weight.dtype, width, depth)
     x_view, residual_view = common.as_rows(x, residual)
     weight = common.last_contiguous(weight)
     outer, inner, _ = x_view.shape
@@ -165,7 +166,7 @@ def _operands(
     weight: Tensor,
     out: Tensor,
     affine: Tensor | None,
-    config: configs.LinearConfig,
+    config: linear_tiles.LinearConfig,
     columns: int,
 ) -> dict[str, object]:
     if not config.tma:

@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.device import common, configs, launching, partials
+from deit.kernels.device import common, launching, partials
+from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton_gradients as products
 
 
@@ -101,7 +102,7 @@ def plan(
     of_g: bool = True,
     of_bias: bool = True,
     of_gamma: bool = True,
-    config: configs.OutputGradientConfig | None = None,
+    config: linear_tiles.OutputGradientConfig | None = None,
 ) -> tuple[tuple[Tensor, Tensor], common.Launch | None]:
     """g and partial sums [0 to 2, chunks, M] (dbias; dgamma), unwritten, and their launch.
 
@@ -110,7 +111,7 @@ def plan(
     (view,) = common.as_rows(dout)
     outer, inner, width = view.shape
     rows = outer * inner
-    config = config or configs.output_gradient(width)
+    config = config or linear_tiles.output_gradient(width)
     unchanged = activation is None and gamma is None and keep is None and dout.dtype == dtype
     as_it_is = unchanged and common.evenly_spaced(view) and common.describable(view.view(-1, width))
     g = view.view(-1, width) if as_it_is else dout.new_empty((rows, width), dtype=dtype)

@@ -17,11 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.device import common, configs, partials
+from deit.kernels.device import common, partials
+from deit.kernels.linear import tiles as linear_tiles
 
 
 def input_gradient(
-    g: Tensor, weight: Tensor, *, config: configs.LinearConfig | None = None
+    g: Tensor, weight: Tensor, *, config: linear_tiles.LinearConfig | None = None
 ) -> Tensor:
     """g [T, M] @ weight [M, K] -> [T, K], in g's dtype."""
     (out, _, _), launch = plan_input_gradient(g, weight, config=config)
@@ -36,7 +37,7 @@ def gelu_input_gradient(
     *,
     of_weight: bool = True,
     of_bias: bool = True,
-    config: configs.LinearConfig | None = None,
+    config: linear_tiles.LinearConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Through gelu too: d = (g @ weight) * gelu'(hidden), gelu(hidden), and d's column sums.
 
@@ -65,14 +66,14 @@ def weight_gradient(
     g: Tensor,
     x: Tensor,
     *,
-    config: configs.LinearConfig | None = None,
+    config: linear_tiles.LinearConfig | None = None,
     programs: int | None = None,
 ) -> Tensor:
     """g [T, M].T @ x [..., K] of T rows -> [M, K], in x's dtype.
 
-    The sum over T rows is cut into `configs.splits` parts where the tiles of [M, K] alone would
-    leave multiprocessors idle (768 x 768 is 18 tiles for 132): each part is an fp32 matrix, and
-    they are added in order. `programs` stands for the number of multiprocessors.
+    The sum over T rows is cut into `splits` parts where the tiles of [M, K] alone would leave
+    multiprocessors idle (768 x 768 is 18 tiles for 132): each part is an fp32 matrix, and they are
+    added in order. `programs` stands for the number of multiprocessors.
     """
     parts, launch = plan_weight_gradient(g, x, config=config, programs=programs)
     _launched(launch, parts)
@@ -99,7 +100,7 @@ def plan_input_gradient(
     *,
     of_weight: bool = True,
     of_bias: bool = True,
-    config: configs.LinearConfig | None = None,
+    config: linear_tiles.LinearConfig | None = None,
 ) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], common.Launch | None]:
     """(out, gelu(hidden), partial column sums), unwritten, and the launch that writes them.
 
@@ -107,7 +108,7 @@ def plan_input_gradient(
     `gelu_input_gradient`; the launch is None where there is nothing to sum.
     """
     (rows, depth), width = g.shape, weight.shape[1]
-    config = config or configs.input_gradient(
+    config = config or linear_tiles.input_gradient(
         common.architecture(g), g.dtype, width, depth, gelu=hidden is not None
     )
     out = g.new_empty((rows, width))
@@ -165,7 +166,7 @@ def plan_weight_gradient(
     g: Tensor,
     x: Tensor,
     *,
-    config: configs.LinearConfig | None = None,
+    config: linear_tiles.LinearConfig | None = None,
     programs: int | None = None,
 ) -> tuple[Tensor, common.Launch | None]:
     """[splits, M, K], unwritten, and the launch that writes it; None where there is nothing to sum.
@@ -175,7 +176,7 @@ def plan_weight_gradient(
     (rows, width), depth = g.shape, x.shape[-1]
     if g.numel() == 0 or depth == 0:
         return x.new_empty((1, width, depth)), None
-    config = config or configs.weight_gradient(common.architecture(g), g.dtype, width, depth)
+    config = config or linear_tiles.weight_gradient(common.architecture(g), g.dtype, width, depth)
     (x_view,) = common.as_rows(x)
     inner = x_view.shape[1]
     x_outer, x_inner = common.row_strides(x_view)
@@ -187,7 +188,7 @@ def plan_weight_gradient(
     programs = programs or config.programs * common.multiprocessors(g)
     tiles = triton.cdiv(width, config.block_m) * triton.cdiv(depth, config.block_n)
     steps = triton.cdiv(rows, config.block_k)
-    split_steps = triton.cdiv(steps, configs.splits(tiles, steps, programs))
+    split_steps = triton.cdiv(steps, linear_tiles.splits(tiles, steps, programs))
     splits = triton.cdiv(steps, split_steps)
     dtype = torch.float32 if splits > 1 else x.dtype
     out = torch.empty((splits, width, depth), dtype=dtype, device=x.device)
@@ -218,7 +219,7 @@ def plan_weight_gradient(
 
 
 def _constants(
-    config: configs.LinearConfig, dtype: torch.dtype, epilogues: int
+    config: linear_tiles.LinearConfig, dtype: torch.dtype, epilogues: int
 ) -> dict[str, object]:
     return {
         "TMA": config.tma,

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.device import common, configs
+from deit.kernels.device import common
 from deit.kernels.layer_norm import triton as layer_norm
+from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton as linear
 from deit.kernels.linear import triton_row_stats as statistics
 
@@ -27,7 +28,7 @@ def norm_linear(
     bias: Tensor | None,
     activation: str | None = None,
     *,
-    config: configs.PanelConfig | None,
+    config: linear_tiles.PanelConfig | None,
 ) -> Tensor:
     """act(LN(x) @ weight.T + bias), in weight's dtype; x in that or fp32.
 
@@ -55,7 +56,7 @@ def plan(
     bias: Tensor | None,
     activation: str | None,
     *,
-    config: configs.PanelConfig,
+    config: linear_tiles.PanelConfig,
 ) -> tuple[Tensor, common.Launch] | None:
     """The output, unwritten, and the launch by panel; None where it cannot run.
 

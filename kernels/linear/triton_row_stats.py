@@ -27,7 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.device import common, configs
+from deit.kernels.device import common
+from deit.kernels.layer_norm import tiles as layer_norm_tiles
 from deit.kernels.linear.row_stats import STATS_COLUMNS, row_stats_shape
 
 _COLUMNS = tl.constexpr(STATS_COLUMNS)
@@ -50,7 +51,7 @@ def empty(x: Tensor) -> Tensor:
     return torch.empty(row_stats_shape(x.shape), dtype=torch.float32, device=x.device)
 
 
-def row_stats(x: Tensor, *, config: configs.LayerNormConfig | None = None) -> Tensor:
+def row_stats(x: Tensor, *, config: layer_norm_tiles.LayerNormConfig | None = None) -> Tensor:
     """The statistics of x [..., D], for a stream that no kernel of ours has written."""
     out, launch = plan(x, config=config)
     if launch is not None:
@@ -59,14 +60,14 @@ def row_stats(x: Tensor, *, config: configs.LayerNormConfig | None = None) -> Te
 
 
 def plan(
-    x: Tensor, *, config: configs.LayerNormConfig | None = None
+    x: Tensor, *, config: layer_norm_tiles.LayerNormConfig | None = None
 ) -> tuple[Tensor, common.Launch | None]:
     """The statistics, unwritten, and the launch that writes them; None for an empty input."""
     out = empty(x)
     if out.numel() == 0:
         return out, None
     dim = x.shape[-1]
-    config = config or configs.layer_norm(common.architecture(x), x.dtype, dim)
+    config = config or layer_norm_tiles.layer_norm(common.architecture(x), x.dtype, dim)
     (view,) = common.as_rows(x)
     x_outer, x_inner = common.row_strides(view)
     rows = view.shape[0] * view.shape[1]

@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.device import common, configs, launching
+from deit.kernels.device import common, launching
+from deit.kernels.losses import tiles as losses_tiles
 
 # Rows of the saved statistics, [CE_STATISTICS or STATISTICS, B] fp32: maximum and log-sum of
 # `logits` and sum(t'); maximum and log-sum of the student at the temperature, and of the teacher
@@ -160,11 +161,11 @@ def plan(
     teaching: Teaching | None = None,
     *,
     save: bool = False,
-    config: configs.LossConfig | None = None,
+    config: losses_tiles.LossConfig | None = None,
 ) -> tuple[tuple[Tensor, Tensor], list[common.Launch]]:
     """(loss, statistics), unwritten, and their launches; statistics are empty unless saved."""
     (batch, classes), device = logits.shape, logits.device
-    config = config or configs.loss(classes)
+    config = config or losses_tiles.loss(classes)
     saved = 0 if not save else CE_STATISTICS if teaching is None else STATISTICS
     loss = torch.empty((), dtype=torch.float32, device=device)
     statistics, row_loss = (

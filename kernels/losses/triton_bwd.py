@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.device import common, configs, launching
+from deit.kernels.device import common, launching
+from deit.kernels.losses import tiles as losses_tiles
 from deit.kernels.losses import triton as losses
 
 
@@ -75,7 +76,7 @@ def plan(
     *,
     of_logits: bool = True,
     of_student: bool = True,
-    config: configs.LossConfig | None = None,
+    config: losses_tiles.LossConfig | None = None,
 ) -> tuple[tuple[Tensor, Tensor], common.Launch | None]:
     """(dlogits, dstudent), unwritten, and their launch; None where it would write nothing."""
     batch, classes = logits.shape
@@ -87,7 +88,7 @@ def plan(
         dstudent = student.new_empty((batch, classes))
     if batch == 0 or not (of_logits or of_student):
         return (dlogits, dstudent), None
-    config = config or configs.loss(classes)
+    config = config or losses_tiles.loss(classes)
     blocks = triton.cdiv(classes, config.block)
     arguments = losses.row_arguments(logits, target, label_smoothing, teaching) | {
         "dloss": dloss,

@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.device import common, configs, launching
+from deit.kernels.device import common, launching
+from deit.kernels.patch_embed import tiles as patch_embed_tiles
 
 
 @launching.kept
@@ -32,7 +33,7 @@ def patch_embed(
     prefix: Tensor,
     pos_embed: Tensor,
     *,
-    config: configs.PatchEmbedConfig | None = None,
+    config: patch_embed_tiles.PatchEmbedConfig | None = None,
 ) -> Tensor:
     """`deit.kernels.patch_embed` on Triton; images are read at any strides, never copied."""
     out, launch = plan(images, weight, bias, prefix, pos_embed, config=config)
@@ -48,14 +49,14 @@ def plan(
     prefix: Tensor,
     pos_embed: Tensor,
     *,
-    config: configs.PatchEmbedConfig | None = None,
+    config: patch_embed_tiles.PatchEmbedConfig | None = None,
 ) -> tuple[Tensor, common.Launch | None]:
     """The tokens, unwritten, and the launch that writes them; None where there are none."""
     dim, tokens = weight.shape[0], pos_embed.shape[1]
     out = torch.empty((images.shape[0], tokens, dim), dtype=images.dtype, device=images.device)
     if out.numel() == 0:
         return out, None
-    config = config or configs.patch_embed(common.architecture(images), images.dtype, dim)
+    config = config or patch_embed_tiles.patch_embed(common.architecture(images), images.dtype, dim)
     gather = gather_arguments(images, weight)
     depth = weight[0].numel()
     arguments = {

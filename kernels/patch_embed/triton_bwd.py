@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deit.kernels.device import common, configs, launching, partials
+from deit.kernels.device import common, launching, partials
+from deit.kernels.patch_embed import tiles as patch_embed_tiles
 from deit.kernels.patch_embed import triton as patch_embed
 
 
@@ -57,7 +58,7 @@ def plan_weight(
     weight: Tensor,
     prefix_tokens: int,
     *,
-    config: configs.PatchEmbedBwdConfig | None = None,
+    config: patch_embed_tiles.PatchEmbedBwdConfig | None = None,
 ) -> tuple[Tensor, list[common.Launch]]:
     """dweight and the launches that write it."""
     dim, depth = weight.shape[0], weight[0].numel()
@@ -66,7 +67,9 @@ def plan_weight(
     rows = dout.shape[0] * patches
     if rows == 0 or dweight.numel() == 0:
         return dweight.zero_(), []
-    config = config or configs.patch_embed_bwd(common.architecture(images), images.dtype, dim)
+    config = config or patch_embed_tiles.patch_embed_bwd(
+        common.architecture(images), images.dtype, dim
+    )
     tiles = triton.cdiv(dim, config.block_m) * triton.cdiv(depth, config.block_n)
     # As many splits as fill the GPU, but no sum shorter than four blocks.
     splits = config.programs * common.multiprocessors(images) // tiles

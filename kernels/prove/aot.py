@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from deit.kernels.device import chips
-from deit.kernels.prove import cases, hazards, offsets
+from deit.kernels.prove import hazards, launches, offsets
 
 _MATRIX = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 _TMA = "cp.async.bulk.tensor"
@@ -49,7 +49,7 @@ class Result:
     overwrites: what `hazards` says of the kernel.
     """
 
-    case: cases.Case
+    case: launches.Shipped
     kernel: str
     registers: int
     spills: int
@@ -114,12 +114,12 @@ def target(arch: int, device: int | None = None) -> Iterator[None]:
         driver.set_active(None)
 
 
-def compile_case(case: cases.Case) -> Result:
+def compile_case(case: launches.Shipped) -> Result:
     """Compile one case. Raises RuntimeError under TRITON_INTERPRET, which has no compiler."""
     return compile_group([case])[0]
 
 
-def compile_group(group: list[cases.Case]) -> list[Result]:
+def compile_group(group: list[launches.Shipped]) -> list[Result]:
     """Compile a kernel once for every case that launches it (`kernel_of`)."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("ahead-of-time compilation needs TRITON_INTERPRET unset")
@@ -150,7 +150,7 @@ def compile_group(group: list[cases.Case]) -> list[Result]:
     return [replace(result, case=each, overflows=tuple(_overflows(each, ir))) for each in group]
 
 
-def _overflows(case: cases.Case, ir: str) -> list[str]:
+def _overflows(case: launches.Shipped, ir: str) -> list[str]:
     launch = replace(case, batch=offsets.LARGE_BATCH).build()
     try:
         return offsets.read(ir, launch.arguments, launch.grid).faults(launch.arguments)
@@ -158,7 +158,7 @@ def _overflows(case: cases.Case, ir: str) -> list[str]:
         return [f"offsets not understood: {error}"]
 
 
-def kernel_of(case: cases.Case) -> tuple[object, ...]:
+def kernel_of(case: launches.Shipped) -> tuple[object, ...]:
     """What two cases have in common exactly where they launch the same kernel."""
     seen: list[tuple[object, ...]] = []
 
@@ -190,9 +190,9 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
-def compile_all(chosen: Iterable[cases.Case], jobs: int = 2) -> Iterator[list[Result]]:
+def compile_all(chosen: Iterable[launches.Shipped], jobs: int = 2) -> Iterator[list[Result]]:
     """The results of each kernel, from `jobs` processes with an empty compilation cache."""
-    groups: dict[tuple[object, ...], list[cases.Case]] = {}
+    groups: dict[tuple[object, ...], list[launches.Shipped]] = {}
     for case in chosen:
         groups.setdefault(kernel_of(case), []).append(case)
     with (
@@ -234,8 +234,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the table; 1 if any kernel has a fault."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=chips.CHIPS,
-                        default=cases.ARCHITECTURES)  # fmt: skip
-    parser.add_argument("--dtype", nargs="+", choices=cases.DTYPES, default=tuple(cases.DTYPES))
+                        default=launches.ARCHITECTURES)  # fmt: skip
+    parser.add_argument(
+        "--dtype", nargs="+", choices=launches.DTYPES, default=tuple(launches.DTYPES)
+    )
     parser.add_argument("--operator", nargs="+", help="only these operators")
     parser.add_argument("--triton", help="fail unless this is the version that compiles")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
@@ -244,7 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--triton is {options.triton}, and {triton.__version__} was imported")
     chosen = [
         case
-        for case in cases.all_cases(tuple(options.arch), tuple(options.dtype))
+        for case in launches.shipped(tuple(options.arch), tuple(options.dtype))
         if not options.operator or case.operator in options.operator
     ]
     began = time.monotonic()

@@ -18,8 +18,10 @@ from typing import Any
 from torch import Tensor
 
 from deit.kernels.attention import triton as attention_module
-from deit.kernels.device import common, configs, launching
+from deit.kernels.device import common, launching
+from deit.kernels.gelu_mlp import tiles as gelu_mlp_tiles
 from deit.kernels.gelu_mlp import triton as gelu_mlp
+from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton as linear
 from deit.kernels.linear import triton_row_stats as statistics
 from deit.kernels.linear.triton_norm_linear import norm_linear
@@ -31,7 +33,7 @@ def vit_block(*arguments: Any) -> tuple[Tensor, Tensor]:
     """`deit.kernels.vit_block` on Triton; strides as for `linear`."""
     block = BlockArguments(*arguments)
     x, row_stats, weight = block.x, block.row_stats, block.qkv_weight
-    panel = configs.norm_panel(common.architecture(x), weight.dtype, *weight.shape)
+    panel = linear_tiles.norm_panel(common.architecture(x), weight.dtype, *weight.shape)
     norm1 = statistics.Norm(row_stats, block.norm1_weight, block.norm1_bias, block.eps)
     qkv = norm_linear(x, norm1, weight, block.qkv_bias, config=panel)
     mixed = attention_module.attention(qkv, block.num_heads, block.scale, block.key_bias)
@@ -45,11 +47,11 @@ def vit_block(*arguments: Any) -> tuple[Tensor, Tensor]:
     return norm_mlp(s, norm2, *mlp, block.gamma2, config=form)
 
 
-def mlp_form(x: Tensor, w1: Tensor) -> configs.MlpConfig | configs.PanelConfig | None:
+def mlp_form(x: Tensor, w1: Tensor) -> gelu_mlp_tiles.MlpConfig | linear_tiles.PanelConfig | None:
     """The MLP in one kernel, its first product by panel, or LayerNorm by itself: None."""
     arch = common.architecture(x)
-    single = configs.gelu_mlp(arch, w1.dtype, x.shape[-1])
-    return single or configs.norm_panel(arch, w1.dtype, *w1.shape)
+    single = gelu_mlp_tiles.gelu_mlp(arch, w1.dtype, x.shape[-1])
+    return single or linear_tiles.norm_panel(arch, w1.dtype, *w1.shape)
 
 
 def linear_stats(
@@ -59,7 +61,7 @@ def linear_stats(
     residual: Tensor,
     gamma: Tensor | None,
     *,
-    config: configs.LinearConfig | None = None,
+    config: linear_tiles.LinearConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """residual + gamma * (x @ weight.T + bias), in residual's dtype, and its row statistics."""
     row_stats = statistics.empty(residual)
@@ -80,14 +82,14 @@ def norm_mlp(
     b2: Tensor | None,
     gamma: Tensor | None,
     *,
-    config: configs.MlpConfig | configs.PanelConfig | None,
+    config: gelu_mlp_tiles.MlpConfig | linear_tiles.PanelConfig | None,
 ) -> tuple[Tensor, Tensor]:
     """x + gamma * (gelu(LN(x) @ w1.T + b1) @ w2.T + b2), in x's dtype, and its row statistics.
 
     In the form of `config` (`mlp_form`) where its descriptors can take the tensors.
     """
-    panel = config if isinstance(config, configs.PanelConfig) else None
-    if isinstance(config, configs.MlpConfig):
+    panel = config if isinstance(config, linear_tiles.PanelConfig) else None
+    if isinstance(config, gelu_mlp_tiles.MlpConfig):
         row_stats = statistics.empty(x)
         complete, statistics_launch = statistics.completed(norm, x)
         planned = gelu_mlp.plan(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 
 from deit.kernels import attention, explain
+from deit.kernels.attention import tiles as attention_tiles
 from deit.kernels.attention import triton as implementation
-from deit.kernels.device import configs
+from deit.kernels.device import chips
 from deit.kernels.engine import registry
-from deit.kernels.prove import reference
+from deit.kernels.prove import oracle, reference
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter's bf16 products are wrong
 
@@ -107,11 +107,11 @@ def test_scales(scale):
     _check(make_qkv(1, 17), scale=scale)
 
 
-@pytest.mark.parametrize("arch", configs.SHARED_MEMORY)
+@pytest.mark.parametrize("arch", chips.SHARED_MEMORY)
 @pytest.mark.parametrize("tokens", [50, 300])
 @pytest.mark.parametrize("tma", [True, False])
 def test_every_architectures_configuration(arch, tokens, tma):
-    config = configs.attention(arch, torch.float16, 64, tokens, tma)
+    config = attention_tiles.attention(arch, torch.float16, 64, tokens, tma)
     bias = oracle.make("random", (1, tokens), seed=7)
     _check(make_qkv(1, tokens, heads=1), 1, bias, config=config)
 
@@ -136,7 +136,7 @@ def test_offsets_past_32_bits():
     qkv = storage.as_strided((2, 17, 192), (2**31, 192, 1))
     qkv.copy_(make_qkv(2, 17, heads=1))
     _check(qkv, 1)
-    _check(qkv, 1, config=configs.attention(80, torch.float16, 64, 17))
+    _check(qkv, 1, config=attention_tiles.attention(80, torch.float16, 64, 17))
 
 
 def test_through_the_public_function():

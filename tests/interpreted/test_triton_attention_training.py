@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 from test_triton_attention import DTYPES, STRIDES, make_qkv
 
 from deit.kernels import attention
+from deit.kernels.attention import tiles as attention_tiles
 from deit.kernels.attention import triton_bwd as backward
-from deit.kernels.device import configs
+from deit.kernels.device import chips
 from deit.kernels.engine import registry
-from deit.kernels.prove import reference
+from deit.kernels.prove import oracle, reference
 
 FWD, BWD = (registry.COMPILED["triton"][name] for name in ("attention_fwd", "attention_bwd"))
 
@@ -57,7 +57,7 @@ def _exact_scores(qkv, step):
 
 
 def _split(arch=80, tokens=50, dtype=torch.float16):
-    return configs.attention_bwd(arch, dtype, 64, tokens, tma=False)
+    return attention_tiles.attention_bwd(arch, dtype, 64, tokens, tma=False)
 
 
 @pytest.mark.parametrize(
@@ -194,11 +194,11 @@ def test_a_single_token(dtype):
         assert dk.abs().max() <= spare * q
 
 
-@pytest.mark.parametrize("arch", configs.SHARED_MEMORY)
+@pytest.mark.parametrize("arch", chips.SHARED_MEMORY)
 @pytest.mark.parametrize("tokens", [50, 300])
 @pytest.mark.parametrize("tma", [True, False])
 def test_every_architectures_configuration(arch, tokens, tma):
-    config = configs.attention_bwd(arch, torch.float16, 64, tokens, tma)
+    config = attention_tiles.attention_bwd(arch, torch.float16, 64, tokens, tma)
     bias = oracle.make("random", (1, tokens), seed=7)
     _check(make_qkv(1, tokens, heads=1), 1, bias, config=config)
 

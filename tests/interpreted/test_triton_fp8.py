@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import oracle
 import pytest
 import torch
 import triton
@@ -17,11 +16,12 @@ import triton.language as tl
 import deit
 from deit.fused_vit import fuse
 from deit.kernels import explain, fp8_gelu_mlp, fp8_linear
-from deit.kernels.fp8 import tiles as fp8_configs
+from deit.kernels.fp8 import tiles as fp8_tiles
 from deit.kernels.fp8 import triton as implementation
 from deit.kernels.fp8 import triton_product as fp8_product
 from deit.kernels.fp8 import triton_rows as fp8_rows
 from deit.kernels.fp8.quantize import E4M3, GROUP, quantize
+from deit.kernels.prove import oracle
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -107,7 +107,7 @@ def test_linear(depth, width, dtype):
 @pytest.mark.parametrize("family", oracle.FAMILIES)
 @pytest.mark.parametrize("changes", [{"tma": True}, {"tma": False}, {"block_n": 256}], ids=str)
 def test_epilogue(changes, family, monkeypatch):
-    monkeypatch.setattr(fp8_configs, "fp8_product", _configured(**changes))
+    monkeypatch.setattr(fp8_tiles, "fp8_product", _configured(**changes))
     x, (weight, bias) = oracle.make(family, (3, 50, 192), mean=100.0), layer(192, 256)
     residual, gamma = oracle.make("random", (3, 50, 256), seed=3), bias.flip(0)
     for options in (
@@ -121,7 +121,7 @@ def test_epilogue(changes, family, monkeypatch):
 
 
 def _configured(**changes):
-    pinned = fp8_configs.fp8_product
+    pinned = fp8_tiles.fp8_product
     return lambda *arguments: replace(pinned(*arguments), **changes)
 
 
@@ -142,7 +142,7 @@ def test_norm(tokens, dtype):
 @pytest.mark.parametrize("changes", [{}, {"tma": False, "block_n": 128}], ids=str)
 @pytest.mark.parametrize(("depth", "hidden"), [(192, 768), (64, 200), (7, 33)])
 def test_mlp(depth, hidden, changes, monkeypatch):
-    monkeypatch.setattr(fp8_configs, "fp8_product", _configured(**changes))
+    monkeypatch.setattr(fp8_tiles, "fp8_product", _configured(**changes))
     x = oracle.make("random", (2, 83, depth))
     products = (*layer(depth, hidden), *layer(hidden, depth, seed=3))
     agree(*both(fp8_gelu_mlp, x, *products))
@@ -158,7 +158,7 @@ def test_the_hidden_layer_is_what_the_quantiser_makes_of_it(columns, width, monk
     x, (weight, bias) = oracle.make("random", (70, 100)), layer(100, width)
     rows, launch = fp8_rows.plan(x, None)
     launch.run(x)
-    config = replace(fp8_configs.fp8_product(90, E4M3, width, 128), block_n=columns)
+    config = replace(fp8_tiles.fp8_product(90, E4M3, width, 128), block_n=columns)
     empty = fp8_rows.empty
     monkeypatch.setattr(
         fp8_rows, "empty", lambda *shape: empty(*shape)._replace(scales=guarded[:groups])
@@ -175,17 +175,17 @@ def test_the_hidden_layer_is_what_the_quantiser_makes_of_it(columns, width, monk
 
 def test_several_groups_of_tiles(monkeypatch):
     """More tiles than programs, and than a group has rows of tiles."""
-    monkeypatch.setattr(fp8_configs, "fp8_product", _configured(block_m=16, group=2))
+    monkeypatch.setattr(fp8_tiles, "fp8_product", _configured(block_m=16, group=2))
     x, parameters = oracle.make("random", (83, 200)), layer(200, 300)
     to_the_last_bits(*both(fp8_linear, x, *parameters))
 
 
 def test_every_architectures_configuration(monkeypatch):
     x, parameters = oracle.make("random", (2, 70, 96), torch.float16), layer(96, 200, torch.float16)
-    chosen = fp8_configs.fp8_product
+    chosen = fp8_tiles.fp8_product
     for arch in (89, 90, 100, 120):
         config = chosen(arch, torch.float16, 200, 128)
-        monkeypatch.setattr(fp8_configs, "fp8_product", lambda *_, config=config: config)
+        monkeypatch.setattr(fp8_tiles, "fp8_product", lambda *_, config=config: config)
         to_the_last_bits(*both(fp8_linear, x, *parameters))
 
 

@@ -13,8 +13,9 @@ import triton
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
-from deit.kernels.device import configs, drivers, launching
-from deit.kernels.engine import registry, tuning
+from deit.kernels.device import drivers, launching, tuning
+from deit.kernels.engine import registry
+from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton as linear_module
 
 TRITON = sorted(registry.KERNELS["triton"])
@@ -146,10 +147,10 @@ def test_a_call_is_repeated_on_its_tensors_device(driver, monkeypatch):
 def test_tuned_anew_other_configurations_run(driver, monkeypatch):
     LINEAR(*PLAIN)
     (before,) = LINEAR.calls.values()
-    config = dataclasses.replace(configs.linear(90, X.dtype, 32, 64), block_m=32)
+    config = dataclasses.replace(linear_tiles.linear(90, X.dtype, 32, 64), block_m=32)
     tables = {90: tuning.Table()}
     monkeypatch.setattr(tuning, "tables", lambda: tables)
-    monkeypatch.setattr(configs, "linear", lambda *_: config)
+    monkeypatch.setattr(linear_tiles, "linear", lambda *_: config)
     LINEAR(*PLAIN)
     (after,) = LINEAR.calls.values()
     blocks = [call.steps[-1][0].template.count(32) for call in (before, after)]
@@ -267,7 +268,7 @@ def test_what_is_not_plain_runs_as_written(driver, monkeypatch):
         assert driver.launched == before
 
     runs_as_written(X.as_subclass(Subclass), *PLAIN[1:])
-    runs_as_written(*PLAIN, config=configs.linear(90, X.dtype, 32, 64))
+    runs_as_written(*PLAIN, config=linear_tiles.linear(90, X.dtype, 32, 64))
     for name in ("launch_enter_hook", "launch_exit_hook"):
         hook = getattr(triton.knobs.runtime, name)
         hook.add(print)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 
 from deit.kernels import add_layer_norm, explain, layer_norm
 from deit.kernels.engine import registry
-from deit.kernels.prove import reference
+from deit.kernels.prove import oracle, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # no product here: bf16 is right too
 

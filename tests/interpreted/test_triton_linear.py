@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import oracle
 import pytest
 import torch
 
 from deit.kernels import explain, gelu_mlp, linear
-from deit.kernels.device import configs
+from deit.kernels.device import chips
 from deit.kernels.engine import registry
+from deit.kernels.gelu_mlp import tiles as gelu_mlp_tiles
 from deit.kernels.gelu_mlp import triton as mlp_implementation
+from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton as implementation
-from deit.kernels.prove import reference
+from deit.kernels.prove import oracle, reference
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter's bf16 products are wrong
 
@@ -88,23 +89,23 @@ def test_epilogue(tma, stream, gamma, keep):
     residual = None if stream is None else oracle.make("random", (3, 50, 256), stream, seed=3)
     gamma = None if gamma is None else _vector(256, gamma, seed=4)
     keep = None if keep is None else torch.tensor([0.0, 1.25, 2.0], dtype=keep)
-    config = replace(configs.linear(90, torch.float16, 256, 64), tma=tma)
+    config = replace(linear_tiles.linear(90, torch.float16, 256, 64), tma=tma)
     _check(x, _weight(256, 64), _vector(256), "gelu", residual, gamma, keep, config=config)
 
 
-@pytest.mark.parametrize("arch", configs.SHARED_MEMORY)
+@pytest.mark.parametrize("arch", chips.SHARED_MEMORY)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_architectures_configuration(arch, dtype):
     x = oracle.make("random", (2, 70, 96), dtype)
     for width in (64, 128, 256):
-        config = configs.linear(arch, dtype, width, 96)
+        config = linear_tiles.linear(arch, dtype, width, 96)
         _check(x, _weight(width, 96, dtype), None, None, None, None, None, config=config)
 
 
 @pytest.mark.parametrize(("rows", "width"), [(80, 48), (83, 40), (16, 48), (90, 16)])
 def test_several_groups_of_tiles(rows, width):
     """More rows of tiles than a group has, the last group not full, more tiles than programs."""
-    config = configs.LinearConfig(16, 16, 16, group=2, tma=False, num_warps=4, num_stages=2)
+    config = linear_tiles.LinearConfig(16, 16, 16, group=2, tma=False, num_warps=4, num_stages=2)
     x = oracle.make("random", (rows, 16))
     _check(x, _weight(width, 16, x.dtype), None, None, None, None, None, config=config)
 
@@ -166,7 +167,7 @@ def test_offsets_past_32_bits():
     x.copy_(oracle.make("random", (2, 64), torch.float16))
     residual = storage.as_strided((2, 64), (2**31, 1))
     for tma in (True, False):
-        config = replace(configs.linear(90, torch.float16, 64, 64), tma=tma)
+        config = replace(linear_tiles.linear(90, torch.float16, 64, 64), tma=tma)
         _check(x, _weight(64, 64), None, None, residual, None, None, config=config)
 
 
@@ -195,7 +196,7 @@ def test_mlp_on_chip(hidden, full, stream):
         if full
         else (None, None, None, None)
     )
-    config = configs.gelu_mlp(90, torch.float16, 192)
+    config = gelu_mlp_tiles.gelu_mlp(90, torch.float16, 192)
     arguments = (x, w1, b1, w2, b2, residual, gamma, keep)
     assert mlp_implementation.plan(*arguments, config=config) is not None
     _check_mlp(*arguments, config=config)

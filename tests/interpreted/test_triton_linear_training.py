@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import oracle
 import pytest
 import torch
 from torch import Tensor
 
 from deit.kernels import gelu_mlp, linear
-from deit.kernels.device import configs
+from deit.kernels.device import chips
 from deit.kernels.engine import registry
+from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton_bwd as linear_bwd
 from deit.kernels.linear import triton_gradients as products
-from deit.kernels.prove import reference
+from deit.kernels.prove import oracle, reference
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter's bf16 products are wrong
 
@@ -174,19 +174,19 @@ def test_gradient_of_a_sum():
     assert oracle.errors(x.grad, expected).norm < 1e-3
 
 
-@pytest.mark.parametrize("arch", configs.SHARED_MEMORY)
+@pytest.mark.parametrize("arch", chips.SHARED_MEMORY)
 def test_every_architectures_configuration(arch):
     g = _make(1, 70, 96)[0]
     for width in (64, 128, 256):
         weight = _make(96, width, seed=2)
-        config = configs.input_gradient(arch, g.dtype, width, 96, gelu=False)
+        config = linear_tiles.input_gradient(arch, g.dtype, width, 96, gelu=False)
         out = products.input_gradient(g, weight, config=config)
         oracle.check(out, torch.mm, (g, weight))
-        config = configs.weight_gradient(arch, g.dtype, 96, width)
+        config = linear_tiles.weight_gradient(arch, g.dtype, 96, width)
         x = _make(1, 70, width)[0]
         out = products.weight_gradient(g, x, config=config)
         oracle.check(out, lambda g, x: g.t() @ x, (g, x))
-        config = configs.input_gradient(arch, g.dtype, width, 96, gelu=True)
+        config = linear_tiles.input_gradient(arch, g.dtype, width, 96, gelu=True)
         got = products.gelu_input_gradient(g, weight, x, config=config)
 
         def plain(g, weight, h):
@@ -203,7 +203,7 @@ def test_every_architectures_configuration(arch):
 @pytest.mark.parametrize("rows", [15, 16, 33, 200])
 def test_sums_in_parts(rows, tma):
     """Parts of unequal length, the last one not full, more units than programs."""
-    config = configs.LinearConfig(16, 16, 16, 2, tma, num_warps=4, num_stages=2)
+    config = linear_tiles.LinearConfig(16, 16, 16, 2, tma, num_warps=4, num_stages=2)
     g, x = _make(1, rows, 40)[0], _make(1, rows, 24, seed=2)[0]
     parts, _ = products.plan_weight_gradient(g, x, config=config, programs=64)
     assert parts.shape[0] == {15: 1, 16: 1, 33: 3, 200: 5}[rows]
@@ -214,11 +214,11 @@ def test_sums_in_parts(rows, tma):
 def test_splits_fill_the_device():
     """DeiT-B's products at batch 256 on 132 multiprocessors."""
     for tiles in (18, 54, 72):
-        count = configs.splits(tiles, 788, 132)
+        count = linear_tiles.splits(tiles, 788, 132)
         busiest = -(-tiles * count // 132) * -(-788 // count)
         assert busiest < 1.2 * 788 * tiles / 132
-    assert configs.splits(132, 788, 132) == 1
-    assert configs.splits(6, 1, 132) == 1
+    assert linear_tiles.splits(132, 788, 132) == 1
+    assert linear_tiles.splits(6, 1, 132) == 1
 
 
 def test_gradient_far_from_zero():
@@ -243,7 +243,7 @@ def test_offsets_past_32_bits():
     weight, gamma = _make(64, 64, seed=2), _make(64, seed=4)
     oracle.check(products.input_gradient(far, weight), torch.mm, (far, weight))
     for tma in (True, False):
-        config = replace(configs.weight_gradient(90, far.dtype, 64, 64), tma=tma)
+        config = replace(linear_tiles.weight_gradient(90, far.dtype, 64, 64), tma=tma)
         out = products.weight_gradient(far, far, config=config)
         oracle.check(out, lambda g, x: g.t() @ x, (far, far))
     g, dbias, _ = linear_bwd.output_gradient(far, far.dtype, weight[:2], None, gamma, None)

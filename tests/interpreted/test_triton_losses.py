@@ -6,14 +6,13 @@ import itertools
 from itertools import repeat
 
 import gradients
-import oracle
 import pytest
 import torch
 
 from deit.kernels import cross_entropy, distillation_loss, explain
 from deit.kernels.engine import registry
 from deit.kernels.losses import triton as losses
-from deit.kernels.prove import reference
+from deit.kernels.prove import oracle, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # no product here: bf16 is right too
 ONE, BLOCKS = 1000, 5000  # classes in one block; in two blocks of 2048 and a part of the next

@@ -7,12 +7,12 @@ blocks of 16, and 150 give some programs several.
 from __future__ import annotations
 
 import gradients
-import oracle
 import pytest
 import torch
 
 from deit.kernels import add_layer_norm, explain, layer_norm
 from deit.kernels.engine import registry
+from deit.kernels.prove import oracle
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # no product here: bf16 is right too
 

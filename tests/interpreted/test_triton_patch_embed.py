@@ -7,12 +7,12 @@ patches is split for 6 programs, as far as there are rows for them.
 from __future__ import annotations
 
 import gradients
-import oracle
 import pytest
 import torch
 
 from deit.kernels import explain, patch_embed
 from deit.kernels.engine import registry
+from deit.kernels.prove import oracle
 
 DTYPES = (torch.float32, torch.float16)
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 
 from deit.kernels import explain, vit_block
-from deit.kernels.device import common, configs
+from deit.kernels.device import chips, common
 from deit.kernels.engine import registry
+from deit.kernels.gelu_mlp import tiles as gelu_mlp_tiles
+from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton_norm_linear as folded_implementation
 from deit.kernels.linear import triton_row_stats as statistics
-from deit.kernels.prove import reference
+from deit.kernels.prove import oracle, reference
 from deit.kernels.vit_block import triton as implementation
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter's bf16 products are wrong
@@ -60,7 +61,9 @@ class Draw:
 
 def panel(dim, by_panel=True):
     """A small configuration of the form in which LayerNorm is a prologue, or None."""
-    return configs.PanelConfig(32, 32, dim // 3, num_warps=4, num_stages=2) if by_panel else None
+    return (
+        linear_tiles.PanelConfig(32, 32, dim // 3, num_warps=4, num_stages=2) if by_panel else None
+    )
 
 
 @pytest.fixture
@@ -241,7 +244,7 @@ def test_the_forms_of_the_mlp(dtype, single):
     x, norm, mlp = draw.x("large_mean", 2, 70), draw.norm(), (*draw.linear(768, 192),)
     mlp += (*draw.linear(192, 768), draw.vector(192))
     given = statistics.Norm(statistics.row_stats(x), *norm, 1e-6)
-    config = configs.MlpConfig(64, 64, 64, tma=True, num_warps=4, num_stages=2)
+    config = gelu_mlp_tiles.MlpConfig(64, 64, 64, tma=True, num_warps=4, num_stages=2)
     config = config if single else panel(192, by_panel=single is None)
     got, _ = implementation.norm_mlp(x, given, *mlp, config=config)
     want = lambda x, weight, bias, w1, b1, w2, b2, gamma: reference.gelu_mlp(
@@ -267,10 +270,10 @@ def test_a_panel_split_among_programs(activation, batch, dtype):
     oracle.check(got, want, (x, *norm, *linear), name="norm_panel")
 
 
-@pytest.mark.parametrize("arch", configs.SHARED_MEMORY)
+@pytest.mark.parametrize("arch", chips.SHARED_MEMORY)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_architectures_panel(arch, dtype):
-    config = configs.norm_panel(arch, dtype, 576, 192)
+    config = linear_tiles.norm_panel(arch, dtype, 576, 192)
     if config is None:
         pytest.skip("has none")
     draw = Draw(dtype)

@@ -6,14 +6,19 @@ import json
 import pytest
 import torch
 
-from deit import tune
+from deit import tune as command
 from deit.commands.cli import Tune
 from deit.configs import Config
-from deit.kernels.engine import tuning
-from deit.tune_problems import Size, problems
+from deit.kernels.device import tuning
+from deit.kernels.device.tiles import Configuration
+from deit.kernels.prove import tune
+from deit.kernels.prove.calls import Size
+from deit.kernels.prove.tuned import Terms, tuned
 
-SIZE = Size(2, Config("tiny", 64, 1, img_size=16), torch.float16, torch.device("cpu"))
-PROBLEMS = {problem.name: problem for problem in problems(SIZE, training=True)}
+TINY = Size.of(Config("tiny", 64, 1, img_size=16), 2)
+AT = Terms(TINY, torch.float16, torch.device("cpu"))
+NOTHING = Configuration.space.__func__
+PROBLEMS = {problem.name: problem for problem in tuned(AT, training=True)}
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -25,9 +30,8 @@ def test_the_pinned_default_computes_what_pytorch_does(name):
 
 
 def test_every_kernel_that_has_candidates_has_a_problem():
-    from deit.kernels.device import candidates
-
-    assert {problem.factory for problem in PROBLEMS.values()} == set(candidates._SPACES)
+    tried = {n for n, t in tuning.TUNABLE.items() if t.kind.space.__func__ is not NOTHING}
+    assert {problem.factory for problem in PROBLEMS.values()} == tried
 
 
 def test_a_wrong_candidate_is_dropped_and_a_wrong_default_reported():
@@ -116,10 +120,10 @@ def test_the_parts_cover_every_problem_once(monkeypatch):
     options = dataclasses.replace(OPTIONS, only=())
     text = json.dumps(dataclasses.asdict(options))
     for part in range(3):
-        tune.compile_part([text, str(part), "3"])
+        command.compile_part([text, str(part), "3"])
     assert {count for _, count in seen} == {options.candidates}
     names = [problem.name for problems, _ in seen for problem in problems]
-    wanted = [p.name for p in tune.problems_of(options, torch.device("cpu"))]
+    wanted = [p.name for p in command.problems_of(options, torch.device("cpu"))]
     assert sorted(names) == sorted(wanted)
     assert len(names) == len(set(names)) > 10
 
@@ -155,11 +159,11 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 def test_compiling_that_fails_or_takes_too_long_is_said(monkeypatch):
     broken = dataclasses.replace(OPTIONS, only=("nothing",))
-    assert tune.precompile(broken, 60.0) == [
+    assert command.precompile(broken, 60.0) == [
         "compiling part 1 of 2 ended with exit status 1",
         "compiling part 2 of 2 ended with exit status 1",
     ]
-    assert tune.precompile(OPTIONS, 0.0) == [
+    assert command.precompile(OPTIONS, 0.0) == [
         "compiling part 1 of 2 stopped after 0 s",
         "compiling part 2 of 2 stopped after 0 s",
     ]
@@ -180,6 +184,6 @@ def test_compiling_that_fails_or_takes_too_long_is_said(monkeypatch):
     ],
 )
 def test_bad_options_are_named_before_anything_runs(change, why, monkeypatch):
-    monkeypatch.setattr(tune, "precompile", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(command, "precompile", lambda *_: pytest.fail("compiled"))
     with pytest.raises(ValueError, match=why):
         dataclasses.replace(OPTIONS, **change).run()

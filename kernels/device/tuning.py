@@ -2,8 +2,8 @@
 
 A file a GPU model, <cache>/fused-deit/<device name>.json, cache being XDG_CACHE_HOME or ~/.cache.
 An entry belongs to the versions of torch, Triton, driver and kernel sources that it was measured
-with; with others it is ignored and the pinned default of `triton.configs` runs. A process reads
-the files once, when a kernel is first launched. FUSED_DEIT_TUNED=0 ignores them.
+with; with others it is ignored and the pinned default of the operator's tiles.py runs. A process
+reads the files once, when a kernel is first launched. FUSED_DEIT_TUNED=0 ignores them.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
+from deit.kernels.device import chips
+from deit.kernels.device.tiles import Configuration
 from deit.kernels.engine import json_files
 from deit.kernels.engine.json_files import Fields
 
@@ -108,7 +110,9 @@ def _driver() -> str:
 def _sources_hash() -> str:
     total = hashlib.sha256()
     folder = Path(__file__).parents[1]
-    for source in sorted({*folder.glob("*/triton*.py"), *folder.glob("device/*.py")}):
+    for source in sorted(
+        {*folder.glob("*/triton*.py"), *folder.glob("*/tiles.py"), *folder.glob("device/*.py")}
+    ):
         name = source.relative_to(folder).as_posix()
         total.update(f"{name}\0".encode() + source.read_bytes())
     return total.hexdigest()[:16]
@@ -238,15 +242,13 @@ def load(device: str) -> Table:
 
 @functools.cache
 def tables() -> dict[int, Table]:
-    """By architecture (a key of configs.SHARED_MEMORY), for the GPUs of this machine."""
+    """By architecture (a key of chips.CHIPS), for the GPUs of this machine."""
     off = os.environ.get("FUSED_DEIT_TUNED") == "0" or os.environ.get("TRITON_INTERPRET") == "1"
     if off or not any(folder().glob("*.json")) or not torch.cuda.is_available():
         return {}
-    from deit.kernels.device import configs
-
     models: dict[int, set[str]] = {}
     for index in range(torch.cuda.device_count()):
-        arch = configs.family(*torch.cuda.get_device_capability(index))
+        arch = chips.family(*torch.cuda.get_device_capability(index))
         models.setdefault(arch, set()).add(torch.cuda.get_device_name(index))
     return {arch: _one(names) for arch, names in models.items()}
 
@@ -270,7 +272,7 @@ class Tunable(Generic[P, R]):
     kind: the dataclass it makes. pinned: the factory itself.
     """
 
-    def __init__(self, factory: Callable[P, R], kind: type) -> None:
+    def __init__(self, factory: Callable[P, R], kind: type[Configuration]) -> None:
         functools.update_wrapper(self, factory)
         self.pinned, self.kind = factory, kind
         self._signature = inspect.signature(factory)
@@ -285,6 +287,15 @@ class Tunable(Generic[P, R]):
     def explain(self, *args: P.args, **kwargs: P.kwargs) -> tuple[R, str]:
         """The configuration, and on what evidence it was chosen."""
         return self._choose(args, tuple(kwargs.items()))
+
+    def candidates(self, arguments: Mapping[str, Any]) -> list[Any]:
+        """Legal configurations, the pinned one first, each once; None is for the other form."""
+        default: Callable[..., R] = self.pinned
+        found: list[Any] = [default(**arguments)]
+        for config in self.kind.space(arguments, found[0]):
+            if config not in found and (config is None or not config.illegal(arguments)):
+                found.append(config)
+        return found
 
     def arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The arguments by name, with the defaults of those left out."""
@@ -301,9 +312,7 @@ class Tunable(Generic[P, R]):
             return pinned, PINNED + (f" ({table.ignored})" if table.ignored else "")
         config, why_not = revive(self.kind, entry.config), ""
         if config is not None:
-            from deit.kernels.device import candidates
-
-            why_not = "; ".join(candidates.illegal(self.__name__, config, arguments))
+            why_not = "; ".join(config.illegal(arguments))
         if why_not or (config is None and pinned is not None and entry.config is not None):
             return pinned, f"{PINNED} (the tuned one is illegal: {why_not or entry.config})"
         return config, (
@@ -318,12 +327,12 @@ class Tunable(Generic[P, R]):
 TUNABLE: dict[str, Tunable[..., Any]] = {}
 
 
-def tunable(kind: type) -> Callable[[Callable[P, R]], Tunable[P, R]]:
+def tunable(kind: type[Configuration]) -> Callable[[Callable[P, R]], Tunable[P, R]]:
     """Lets `deit tune` choose for a factory of `kind`."""
     return lambda factory: Tunable(factory, kind)
 
 
-def revive(kind: type, fields: Mapping[str, Any] | None) -> Any:
+def revive(kind: type[Configuration], fields: Mapping[str, Any] | None) -> Any:
     """The configuration that was stored; None for none, and for fields that are not `kind`'s."""
     if fields is None or set(fields) != {f.name for f in dataclasses.fields(kind)}:
         return None

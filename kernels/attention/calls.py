@@ -1,0 +1,40 @@
+"""Calls of attention."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deit.kernels.prove import oracle
+from deit.kernels.prove.calls import Call, Draw, Part, Size, Stated
+
+
+def _attention(draw: Draw, size: Size, form: str) -> Call:
+    """The families of `oracle.packed`."""
+    inputs = {"qkv": _packed(draw, size)}
+    options: dict[str, Any] = {"num_heads": size.heads}
+    if form == "every":
+        options["scale"] = 0.2
+        inputs["key_bias"] = draw.random(size.batch, size.tokens, seed=4)
+    products = float(size.batch * size.tokens**2 * size.dim)
+    return Call("attention", inputs, options, ("qkv",), (4 * products, 10 * products))
+
+
+def _packed(draw: Draw, size: Size) -> Tensor:
+    """In Triton's interpreter q and k are multiples of 1/64, which makes scores exact in fp32: its
+    BLAS sums q kT and k qT in different orders, the GPU's products in one."""
+    shape = (size.batch, size.tokens, 3 * size.dim)
+    if draw.device.type != "cpu" and draw.family == "random":
+        return draw.random(*shape, seed=1)
+    head_dim, seed = size.dim // size.heads, 1 + 100 * draw.number
+    given = (size.batch, size.tokens, size.heads, head_dim, torch.float32)
+    qkv = oracle.packed(draw.family, *given, seed=seed)
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        qkv[..., : 2 * size.dim] = (qkv[..., : 2 * size.dim] * 64).round() / 64
+    return qkv.to(draw.device, draw.dtype)
+
+
+CALLS = {"attention": Stated(_attention, (Part("attention", lambda depth: depth),), softmax=True)}
