@@ -9,8 +9,10 @@ test:
 # What the C++ kernels' tests find on a processor without AVX-512, on any.
 avx2:
 	DEIT_TEST_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTHON) -m pytest \
-	    tests/test_native*.py tests/test_products.py tests/test_vit_block.py tests/test_int8*.py \
-	    tests/test_fused_*.py tests/test_last_block.py tests/test_dispatch.py
+	    tests/suite/kernels/test_native*.py tests/suite/kernels/linear tests/suite/kernels/patch_embed \
+	    tests/suite/kernels/vit_block tests/suite/kernels/int8 tests/suite/kernels/engine/test_dispatch.py \
+	    tests/suite/deit/fused_vit/test_fused_*.py tests/suite/deit/fused_vit/test_last_block.py \
+	    tests/suite/deit/fused_vit/test_embedding.py
 
 lint:
 	$(PYTHON) -m ruff check .

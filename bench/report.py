@@ -25,7 +25,7 @@ try:
     from page import distillation, html, listings, pictures
     from page.drawing import WIDE, Picture
 except ModuleNotFoundError as missing:
-    package = missing.name
+    package = (missing.name or "").partition(".")[0]
     raise SystemExit(f"error: the page needs {package} (pip install {package})") from None
 
 Row = dict[str, Any]

@@ -69,6 +69,18 @@ def test_none_builds_nothing_and_removes_what_was_there(build, tmp_path):
     assert "FUSED_DEIT_BUILD=none" in record["libraries"]["cpu"]["reason"]
 
 
+def test_every_source_is_built(build, tmp_path):
+    torch = build.find_torch()
+    cpu = build.cpu_ninja("c++", torch, tmp_path / "library.so")
+    cuda = build.cuda_ninja("c++", tmp_path / "bin" / "nvcc", torch, tmp_path / "library.so")
+    for text, folder in ((cpu, "cpu"), (cuda, "cuda")):
+        named = {line.split()[-1] for line in text.splitlines() if line.startswith("build ")}
+        for source in (ROOT / "csrc" / folder).glob("*.c*"):
+            assert str(source) in named
+        objects = [line.split()[1] for line in text.splitlines() if line.startswith("build ")]
+        assert len(objects) == len(set(objects))
+
+
 def test_an_unknown_mode_is_refused(build):
     with pytest.raises(SystemExit, match=r"FUSED_DEIT_BUILD: expected one of auto.*got 'yes'"):
         build.mode({"FUSED_DEIT_BUILD": "yes"})

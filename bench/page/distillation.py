@@ -64,7 +64,7 @@ def _gains(rows: Sequence[Row], width: int) -> Figure:
             curve(axes, [(low, above), (high, above)], "c0")
             said += f", {low:+.2f} to {high:+.2f}"
         mark(axes, row["gain"], above, said, MEAN)
-        beside(axes, (1, i), f"{row['mean']:.2f} %", (6, 0))
+        beside(axes, i, f"{row['mean']:.2f} %")
     return figure
 
 

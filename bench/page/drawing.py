@@ -11,9 +11,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -28,27 +29,7 @@ WIDE, NARROW = 900, 356  # px: a desktop's column, and a phone of 390 px less it
 PHONE = 500  # px: a narrower drawing has its rows' names above them
 FONT, MARK, LINE = 12, 9, 18  # px
 CHARACTER = 0.62 * FONT  # px: the mean width
-STYLE: dict[str, Any] = {
-    "figure.dpi": 72,  # a point is a pixel
-    "svg.fonttype": "none",  # text stays text
-    "font.sans-serif": ["DejaVu Sans"],  # which matplotlib brings: the same sums everywhere
-    "font.size": FONT,
-    "axes.titlesize": FONT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.xmargin": 0.08,
-    "axes.ymargin": 0.08,
-    "lines.markersize": MARK,
-    "lines.linewidth": 1.8,
-    "legend.frameon": False,
-    "text.color": COLOURS["ink"],
-    "grid.color": COLOURS["grid"],
-}
-STYLE |= dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0)
-STYLE |= dict.fromkeys(("figure.facecolor", "axes.facecolor"), COLOURS["paper"])
-STYLE |= dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "axes.titlecolor"), COLOURS["faint"])
-STYLE |= dict.fromkeys(("xtick.color", "ytick.color"), COLOURS["faint"])
+STYLE = Path(__file__).with_name("picture.mplstyle")
 Looks = Mapping[str, dict[str, Any]]  # name -> how matplotlib draws a line
 
 
@@ -61,16 +42,15 @@ class Picture:
     caption: str
     draw: Callable[[int], Figure]
 
-    def svg(self, width: int, style: str = "") -> str:
-        """The drawing. style: its class in the page; without one it brings its own colours."""
+    def svg(self, width: int, kind: str = "") -> str:
+        """The drawing. kind: its class in the page; without one it brings its own colours."""
         # The same rows give the same text. Two drawings of a page share no ids.
-        given: Any = STYLE | {"svg.hashsalt": f"{self.title} {width}"}
-        with matplotlib.rc_context(given):
+        with style.context([STYLE, {"svg.hashsalt": f"{self.title} {width}"}]):
             out = io.StringIO()
             about = {"Title": self.title, "Date": None}
             self.draw(width).savefig(out, format="svg", metadata=about)
         text = out.getvalue()
-        text = text[text.index("<svg") :].replace("<svg", f'<svg class="{style}" role="img"', 1)
+        text = text[text.index("<svg") :].replace("<svg", f'<svg class="{kind}" role="img"', 1)
         text = re.sub(r'="(\d+)pt"', r'="\1"', text)
         text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
         text = re.sub(r' clip-path="[^"]*"', "", text)  # nothing lies outside the field
@@ -78,7 +58,7 @@ class Picture:
         text = re.sub(r'<g id="[^"]*"', "<g", text)
         for name, colour in COLOURS.items():
             text = text.replace(colour, f"var(--{name})")
-        return text if style else text.replace("</title>", f"</title><style>{THEME}</style>", 1)
+        return text if kind else text.replace("</title>", f"</title><style>{THEME}</style>", 1)
 
     def html(self) -> str:
         """A figure with a drawing for wide windows and one for narrow ones."""
@@ -106,14 +86,13 @@ def field(
     height += LINE * -(-len(legend) // columns)
     figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
     axes = figure.subplots()
-    axes.set_axisbelow(True)
     axes.set_xlabel(across)
-    axes.set_title(up, loc="left")
+    axes.set_title(up)
     axes.xaxis.set_major_formatter(lambda value, _: number(value))
     axes.yaxis.set_major_formatter(lambda value, _: number(value))
     if legend:
         lines = [Line2D([], [], label=name, **options) for name, options in legend.items()]
-        figure.legend(handles=lines, loc="outside upper left", ncols=columns, handlelength=1.2)
+        figure.legend(handles=lines, loc="outside upper left", ncols=columns)
     return figure, axes
 
 
@@ -127,28 +106,21 @@ def rows_of(
     axes.set_ylim(len(names) - 0.4, -0.6 - 0.2 * narrow)
     axes.set_yticks(range(len(names)), [] if narrow else names, color=COLOURS["ink"])
     for i, name in enumerate(names if narrow else ()):
-        beside(axes, (0, i), name, (2, step / 2 + 4), in_layout=False)
+        _at_row(axes, (0, i), name, (2, step / 2 + 4), in_layout=False)
     return figure, axes
 
 
-def beside(
-    axes: Axes,
-    at: tuple[float, float],
-    text: str,
-    offset: tuple[float, float],
-    *,
-    strong: bool = False,
-    in_layout: bool = True,
-) -> None:
-    """Text at a share of the field's width and a row, moved by `offset` px.
+def beside(axes: Axes, row: float, text: str, *, strong: bool = False) -> None:
+    """Text on the right of a row, in ink and bold if `strong`."""
+    colour, weight = ("ink", "bold") if strong else ("faint", "normal")
+    _at_row(axes, (1, row), text, (6, 0), color=COLOURS[colour], weight=weight)
 
-    strong: in ink and bold. in_layout: the field leaves room for it.
-    """
-    axes.annotate(
-        text, at, offset, xycoords=axes.get_yaxis_transform(), textcoords="offset points",
-        va="center", weight="bold" if strong else None, in_layout=in_layout,
-        color=COLOURS["ink" if strong or not in_layout else "faint"],
-    )  # fmt: skip
+
+def _at_row(axes: Axes, at: tuple[float, float], text: str, *offset: Any, **options: Any) -> None:
+    """Text at a share of the field's width and a row, moved by px."""
+    across = axes.get_yaxis_transform()
+    options |= {"xycoords": across, "textcoords": "offset points", "va": "center"}
+    axes.annotate(text, at, *offset, **options)
 
 
 def curve(

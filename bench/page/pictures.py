@@ -191,7 +191,7 @@ def _speedups(found: Sequence[Versus], width: int) -> Figure:
         if each.found.low is not None and each.found.high is not None:
             curve(axes, [(each.found.low, i), (each.found.high, i)], "c0")
         mark(axes, ratio, i, f"{each.label}: {each.found}, {verdict}", look("c0", filled=claimed))
-        beside(axes, (1, i), f"{ratio:.2f}x" if claimed else verdict, (6, 0), strong=claimed)
+        beside(axes, i, f"{ratio:.2f}x" if claimed else verdict, strong=claimed)
     return figure
 
 
@@ -228,7 +228,7 @@ def _stacks(bars: dict[str, list[Row]], operators: Sequence[str], width: int) ->
             bar = axes.barh(i, cost(row), 0.66 if width >= PHONE else 0.42, done, color=colour)
             bar.patches[0].set_gid(f"tip:{tip}")
             done += cost(row)
-        beside(axes, (1, i), f"{done:.3g} ms", (6, 0), strong=True)
+        beside(axes, i, f"{done:.3g} ms", strong=True)
     return figure
 
 

@@ -16,8 +16,7 @@ void run_attention(AttentionArgs args) {
                });
 }
 
-Tensor attention_of(Tensor qkv, int64_t num_heads, double scale, Optional key_bias,
-                    Tensor* lse) {
+Tensor attention_of(Tensor qkv, int64_t num_heads, double scale, Optional key_bias, Tensor* lse) {
   STD_TORCH_CHECK(qkv.dim() == 3 && num_heads > 0 && qkv.size(2) % (3 * num_heads) == 0,
                   "qkv: expected [B, N, 3 * D] with D a multiple of num_heads=", num_heads);
   AttentionArgs args{};
@@ -28,8 +27,7 @@ Tensor attention_of(Tensor qkv, int64_t num_heads, double scale, Optional key_bi
   args.head_dim = qkv.size(2) / (3 * num_heads);
   args.scale = static_cast<float>(scale);
   Tensor bias_held;
-  args.key_bias = parameter("key_bias", key_bias, args.batch * args.tokens, qkv,
-                            bias_held);
+  args.key_bias = parameter("key_bias", key_bias, args.batch * args.tokens, qkv, bias_held);
   Tensor out = torch::stable::new_empty(qkv, {args.batch, args.tokens, num_heads * args.head_dim});
   if (lse) {
     *lse = torch::stable::new_empty(qkv, {args.batch, num_heads, args.tokens}, ScalarType::Float);

@@ -5,16 +5,16 @@
 // the micro-kernel reads with unit stride) and values are packed into fp32 once per range, since
 // a range's consecutive tasks share their head: 2 * N * d elements against 2 * N * N * d
 // multiply-adds. Scores of the tile stay in cache; the softmax is the plain two-pass one, exact
-// for any N. All matrix products go through `product`, a register-blocked outer product.
+// for any N. All matrix products go through `product`.
 
 // Terms added up in one chain; longer sums are added chain by chain. Against fp64, in units of
 // PyTorch's own error at N = 197, chains of 256 gave 1.1 (norm) and up to 1.55 (maximum), chains
 // of 64 give 0.93 and 1.1. Without fused multiply-add they are 16.
 constexpr int64_t kChain = kWidth == 4 ? 16 : 64;
-// Below 12 keys BLAS adds a score up in many short chains: there ours of 64 were off by 1.36 times
-// PyTorch's error (200 draws of each N, one head), and chains of 16 are by 0.97. From 12 keys on
-// BLAS has chains of 64 itself, and ours share its rounding errors, which in a nearly one-hot
-// softmax are all there is.
+// Below 12 keys BLAS adds a score up in many short chains. There our chains of 64 were off by 1.36
+// times PyTorch's error (200 draws of each N, one head); chains of 16 are off by 0.97 times. From
+// 12 keys on BLAS has chains of 64 itself, and ours share its rounding errors, which are all there
+// is in a nearly one-hot softmax.
 constexpr int64_t kFewKeys = 12;
 constexpr int64_t kShortChain = 16;
 
@@ -24,7 +24,7 @@ void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t r
              int64_t depth, int64_t chain, int vectors, float* c, int64_t ldc) {
   for (int64_t k = 0; k < depth; k += chain) {
     const int64_t terms = depth - k < chain ? depth - k : chain;
-    multiply<W, false>(a + k, lda, b + k * ldb, ldb, rows, terms, vectors, k > 0, c, ldc);
+    multiply<W, false, false>(a + k, lda, b + k * ldb, ldb, rows, terms, vectors, k > 0, c, ldc);
   }
 }
 

@@ -1,4 +1,5 @@
-// Products in 8-bit integers as their launchers describe them (int8_linear.cpp, int8_vit_block.cpp).
+// Products in 8-bit integers as their launchers describe them (int8_linear.cpp,
+// int8_vit_block.cpp).
 #pragma once
 
 #include <algorithm>

@@ -213,7 +213,8 @@ DEIT_INLINE Int8Workspace lay_out(const Int8Args& args, void* start) {
   w.hidden_stride = two ? padded(args.first.features, 16) : 0;
   const int64_t deepest = two && args.second.depth > args.first.depth ? args.second.depth
                                                                       : args.first.depth;
-  // A line more than a multiple of 4096 bytes would be, or 14 rows fall into one set of a cache.
+  // A multiple of 1024 bytes gets a cache line more: rows 4096 bytes apart, 14 of them, would fall
+  // into one set of a cache.
   w.stride = padded(deepest, 64) + (padded(deepest, 64) % 1024 == 0 ? 64 : 0);
   int64_t rows = two ? kHiddenElements / w.hidden_stride / kGroup * kGroup : kMostRows;
   w.rows = rows < kGroup ? kGroup : rows > kMostRows ? kMostRows : rows;

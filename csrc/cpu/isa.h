@@ -1,6 +1,11 @@
 // What the launchers (<operator>.cpp) and the kernels (<operator>.inl, in kernels.cpp once per
 // instruction set) share: plain data and function pointers, an operator's in its <operator>.h.
 //
+// A new operator is three files. Its .h has the arguments and the table of its kernels; its .inl
+// the kernels, and that table at the end; its .cpp the launcher and the registration. Beside them
+// it needs its line in Kernels below and its two in kernels.cpp, and a case for the sanitizers
+// (tests/native/fuzz.cpp). setup.py compiles every .cpp here.
+//
 // No torch header and no standard container may be included from kernels.cpp: an inline function
 // compiled there with AVX-512 could be the copy the linker keeps for everyone.
 #pragma once
@@ -12,9 +17,9 @@
 
 namespace deit {
 
-// One instruction set's kernels. Ranges are [begin, end): of rows, and of tasks. Every row and every
-// query is computed by the same arithmetic wherever a range begins, so results do not depend on the
-// number of threads.
+// One instruction set's kernels. Ranges are [begin, end): of rows, and of tasks. Every row and
+// every query is computed by the same arithmetic wherever a range begins, so results do not depend
+// on the number of threads.
 struct Kernels {
   const char* name;
   LayerNormKernels layer_norm;

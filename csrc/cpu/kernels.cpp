@@ -21,6 +21,7 @@ namespace {
 #include "attention.inl"
 #include "attention_bwd.inl"
 #include "linear.inl"
+#include "gelu_mlp.inl"
 #include "linear_training.inl"
 #include "linear_bwd.inl"
 #include "vit_block.inl"

@@ -69,8 +69,9 @@ inline Activation activation_of(const std::optional<std::string>& name) {
   return *name == "gelu" ? Activation::gelu : Activation::gelu_tanh;
 }
 
-// What vit_block.cpp and int8_vit_block.cpp call of the operators. A LayerNorm's forward in training
-// saves fp32 statistics of every row, attention's lse: [B, H, N] in fp32. Both are null in inference.
+// What vit_block.cpp and int8_vit_block.cpp call of the operators. A LayerNorm's forward in
+// training saves fp32 statistics of every row, attention's lse: [B, H, N] in fp32. Both are null in
+// inference.
 struct Statistics {
   Tensor mean, rstd;
 };

@@ -56,6 +56,7 @@ std::tuple<Tensor, Tensor> weight_gradient(const Tensor& g, const Optional& x, b
 TrainingProductArgs product_of(const Tensor& a, int64_t width, const Tensor& out);
 // Packs `b` as the right operand of `args`: [width, depth] where transposed, else [depth, width].
 Buffer pack_operand(TrainingProductArgs& args, const Tensor& b, bool transposed);
+// A product over all threads.
 void run_product(const TrainingProductArgs& args);
 // g weight, [.., K], shaped as the layer's input.
 Tensor input_gradient(const Tensor& g, const Tensor& weight);
@@ -135,11 +136,10 @@ struct Product {
     args.gamma = parameter("gamma", gamma, args.width, like, held[1]);
     if (keep.has_value()) {
       args.keep = parameter("keep", keep, like.size(0), like, held[2]);
-      args.rows_per_sample = std::max<int64_t>(1, args.rows / std::max<int64_t>(1, like.size(0)));
+      args.rows_per_sample = args.rows / std::max<int64_t>(1, like.size(0));
     }
     if (residual_in.has_value()) {
-      STD_TORCH_CHECK(residual_in->numel() == args.rows * args.width &&
-                          last(*residual_in) == args.width,
+      STD_TORCH_CHECK(residual_in->numel() == args.rows * args.width,
                       "residual: expected the output's shape");
       residual = *residual_in;
       args.out_type = scalar_of("residual", residual);

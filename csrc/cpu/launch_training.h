@@ -8,8 +8,8 @@
 
 namespace deit {
 
-// The gradients that a backward is asked for, in the order in which it returns them: all of them
-// where nothing is said. In place of one that is not wanted it returns an empty tensor.
+// The gradients that a backward is asked for, in the order in which it returns them; all of them
+// where nothing is said. It returns an empty tensor in place of one that is not wanted.
 class Wanted {
  public:
   Wanted(const std::optional<std::vector<bool>>& given, size_t count)
@@ -34,7 +34,7 @@ inline Tensor none(const Tensor& like) { return torch::stable::new_empty(like, {
 // total[i] = the sum of parts[chunk, i] + parts[chunk, low + i] over chunks in order, in fp64, in
 // `like`'s dtype; a chunk has 2 * low floats.
 inline Tensor sum_of_chunks(const float* parts, int64_t chunks, int64_t low, int64_t channels,
-                     const Tensor& like) {
+                            const Tensor& like) {
   Tensor total = torch::stable::new_empty(like, {channels}, ScalarType::Float);
   float* out = static_cast<float*>(total.mutable_data_ptr());
   const int64_t grain = std::max<int64_t>(64, kGrain / std::max<int64_t>(1, chunks));

@@ -1,4 +1,5 @@
-// LayerNorm on the CPU, alone or after a residual addition, in inference and in training: checks, outputs, and the split over threads.
+// LayerNorm on the CPU, alone or after a residual addition, in inference and in training: checks,
+// outputs, and the split over threads.
 #include <tuple>
 
 #include "launch_training.h"
@@ -25,8 +26,7 @@ void run_layer_norm(const LayerNormArgs& args, int64_t rows) {
 
 }  // namespace
 
-Tensor layer_norm_of(Tensor x, Tensor weight, Optional bias, double eps,
-                     Statistics* saved) {
+Tensor layer_norm_of(Tensor x, Tensor weight, Optional bias, double eps, Statistics* saved) {
   STD_TORCH_CHECK(x.dim() >= 1, "x: expected rank >= 1");
   LayerNormArgs args{};
   args.x_type = args.residual_type = scalar_of("x", x);
@@ -47,8 +47,7 @@ Tensor layer_norm_of(Tensor x, Tensor weight, Optional bias, double eps,
 namespace {
 
 std::tuple<Tensor, Tensor> add_layer_norm_of(Tensor x, Tensor residual, Tensor weight,
-                                             Optional bias, double eps,
-                                             Optional gamma,
+                                             Optional bias, double eps, Optional gamma,
                                              Optional keep, Statistics* saved) {
   STD_TORCH_CHECK(x.dim() >= 1, "x: expected rank >= 1");
   check_residual(x, residual);
@@ -82,8 +81,7 @@ Tensor layer_norm(Tensor x, Tensor weight, Optional bias, double eps) {
 }
 
 std::tuple<Tensor, Tensor> add_layer_norm(Tensor x, Tensor residual, Tensor weight,
-                                          Optional bias, double eps,
-                                          Optional gamma,
+                                          Optional bias, double eps, Optional gamma,
                                           Optional keep) {
   return add_layer_norm_of(x, residual, weight, bias, eps, gamma, keep, nullptr);
 }
@@ -104,8 +102,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(Tensor x, Tensor r
   return {out, total, saved.mean, saved.rstd};
 }
 
-// Completes `args`, whose row tensors are described and what is wanted of it, and runs it: (dweight,
-// dbias, dgamma).
+// Completes `args`, whose row tensors are described and what is wanted of it, and runs it:
+// (dweight, dbias, dgamma).
 std::tuple<Tensor, Tensor, Tensor> run_layer_norm_gradient(LayerNormGradientArgs& args,
                                                            const Tensor& total,
                                                            const Tensor& weight,
@@ -124,8 +122,9 @@ std::tuple<Tensor, Tensor, Tensor> run_layer_norm_gradient(LayerNormGradientArgs
   const Buffer sums = allocate(static_cast<size_t>(sums_rows ? chunks * 2 * low : 0));
   args.sums = sums_rows ? sums.get() : nullptr;
   const LayerNormKernels& set = kernels().layer_norm;
-  torch::stable::parallel_for(0, chunks, std::max<int64_t>(1, kGrain / (kRowChunk * args.channels + 1)),
-               [&](int64_t begin, int64_t end) { set.gradient(args, begin, end); });
+  torch::stable::parallel_for(
+      0, chunks, std::max<int64_t>(1, kGrain / (kRowChunk * args.channels + 1)),
+      [&](int64_t begin, int64_t end) { set.gradient(args, begin, end); });
   const auto total_of = [&](bool wanted, int64_t slot, const Optional& like) {
     if (!wanted) return none(weight);
     return sum_of_chunks(args.sums + slot * args.channels, chunks, low, args.channels, *like);

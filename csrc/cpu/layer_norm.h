@@ -27,13 +27,13 @@ struct LayerNormArgs {
   float eps;
 };
 
-// Rows are taken in chunks of this many for sums over rows. A chunk writes its sums apart, and with
+// Sums over rows are taken in chunks of this many rows. A chunk writes sums of its own, and beside
 // each what rounding took from it.
 constexpr int64_t kRowChunk = 64;
 
 // The gradients of LN(total), with dtotal and the branch (x, gamma, keep) where there are any.
-// Partial sums over chunks of rows: [chunks, 2, 3, D] for dweight, dbias and dgamma, of which those
-// that nobody wants stay 0. What is written is null where nobody wants it.
+// Partial sums over chunks of rows: [chunks, 2, 3, D] for dweight, dbias and dgamma. Sums that
+// nobody wants stay 0, and an output that nobody wants is null.
 struct LayerNormGradientArgs {
   Rows dout, x, total, dtotal;  // x.data null without dgamma, dtotal.data for a LayerNorm alone
   Scalar x_type;                // of dout, x and dx

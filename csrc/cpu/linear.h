@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "../common/rows.h"
-#include "layer_norm.h"
+#include "layer_norm.h"  // kRowChunk
 
 namespace deit {
 
@@ -67,9 +67,9 @@ struct TrainingProductArgs {
   Activation activation;
 };
 
-// dweight = gT x and dbias = the sum of g's rows. A task is one block of dweight over all rows:
-// no partial sum is shared, and its order is that of the rows whatever the number of threads.
-// dbias alone is a weight without inputs, in blocks of outputs.
+// dweight = gT x and dbias = the sum of g's rows. A task is one block of dweight over all rows.
+// No partial sum is shared, and a sum's order is that of the rows whatever the number of threads.
+// A dbias alone is a weight without inputs, in blocks of outputs.
 struct WeightGradientArgs {
   const float* g;  // [rows, outputs], row stride ldg
   const float* x;  // [rows, inputs], row stride ldx

@@ -1,5 +1,5 @@
-// The products of inference and what follows them: out = residual + keep * gamma * act(x wT + bias).
-// Included by kernels.cpp.
+// The products of inference and what follows them: out = residual + keep * gamma * act(x wT +
+// bias). Included by kernels.cpp.
 //
 // A task is a block of rows times one panel of kCols output channels. kDepth words of input at a
 // time, the panel's weights are transposed into a buffer that stays in the first-level cache
@@ -156,8 +156,8 @@ DEIT_INLINE void pack_block(const float* weight, int64_t stride, int64_t channel
   }
 }
 
-// A column's weights. Where the weight lies in thirds, 16 columns that begin at a multiple of 16 lie
-// in one of them.
+// A column's weights. Where the weight lies in thirds, 16 columns that begin at a multiple of 16
+// lie in one of them.
 DEIT_INLINE const float* weights_of(const ProductArgs& args, int64_t column) {
   const void* from = args.weight;
   if (args.part) {
@@ -177,7 +177,7 @@ void pack_panel(const ProductArgs& args, int64_t column, int64_t k_first, int64_
   const int64_t stride = args.depth;
   for (int v = 0; v < kVectors; ++v) {
     const int64_t channels = columns - v * kWidth;
-    // Of no channels nothing is read.
+    // Nothing is read where there are no channels.
     const float* first = weights_of(args, channels > 0 ? column + v * kWidth : column) + k_first;
     for (int64_t k = 0; k < depth; k += kWidth) {
       float* out = panel + k * kCols + v * kWidth;
@@ -281,49 +281,6 @@ void pack_weight(const ProductArgs& args, float* packed, int64_t begin, int64_t 
   for (int64_t column = begin * kCols; column < end * kCols; column += kCols) {
     pack_panel(args, column, 0, smaller(kCols, args.width - column), args.depth,
                packed + column * args.depth);
-  }
-}
-
-DEIT_INLINE int64_t sums_of_panel(int64_t rows) { return tiles_of(rows) * kRows * kCols; }
-
-// Floats of `sums` for feed_forward: of all panels of `second`, and of one of `first`.
-DEIT_INLINE int64_t feed_forward_sums(const ProductArgs& second) {
-  return ((second.width + kCols - 1) / kCols + 1) * sums_of_panel(second.rows);
-}
-
-// second(first(x)), packed both, a step of `second` at a time: the columns of `first` that make
-// it, into `hidden` [rows, kDepth words], then that step of all panels of `second`, whose sums
-// wait in `sums`. second.residual and second.out may be the same.
-template <class T>
-void feed_forward(const ProductArgs& first, const ProductArgs& second, float* hidden,
-                  float* sums) {
-  constexpr int64_t kElements = static_cast<int64_t>(sizeof(float) / sizeof(T));  // of a word
-  const int64_t rows = first.rows, tiles = tiles_of(rows), padded = sums_of_panel(rows);
-  const int64_t panels = (second.width + kCols - 1) / kCols, words = step_of(second.depth);
-  for (int64_t k = 0; k < second.depth; k += words) {
-    ProductArgs part = first, step = second;
-    step.depth = smaller(words, second.depth - k);
-    part.width = step.depth * kElements;
-    part.packed += k * kElements * first.depth;
-    if (part.bias) part.bias += k * kElements;
-    part.row_block = rows;
-    part.out = hidden;
-    step.x = hidden;
-    for (int64_t column = 0; column < part.width; column += kCols) {
-      multiply_panel<T>(part, sums + panels * padded, 0, column, true);
-    }
-    Tile tile{};
-    tile.depth = step.depth;
-    tile.first = k == 0;
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      tile.column = panel * kCols;
-      tile.columns = smaller(kCols, step.width - tile.column);
-      const float* weights = second.packed + (panel * second.depth + k) * kCols;
-      const int64_t next = panel + 1 < panels ? step.depth : 0;
-      multiply_step<T>(step, weights, tile, 0, rows, k + step.depth == second.depth,
-                       prefetch_packed(weights + second.depth * kCols, next, tiles),
-                       sums + panel * padded);
-    }
   }
 }
 

@@ -63,8 +63,8 @@ DEIT_INLINE void add_rows(const float* g, int64_t ldg, int64_t rows, int64_t col
 
 DEIT_INLINE void add_chunk(const GradientBlock& b, int64_t ldg, int64_t rows, bool add) {
   for (int64_t j = 0; j < b.inputs; j += kPanel) {
-    multiply<float, true>(b.g, ldg, b.x + j * rows, kPanel, b.outputs, rows, vectors_of(b.inputs - j), add,
-                   b.sums + j, b.inputs_padded);
+    multiply<float, true>(b.g, ldg, b.x + j * rows, kPanel, b.outputs, rows,
+                          vectors_of(b.inputs - j), add, b.sums + j, b.inputs_padded);
   }
 }
 
@@ -78,8 +78,8 @@ void weight_gradient(const WeightGradientArgs& args, float* workspace, int64_t b
       const int64_t rows = args.rows - row < kChain ? args.rows - row : kChain;
       const float* g = args.g + row * args.ldg + b.first_output;
       for (int64_t j = 0; j < b.inputs; j += kPanel) {
-        pack_columns<kPanel>(args.x + row * args.ldx + b.first_input + j, args.ldx, rows, b.inputs - j,
-                   b.x + j * rows);
+        pack_columns<kPanel>(args.x + row * args.ldx + b.first_input + j, args.ldx, rows,
+                             b.inputs - j, b.x + j * rows);
       }
       pack_rows(g, args.ldg, rows, b.outputs, b.g, args.output_block);
       if (sums_bias) add_rows(b.g, args.output_block, rows, b.outputs, b.bias);

@@ -1,6 +1,6 @@
-// LayerNorm on CUDA, alone or after a residual addition: checks, outputs, and the launch on the current
-// stream of the input's device. Asking for that stream needs libtorch_cuda, which is why this is a
-// library of its own.
+// LayerNorm on CUDA, alone or after a residual addition: checks, outputs, and the launch on the
+// current stream of the input's device. Asking for that stream needs libtorch_cuda, which is why
+// this is a library of its own.
 #include <cuda_runtime.h>
 
 #include "../common/tensors.h"

@@ -54,6 +54,8 @@ def define(
         kernels: implementation -> CSRC, or the module of `deit.kernels` that has a function of
             this name: `triton="linear.triton_bwd"`. It is imported by the first call, not before.
     """
+    if unknown := kernels.keys() - set(implementations):
+        raise ValueError(f"{name}: expected kernels for {implementations}; got {sorted(unknown)}")
     FAKES[name] = fake
     for implementation in implementations:
         qualified = f"{NAMESPACES[implementation]}::{name}"

@@ -17,7 +17,7 @@ import throughput
 from page import listings
 from race import contenders
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(__file__).parents[3] / "bench"
 # One thread: beside other work on the machine, two wait for each other at every operator's end.
 QUICK = [
     *("--arch", "deit_ti", "--bs", "2", "--against", "none"),

@@ -21,7 +21,7 @@ from evidence import paper_table
 from page import drawing, listings, pictures
 
 Row = dict[str, Any]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 VOID = {"meta", "link", "br"}
 
 MACHINE: Row = {

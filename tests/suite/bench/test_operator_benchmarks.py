@@ -23,7 +23,7 @@ from operators import test_each_operator as suite
 from operators.measure import Prepared
 from race import checks
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 
 

@@ -18,7 +18,7 @@ from deit.kernels.linear import tiles as linear_tiles
 for operator in ("attention", "fp8", "layer_norm", "losses", "patch_embed"):
     importlib.import_module(f"deit.kernels.{operator}.tiles")  # fills TUNABLE
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[4]
 SIZES = {
     "attention": {"head_dim": 64, "tokens": 197, "tma": True},
     "attention_bwd": {"head_dim": 64, "tokens": 197, "tma": True},

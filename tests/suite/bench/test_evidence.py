@@ -12,7 +12,7 @@ import pytest
 import evidence
 from evidence import source_cpp, sources
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 Tree = dict[str, str]  # path -> text
 
 # Two operators, one of them in 8 bits, whose implementations are found by name.

@@ -34,6 +34,12 @@ def test_every_schema_has_an_operator_a_reference_and_a_fake():
         assert kernels <= set(registry.COMPILED[implementation])
 
 
+def test_a_kernel_for_no_implementation_is_refused():
+    with pytest.raises(ValueError, match=r"conv: expected kernels for .*; got \['metal'\]"):
+        registry.define("conv", "(Tensor x) -> Tensor", torch.empty_like, metal=registry.CSRC)
+    assert "conv" not in registry.FAKES
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_explain_takes_the_public_functions_arguments(name):
     """And `prepare` gives the schema's, which are as many; `impl` is no user's way to them."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[4]
 SCRIPTS = [
     "throughput", "table5", "scaling", "loader", "report", "everything", "numerics", "host_cost",
     "int8_kernels", "parity", "distillation", "eight_bits_accuracy",
