@@ -80,7 +80,7 @@ def _compare(
     import numerics
     from deit.kernels.prove import calls
 
-    draw = calls.Draw(family, numerics.DTYPES[dtype], context.device, mean=100.0)
+    draw = calls.Draw(family, numerics.DTYPES[dtype], context.device)
     call = calls.build(operator, draw, calls.Size(*shape), "inference")
     public = getattr(deit.kernels, f"fp8_{operator}")
     with torch.no_grad():

@@ -158,14 +158,12 @@ class Draw:
     """Tensors of one call: activations of a family of `oracle`, weights of unit gain.
 
     "one_hot": a softmax of which one entry takes nearly everything. number: of independent draws.
-    mean: of "large_mean".
     """
 
     family: str = "random"
     dtype: torch.dtype = torch.float32
     device: torch.device = CPU
     number: int = 0
-    mean: float = 1000.0
 
     def make(self, family: str, *shape: int, seed: int, scale: float = 1.0) -> Tensor:
         """A tensor of a family; normal numbers on the device, where a billion take milliseconds."""
@@ -173,7 +171,7 @@ class Draw:
             return torch.empty(shape, dtype=self.dtype, device="meta")
         seed += 100 * self.number
         if self.device.type == "cpu" or family != "random":
-            drawn = oracle.make(family, shape, self.dtype, seed=seed, scale=scale, mean=self.mean)
+            drawn = oracle.make(family, shape, self.dtype, seed=seed, scale=scale)
             return drawn.to(self.device)
         generator = torch.Generator(self.device).manual_seed(seed)
         x = torch.empty(shape, dtype=self.dtype, device=self.device)
