@@ -185,7 +185,8 @@ def cpu_objects() -> list[tuple[str, Path, str]]:
         (f"int8_{isa}.o", source / "int8_kernels.cpp", f"-DDEIT_ISA={isa} {flags}")
         for isa, flags in INT8_SETS.items()
     ]
-    return [*kernels, *eights, ("dispatch.o", source / "dispatch.cpp", "")]
+    choices = [(f"{path.stem}.o", path, "") for path in sorted(source.glob("*dispatch.cpp"))]
+    return [*kernels, *eights, *choices]
 
 
 def cpu_ninja(compiler: str, torch: Torch, target: Path) -> str:
