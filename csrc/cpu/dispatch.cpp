@@ -68,7 +68,7 @@ const Int8Kernels* const kInt8Sets[] = {&portable_int8};
 std::atomic<const Kernels*> selected_floats{nullptr};
 std::atomic<const Int8Kernels*> selected_int8{nullptr};
 
-// The set that was selected, or else the best one, which is selected with that.
+// The set that was selected, or else the best one, which this selects.
 template <class Set, size_t N>
 const Set& selected_of(std::atomic<const Set*>& selected, const Set* const (&sets)[N]) {
   const Set* set = selected.load(std::memory_order_relaxed);
