@@ -66,7 +66,7 @@ def _rows_config(arch: int, dtype: torch.dtype, size: int) -> object:
 
 
 def _config(arch: int, dtype: torch.dtype, size: int) -> object:
-    """For the result's dtype, and for the hidden layer's."""
+    """The product's configurations, for the result's dtype and for the hidden layer's."""
     kinds = (dtype, E4M3)
     found = tuple(fp8_tiles.fp8_product(arch, kind, size, size) for kind in kinds)
     return found if _there(arch) else None

@@ -36,7 +36,7 @@ class Fp8Config(Configuration):
     num_stages: int
 
     def rules(self, arguments: Arguments) -> list[str]:
-        """Beside the accumulators stands the product of 128 columns that is added to them next."""
+        """The product of 128 columns that is added next stands beside the accumulators."""
         each = self.block_m * (self.block_n + GROUP) // (32 * self.num_warps)
         found = [] if each <= SUMS else [f"{each} sums a thread, {SUMS} fit its registers"]
         if self.block_n not in ((GROUP, 2 * GROUP) if self.tma else (GROUP,)):

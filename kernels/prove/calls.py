@@ -141,7 +141,7 @@ class Size:
 
     @classmethod
     def of(cls, network: Any, batch: int) -> Size:
-        """Those of a network, by its `deit.Config`."""
+        """The sizes of a network, by its `deit.Config`."""
         return cls(
             batch,
             network.tokens,
@@ -157,7 +157,8 @@ class Size:
 class Draw:
     """Tensors of one call: activations of a family of `oracle`, weights of unit gain.
 
-    "one_hot": a softmax of which one entry takes nearly everything. number: of independent draws.
+    "one_hot": a softmax of which one entry takes nearly everything. number: which of the
+    independent draws this is.
     """
 
     family: str = "random"
@@ -190,7 +191,7 @@ class Draw:
         return 1 + self.random(*shape, seed=seed, scale=0.1)
 
     def activation(self, *shape: int, seed: int = 0) -> Tensor:
-        """Of the family; random where it is one of softmaxes."""
+        """Activations of the family; random where the family is one of softmaxes."""
         return self.make("random" if self.family == "one_hot" else self.family, *shape, seed=seed)
 
     def epilogue(self, form: str, *shape: int) -> dict[str, Tensor]:

@@ -131,7 +131,7 @@ def shipped(
 
 
 def square(factory: Callable[..., object]) -> Callable[[int, torch.dtype, int], object]:
-    """A factory of width and depth, for as many of the one as of the other."""
+    """A factory of width and depth, asked for both of the same size."""
     return lambda arch, dtype, size: factory(arch, dtype, size, size)
 
 
