@@ -131,7 +131,7 @@ def compare(
         for name, out in (("fp32", plain), (dtype, quantised)):
             right = 100 * float((out.argmax(1) == labels).float().mean())
             found[f"top1_{name}"] = round(right, 2)
-    # A network's mean logits are most of them, and no image's.
+    # The mean logits are most of a network's logits, and say nothing of any one image.
     apart, exact = (out.double() - out.double().mean(0) for out in (quantised, plain))
     return {
         **found,

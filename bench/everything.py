@@ -4,10 +4,10 @@
     python bench/everything.py                       # from nothing 100 minutes on two CPU cores
     python bench/everything.py --only latency table5
 
-Each is a command of its own, as a result records it and the page shows it, and is done where
+Each is a command of its own, which its results record and the page shows. It counts as done where
 some file of results has that command's rows from this device and this torch, with today's kernels.
-So it goes on where it was interrupted. Leave the machine alone while it runs. Programs that take
-photographs or a dataset of yours are not among them (throughput.py --images, distillation.py,
+So an interrupted run goes on where it was. Leave the machine alone while it runs. Programs that
+take photographs or a dataset of yours are not among them (throughput.py --images, distillation.py,
 eight_bits_accuracy.py); the page marks their results where they are stale.
 """
 

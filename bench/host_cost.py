@@ -4,22 +4,20 @@
     python bench/host_cost.py --json bench/results/host-cost.json
     python bench/host_cost.py --gpu
 
-Every operator runs on CPU tensors of one row, so that the host's work is what there is to see, in
-three forms, in turns: the public function; the launch alone, which is the implementation that
-the public function picks on arguments it would hand over (a registered overload, or the
+Every operator runs on CPU tensors of one row, so that the host's work is what there is to see. It
+runs in three forms, in turns: the public function; the launch alone, which is the implementation
+that the public function picks, on the arguments it would hand over (a registered overload, or the
 reference's own calls of PyTorch); and the operator in torch.nn.functional (each operator's
-reference.py).
-"training" is the forward with every gradient wanted. The last rows are what `fuse` asks a block
-and a model before each forward.
+reference.py). "training" is the forward with every gradient wanted. The last rows are what `fuse`
+asks a block and a model before each forward.
 
 `--gpu` measures the Triton operators instead, in inference: kept calls, as
 kernels/device/launching.py has them, beside what they hand to the driver. Where there is no GPU
 the driver's launch is stubbed, and the rows say so. "whole forward" is a fused DeiT-Ti of 12
 blocks at batch 1, in microseconds too.
 
-Time is the calling thread's own (CPU time), which a busy
-machine lengthens little; a figure is the median of the rounds, and "over" that of the
-differences within a round.
+Time is the calling thread's own (CPU time), which a busy machine lengthens little. A figure is the
+median of the rounds, and "over" that of the differences within a round.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def chosen(only: Sequence[str]) -> list[Quoted]:
 def finished(rows: Sequence[Row], name: str, protocol: str, facts: Row, batch: int) -> bool:
     """Is there a measurement on these terms whose kernels have not changed since?
 
-    A batch that was shortened to no more than `batch` from more than that is what `batch` gives.
+    A batch shortened from more than `batch` to no more than it is what `batch` would have given.
     """
     same = of(rows, name, protocol)
     terms = {name: facts[name] for name in ("device", "threads", "torch")}

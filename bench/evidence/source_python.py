@@ -77,8 +77,8 @@ class Python:
     def reached(self, device: str, begins: str, allowed: Callable[[str, str], bool]) -> set[str]:
         """The files that run on this type of device, from the package itself on.
 
-        Others begin with it: what lies below `begins`, and what holds an implementation, which is
-        found by name and of no import. What needs Triton to be imported does not run on a CPU.
+        What lies below `begins` is a beginning, too. So is what holds an implementation, which is
+        found by its name and not by an import. What needs Triton to be imported runs on no CPU.
         allowed: (path, path it is imported by or "") -> whether to follow that.
         """
         left_out = self.triton if device == "cpu" else set()

@@ -18,8 +18,8 @@ from pathlib import Path
 from evidence import source_cpp, source_python
 
 BEGINS = "deit/fused_vit/"  # what of the library calls operators past the package's own names
-# Products in 8 bits, by the beginning of the names of their files or folders. What is neither
-# knows them by its tables alone: from there they are reached by contenders of theirs.
+# Products in 8 bits, by the beginning of the names of their files or folders. Files of neither kind
+# know them by tables alone, and only contenders in 8 bits reach them from there.
 EIGHT_BITS = {"int8": ("int8", "eight_bits"), "fp8": ("fp8", "eight_bits")}
 SOURCES = {"kernels": (".py",), "csrc": (".cpp", ".cu", ".h", ".inl", ".cuh", ".hpp")}
 UNITS = (".cpp", ".cu")

@@ -57,6 +57,6 @@ def _onednn() -> Function:
 
 
 def saved_bytes(call: Call) -> float:
-    """How many bytes fewer than in fp32: a byte an element of a matrix, and a scale a row."""
+    """How many bytes fewer than in fp32: a matrix takes a byte an element and a scale a row."""
     matrices = (call.inputs[name] for name in MATRICES[call.operator])
     return float(sum(3 * matrix.numel() - 4 * len(matrix) for matrix in matrices))

@@ -122,9 +122,9 @@ def runs(results: Sequence[Row], stale: Stale) -> str:
 def paper(rows: Sequence[Row], stale: Stale) -> str:
     """The paper's Table 5, quoted, beside what was measured; "" where no network of it was.
 
-    The rows are such as bench/table5.py measures: inference by this package or by PyTorch, in bf16
-    on a GPU and fp32 elsewhere and by deit2021. The fastest run of a network counts. A line that
-    draws on a stale row is marked.
+    The rows are such as bench/table5.py measures: inference by this package or by PyTorch. The
+    dtype is bf16 on a GPU, and fp32 elsewhere and by deit2021. The fastest run of a network counts.
+    A line that draws on a stale row is marked.
     """
     lines = []
     for quoted in paper_table.networks():

@@ -1,4 +1,4 @@
-"""This package's own inference in 8 bits, beside other runtimes': as peers, checked like them."""
+"""This package's own inference in 8 bits, as peers beside other runtimes' and checked like them."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from peers.peer import ALL, Built, Peer, Problem
 def _import(threads: int) -> Any:
     """jax, its thread pool of the given size; RuntimeError where the process has another already.
 
-    XLA makes the pool with its CPU client, once a process, with the size in NPROC. What takes
-    part besides, a thread that starts computations, waits.
+    XLA makes the pool with its CPU client, once a process, with the size in NPROC. Beside the pool
+    there is only the thread that starts a computation, and it waits.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves torch its memory
     have = os.environ.setdefault("NPROC", str(threads))

@@ -64,7 +64,7 @@ def plan(
     stated = calls.stated()[operator]
     families = [f for f in calls.FAMILIES if stated.softmax or f != "one_hot"]
     yield from ((shapes[0], family) for family in families[: 1 if dry else None])
-    # A loss has neither tokens nor D: its batch, one row to 257, is all that differs.
+    # A loss has neither tokens nor D: only its batch differs, from one row to 257.
     rest = shapes[1:]
     if stated.loss:
         rest = ((1, 0, 0), (257, 0, 0)) if rest else ()

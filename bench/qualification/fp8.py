@@ -1,7 +1,7 @@
 """The products in e4m3 on a GPU: their rounding to the bit, their results beside the reference's.
 
-The rule against fp64 that holds every other operator cannot hold these; the row says how far off
-fp64 they are (`sqnr_db`), the reference says how far off they may be of it.
+The rule against fp64, which every other operator must meet, cannot apply to these. The row says how
+far off fp64 they are (`sqnr_db`). They are held to the reference, within the bounds below.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Several processes beside each other on a CPU: the same images, the same threads, shared out.
 
-One process with all threads, two with half of them each, and so on: of inference each for itself,
-of training as one DistributedDataParallel over gloo. The workers of every point stay alive and
-wait without a thread running, so that all points share the rounds; a sample is the time from
-asking the workers of a point to the last one's answer.
+One process with all threads, two with half of them each, and so on. In inference each works for
+itself; in training all are one DistributedDataParallel over gloo. The workers of every point stay
+alive and wait without a thread running, so that all points share the rounds. A sample is the time
+from asking the workers of a point to the last one's answer.
 """
 
 from __future__ import annotations

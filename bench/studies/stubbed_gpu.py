@@ -1,7 +1,8 @@
 """Triton operators' host work where there is no GPU: CPU tensors, and launches that do nothing.
 
-A call is planned, keyed, allocates and puts its addresses in as on a GPU (kernels/triton/
-launching.py); nothing is compiled, encoded or computed, and outputs hold what memory held.
+A call is planned, keyed, allocates and puts its addresses in as on a GPU
+(kernels/device/launching.py). Nothing is compiled, encoded or computed, and outputs hold what
+memory held.
 """
 
 from __future__ import annotations

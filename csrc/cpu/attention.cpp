@@ -1,5 +1,4 @@
-// Attention on the CPU, in inference and in training: checks, outputs, and the
-// split over threads.
+// Attention on the CPU, in inference and in training: checks, outputs, and the split over threads.
 #include <tuple>
 
 #include "launch_training.h"

@@ -1,5 +1,5 @@
-// The MLP of a block on the CPU, in inference and in fp32 training: two products,
-// by rows whose activated hidden layer stays in a cache.
+// The MLP of a block on the CPU, in inference and in fp32 training: two products, by rows whose
+// activated hidden layer stays in a cache.
 #include <string>
 
 #include "launch_linear.h"

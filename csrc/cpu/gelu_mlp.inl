@@ -10,9 +10,9 @@ DEIT_INLINE int64_t feed_forward_sums(const ProductArgs& second) {
   return ((second.width + kCols - 1) / kCols + 1) * sums_of_panel(second.rows);
 }
 
-// second(first(x)), packed both, a step of `second` at a time: the columns of `first` that make
-// it, into `hidden` [rows, kDepth words], then that step of all panels of `second`, whose sums
-// wait in `sums`. second.residual and second.out may be the same.
+// second(first(x)), both packed, a step of `second` at a time. The columns of `first` that make the
+// step go into `hidden` [rows, kDepth words]. Then all panels of `second` take that step, and their
+// sums wait in `sums`. second.residual and second.out may be the same.
 template <class T>
 void feed_forward(const ProductArgs& first, const ProductArgs& second, float* hidden,
                   float* sums) {

@@ -12,7 +12,7 @@ namespace DEIT_ISA {
 namespace {
 
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wunused-function"  // of it, a row's arithmetic alone is used
+#pragma GCC diagnostic ignored "-Wunused-function"  // only its arithmetic of a row is used
 #include "gelu.inl"
 #include "layer_norm.inl"
 #pragma GCC diagnostic pop

@@ -1,5 +1,4 @@
-// Linear layers and MLPs in 8-bit integers on the CPU: checks, outputs, and the split
-// over threads.
+// Linear layers and MLPs in 8-bit integers on the CPU: checks, outputs, and the split over threads.
 #include <vector>
 
 #include "int8_launch.h"

@@ -1,6 +1,6 @@
-// A whole block in inference with its products in 8-bit integers: image by image
-// on every thread where the images give the threads even shares, else all images at once, operator
-// by operator. Both compute the same bits.
+// A whole block in inference with its products in 8-bit integers. Every thread goes image by image
+// where the images give the threads even shares; else all images go at once, operator by operator.
+// Both compute the same bits.
 #include <algorithm>
 #include <optional>
 #include <vector>
@@ -66,8 +66,8 @@ void all_at_once(const Int8Block& block, const float* x, float* y, int64_t image
   advance(block, x, y, 0, images, between_in(memory, block, images), run_int8, run_attention);
 }
 
-// One image after another: what lies between x and y stays in the thread's second-level cache,
-// and in its memory, where a batch's would be fresh pages in every block.
+// One image after another. What lies between x and y stays in the thread's second-level cache and
+// in memory that the thread uses again; for a whole batch it would be fresh pages in every block.
 void image_by_image(const Int8Block& block, const float* x, float* y, int64_t begin,
                     int64_t end) {
   const Int8Kernels& eights = int8_kernels();

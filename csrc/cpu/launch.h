@@ -30,7 +30,7 @@ inline Buffer allocate(size_t floats) {
 
 inline int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
-// Tasks of `work` multiply-adds each, against the elements of an elementwise operation's grain.
+// The grain in tasks of `work` multiply-adds each. kGrain is in elements of elementwise operations.
 inline int64_t grain_of(int64_t work) {
   return std::max<int64_t>(1, 4 * kGrain / std::max<int64_t>(1, work));
 }

@@ -15,7 +15,7 @@ Buffer pack(ProductArgs& args);
 Tensor linear_of(const Tensor& x, const Tensor& weight, const Optional& bias,
                  Activation activation, const Optional& residual,
                  const Optional& gamma, const Optional& keep);
-// x wT + bias, the weight in thirds: `weight`, then the two others. No others: `weight` is all.
+// x wT + bias, the weight in thirds: `weight`, then the two others. Without others `weight` is all.
 Tensor linear_of_thirds(const Tensor& x, const Tensor& weight, const std::vector<Tensor>& others,
                         const Optional& bias);
 Tensor gelu_mlp_of(const Tensor& x, const Tensor& w1, const Optional& b1,
@@ -23,7 +23,7 @@ Tensor gelu_mlp_of(const Tensor& x, const Tensor& w1, const Optional& b1,
                    const Optional& residual, const Optional& gamma,
                    const Optional& keep);
 
-// Of training alone, all of it in fp32.
+// For training alone, all of which is in fp32.
 inline const float* floats(const Tensor& tensor) {
   return static_cast<const float*>(tensor.const_data_ptr());
 }

@@ -23,7 +23,7 @@ class Wanted {
   std::vector<bool> given_;
 };
 
-// What a backward reads for one of them.
+// A tensor that a backward reads for one of its gradients; an error where it is missing.
 inline const Tensor& required(const char* name, const Optional& tensor) {
   STD_TORCH_CHECK(tensor.has_value(), name, ": expected a Tensor for the gradients that are wanted");
   return *tensor;

@@ -1,6 +1,6 @@
 // Linear layers on the CPU, in inference and in fp32 training: checks, outputs, and the split over
-// threads: over rows and panels of outputs in the forward and for an input's gradient, over blocks
-// of the weight for its gradient.
+// threads. The forward and an input's gradient are split over rows and panels of outputs, a
+// weight's gradient over blocks of the weight.
 #include "launch_linear.h"
 
 #include <string>

@@ -29,10 +29,10 @@ constexpr int kRows = 6, kVectors = 2;  // 12, 2 and 1 in 16
 constexpr int kRows = 4, kVectors = 2;
 #endif
 constexpr int kCols = kVectors * kWidth;
-// Sums run over kDepth words and are then added up: in one chain, the error at 3072
-// inputs was 3.5 times that of PyTorch's product. A packed step is 36 KB with AVX-512, which leaves
-// 12 KB of the first-level cache to the inputs; DeiT's depths are multiples of it, and it is one of
-// kCols.
+// Sums run over kDepth words and are then added up: in one chain, the error at 3072 inputs was 3.5
+// times that of PyTorch's product. A packed step is 36 KB with AVX-512, which leaves 12 KB of the
+// first-level cache to the inputs. DeiT's depths are multiples of kDepth, and kDepth is a multiple
+// of kCols.
 constexpr int64_t kDepth = 192;
 constexpr int64_t kDepthUnit = 48;  // steps are whole panels of `feed_forward`'s hidden layer
 static_assert(kDepth % kDepthUnit == 0 && kDepthUnit % kCols == 0, "a step is of whole panels");

@@ -8,7 +8,7 @@
 // Why not linear.inl's driver, which has the same micro-kernel: training needs shorter chains
 // (below). That driver writes and reads a block's sums once a chain, and in four times as many
 // chains its sums of 800 rows crowd the second-level cache. This one sums a tile of 96 rows, 24 KB,
-// over the whole depth, on weights packed before. Inference has few rows for packing them before to
+// over the whole depth, on weights packed before. Inference has too few rows for that packing to
 // pay. GMAC/s of a Zen 4 core, AVX-512, best of 40 turns about, other work on the machine:
 //
 //     rows x depth x width   linear.inl   this one   linear.inl in chains of 48
@@ -18,9 +18,9 @@
 //      1576 x 768 x 192         51.2        50.6        46.6
 //      6304 x 384 x 1536        40.4        41.3        38.5
 //
-// Neither blocks of 200 and 400 rows nor weights packed before, in blocks of 96 and 192, mended that: it
-// stayed up to 14 % behind at 788 and 1576 rows of DeiT-Ti and S, and came out 8 % ahead at 1576 x
-// 768 x 3072 alone.
+// Neither blocks of 200 and 400 rows nor weights packed before, in blocks of 96 and 192, mended
+// that: it stayed up to 14 % behind at 788 and 1576 rows of DeiT-Ti and S, and came out 8 % ahead
+// at 1576 x 768 x 3072 alone.
 //
 // `b` comes in panels of kPanel columns, so that a step of depth reads it with unit stride. Chains
 // are kLayerChain terms long and are added in order, so a sum's bits depend on nothing but its
@@ -29,7 +29,7 @@
 // Every term after an outlier in its chain rounds at the outlier's size. It shows where outliers
 // cancel and leave a hidden value near 0, on which GELU's gradient hangs. In chains of 64 that
 // value was off by 1.12 times PyTorch's error (outliers at 5, 69 and 133 of 192 inputs, each early
-// in its chain) and a weight's gradient by up to 1.7; in chains of 48 they are by 0.76 and 1.1.
+// in its chain) and a weight's gradient by up to 1.7. In chains of 48 they are off by 0.76 and 1.1.
 // Chains of 32 gain nothing on that and are up to 7 % slower.
 constexpr int64_t kLayerChain = kWidth == 4 ? kChain : 48;
 constexpr int64_t kRowTile = 96;  // rows of a task: a panel's block is read 16 times from L1

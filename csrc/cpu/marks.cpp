@@ -1,9 +1,9 @@
 // Marks of a weight, by which a later call sees that it was written to.
 //
 // A weight's memory is dealt into classes of 64-byte lines, every `classes`-th line to one. A
-// class's mark is a hash of its lines in order: a write to any of them changes it but for one time
-// in 2^32. All classes have a mark, and a call looks at some of them. A look costs the fetching of
-// lines, so a line is read whole.
+// class's mark is a hash of its lines in order: a write to any of them changes it, except one time
+// in 2^32. All classes have a mark, and a call looks at some of them. What a look costs is the
+// fetching of lines, so a line is read whole.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>

@@ -1,6 +1,6 @@
-// The patch embedding on the CPU: a band of an image's patches is gathered
-// into rows, which stay in the second-level cache, and multiplied by the projection; its bias and
-// the positions are added as the sums leave the registers, straight into the token sequence.
+// The patch embedding on the CPU. A band of an image's patches is gathered into rows, which stay in
+// the second-level cache, and multiplied by the projection. Its bias and the positions are added as
+// the sums leave the registers, straight into the token sequence.
 #include <algorithm>
 #include <cstring>
 
@@ -12,7 +12,7 @@ namespace {
 // Patches of one task: all 196 of an image at 224 pixels, 600 KB in fp32. More of them reuse a
 // panel of weights more often; fewer leave more of the cache to it.
 constexpr int64_t kBand = 200;
-// Images from which on the weights are packed once for all.
+// From this many images on, the weights are packed once for all of them.
 constexpr int64_t kLeastImages = 4;
 
 struct Images {

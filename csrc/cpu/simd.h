@@ -78,8 +78,8 @@ DEIT_INLINE Vec multiply_pairs(Vec a, Vec b, Vec c) {
 }
 
 #if defined(__AVX512BF16__)
-// Words of two bf16 each: of neighbours in (low, high) taken as one row of 32; and of the lanes of
-// `low` and `high`.
+// Words of two bf16 each. `narrowed` pairs neighbours in (low, high), taken as one row of 32.
+// `interleaved` pairs the lanes of `low` with those of `high`.
 DEIT_INLINE Vec narrowed(Vec low, Vec high) { return (Vec)_mm512_cvtne2ps_pbh(high, low); }
 DEIT_INLINE Vec interleaved(Vec low, Vec high) {
   const __m512i even = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low));

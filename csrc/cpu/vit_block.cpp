@@ -1,6 +1,6 @@
-// A whole block in inference on the CPU: image by image on every thread
-// where the images give the threads even shares, else operator by operator, each over all threads.
-// Both compute the same bits.
+// A whole block in inference on the CPU. Every thread goes image by image where the images give the
+// threads even shares; else it goes operator by operator, each over all threads. Both compute the
+// same bits.
 #include <algorithm>
 #include <array>
 #include <optional>

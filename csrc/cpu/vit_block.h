@@ -10,8 +10,8 @@
 
 namespace deit {
 
-// A pre-norm block in inference, an image after another: everything between
-// x and out stays in the thread's workspace. What differs from image to image is null here.
+// A pre-norm block in inference, an image after another: everything between x and out stays in the
+// thread's workspace. What differs from image to image is null here.
 struct BlockArgs {
   const void* x;          // [images, tokens, channels], contiguous
   void* out;              // the same

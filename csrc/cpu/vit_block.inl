@@ -3,12 +3,12 @@
 // Included by kernels.cpp.
 //
 // An image's activations are the thread's own and stay in its second-level cache, or near it: in
-// DeiT-Ti 0.6 MB before the projection and 0.5 MB after it, where operators that each visit the
-// whole batch write and read them in memory. The hidden layer never
-// has more than the kDepth words that make one step of the second product: fc1's panels of a step,
-// then that step of all of fc2's panels, whose sums wait in the workspace.
+// DeiT-Ti 0.6 MB before the projection and 0.5 MB after it. Operators that each visit the whole
+// batch write and read them in memory. The hidden layer never has more than the kDepth words that
+// make one step of the second product: fc1's panels of a step, then that step of all of fc2's
+// panels, whose sums wait in the workspace.
 //
-// Every element is computed by the operations of the operators in their order, so the bits are
+// Every element is computed by the operators' own operations in their order, so the bits are
 // theirs.
 
 namespace blocks {

@@ -19,7 +19,7 @@ __device__ inline uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of all blocks of the cluster; what they wrote before is seen after.
+// Waits for all threads of all blocks of the cluster; what they wrote before is seen after.
 __device__ inline void cluster_sync() {
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
@@ -27,7 +27,8 @@ __device__ inline void cluster_sync() {
           : "memory");
 }
 
-// `count` threads, a multiple of a warp, that name the same barrier of the block (1 to 15).
+// Waits for `count` threads, a multiple of a warp, that name the same barrier of the block (1 to
+// 15).
 __device__ inline void named_barrier(uint32_t name, uint32_t count) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(count) : "memory");
 }
@@ -62,7 +63,7 @@ __device__ inline void barrier_arrive(uint32_t barrier, uint32_t rank) {
       : "memory");
 }
 
-// Until the phase of this parity has ended: a barrier begins in phase 0, and parity 1 has ended.
+// Waits until the phase of this parity has ended. A barrier begins in phase 0: parity 1 has ended.
 __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -93,7 +94,8 @@ __device__ inline void copy_in(uint32_t to, const CUtensorMap& map, uint32_t bar
       : "memory");
 }
 
-// To the same place in every block of `blocks`, a bit each; each one's barrier counts its bytes.
+// As `copy_in`, to the same place in every block of `blocks`, a bit each. Each block's barrier
+// counts its own bytes.
 __device__ inline void copy_in_multicast(uint32_t to, const CUtensorMap& map, uint32_t barrier,
                                          int column, int row, uint16_t blocks) {
   asm volatile(
@@ -111,7 +113,7 @@ __device__ inline void copy_out(const CUtensorMap& map, uint32_t from, int colum
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Until all but the last N of this thread's copies out have read shared memory.
+// Waits until all but the last N of this thread's copies out have read shared memory.
 template <int N>
 __device__ inline void copies_out_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
@@ -139,7 +141,7 @@ __device__ inline void products_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Until all but the last N groups of products are done.
+// Waits until all but the last N groups of products are done.
 template <int N>
 __device__ inline void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");

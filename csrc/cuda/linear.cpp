@@ -1,5 +1,5 @@
 // `linear` and `gelu_mlp` on CUDA: Hopper's kernel (linear.cu) on the current stream of the input's
-// device. Which calls it cannot take, dispatch says before.
+// device. Dispatch has already refused the calls that it cannot take.
 #include <cuda_runtime.h>
 
 #include "../common/tensors.h"

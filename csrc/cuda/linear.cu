@@ -102,8 +102,8 @@ __device__ inline float activate(float x) {
   return x;
 }
 
-// What the epilogue adds to 64 columns of a thread's fragments, loaded before it is needed: behind
-// the products, or behind the columns before.
+// What the epilogue adds to 64 columns of a thread's fragments. It is loaded while the products
+// run, or while the columns before are finished.
 template <typename T, bool Residual>
 struct Added {
   using Two = typename Pair<T>::type;

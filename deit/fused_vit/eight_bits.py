@@ -98,7 +98,7 @@ def implementations(dtype: str, impl: str) -> dict[str, str]:
 
 
 def asked(impls: dict[str, str]) -> Kind | None:
-    """The kind that fuse() was asked for: only then do `impls` name its operators."""
+    """The kind that fuse() was asked for: `impls` name the operators of no other."""
     for kind in KINDS.values():
         if kind.linear.__name__ in impls:
             return kind

@@ -1,9 +1,10 @@
 """The last block of a classifier, computed for the tokens that the heads read.
 
-A head reads the class token's row, a distilled model's other head the distillation token's. Nobody
-reads what the last block computes for patch tokens after its keys and values: their queries,
-scores, output projection and MLP are left out, and the final norm with them. The logits are the
-same to rounding and so are the gradients; of DeiT-B's floating-point operations 6.9 % are saved.
+A head reads the class token's row, and a distilled model's other head reads the distillation
+token's. Nobody reads what the last block computes for patch tokens after its keys and values. So
+their queries, scores, output projection and MLP are left out, and the final norm with them. The
+logits are the same to rounding and so are the gradients; 6.9 % of DeiT-B's floating-point
+operations are saved.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class PrefixOnly(Fused):
         """Embedded tokens [B, N, D] -> the heads' tokens, normalised, [B, rows, D].
 
         Where all blocks before the last run whole, all are asked first, and then they run one after
-        another. Python's questions between kernels that use all of the caches take three times
-        as long (a tenth of DeiT-Ti's latency).
+        another. Asked in between, Python's questions would take three times as long (a tenth of
+        DeiT-Ti's latency), because the kernels use all of the caches.
         """
         *body, last = self.blocks
         if all(isinstance(block, FusedBlock) and block.hands_over(x) for block in body):

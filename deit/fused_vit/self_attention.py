@@ -81,8 +81,8 @@ class SelfAttention:
     ) -> Tensor:
         """[B, rows, D']: the first `rows` queries against all keys, heads concatenated.
 
-        `project` stands for `linear` where it is given. PyTorch's attention is good enough for
-        B * H * rows queries, half a percent of a layer's.
+        `project` is called in the place of `linear` where it is given. PyTorch's attention is good
+        enough for B * H * rows queries, which are half a percent of a layer's.
         """
         heads, scale = self.geometry()
         if project is None:

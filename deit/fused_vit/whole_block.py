@@ -45,7 +45,7 @@ class WholeBlock:
         return None
 
     def apart(self) -> str | None:
-        """Why neither `vit_block` nor its like computes this block; None where one does."""
+        """Why neither `vit_block` nor `int8_vit_block` computes this block; None where one does."""
         norm1, attn, norm2, _ = self.parts()
         if norm1.eps != norm2.eps:
             return f"its norms' eps differ, {norm1.eps} and {norm2.eps}"

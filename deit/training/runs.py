@@ -152,8 +152,8 @@ class RunFolder:
 def _said_by(update: int, entry: dict[str, Any]) -> bool:
     """Whether an entry of the log is older than the checkpoint after `update`.
 
-    An update's number stands on what is said once it is made. An unreadable image and a loss that
-    was skipped are said while the next one is made.
+    What is said once an update is made bears its number. An unreadable image and a loss that was
+    skipped are said while the next update is made.
     """
     number = entry.get("update", 0)
     return number < update or (

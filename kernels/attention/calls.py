@@ -24,8 +24,8 @@ def _attention(draw: Draw, size: Size, form: str) -> Call:
 
 
 def _packed(draw: Draw, size: Size) -> Tensor:
-    """In Triton's interpreter q and k are multiples of 1/64, which makes scores exact in fp32: its
-    BLAS sums q kT and k qT in different orders, the GPU's products in one."""
+    """In Triton's interpreter q and k are multiples of 1/64, which makes scores exact in fp32. Its
+    BLAS sums q kT and k qT in different orders, where the GPU's products have one order."""
     shape = (size.batch, size.tokens, 3 * size.dim)
     if draw.device.type != "cpu" and draw.family == "random":
         return draw.random(*shape, seed=1)

@@ -30,8 +30,8 @@ def attention(qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None
 def _mask(key_bias: Tensor, qkv: Tensor) -> Tensor:
     """key_bias [B, N] for every head and query, fp32 beside half precision, as kernels add it.
 
-    In half precision fp32's smallest number would be -inf, and a sample that holds nothing else,
-    whose keys all count alike, zeros.
+    In half precision fp32's smallest number would become -inf. A sample whose keys all have that
+    bias counts them all alike, and it would give zeros instead.
     """
     dtype = torch.promote_types(key_bias.dtype, qkv.dtype)
     return key_bias.to(dtype).contiguous()[:, None, None, :]

@@ -121,9 +121,10 @@ def attention(
             block_n = 32  # 64 keys spill 8 bytes on sm_80, with two stages or with three
         return AttentionConfig(block_m, block_n, True, tma=False, num_warps=warps, num_stages=3)
     if arch == 90 and head_dim == 64:
-        # Measured on an H100, bf16, microseconds: 197 tokens, 12 / 6 / 3 heads, 256 images 174 / 88
-        # / 48 by 32 keys, 176 / 95 / 52 with all keys at once, in 252 registers that may spill.
-        # 577 tokens, 12 heads, 64 images: 230 by 128 keys, 244 by 128 queries and 64 keys.
+        # Measured on an H100 in bf16, in microseconds. 256 images of 197 tokens, with 12 / 6 / 3
+        # heads, take 174 / 88 / 48 by 32 keys, and 176 / 95 / 52 with all keys at once, in 252
+        # registers that may spill. 64 images of 577 tokens, with 12 heads, take 230 by 128 keys,
+        # and 244 by 128 queries and 64 keys.
         block_n, stages = (32, 3) if tokens <= ONE_BLOCK_KEYS else (128, 2)
         return AttentionConfig(64, block_n, True, tma=True, num_warps=4, num_stages=stages)
     if tokens <= ONE_BLOCK_KEYS and head_dim == 64:
@@ -145,10 +146,11 @@ def attention_bwd(
 ) -> AttentionBwdConfig:
     """`tma`: whether qkv's strides and address suit a descriptor.
 
-    A whole head of 256 x 64 on Hopper: q and dout are 64 KB of shared memory, keys and values 32
-    at a time and p, ds between the products bring it to 123 KB; dq is 64 registers a thread in 8
-    warps, 32 columns of scores and of dp 32 each: at most 243 in all. 32 keys also waste least:
-    197 tokens are 7 blocks of 32 (224) and 4 of 64 (256). Blackwell spills 16 to 112 bytes there.
+    A whole head of 256 x 64 fits on Hopper. q and dout take 64 KB of shared memory. Keys and
+    values, 32 at a time, and p and ds between the products bring it to 123 KB. In 8 warps dq takes
+    64 registers a thread, and 32 columns of scores and of dp take 32 each: at most 243 in all. 32
+    keys also waste least: 197 tokens are 7 blocks of 32 (224) and 4 of 64 (256). Blackwell spills
+    16 to 112 bytes there.
     """
     tma = tma and arch in (90, 100) and head_dim in TMA_HEAD_DIMS
     if dtype == torch.float32:
@@ -165,7 +167,7 @@ def attention_bwd(
         # Heads of 32 channels, which no DeiT has, spill 8 bytes in 4 warps of mma.sync on sm_120.
         warps = 8 if head_dim == 32 and not tma else 4
         return AttentionBwdConfig(64, passing, False, tma=tma, num_warps=warps, num_stages=2)
-    # 64 x 64 spills 72 bytes; so do 4 warps of mma.sync, 16.
+    # 64 x 64 spills 72 bytes; 4 warps of mma.sync spill 16.
     return AttentionBwdConfig(64, 32, False, tma=tma, num_warps=4 if tma else 8, num_stages=2)
 
 

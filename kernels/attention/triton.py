@@ -37,7 +37,7 @@ def attention(
 ) -> Tensor:
     """`deit.kernels.attention` on Triton.
 
-    Copied is only a qkv whose last axis is not contiguous; its other strides are used as
+    qkv is copied only where its last axis is not contiguous. Its other strides are used as
     they are.
     """
     (out, _), launch = plan(qkv, num_heads, scale, key_bias, config=config)

@@ -192,8 +192,8 @@ def _delta_kernel(
 def _load_lse(lse, batch_head, token, tokens, BLOCK: tl.constexpr):
     """What to take from the scores of BLOCK queries so that exp gives their probabilities.
 
-    Past the last token inf, which makes every probability 0, whatever key_bias holds. 0 for a
-    query with no key left: its scores are -inf, and -inf - -inf would be NaN.
+    It is inf past the last token, which makes every probability 0, whatever key_bias holds. It is
+    0 for a query with no key left: its scores are -inf, and -inf - -inf would be NaN.
     """
     rows = token + tl.arange(0, BLOCK)
     at = lse + batch_head.to(tl.int64) * tokens + rows
@@ -242,9 +242,9 @@ def _block(
 ):  # fmt: skip
     """dk and dv of RESIDENT keys (KEYS), or dq of RESIDENT queries.
 
-    The one loop serves both: with (a, da) for what stays and (b, db) for what passes, which are
-    (k, v) and (q, dout) or the other way round, scores are a bT, dp is da dbT, and the gradient
-    of a is ds b. For keys scores, p and ds are so transposed, and dv is p db.
+    One loop serves both. Let (a, da) be what stays and (b, db) what passes: they are (k, v) and
+    (q, dout), or the other way round. Then scores are a bT, dp is da dbT, and the gradient of a is
+    ds b. For keys this leaves scores, p and ds transposed, and dv is p db.
     """
     batch, head = batch_head // num_heads, batch_head % num_heads
     width, channel = num_heads * HEAD_DIM, head * HEAD_DIM

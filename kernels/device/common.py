@@ -92,8 +92,8 @@ def as_rows(*tensors: Tensor | None) -> list[Any]:
     """[..., D] tensors with the same leading axes as views [outer, inner, D], D contiguous.
 
     Where every tensor is one evenly spaced list of rows, inner is 1 (and the kernels' division
-    by it vanishes); else inner is the last leading axis. Copied is only a tensor whose last
-    axis is not contiguous, or which has three or more leading axes that do not merge.
+    by it vanishes); else inner is the last leading axis. A tensor is copied only where its last
+    axis is not contiguous, or where three or more of its leading axes do not merge.
     """
     views: list[Tensor | None] = []
     for tensor in tensors:

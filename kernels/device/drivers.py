@@ -1,4 +1,4 @@
-"""Triton's own launchers of compiled kernels, behind what it does in Python before them.
+"""Triton's own launchers of compiled kernels, without what it does in Python before them.
 
 They are no public interface, so each version's is known here by its source: 3.6 has one C function
 a signature, 3.7 and 3.8 one for all. With another version `active()` is None.
@@ -62,7 +62,7 @@ class Driver:
         from triton.backends.nvidia import driver as nvidia
 
         self._encode = nvidia.make_tensordesc_arg
-        # Behind the two that serve a tiled descriptor 3.8 passes the launch's own arguments.
+        # After the two that serve a tiled descriptor, 3.8 passes the launch's own arguments.
         self._more = (None,) * (len(inspect.signature(self._encode).parameters) - 2)
         self.current_device = driver.active.get_current_device
         self.current_stream = driver.active.get_current_stream
@@ -76,10 +76,10 @@ class Driver:
         """(stream, arguments) -> None, as Triton itself would launch; None where that is unusual.
 
         The arguments are every parameter's, constants too, in order: tensors as addresses,
-        descriptors encoded, followed by shape and strides. Unusual are kernels with scratch
-        memory, which is allocated for each launch, and instrumented ones.
+        descriptors encoded, followed by shape and strides. A kernel is unusual where it has scratch
+        memory, which is allocated for each launch, or is instrumented.
         """
-        if compiled is None or hasattr(compiled, "result"):  # not, or still being compiled
+        if compiled is None or hasattr(compiled, "result"):  # not compiled, or not yet
             return None
         run = compiled.run
         if run.global_scratch_size or run.profile_scratch_size:
@@ -113,7 +113,7 @@ class Driver:
 def _allocator() -> Callable[..., Tensor]:
     """torch.empty_strided on the current GPU.
 
-    By the function that TorchInductor's code calls, where torch has it: 1.0 us, of 2.9.
+    It is the function that TorchInductor's code calls, where torch has it: 1.0 us in place of 2.9.
     """
     plain = functools.partial(torch.empty_strided, device="cuda")
     guards = getattr(torch._C._dynamo, "guards", None)

@@ -9,7 +9,7 @@ from deit.kernels.prove.launches import Kernel, Shipped, empty
 
 
 def _partial_sums(shipped: Shipped) -> common.Launch:
-    # 264: two programs on each of 132 multiprocessors. More come of one a row of tiles.
+    # 264 is two programs on each of 132 multiprocessors. One program a row of tiles leaves more.
     slots, count = (1, 1) if shipped.variant == "one" else (3, 200 + shipped.batch // 4)
     outs = [empty(shipped.size, dtype=torch.bfloat16) for _ in range(slots)]
     return partials.plan_sum(empty(slots, count, shipped.size), *outs)

@@ -154,8 +154,8 @@ def _watched_by_others() -> bool:
 def _watched(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, _Call | None]:
     """(outputs, what the call did or None where it did something else).
 
-    The function gets an alias of each tensor: of two arguments that are one tensor, or parts of
-    one, it shows which is meant.
+    The function gets an alias of each tensor. Where two arguments are one tensor, or parts of
+    one, the alias shows which of them is meant.
     """
     aliases = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
     watch = _watching.call = _Watch(aliases)
@@ -396,7 +396,7 @@ class _Call:
 def _with_releases(
     steps: list[_Allocation | _Kernel], inputs: int, returned: set[int]
 ) -> Iterator[tuple[_Allocation | _Kernel, tuple[int, ...]]]:
-    """Each step with the allocations (from 0) that no later one needs and the call keeps back."""
+    """Each step, with the allocations (from 0) that no later step needs and no output is."""
     last: dict[int, int] = {}
     for at, step in enumerate(steps):
         if isinstance(step, _Kernel):

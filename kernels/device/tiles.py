@@ -23,8 +23,8 @@ ACCUMULATORS = 128
 
 _POWERS = {"block_m", "block_n", "block_k", "block_h", "chunk", "rows", "columns", "resident",
            "passing", "group", "block", "num_warps"}  # fmt: skip
-# Tensor cores take tiles of 16 and more. `group` orders tiles and `programs` counts those of a
-# multiprocessor: beyond these they say nothing. A file may hold any number.
+# A file may hold any number. Tensor cores take tiles of 16 and more. `group` orders tiles, and
+# `programs` counts those of a multiprocessor: past these limits neither has a meaning.
 _RANGES = {
     "num_warps": (1, 32),
     "num_stages": (1, 8),
@@ -87,7 +87,7 @@ class Configuration:
 
 
 def accumulators(rows: int, columns: int, warps: int) -> list[str]:
-    """Why a tile has more of them than a thread can hold; empty where it has not."""
+    """Why a tile has more accumulators than a thread can hold; empty where it has not."""
     each = rows * columns // (32 * warps)
     if each <= ACCUMULATORS:
         return []

@@ -147,10 +147,10 @@ def store(device: str, entries: Mapping[str, Entry]) -> Path:
 
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Within: no other process is. The file is made where it is missing, and never written to.
+    """Hold the lock on `file`. It is made where it is missing, and never written to.
 
-    In a folder that others may write it could be a link to any file of this user's, or a file
-    whose owner keeps the lock for ever: neither is taken (OSError).
+    In a folder that others may write, the file could be a link to any file of this user's, or its
+    owner could keep the lock for ever. Both are refused (OSError).
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     descriptor = os.open(file, flags, 0o600)

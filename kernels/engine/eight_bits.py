@@ -32,12 +32,12 @@ MLP = (
 
 
 def fake_linear(x: Tensor, weight: Tensor, *_: object) -> Tensor:
-    """Of LINEAR."""
+    """The fake of LINEAR."""
     return projected(x, weight.shape[0])
 
 
 def fake_mlp(x: Tensor, w1: Tensor, b1: object, w2: Tensor, *_: object) -> Tensor:
-    """Of MLP."""
+    """The fake of MLP."""
     return projected(x, w2.shape[0])
 
 
@@ -51,7 +51,7 @@ def linear_arguments(
     residual: Tensor | None,
     gamma: Tensor | None,
 ) -> Arguments:
-    """Those of `operator`, a linear layer; raises what `int8_linear` and `fp8_linear` state."""
+    """`operator`'s, a linear layer's, checked; raises what `int8_linear` and `fp8_linear` state."""
     validate.tensor("x", x)
     width = channels("weight", weight, x, x.shape[-1])
     validate.parameters(x, ("bias", bias, (width,)))
@@ -75,7 +75,7 @@ def mlp_arguments(
     residual: Tensor | None,
     gamma: Tensor | None,
 ) -> Arguments:
-    """Those of `operator`, an MLP; raises what `int8_gelu_mlp` and `fp8_gelu_mlp` state."""
+    """`operator`'s, an MLP's, checked; raises what `int8_gelu_mlp` and `fp8_gelu_mlp` state."""
     validate.tensor("x", x)
     hidden = channels("w1", w1, x, x.shape[-1])
     width = channels("w2", w2, x, hidden)

@@ -20,8 +20,9 @@ from deit.kernels.engine import native
 LINE = 64
 GROUPS = 64  # of lines; one group is a line of every 64th row, all of them a line of every row
 # Multiply-adds of an output channel that pay for looking at a line of each row. A line takes 50 to
-# 100 ns: it is in a page of its own, and seldom in a cache. That is a hundredth of what they take
-# on two cores of a Zen 4. DeiT-Ti at 197 tokens looks at one group, DeiT-B at four.
+# 100 ns: it is in a page of its own, and seldom in a cache. That is a hundredth of the time that
+# the multiply-adds take on two cores of a Zen 4. DeiT-Ti at 197 tokens looks at one group, DeiT-B
+# at four.
 ALL = 2_400_000
 LEAST = 8  # lines that a call looks at, whatever it works
 

@@ -44,13 +44,15 @@ MEASURED: dict[str, dict[str, tuple[str, ...]]] = {
         "int8_vit_block": ("cpu",),
     },
     # An H100, torch 2.11, bf16, 256 images of 197 tokens, D = 192 / 384 / 768, inputs rotated past
-    # L2, CUDA graphs. The products were held to fp64 at up to 50,432 rows and repeated bit for bit,
-    # the norms held to it at up to 1,154 rows and not repeated; gelu_mlp at D = 384 was timed with
-    # an earlier epilogue, 302 to PyTorch's 351. Microseconds, PyTorch's and these kernels':
-    # layer_norm 66 / 77 / 105, 21 / 37 / 61; add_layer_norm 87 / 117
-    # / 182, 33 / 62 / 112; gelu_mlp's products, D = 768, fc1 566, 476, fc2 with its residual 376,
-    # 340; D = 192 100, 69 and 59, 49. Not here: attention (cuDNN's is faster, 163 to our 174), and
-    # linear (without an epilogue cuBLAS's is, 272 to 314).
+    # L2, CUDA graphs. The products were held to fp64 at up to 50,432 rows and repeated bit for bit.
+    # The norms were held to it at up to 1,154 rows and not repeated. gelu_mlp at D = 384 was timed
+    # with an earlier epilogue: 302 to PyTorch's 351. Microseconds, PyTorch's and these kernels':
+    #   layer_norm           66 / 77 / 105 and 21 / 37 / 61
+    #   add_layer_norm       87 / 117 / 182 and 33 / 62 / 112
+    #   gelu_mlp at D = 768  fc1 566 and 476, fc2 with its residual 376 and 340
+    #   gelu_mlp at D = 192  fc1 100 and 69, fc2 with its residual 59 and 49
+    # attention is not here, because cuDNN's is faster (163 to our 174). Nor is linear, because
+    # without an epilogue cuBLAS's is faster (272 to 314).
     "sm_90": {
         "layer_norm": ("cuda",),
         "add_layer_norm": ("cuda",),
@@ -80,8 +82,8 @@ class Scope:
         return ""
 
 
-# Architecture -> the scope of what MEASURED says of it; without one, any call. 32,768 rows are the
-# least of the power of two that 50,432 are in.
+# Architecture -> the scope of what MEASURED says of it; without one, any call. 50,432 rows lie
+# between 32,768 and the next power of two.
 SCOPES = {"sm_90": Scope((torch.bfloat16,), (192, 384, 768), 32768)}
 
 

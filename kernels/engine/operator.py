@@ -8,7 +8,7 @@ from typing import Any
 
 Arguments = tuple[Any, ...]
 
-# In the place of `impl`: return the schema's arguments, run nothing.
+# Given in the place of `impl`, it makes an operator return the schema's arguments and run nothing.
 PREPARE: Any = object()
 
 
@@ -25,8 +25,8 @@ class Operator:
         ends with `return dispatch.run(<this>, <the schema's arguments>, impl)`.
     reference: the same in plain PyTorch, by the schema's arguments.
     limits: (implementation, *schema arguments) -> why that implementation cannot take them. The
-        first argument's dtype is among those that kernels serve; so are the others' where `public`
-        has them in that dtype or fp32, and where it does not `limits` asks `limits.unserved`.
+        first argument's dtype is then one that kernels serve. So are the others' dtypes where
+        `public` requires that one or fp32; elsewhere `limits` asks `limits.unserved`.
     train: (implementation, *schema arguments) -> the output, differentiable by that
         implementation's own `_fwd` and `_bwd` kernels.
     constants: the schema arguments for which those kernels compute no gradient, by position.
@@ -65,5 +65,5 @@ def register(operator: Operator) -> Operator:
 
 
 def operator_names(*, eight_bits: bool) -> tuple[str, ...]:
-    """Those of the operators that round to 8 bits, or of all the others."""
+    """The names of the operators that round to 8 bits, or of all the others."""
     return tuple(name for name, known in OPERATORS.items() if known.eight_bits is eight_bits)

@@ -6,13 +6,16 @@ Nothing refers to the tensor weakly, or torch.utils.swap_tensors would refuse it
 
 What makes a new copy: an in-place write (`Tensor._version`: optimiser steps, `copy_`,
 load_state_dict, an EMA swap by `copy_`), another tensor in its place (`.to`, load_state_dict with
-assign, swap_tensors), and `weight.data = other` (another storage). Writes that PyTorch does not
-count are seen in the memory itself (`deit.kernels.engine.marks`) at about a hundredth of the call's
-time: one to all of a weight in the next call, one to a 64th of its rows too, one to fewer rows or
-numbers when their turn comes, after 64 or some thousand calls at most. `forget(weight)` is at once.
+assign, swap_tensors), and `weight.data = other` (another storage).
 
-On a GPU nobody looks, and only parameters' copies are kept. A call with gradients forgets the copy
-(PyTorch's optimisers with fused=True do not count); after other uncounted writes call `forget`.
+Writes that PyTorch does not count are seen in the memory itself (`deit.kernels.engine.marks`), at
+about a hundredth of the call's time. The next call sees a write to all of a weight, or to a 64th
+of its rows. A write to fewer rows, or to a few numbers, is seen when their turn comes: after 64
+calls at most, or some thousand. `forget(weight)` works at once.
+
+On a GPU no call looks at the memory, and only parameters' copies are kept. A call with gradients
+forgets the copy (PyTorch's optimisers with fused=True do not count); after other uncounted writes
+call `forget`.
 """
 
 from __future__ import annotations

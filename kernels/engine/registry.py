@@ -20,8 +20,8 @@ import torch
 NAMESPACES: dict[str, str] = {"cpu": "deit_cpu", "triton": "deit_triton", "cuda": "deit_cuda"}
 CSRC = "csrc"  # a kernel that the library built from csrc/ registers, once it is loaded
 
-# implementation -> the schemas it has kernels for. Of those that csrc/ holds, a built library that
-# lacks one is reported by native.py, not discovered by a call.
+# implementation -> the schemas it has kernels for. Where a built library lacks one that csrc/
+# holds, native.py reports it; it is not left to a call to find out.
 KERNELS: dict[str, frozenset[str]] = {implementation: frozenset() for implementation in NAMESPACES}
 # implementation -> schema -> the module of a kernel that Python launches.
 MODULES: dict[str, dict[str, str]] = {implementation: {} for implementation in NAMESPACES}

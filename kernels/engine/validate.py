@@ -25,7 +25,7 @@ def tensor(name: str, value: object, *, rank: int | None = None, min_rank: int =
 
 
 def present(**values: object) -> None:
-    """None of them is None; what else they must be is `parameters`' question."""
+    """None of them is None; `parameters` checks the rest."""
     for name, value in values.items():
         if value is None:
             raise TypeError(f"{name}: expected a Tensor; got NoneType")
@@ -45,7 +45,7 @@ def heads(x: Tensor, num_heads: object) -> int:
 
 
 def rows(name: str, value: object) -> int:
-    """M of `value`, a weight [M, K]; its dtype is `parameters`' question."""
+    """M of `value`, a weight [M, K]; `parameters` checks its dtype."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor; got {type(value).__name__}")
     if value.dim() != 2:

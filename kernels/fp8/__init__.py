@@ -1,9 +1,9 @@
-"""Linear layers and MLPs in 8-bit floating point (e4m3), for inference; chosen by name alone.
+"""Linear layers and MLPs in 8-bit floating point (e4m3), for inference, where asked for by name.
 
-Weights are rounded to e4m3 with a scale an output channel, once, and kept while they do not change;
-activations with a scale a token and 128 channels, as they pass: nothing is calibrated. Scales are
-powers of two (`deit.kernels.fp8.quantize`). Sums, LayerNorm, bias, GELU, residual and LayerScale
-are fp32.
+Weights are rounded to e4m3 once, with a scale an output channel, and kept while they do not change.
+Activations are rounded as they pass, with a scale a token and 128 channels. Nothing is calibrated.
+Scales are powers of two (`deit.kernels.fp8.quantize`). Sums, LayerNorm, bias, GELU, residual and
+LayerScale are fp32.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Launches of the products in e4m3 that ship, and what of them `deit tune` measures.
 
-Their rows are made once: what makes them is not what is timed. Right is what fp8's reference says.
+Their rows are made once, because making them is not what is timed. fp8's reference says what is
+right.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def _rows_config(arch: int, dtype: torch.dtype, size: int) -> object:
 
 
 def _config(arch: int, dtype: torch.dtype, size: int) -> object:
-    """For the result's dtype, and for the hidden layer's."""
+    """The product's configurations, for the result's dtype and for the hidden layer's."""
     kinds = (dtype, E4M3)
     found = tuple(fp8_tiles.fp8_product(arch, kind, size, size) for kind in kinds)
     return found if _there(arch) else None
@@ -136,9 +137,9 @@ def _tuned_linear(at: Terms, width: int, depth: int) -> Tuned:
 
 
 def _tuned_hidden(at: Terms) -> Tuned:
-    """fc1, which writes e4m3: compared in units of its scales, which in fp64 are not rounded in.
+    """fc1, which writes e4m3, compared in units of its scales. In fp64 those are not rounded to.
 
-    So the rule allows a kernel the error of the rounding itself, and a quarter.
+    So the rule allows a kernel the error of the rounding itself, and a quarter more.
     """
     dim, rows = at.size.dim, _Made()
     shapes = [(at.size.batch, at.size.tokens, dim), (4 * dim, dim), (4 * dim,)]

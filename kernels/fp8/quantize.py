@@ -4,8 +4,9 @@ e4m3 (arXiv 2209.05433): a sign, 4 bits of exponent, 3 of mantissa; at most 448,
 
 Every scale is the least power of two that brings its numbers to 448 or below. Scaling then rounds
 nothing, neither here nor where a sum is scaled back, so implementations agree to the bit. A
-floating-point number's relative error does not depend on its scale, but amax / 448 would make the
-largest number exact: of 128 normal ones that is worth 0.27 dB of 31.8, of a channel's 768 0.04.
+floating-point number's relative error does not depend on its scale. A scale of amax / 448 would
+make the largest number exact, which is worth 0.27 dB of 31.8 for 128 normal numbers, and 0.04 for
+a channel's 768.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def quantize(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     mantissa, exponent = torch.frexp(largest)  # largest = mantissa * 2**exponent, 0.5 <= mantissa
     exponent = exponent - 9 + (mantissa > 0.875).int()  # 448 = 0.875 * 2**9
     exponent = torch.where(largest > 0, exponent, -126).clamp(min=-126)
-    scales = ((exponent + 127) << 23).view(torch.float32)  # not a power's function: exact anywhere
+    scales = ((exponent + 127) << 23).view(torch.float32)  # by the bits, so exact anywhere
     finite = largest.isfinite()
     e4m3 = torch.where(finite, blocks / scales, 0.0).to(E4M3)
     return e4m3.flatten(-2), torch.where(finite, scales, torch.nan).squeeze(-1)

@@ -36,7 +36,7 @@ class Fp8Config(Configuration):
     num_stages: int
 
     def rules(self, arguments: Arguments) -> list[str]:
-        """Beside the accumulators stands the product of 128 columns that is added to them next."""
+        """The product of 128 columns that is added next stands beside the accumulators."""
         each = self.block_m * (self.block_n + GROUP) // (32 * self.num_warps)
         found = [] if each <= SUMS else [f"{each} sums a thread, {SUMS} fit its registers"]
         if self.block_n not in ((GROUP, 2 * GROUP) if self.tma else (GROUP,)):
@@ -58,11 +58,11 @@ class Fp8Config(Configuration):
 def fp8_product(arch: int, dtype: torch.dtype, width: int, depth: int) -> Fp8Config:
     """`width` output channels, `depth` summed ones, whole groups of them; dtype: the result's.
 
-    By 128 x 128 an H100 at fp8's nominal 1979 TFLOP/s would read 64 bytes a clock and
-    multiprocessor from L2, by 128 x 256 48, where 39 are to be had: an A100's 5120 bytes a clock
-    (its whitepaper; H100's says nothing) for 132. There the sums, and the product that is added to
-    them, take 192 registers a thread: fc1, which writes e4m3, takes 229 in all on sm_90; the other
-    products spill up to 96 bytes, and on sm_100 all do. By mma.sync, whose operands are
+    At fp8's nominal 1979 TFLOP/s an H100 would read 64 bytes a clock and multiprocessor from L2 by
+    tiles of 128 x 128, and 48 by tiles of 128 x 256. L2 has 39: an A100's 5120 bytes a clock (its
+    whitepaper; H100's says nothing) for 132. By 128 x 256 the sums, and the product that is added
+    to them, take 192 registers a thread. fc1, which writes e4m3, takes 229 in all on sm_90; the
+    other products spill up to 96 bytes there, and on sm_100 all do. By mma.sync, whose operands are
     in registers too, 128 x 128 spills 8 to 16 on sm_120.
     """
     if arch == 90 and dtype == E4M3 and width % 256 == 0:

@@ -2,9 +2,9 @@
 
 The persistent kernel of `linear`, 128 of the sum at a time. On Hopper the tensor cores add products
 of e4m3 with some 14 bits (DeepSeek-V3, arXiv 2412.19437, section 3.3.2: errors of 2 % at a depth of
-4096), so each 128 is a product of its own, added to fp32 accumulators outside: an addition for 128
-multiply-adds of a matrix unit that has 32 to a core's one. There the scale of a row and 128
-channels comes in, as the factor of a multiply-add in the addition's place.
+4096), so each 128 is a product of its own, added to fp32 accumulators outside. That is one addition
+for 128 multiply-adds, of which a matrix unit does 32 to a core's one. The scale of a row and 128
+channels comes in there: a multiply-add by that scale takes the addition's place.
 
 What it writes is a matrix in x's dtype, or the next product's x: e4m3 with scales (`Rows`). Both
 factors have whole groups of 128 in memory, so a descriptor can always be made of them.
@@ -144,7 +144,7 @@ def _hidden(
 ):
     """gelu(acc + bias), 128 columns of it, to e4m3 and its scales.
 
-    Columns behind the last are zeros, as weight's rows there are.
+    Columns past the last are zeros, because weight's rows there are.
     """
     col = n0 + tl.arange(0, _GROUP)
     if bias is not None:

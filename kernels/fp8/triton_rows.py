@@ -48,9 +48,9 @@ def empty(rows: int, depth: int, device: torch.device) -> Rows:
 def rounds_first(tensor: Tensor) -> bool:
     """Whether the kernels round to e4m3's values before they cast: in Triton's interpreter.
 
-    Its own cast takes ties away from zero, loses the carry into an exponent and cuts off what lies
-    below the least normal number. Numbers that are e4m3's already it casts rightly. The GPU's cast
-    rounds to nearest even, as PyTorch's does, and needs no help.
+    The interpreter's own cast takes ties away from zero, loses the carry into an exponent and cuts
+    off what lies below the least normal number. It is right for numbers that are e4m3's already.
+    The GPU's cast rounds to nearest even, as PyTorch's does, and needs no help.
     """
     return tensor.device.type == "cpu"
 
@@ -91,7 +91,7 @@ def plan(
 def _on_grid(y):
     """y, at most 448, rounded to e4m3's values, to nearest even, in fp32.
 
-    The sum with 1.5 * 2**20 of y's power of two has no bits below y's fourth.
+    Adding 1.5 * 2**20 times y's power of two leaves no bits below y's fourth.
     """
     power = tl.maximum(y.to(tl.int32, bitcast=True) & _INFINITY, 121 << 23)  # 2**-6, the least
     magic = power.to(tl.float32, bitcast=True) * 1572864.0
@@ -100,10 +100,10 @@ def _on_grid(y):
 
 @triton.jit
 def quantise(values, ROUNDS_FIRST: tl.constexpr):
-    """[M, C, 128] in fp32 -> e4m3 of that shape and scales [M, C], as fp8_quantize.quantize has it.
+    """[M, C, 128] in fp32 -> e4m3 of that shape and scales [M, C], as quantize.quantize has it.
 
-    All by the bits: the largest as an integer keeps NaN, and 448 is 1.75 * 2**8, so what has more
-    than .75 behind its leading one carries into the exponent.
+    It works on the bits. The largest is taken as an integer, which keeps NaN. 448 is 1.75 * 2**8,
+    so a number with more than .75 behind its leading one carries into the exponent.
     """
     largest = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 2)
     exponent = tl.maximum(((tl.minimum(largest, _INFINITY) + 0x1FFFFF) >> 23) - 8, 1)

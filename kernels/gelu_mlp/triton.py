@@ -87,7 +87,7 @@ def plan(
     """The output, unwritten, and the launch of the one-kernel form; None where it cannot run.
 
     It cannot where D or D' is not 3 * config.chunk, a tensor is empty, x is not one evenly
-    spaced list of rows, or an address or stride is not a multiple of 16 bytes; nor write
+    spaced list of rows, or an address or stride is not a multiple of 16 bytes. Nor can it write
     row statistics of chunks that are no whole number of their parts.
 
     norm: the LayerNorm of x, which is then in w1's dtype or fp32; its row statistics are read.

@@ -1,9 +1,9 @@
-"""Linear layers and MLPs in 8-bit integers, for inference; chosen by name, never for anyone.
+"""Linear layers and MLPs in 8-bit integers, for inference, where asked for by name.
 
-Weights are quantised symmetrically with a scale an output channel, once, and kept while they do not
-change; activations with a scale and a zero point a token, as they pass: nothing is calibrated.
-Sums are exact in int32. LayerNorm, bias, GELU, residual and LayerScale are fp32, in the same visit
-of the rows.
+Weights are quantised once, symmetrically with a scale an output channel, and kept while they do not
+change. Activations are quantised as they pass, with a scale and a zero point a token. Nothing is
+calibrated. Sums are exact in int32. LayerNorm, bias, GELU, residual and LayerScale are fp32, in the
+same visit of the rows.
 """
 
 from __future__ import annotations

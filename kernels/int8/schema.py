@@ -1,7 +1,7 @@
 """Schemas and fakes of the operators in 8-bit integers.
 
-Each is Python's on the CPU, which keeps its weights packed (cpu.py), by the kernel of the same name
-with `_packed`, which csrc/cpu holds and takes weights in its layout.
+On the CPU each is a function of Python's (cpu.py), which keeps its weights packed and calls the
+kernel of the same name with `_packed`. csrc/cpu holds that kernel, and says how a weight is packed.
 """
 
 from __future__ import annotations

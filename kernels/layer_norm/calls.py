@@ -21,7 +21,7 @@ def _layer_norm(draw: Draw, size: Size, form: str) -> Call:
 def _add_layer_norm(draw: Draw, size: Size, form: str) -> Call:
     norm = _layer_norm(draw, size, form)
     x, weight, bias = norm.inputs.values()
-    # The residual is one of the least.
+    # The residual is one of the arguments that it must have.
     added = draw.epilogue("inference" if form == "least" else form, *x.shape)
     inputs = {"x": x, "residual": added.pop("residual"), "weight": weight, "bias": bias, **added}
     gradients = tuple(name for name in inputs if name != "keep")

@@ -1,7 +1,7 @@
 """Schemas and fakes of LayerNorm (arXiv 1607.06450), alone and after a residual addition.
 
 gamma is LayerScale's (arXiv 2103.17239), keep stochastic depth's (arXiv 1603.09382); mean and rstd
-are fp32. Of add_layer_norm's gradients gamma's alone reads x.
+are fp32. Of add_layer_norm's gradients only gamma's reads x.
 """
 
 from __future__ import annotations

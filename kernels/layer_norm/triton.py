@@ -5,7 +5,7 @@ for the statistics' two passes: the mean, then the variance of the centred value
 1607.06450). E[x^2] - E[x]^2 would cancel for inputs with a large mean. All fp32.
 
 Bytes moved are the floor: each input read once, each output written once. Training adds 8 a row:
-`_fwd` also writes mean and rstd, fp32, for layer_norm_bwd.py.
+`_fwd` also writes mean and rstd, fp32, for triton_bwd.py.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def _product(draw: calls.Draw, size: calls.Size, form: str, options: dict[str, A
 
 
 def tuned_bwd(at: Terms) -> Iterator[Tuned]:
-    """The gradients of the same, fc2's input's through fc1's GELU."""
+    """The gradients of the same products; that of fc2's input goes through fc1's GELU."""
     for width, depth, _ in _products(at):
         yield _tuned_input(at, width=depth, depth=width, gelu=depth == at.size.hidden)
         yield _tuned_weight(at, width, depth)

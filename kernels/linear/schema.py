@@ -1,8 +1,8 @@
 """Schemas and fakes of a linear layer with its epilogues.
 
 GELU is arXiv 1606.08415's, gamma LayerScale's (arXiv 2103.17239), keep stochastic depth's (arXiv
-1603.09382). `affine` is the product before them: it is saved, and read, for gamma's gradient, and
-for all of them behind an activation. The weight's gradient alone reads x.
+1603.09382). `affine` is the product before them. It is saved and read for gamma's gradient and,
+behind an activation, for every gradient. Only the weight's gradient reads x.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ that reuse x and weight in L2. Operands come by tensor descriptors (TMA) on Hopp
 by pointers elsewhere and for addresses or strides that descriptors cannot take. The epilogue
 works on the fp32 accumulator; PyTorch rounds to x's dtype before GELU and before the residual.
 
-For a whole block (vit_block.py) the same kernel also writes the row statistics of its output.
+For a whole block (vit_block/triton.py) the same kernel also writes its output's row statistics.
 """
 
 from __future__ import annotations

@@ -32,9 +32,9 @@ def norm_linear(
 ) -> Tensor:
     """act(LN(x) @ weight.T + bias), in weight's dtype; x in that or fp32.
 
-    LN(x) is rounded to weight's dtype before the product, in either form. By panel where `config`
-    is one and the tensors are what its descriptors can take. No other form reads row statistics,
-    so those that are not there are not computed for it.
+    LN(x) is rounded to weight's dtype before the product, in either form. It runs by panel where
+    `config` is one and its descriptors can take the tensors. No other form reads row statistics,
+    so missing ones are not computed for it.
     """
     if config is not None:
         complete, statistics_launch = statistics.completed(norm, x)
@@ -129,7 +129,7 @@ def _panel_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # Carried by the loop, the panel is kept in shared memory; see gelu_mlp.py.
+    # Carried by the loop, the panel is kept in shared memory; see gelu_mlp/triton.py.
     x0, x1, x2 = statistics.chunks(
         x,
         tl.program_id(0) // splits * BLOCK_M,

@@ -117,7 +117,7 @@ def pixel_offsets(
 ):  # fmt: skip
     """Offset within its patch of the k-th pixel, in the order that suits the images; 64 bits."""
     if CHANNELS_LAST:
-        # (j, c) is one contiguous run. Said so, the compiler loads 16 bytes at a time from it.
+        # (j, c) is one contiguous run. Told so, the compiler loads 16 bytes at a time from it.
         run = PATCH_W * CHANNELS
         at = (k // run).to(tl.int64) * image_h + k % run
     else:

@@ -75,8 +75,8 @@ class Call:
         inputs: Mapping[str, Any],
         cotangent: Callable[[int, Tensor], Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """By name its outputs ("out", "out 1") on these tensors, and its gradients ("d x") where
-        `cotangent` makes the one of each output from its number and the output."""
+        """By name: its outputs ("out", "out 1") on these tensors, and its gradients ("d x") where
+        `cotangent` is given, which makes each output's cotangent from its number and the output."""
         wanted = self.gradients if cotangent is not None else ()
         leaves = {name: inputs[name].detach().requires_grad_() for name in wanted}
         found = self.function(impl)({**inputs, **leaves})
@@ -141,7 +141,7 @@ class Size:
 
     @classmethod
     def of(cls, network: Any, batch: int) -> Size:
-        """Those of a network, by its `deit.Config`."""
+        """The sizes of a network, by its `deit.Config`."""
         return cls(
             batch,
             network.tokens,
@@ -157,7 +157,8 @@ class Size:
 class Draw:
     """Tensors of one call: activations of a family of `oracle`, weights of unit gain.
 
-    "one_hot": a softmax of which one entry takes nearly everything. number: of independent draws.
+    "one_hot": a softmax of which one entry takes nearly everything. number: which of the
+    independent draws this is.
     """
 
     family: str = "random"
@@ -190,7 +191,7 @@ class Draw:
         return 1 + self.random(*shape, seed=seed, scale=0.1)
 
     def activation(self, *shape: int, seed: int = 0) -> Tensor:
-        """Of the family; random where it is one of softmaxes."""
+        """Activations of the family; random where the family is one of softmaxes."""
         return self.make("random" if self.family == "one_hot" else self.family, *shape, seed=seed)
 
     def epilogue(self, form: str, *shape: int) -> dict[str, Tensor]:
@@ -210,7 +211,7 @@ class Draw:
 class Part:
     """A call that a network makes: how often in a forward of so many blocks, and what of it.
 
-    columns: of a linear layer's output, as many times D.
+    columns: of a linear layer's output, in multiples of D.
     """
 
     name: str
@@ -226,11 +227,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Stated:
-    """What an operator's calls.py says: how its calls are made, and which a network makes; without
-    any one stands beside the others, and counts nothing.
+    """What an operator's calls.py says of it.
 
-    softmax: it has one, which one entry may take nearly all of. loss: of logits, it has neither
-    tokens nor channels.
+    build: how its calls are made. parts: which of them a network makes; without any, one call
+    stands beside the others and counts nothing. softmax: it has one, of which one entry may take
+    nearly all. loss: it is of logits, and has neither tokens nor channels.
     """
 
     build: Callable[[Draw, Size, str], Call]
@@ -252,14 +253,14 @@ def _all() -> dict[str, Stated]:
 
 @functools.cache
 def stated() -> dict[str, Stated]:
-    """By operator, those that take most of a network's time first."""
+    """By operator; those that take most of a network's time come first."""
     order = dict.fromkeys([part.operator for part in parts()] + list(_all()))
     return {name: _all()[name] for name in order}
 
 
 @functools.cache
 def parts() -> tuple[Part, ...]:
-    """The calls that a network makes, those that take most of its time first."""
+    """The calls that a network makes; those that take most of its time come first."""
     found = [
         replace(part, operator=name)
         for name, one in _all().items()
@@ -275,8 +276,8 @@ def folders() -> list[str]:
 
 
 def operators(*, softmax: bool = False) -> list[str]:
-    """All but those in 8 bits, which the rule against fp64 does not hold; with `softmax`, of these
-    those with one."""
+    """All operators but those in 8 bits, to which the rule against fp64 does not apply; with
+    `softmax`, only those that have one."""
     exact = operator_names(eight_bits=False)
     return [n for n, one in stated().items() if n in exact and one.softmax >= softmax]
 

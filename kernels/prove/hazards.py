@@ -53,8 +53,8 @@ class _Reader:
     def until_defined(self, dot: int, factor: str) -> list[int] | None:
         """The lines from a product round its loop to the next definition of its factor.
 
-        None where no loop defines it. The loop is the innermost one around the definition; what
-        a loop carries is defined where the value is that it hands to its next turn.
+        None where no loop defines it. The loop is the innermost one around the definition. A value
+        that a loop carries is defined where the value for its next turn is.
         """
         name = self.source(factor)
         for opened in reversed(self.inside[dot]):

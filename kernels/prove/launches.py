@@ -33,10 +33,10 @@ class Kernel:
     config: (architecture, dtype, size) -> what, beside the size, it is compiled for; None for no
         kernel. build: the launch, its tensors on the meta device. sizes: D, or what stands for it.
     tiled: it is compiled for a tile and not for a width.
-    products: it has products in half precision, but in the variants `without`; eight_bits: it has
-        them in these, whatever its dtype.
-    descriptors: it is meant to read by tensor descriptors, of these sizes (`described`; all, if
-        empty), but in variants with one of the words `pointers`.
+    products: it has products in half precision, except in the variants `without`.
+    eight_bits: its products are in 8 bits, whatever its dtype.
+    descriptors: it is meant to read by tensor descriptors at the sizes `described` (all, if empty),
+        except in variants with one of the words `pointers`.
     """
 
     variants: tuple[str, ...]
@@ -131,7 +131,7 @@ def shipped(
 
 
 def square(factory: Callable[..., object]) -> Callable[[int, torch.dtype, int], object]:
-    """A factory of width and depth, for as many of the one as of the other."""
+    """A factory of width and depth, asked for both of the same size."""
     return lambda arch, dtype, size: factory(arch, dtype, size, size)
 
 

@@ -3,8 +3,8 @@
 Interval arithmetic (Moore, Interval Analysis, 1966) over the IR that Triton makes of a kernel,
 before it is lowered to a GPU: every integer of a launch gets the interval of the values it can
 take, program ids those of the grid, and each addition, subtraction, product, shift and narrowing
-must fit its own width. A launch on tensors of more than 2**31 elements (`cases.Case.batch`) so
-finds each product that 32 bits cannot hold, with no such tensor in memory.
+must fit its own width. So a launch on tensors of more than 2**31 elements (`Shipped.batch`) shows
+each product that 32 bits cannot hold, with no such tensor in memory.
 
 Integers read from memory (also those kept there as floats) are class indices: the kernels never
 read at one that is out of range, so here they are in [0, 2**31). An operation that is not known
@@ -161,7 +161,7 @@ class _Reader:
         return end
 
     def reduce(self, at: int) -> int:
-        """Of integers only minima, maxima and their places: one of the operands."""
+        """Integers are only reduced to minima, maxima and their places: to one of the operands."""
         line = self.lines[at]
         names = _NAME.findall(line.split("<{")[0])
         end = next(i for i in range(at, len(self.lines)) if self.lines[i].startswith("})"))

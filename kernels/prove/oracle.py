@@ -180,7 +180,7 @@ def measure(
 def pooled(draws: Sequence[Measured]) -> Measured:
     """One output's errors over several draws: norms by root mean square, maxima by mean.
 
-    The norms are so what those of all draws laid end to end would be.
+    So the norms are what they would be for all draws laid end to end.
     """
 
     def over(pick: Callable[[Measured], Errors]) -> Errors:
@@ -202,7 +202,7 @@ def check(
 
     Args:
         kernel_out: what the kernel returned for `arguments`, one tensor or several.
-        reference: the operator in PyTorch (`deit.kernels.reference.*`); it is called on
+        reference: the operator in PyTorch (`deit.kernels.prove.reference.*`); it is called on
             `arguments` as they are, for PyTorch's own error, and in fp64, for the oracle.
         arguments: the schema's arguments, in order.
         name: put in front of the failure message.

@@ -115,7 +115,7 @@ def tuned(at: Terms, training: bool) -> Iterator[Tuned]:
 def gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], dout: Tensor
 ) -> list[Tensor]:
-    """Those of a function's inputs for its output's, by autograd."""
+    """The gradients of a function's inputs for its output's, by autograd."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     with torch.enable_grad():
         return list(torch.autograd.grad(function(*leaves), leaves, dout))

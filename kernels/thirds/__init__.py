@@ -1,8 +1,8 @@
-"""Operators by a projection to q, k and v that lies in three tensors, as Hugging Face's models do.
+"""Operators whose projection to q, k and v lies in three tensors, as in Hugging Face's models.
 
 Each function is the operator of its name, for one weight [3 * D', K] or for three [D', K] whose
-biases are three, too, or None. The CPU's kernels read the three where they lie in inference, so no
-write to one can be missed and no call copies them. What else runs joins them in the call: the
+biases are three, too, or None. In inference the CPU's kernels read the three where they lie, so no
+write to one can be missed and no call copies them. Everything else joins them in the call: the
 weights or, where there are fewer rows than the K of each, the products.
 """
 
@@ -102,7 +102,7 @@ def _joined(bias: Bias) -> Tensor | None:
 
 
 def _stand_in(weight: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """What one joined weight would be, for the checks and the questions: nobody reads it."""
+    """A tensor in the joined weight's shape, for the checks; its numbers are never read."""
     (rows, depth), first = weight[0].shape, weight[0].detach()
     return first.as_strided((3 * rows, depth), (0, 1))
 

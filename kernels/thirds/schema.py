@@ -1,7 +1,7 @@
 """Schemas and fakes of the CPU's products by a weight that lies in three tensors.
 
-Beside those of the operators that they are, for models that hold q, k and v apart: csrc/cpu reads
-the three where they lie. In inference alone.
+They stand beside the operators' own schemas, for models that hold q, k and v apart: csrc/cpu reads
+the three where they lie. They are for inference alone.
 """
 
 from __future__ import annotations

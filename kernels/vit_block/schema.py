@@ -11,7 +11,7 @@ from deit.kernels.vit_block.arguments import block_schema
 
 
 def fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    """Of `vit_block`, however its weights lie."""
+    """The fake of `vit_block`, however its weights lie."""
     return x.new_empty(x.shape), x.new_empty(row_stats_shape(x.shape), dtype=torch.float32)
 
 
