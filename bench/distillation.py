@@ -19,7 +19,6 @@ The result's picture: python bench/report.py --pictures docs --named distillatio
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -27,7 +26,6 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
@@ -285,13 +283,13 @@ def summarise(options: Options) -> dict[str, Any]:
     return result
 
 
-def describe(options: Options, given: list[str]) -> dict[str, Any]:
+def describe(options: Options, given: Sequence[str] | None) -> dict[str, Any]:
     """What was trained where, and by which kernels, where these are compared with PyTorch's."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = {
         "kind": "distillation",
         "title": "Distillation on Fashion-MNIST",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": evidence.now(),
         "command": evidence.command_line(given, "distillation.py"),
         **devices.describe(device),
         "student": " ".join(STUDENT),
@@ -301,23 +299,20 @@ def describe(options: Options, given: list[str]) -> dict[str, Any]:
         "dtype": options.dtype,
     }
     if options.plain:
-        scope = evidence.scope_of(device.type, int8=False)
-        about |= {"kernels_scope": scope, "kernels_sha256": evidence.kernels_sha256(scope=scope)}
+        about |= evidence.kernels(device.type)
     return about
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Exit status 0."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    options = flags.parse(Options, given, __doc__)
+    options = flags.parse(Options, arguments, __doc__)
     if options.seeds < 1 or options.seeds > max(STUDENT_T) + 1:
         raise SystemExit(f"seeds: expected 1 to {max(STUDENT_T) + 1}; got {options.seeds}")
     options.out.mkdir(parents=True, exist_ok=True)
     perform_all(plan(options), options)
     result = summarise(options)
     if options.json:
-        document = describe(options, given) | result
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        evidence.save(options.json, describe(options, arguments) | result)
     return 0
 
 

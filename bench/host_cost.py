@@ -24,13 +24,11 @@ differences within a round.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -241,12 +239,10 @@ def markdown(rows: Sequence[Row]) -> str:
 def write(path: Path, rows: Sequence[Row], device: str) -> None:
     """The rows with what a reader must know to repeat them; `device` has the kernels measured."""
     facts = devices.describe(torch.device(device if torch.cuda.is_available() else "cpu"))
-    facts["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    facts["date"] = evidence.now()
     facts["command"] = "python bench/host_cost.py" + " --gpu" * (device == "cuda")
-    facts["kernels_scope"] = scope = evidence.scope_of(device, int8=False)
-    facts["kernels_sha256"] = evidence.kernels_sha256(scope=scope)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    facts |= evidence.kernels(device)
+    evidence.save(path, {**facts, "rows": [asdict(row) for row in rows]})
 
 
 def main(settings: Settings) -> int:

@@ -10,13 +10,11 @@ included. Ways are interleaved in rounds and each sees the same images, draws an
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +121,7 @@ def measure(options: Options, source: Source, device: torch.device) -> dict[str,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Exit status 0; 2 for bad options or data."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    options = flags.parse(Options, given, __doc__)
+    options = flags.parse(Options, arguments, __doc__)
     with ExitStack() as stack:
         try:
             device = devices.resolve(options.device)
@@ -146,11 +143,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         about = {
             "kind": "loader",
             "title": "Reading and augmenting images",
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": evidence.command_line(given, "loader.py"),
+            "date": evidence.now(),
+            "command": evidence.command_line(arguments, "loader.py"),
             **devices.describe(device),
         }
-        options.json.write_text(json.dumps(about | found, indent=1) + "\n")
+        evidence.save(options.json, about | found)
     return 0
 
 

@@ -14,7 +14,6 @@ floor; figures above it are marked, and the exit status is then 1.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -25,8 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the rule is stated there
 
 import evidence
 from deit.commands import flags
@@ -275,8 +272,7 @@ def write(path: Path, rows: Sequence[Row], device: torch.device) -> None:
     facts: dict[str, Any] = devices.describe(device)
     facts["interpreted"] = os.environ.get("TRITON_INTERPRET", "0") == "1"
     facts["kernels_sha256"] = evidence.kernels_sha256()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    evidence.save(path, {**facts, "rows": [asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":

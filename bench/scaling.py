@@ -10,7 +10,6 @@ measured here, carried to 8 to 4,096 GPUs over a stated link, with its assumptio
 
 from __future__ import annotations
 
-import datetime
 import functools
 import math
 import statistics
@@ -281,8 +280,7 @@ def attempt(work: Callable[[Progress], Any], title: str) -> Any:
 def measure(options: Options, settings: Settings, console: Console) -> Row:
     """Every sweep, printed as it is finished, and all of it as a document."""
     facts = devices.describe(settings.device)
-    scope = evidence.scope_of(settings.device.type, int8=False)
-    kernels = evidence.kernels_sha256(scope=scope)
+    kernels = evidence.kernels(settings.device.type)  # as the sweeps begin
     rows: list[Row] = []
     found: list[Row] = []
     model: Row = {}
@@ -305,9 +303,8 @@ def measure(options: Options, settings: Settings, console: Console) -> Row:
         "kind": "scaling",
         "title": f"Cost of scale: {options.arch}",
         **facts,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "kernels_sha256": kernels,
-        "kernels_scope": scope,
+        "date": evidence.now(),
+        **kernels,
         "dtype": str(settings.dtype).removeprefix("torch."),
         "rows": rows,
         "fits": found,
@@ -317,7 +314,6 @@ def measure(options: Options, settings: Settings, console: Console) -> Row:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Exit status: 0; 1 where a sweep failed; 2 for bad input."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = flags.parse(Options, arguments, __doc__)
     compiling.quiet_loggers()
     try:

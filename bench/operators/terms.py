@@ -30,8 +30,7 @@ class Run:
     ceilings: measure.Ceilings | None = None
 
     def __post_init__(self) -> None:
-        self.kernels_scope = evidence.scope_of(self.device.type, int8=True)
-        self.kernels_sha256 = evidence.kernels_sha256(scope=self.kernels_scope)  # as it begins
+        self.kernels = evidence.kernels(self.device.type, int8=True)  # as it begins
 
     def measured_ceilings(self) -> measure.Ceilings:
         """The device's, measured when first asked for."""

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +198,7 @@ def facts(context: Context) -> dict[str, Any]:
         device = torch.cuda.get_device_name(context.device)
         driver = devices.gpu_query(context.device, "driver_version")
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": evidence.now(),
         "command": context.command,
         "device": device,
         "driver": driver,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -218,7 +217,7 @@ def photo_lines(label: str, photos: Photographs) -> list[str]:
 def rows(
     race: Race,
     facts: Mapping[str, Any],
-    arguments: Sequence[str],
+    arguments: Sequence[str] | None,
     photographs: Mapping[str, Photographs],
     script: str = "throughput.py",
 ) -> list[dict[str, Any]]:
@@ -227,7 +226,7 @@ def rows(
     common = {
         **facts,
         "schema": evidence.SCHEMA,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": evidence.now(),
         "command": evidence.command_line(arguments, script),
         "protocol": s.protocol,
         "mode": "training" if s.train else "latency" if s.latency else "inference",
