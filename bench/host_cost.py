@@ -147,9 +147,25 @@ def measure(options: str, call: Call, mode: str, settings: Settings) -> Row:
         whole = lambda: public(*places, **names)
         forms = [whole, lambda: launch(*arguments), lambda: operator.reference(*arguments)]
         found = timed(forms, settings)
-    over = spread([ours - bare for ours, bare in zip(found[0], found[1], strict=True)])
-    medians = [statistics.median(samples) for samples in found]
-    return Row(call.operator, options, mode, name, *medians,
+    return row_of(call.operator, options, mode, name, found, settings)
+
+
+def row_of(
+    operator: str,
+    options: str,
+    mode: str,
+    implementation: str,
+    found: Sequence[Sequence[float]],
+    settings: Settings,
+) -> Row:
+    """found: samples of the call, of the launch alone and of torch, as many as there are of these.
+
+    A call without a launch is all over it.
+    """
+    call, launch, theirs = (*map(statistics.median, found), None, None)[:3]
+    bare = [0.0] * settings.rounds if launch is None else found[1]
+    over = spread([whole - part for whole, part in zip(found[0], bare, strict=True)])
+    return Row(operator, options, mode, implementation, call, launch, theirs,
                over.low, over.median, over.high, over.n, settings.calls)  # fmt: skip
 
 
@@ -177,20 +193,14 @@ def _triton_rows(
             launching.forget()  # what was noted is not to be timed
             alone = lambda made=tuple(launches): [start(at, given) for start, at, given in made]
             found = timed([call, alone], settings)
-        over = spread([ours - bare for ours, bare in zip(*found, strict=True)])
-        medians = [statistics.median(samples) for samples in found]
-        rows.append(Row(made.operator, options, "inference", label, *medians, None,
-                        over.low, over.median, over.high, over.n, settings.calls))  # fmt: skip
+        rows.append(row_of(made.operator, options, "inference", label, found, settings))
         del outputs
     model = deit.create("deit_ti").eval().to(device, torch.float16)
     fuse(model, "triton", block="parts")
     images = torch.randn(1, 3, 224, 224, device=device, dtype=torch.float16)
     with torch.inference_mode():
-        (samples,) = timed([lambda: model(images)], settings)
-    took = spread(samples)
-    rows.append(Row("whole forward", "", "inference", label, took.median, None, None,
-                    took.low, took.median, took.high, took.n, settings.calls))  # fmt: skip
-    return rows
+        found = timed([lambda: model(images)], settings)
+    return [*rows, row_of("whole forward", "", "inference", label, found, settings)]
 
 
 def timed(forms: Sequence[Callable[[], object]], settings: Settings) -> list[list[float]]:
@@ -209,12 +219,10 @@ def questions(settings: Settings) -> list[Row]:
     block: Any = model.blocks[0]
     whole: Any = model
     found = timed([lambda: block.runs_fused(x), lambda: whole.runs_fused(x)], settings)
-    rows = []
-    for name, samples in zip(("fused block", "fused model"), found, strict=True):
-        took = spread(samples)
-        rows.append(Row(name, "asks", "inference", "", took.median, None, None,
-                        took.low, took.median, took.high, took.n, settings.calls))  # fmt: skip
-    return rows
+    return [
+        row_of(name, "asks", "inference", "", [samples], settings)
+        for name, samples in zip(("fused block", "fused model"), found, strict=True)
+    ]
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -31,6 +31,7 @@ from deit.data.sampling import Draw
 from deit.data.sources import Source, open_source
 from deit.recipes import RECIPES
 from evidence import devices, timing
+from peers import calibration
 
 CPU = torch.device("cpu")
 DECODE, WHOLE, DRAWN, DEVICE = "decoding alone", "a worker, whole", "a worker, crop", "the device"
@@ -58,16 +59,11 @@ class Options:
 
 def photographs(folder: Path) -> None:
     """Those of scikit-image and scikit-learn below `folder`, at the usual size of ImageNet's."""
-    import skimage.data
-    import sklearn.datasets
-
-    names = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field")
-    arrays = [getattr(skimage.data, name)() for name in names]
     inside = folder / "train" / "photograph"
     inside.mkdir(parents=True)
-    for number, array in enumerate([*arrays, *sklearn.datasets.load_sample_images().images]):
-        image = Image.fromarray(array[..., :3]).convert("RGB")
-        ImageOps.fit(image, (500, 375)).save(inside / f"{number}.jpg", quality=90)
+    for number, array in enumerate(calibration.shipped()):
+        image = ImageOps.fit(Image.fromarray(array), (500, 375))
+        image.save(inside / f"{number}.jpg", quality=90)
 
 
 def measure(options: Options, source: Source, device: torch.device) -> dict[str, Any]:

@@ -117,15 +117,8 @@ def measured(call: Call, impl: str, backward: bool) -> dict[str, oracle.Measured
     }
 
 
-def compare(call: Call, impl: str, dtype: str, family: str, backward: bool) -> list[Row]:
-    """A row for every output and gradient of one call."""
-    return compare_draws([call], impl, dtype, family, backward)
-
-
-def compare_draws(
-    draws: Sequence[Call], impl: str, dtype: str, family: str, backward: bool
-) -> list[Row]:
-    """The same pooled over several draws of one call."""
+def compare(draws: Sequence[Call], impl: str, dtype: str, family: str, backward: bool) -> list[Row]:
+    """A row for every output and gradient of one call, pooled over its draws."""
     found = [measured(call, impl, backward) for call in draws]
     rows = []
     for quantity in found[0]:
@@ -155,7 +148,7 @@ def measure(
                         left_out[impl, dtype, operator] = "; ".join(reasons)
                         continue
                     backward = draws[0].differentiable(impl)
-                    rows += compare_draws(draws, impl, dtype, family, backward)
+                    rows += compare(draws, impl, dtype, family, backward)
     return rows, left_out
 
 
