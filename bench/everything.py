@@ -32,6 +32,9 @@ from evidence import devices
 
 RESULTS = evidence.ROOT / "bench" / "results"
 RACE = "python bench/throughput.py "
+OPERATORS = (
+    "pytest bench/operators --archs=deit_ti,deit_s,deit_b --device=auto --impl=auto --rounds=15"
+)
 PEERS = "compile onnxruntime openvino openvino-int8 fused-int8"
 
 
@@ -75,8 +78,7 @@ JOBS: dict[str, tuple[Job, ...]] = {
         Job("train", f"{RACE}--arch deit_s --bs 8 --train --against none --budget 150", 3),
         Job("train", f"{RACE}--arch deit_ti --bs 16 --against none --train --teacher "
             "regnety_16gf --budget 100", 2),
-        Job("operators", "pytest bench/operators --archs=deit_ti,deit_s,deit_b --device=auto "
-            "--impl=auto --rounds=15", 15),
+        Job("operators", OPERATORS, 15),
         Job("host-cost", "python bench/host_cost.py", 1),
         Job("scaling", "python bench/scaling.py --seconds 8", 11),
         *_SHARED,
@@ -92,8 +94,7 @@ JOBS: dict[str, tuple[Job, ...]] = {
             for arch in ("deit_ti", "deit_s", "deit_b")
         ),
         Job("train", f"{RACE}--arch deit_b --bs 256 --train --against none --teacher regnety_16gf"),
-        Job("operators", "pytest bench/operators --archs=deit_ti,deit_s,deit_b --device=auto "
-            "--impl=auto --rounds=15"),
+        Job("operators", OPERATORS),
         Job("scaling", "python bench/scaling.py"),
         *_SHARED,
     ),
