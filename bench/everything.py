@@ -55,10 +55,7 @@ def _latency(arch: str, batch: int, budget: int) -> Job:
     return Job(name, RACE + flags, (budget + 20) / 60)
 
 
-_SHARED = (
-    Job("table5", "python bench/table5.py", 40),
-    Job("loader", "python bench/loader.py", 1),
-)
+_SHARED = (Job("table5", "python bench/table5.py", 40), Job("loader", "python bench/loader.py", 1))
 JOBS: dict[str, tuple[Job, ...]] = {
     "cpu": (
         Job("throughput", f"{RACE}--arch deit_b --bs 256", 9),

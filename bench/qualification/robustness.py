@@ -141,14 +141,12 @@ def _layouts(context: Context, operator: str, impl: str) -> None:
         found = evaluate(call, impl, inputs, backward)
         for index, (ours, theirs, best) in enumerate(zip(found, plain, exact, strict=True)):
             got, base = oracle.errors(ours, best), oracle.errors(theirs, best)
-            spare = oracle.floor(ours.dtype, best.cpu())
-            for kind in ("norm", "maximum"):
-                limit = oracle.FACTOR * getattr(base, kind) + getattr(spare, kind)
-                if getattr(got, kind) > limit:
-                    raise AssertionError(
-                        f"{name}: result {index}, {kind} error {getattr(got, kind):.3g} above "
-                        f"{limit:.3g}"
-                    )
+            error = oracle.Measured(got, base, oracle.floor(ours.dtype, best.cpu()))
+            if error.used > 1:
+                raise AssertionError(
+                    f"{name}: result {index}, errors {got} (PyTorch's {base}), {error.used:.2f} of "
+                    "what the rule allows"
+                )
         del found
     if context.device.type == "cuda":
         torch.cuda.synchronize()
@@ -245,11 +243,7 @@ def sanitizer(context: Context) -> None:
         context.skip("compute-sanitizer: absent")
         return
     # Each tensor is an allocation of its own, so that a step past its end is seen.
-    context.fan_out(
-        calls.operators(),
-        [tool, *MEMCHECK],
-        PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-    )
+    context.fan_out(calls.operators(), [tool, *MEMCHECK], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     unable = [text for text in context.failures if "Device not supported" in text]
     if unable:
         context.failures = [text for text in context.failures if text not in unable]
