@@ -238,12 +238,6 @@ def precision(options: Options) -> list[dict[str, Any]]:
     return results
 
 
-def _curves(way: str, options: Options) -> dict[str, Any]:
-    """Training losses of the same students."""
-    folders = lambda arm: [options.out / name_of(arm, s, options) for s in range(options.seeds)]
-    return curves({"plain": folders(way + PLAIN), "fused": folders(way)})
-
-
 def show(title: str, results: list[dict[str, Any]], quoted: str = "") -> None:
     """Print a table of results; `quoted`: whose figures stand beside them, if any do."""
     from rich.console import Console
@@ -278,7 +272,11 @@ def summarise(options: Options) -> dict[str, Any]:
         show(f"fine-tuned at {HIGHER} px", result["rows_up"], "DeiT-B↑384, quoted")
     if options.plain:
         result["precision"] = precision(options)
-        result["curves"] = {way: _curves(way, options) for way in options.plain}
+        folders = lambda arm: [options.out / name_of(arm, s, options) for s in range(options.seeds)]
+        result["curves"] = {
+            way: curves({"plain": folders(way + PLAIN), "fused": folders(way)})
+            for way in options.plain
+        }
         show(f"{options.dtype} fused beside fp32 plain", result["precision"])
     return result
 

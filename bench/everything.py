@@ -30,7 +30,6 @@ import table5
 from deit.commands import flags
 from evidence import devices
 
-RESULTS = evidence.ROOT / "bench" / "results"
 RACE = "python bench/throughput.py "
 OPERATORS = (
     "pytest bench/operators --archs=deit_ti,deit_s,deit_b --device=auto --impl=auto --rounds=15"
@@ -106,7 +105,7 @@ class Options:
     """Benchmarks by name (throughput, latency, ...); not given: all."""
     device: str = "auto"
     """cpu, cuda, or auto for a GPU where there is one."""
-    results: Path = RESULTS
+    results: Path = evidence.RESULTS
     """The folder of results, read and completed."""
     show: bool = False
     """Say what would be run; run nothing."""

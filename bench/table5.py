@@ -80,11 +80,6 @@ class Options:
     """Measure nothing."""
 
 
-def results_path(facts: Row) -> Path:
-    """Where this device's rows stand."""
-    return evidence.ROOT / "bench" / "results" / f"table5-{devices.slug(facts)}.json"
-
-
 def chosen(only: Sequence[str]) -> list[Quoted]:
     """The rows of Table 5 to measure; ValueError for a name that no label is or begins with."""
     by_label = {paper_table.label(row): row for row in paper_table.networks()}
@@ -276,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.threads:
             torch.set_num_threads(options.threads)
         facts = devices.describe(device)
-        path = options.json or results_path(facts)
+        path = options.json or evidence.RESULTS / f"table5-{devices.slug(facts)}.json"
         failed = [] if options.show else run(options, path, facts)
         rows = evidence.read([path]) if path.exists() else []
     except ValueError as error:

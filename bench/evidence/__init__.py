@@ -19,6 +19,7 @@ from evidence.sources import EIGHT_BITS as EIGHT_BITS  # a part of this interfac
 from evidence.sources import scope_of as scope_of
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
 SCHEMA = 2  # 1 hashed the bytes of files, and named a CPU by its name alone
 
 _TEXT, _NUMBER = (str,), (int, float)

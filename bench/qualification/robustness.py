@@ -47,7 +47,7 @@ def each(
             for impl in IMPLEMENTATIONS:
                 if context.left() < 0:
                     context.skip(f"{operator}: no time for {name}")
-                elif _runs(context, operator, impl):
+                elif not _call(context, operator).reasons(impl):
                     label = f"{impl} {operator}, {name}"
                     if context.attempt(label, functools.partial(check, context, operator, impl)):
                         context.row(check=name, impl=impl, operator=operator, passed=True)
@@ -63,10 +63,6 @@ def _call(context: Context, operator: str, number: int = 0) -> Any:
     dtype = torch.float32 if context.dry else torch.bfloat16
     draw = calls.Draw(dtype=dtype, device=context.device, number=number)
     return calls.build(operator, draw, size)
-
-
-def _runs(context: Context, operator: str, impl: str) -> bool:
-    return not _call(context, operator).reasons(impl)
 
 
 def evaluate(call: Any, impl: str, inputs: dict[str, Any], backward: bool) -> list[Any]:
