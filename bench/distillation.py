@@ -19,7 +19,6 @@ The result's picture: python bench/report.py --pictures docs --named distillatio
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -27,7 +26,6 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
@@ -240,12 +238,6 @@ def precision(options: Options) -> list[dict[str, Any]]:
     return results
 
 
-def _curves(way: str, options: Options) -> dict[str, Any]:
-    """Training losses of the same students."""
-    folders = lambda arm: [options.out / name_of(arm, s, options) for s in range(options.seeds)]
-    return curves({"plain": folders(way + PLAIN), "fused": folders(way)})
-
-
 def show(title: str, results: list[dict[str, Any]], quoted: str = "") -> None:
     """Print a table of results; `quoted`: whose figures stand beside them, if any do."""
     from rich.console import Console
@@ -280,18 +272,22 @@ def summarise(options: Options) -> dict[str, Any]:
         show(f"fine-tuned at {HIGHER} px", result["rows_up"], "DeiT-B↑384, quoted")
     if options.plain:
         result["precision"] = precision(options)
-        result["curves"] = {way: _curves(way, options) for way in options.plain}
+        folders = lambda arm: [options.out / name_of(arm, s, options) for s in range(options.seeds)]
+        result["curves"] = {
+            way: curves({"plain": folders(way + PLAIN), "fused": folders(way)})
+            for way in options.plain
+        }
         show(f"{options.dtype} fused beside fp32 plain", result["precision"])
     return result
 
 
-def describe(options: Options, given: list[str]) -> dict[str, Any]:
+def describe(options: Options, given: Sequence[str] | None) -> dict[str, Any]:
     """What was trained where, and by which kernels, where these are compared with PyTorch's."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = {
         "kind": "distillation",
         "title": "Distillation on Fashion-MNIST",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": evidence.now(),
         "command": evidence.command_line(given, "distillation.py"),
         **devices.describe(device),
         "student": " ".join(STUDENT),
@@ -301,23 +297,20 @@ def describe(options: Options, given: list[str]) -> dict[str, Any]:
         "dtype": options.dtype,
     }
     if options.plain:
-        scope = evidence.scope_of(device.type, int8=False)
-        about |= {"kernels_scope": scope, "kernels_sha256": evidence.kernels_sha256(scope=scope)}
+        about |= evidence.kernels(device.type)
     return about
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Exit status 0."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    options = flags.parse(Options, given, __doc__)
+    options = flags.parse(Options, arguments, __doc__)
     if options.seeds < 1 or options.seeds > max(STUDENT_T) + 1:
         raise SystemExit(f"seeds: expected 1 to {max(STUDENT_T) + 1}; got {options.seeds}")
     options.out.mkdir(parents=True, exist_ok=True)
     perform_all(plan(options), options)
     result = summarise(options)
     if options.json:
-        document = describe(options, given) | result
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        evidence.save(options.json, describe(options, arguments) | result)
     return 0
 
 

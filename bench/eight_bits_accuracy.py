@@ -16,7 +16,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
@@ -175,20 +174,17 @@ def subject(options: Options) -> tuple[DeiT, str, Tensor, Tensor | None]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Exit status 0; 1 beyond 0.3 points of top-1 or below 99 % agreement."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    options = flags.parse(Options, given, __doc__)
+    options = flags.parse(Options, arguments, __doc__)
     device = torch.device(options.device)
     if options.dtype == "int8" and device.type != "cpu":
         raise SystemExit(f"device: int8 runs on a CPU; got {device}")
     model, what, images, labels = subject(options)
     labels = None if labels is None else labels.to(device)
     result = compare(model.to(device), images.to(device), labels, options.dtype)
-    scope = evidence.scope_of(device.type, int8=options.dtype == "int8", fp8=options.dtype == "fp8")
     row = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": evidence.command_line(given, "eight_bits_accuracy.py"),
-        "kernels_sha256": evidence.kernels_sha256(scope=scope),
-        "kernels_scope": scope,
+        "date": evidence.now(),
+        "command": evidence.command_line(arguments, "eight_bits_accuracy.py"),
+        **evidence.kernels(device.type, **{options.dtype: True}),
         **devices.describe(device),
         "model": what,
         "dtype": options.dtype,
@@ -197,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     print(json.dumps(result, indent=1))
     if options.json:
-        options.json.write_text(json.dumps(row, indent=1) + "\n")
+        evidence.save(options.json, row)
     if labels is None:
         return 0
     change = abs(result["top1_fp32"] - result[f"top1_{options.dtype}"])

@@ -30,8 +30,10 @@ import table5
 from deit.commands import flags
 from evidence import devices
 
-RESULTS = evidence.ROOT / "bench" / "results"
 RACE = "python bench/throughput.py "
+OPERATORS = (
+    "pytest bench/operators --archs=deit_ti,deit_s,deit_b --device=auto --impl=auto --rounds=15"
+)
 PEERS = "compile onnxruntime openvino openvino-int8 fused-int8"
 
 
@@ -52,10 +54,7 @@ def _latency(arch: str, batch: int, budget: int) -> Job:
     return Job(name, RACE + flags, (budget + 20) / 60)
 
 
-_SHARED = (
-    Job("table5", "python bench/table5.py", 40),
-    Job("loader", "python bench/loader.py", 1),
-)
+_SHARED = (Job("table5", "python bench/table5.py", 40), Job("loader", "python bench/loader.py", 1))
 JOBS: dict[str, tuple[Job, ...]] = {
     "cpu": (
         Job("throughput", f"{RACE}--arch deit_b --bs 256", 9),
@@ -75,8 +74,7 @@ JOBS: dict[str, tuple[Job, ...]] = {
         Job("train", f"{RACE}--arch deit_s --bs 8 --train --against none --budget 150", 3),
         Job("train", f"{RACE}--arch deit_ti --bs 16 --against none --train --teacher "
             "regnety_16gf --budget 100", 2),
-        Job("operators", "pytest bench/operators --archs=deit_ti,deit_s,deit_b --device=auto "
-            "--impl=auto --rounds=15", 15),
+        Job("operators", OPERATORS, 15),
         Job("host-cost", "python bench/host_cost.py", 1),
         Job("scaling", "python bench/scaling.py --seconds 8", 11),
         *_SHARED,
@@ -92,8 +90,7 @@ JOBS: dict[str, tuple[Job, ...]] = {
             for arch in ("deit_ti", "deit_s", "deit_b")
         ),
         Job("train", f"{RACE}--arch deit_b --bs 256 --train --against none --teacher regnety_16gf"),
-        Job("operators", "pytest bench/operators --archs=deit_ti,deit_s,deit_b --device=auto "
-            "--impl=auto --rounds=15"),
+        Job("operators", OPERATORS),
         Job("scaling", "python bench/scaling.py"),
         *_SHARED,
     ),
@@ -108,7 +105,7 @@ class Options:
     """Benchmarks by name (throughput, latency, ...); not given: all."""
     device: str = "auto"
     """cpu, cuda, or auto for a GPU where there is one."""
-    results: Path = RESULTS
+    results: Path = evidence.RESULTS
     """The folder of results, read and completed."""
     show: bool = False
     """Say what would be run; run nothing."""

@@ -22,13 +22,11 @@ median of the rounds, and "over" that of the differences within a round.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +145,25 @@ def measure(options: str, call: Call, mode: str, settings: Settings) -> Row:
         whole = lambda: public(*places, **names)
         forms = [whole, lambda: launch(*arguments), lambda: operator.reference(*arguments)]
         found = timed(forms, settings)
-    over = spread([ours - bare for ours, bare in zip(found[0], found[1], strict=True)])
-    medians = [statistics.median(samples) for samples in found]
-    return Row(call.operator, options, mode, name, *medians,
+    return row_of(call.operator, options, mode, name, found, settings)
+
+
+def row_of(
+    operator: str,
+    options: str,
+    mode: str,
+    implementation: str,
+    found: Sequence[Sequence[float]],
+    settings: Settings,
+) -> Row:
+    """found: samples of the call, of the launch alone and of torch, as many as there are of these.
+
+    A call without a launch is all over it.
+    """
+    call, launch, theirs = (*map(statistics.median, found), None, None)[:3]
+    bare = [0.0] * settings.rounds if launch is None else found[1]
+    over = spread([whole - part for whole, part in zip(found[0], bare, strict=True)])
+    return Row(operator, options, mode, implementation, call, launch, theirs,
                over.low, over.median, over.high, over.n, settings.calls)  # fmt: skip
 
 
@@ -177,20 +191,14 @@ def _triton_rows(
             launching.forget()  # what was noted is not to be timed
             alone = lambda made=tuple(launches): [start(at, given) for start, at, given in made]
             found = timed([call, alone], settings)
-        over = spread([ours - bare for ours, bare in zip(*found, strict=True)])
-        medians = [statistics.median(samples) for samples in found]
-        rows.append(Row(made.operator, options, "inference", label, *medians, None,
-                        over.low, over.median, over.high, over.n, settings.calls))  # fmt: skip
+        rows.append(row_of(made.operator, options, "inference", label, found, settings))
         del outputs
     model = deit.create("deit_ti").eval().to(device, torch.float16)
     fuse(model, "triton", block="parts")
     images = torch.randn(1, 3, 224, 224, device=device, dtype=torch.float16)
     with torch.inference_mode():
-        (samples,) = timed([lambda: model(images)], settings)
-    took = spread(samples)
-    rows.append(Row("whole forward", "", "inference", label, took.median, None, None,
-                    took.low, took.median, took.high, took.n, settings.calls))  # fmt: skip
-    return rows
+        found = timed([lambda: model(images)], settings)
+    return [*rows, row_of("whole forward", "", "inference", label, found, settings)]
 
 
 def timed(forms: Sequence[Callable[[], object]], settings: Settings) -> list[list[float]]:
@@ -209,12 +217,10 @@ def questions(settings: Settings) -> list[Row]:
     block: Any = model.blocks[0]
     whole: Any = model
     found = timed([lambda: block.runs_fused(x), lambda: whole.runs_fused(x)], settings)
-    rows = []
-    for name, samples in zip(("fused block", "fused model"), found, strict=True):
-        took = spread(samples)
-        rows.append(Row(name, "asks", "inference", "", took.median, None, None,
-                        took.low, took.median, took.high, took.n, settings.calls))  # fmt: skip
-    return rows
+    return [
+        row_of(name, "asks", "inference", "", [samples], settings)
+        for name, samples in zip(("fused block", "fused model"), found, strict=True)
+    ]
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -239,12 +245,10 @@ def markdown(rows: Sequence[Row]) -> str:
 def write(path: Path, rows: Sequence[Row], device: str) -> None:
     """The rows with what a reader must know to repeat them; `device` has the kernels measured."""
     facts = devices.describe(torch.device(device if torch.cuda.is_available() else "cpu"))
-    facts["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    facts["date"] = evidence.now()
     facts["command"] = "python bench/host_cost.py" + " --gpu" * (device == "cuda")
-    facts["kernels_scope"] = scope = evidence.scope_of(device, int8=False)
-    facts["kernels_sha256"] = evidence.kernels_sha256(scope=scope)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    facts |= evidence.kernels(device)
+    evidence.save(path, {**facts, "rows": [asdict(row) for row in rows]})
 
 
 def main(settings: Settings) -> int:

@@ -10,13 +10,11 @@ included. Ways are interleaved in rounds and each sees the same images, draws an
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from deit.data.sampling import Draw
 from deit.data.sources import Source, open_source
 from deit.recipes import RECIPES
 from evidence import devices, timing
+from peers import calibration
 
 CPU = torch.device("cpu")
 DECODE, WHOLE, DRAWN, DEVICE = "decoding alone", "a worker, whole", "a worker, crop", "the device"
@@ -60,16 +59,11 @@ class Options:
 
 def photographs(folder: Path) -> None:
     """Those of scikit-image and scikit-learn below `folder`, at the usual size of ImageNet's."""
-    import skimage.data
-    import sklearn.datasets
-
-    names = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field")
-    arrays = [getattr(skimage.data, name)() for name in names]
     inside = folder / "train" / "photograph"
     inside.mkdir(parents=True)
-    for number, array in enumerate([*arrays, *sklearn.datasets.load_sample_images().images]):
-        image = Image.fromarray(array[..., :3]).convert("RGB")
-        ImageOps.fit(image, (500, 375)).save(inside / f"{number}.jpg", quality=90)
+    for number, array in enumerate(calibration.shipped()):
+        image = ImageOps.fit(Image.fromarray(array), (500, 375))
+        image.save(inside / f"{number}.jpg", quality=90)
 
 
 def measure(options: Options, source: Source, device: torch.device) -> dict[str, Any]:
@@ -123,8 +117,7 @@ def measure(options: Options, source: Source, device: torch.device) -> dict[str,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Exit status 0; 2 for bad options or data."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    options = flags.parse(Options, given, __doc__)
+    options = flags.parse(Options, arguments, __doc__)
     with ExitStack() as stack:
         try:
             device = devices.resolve(options.device)
@@ -146,11 +139,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         about = {
             "kind": "loader",
             "title": "Reading and augmenting images",
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": evidence.command_line(given, "loader.py"),
+            "date": evidence.now(),
+            "command": evidence.command_line(arguments, "loader.py"),
             **devices.describe(device),
         }
-        options.json.write_text(json.dumps(about | found, indent=1) + "\n")
+        evidence.save(options.json, about | found)
     return 0
 
 

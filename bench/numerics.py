@@ -14,7 +14,6 @@ floor; figures above it are marked, and the exit status is then 1.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -25,8 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the rule is stated there
 
 import evidence
 from deit.commands import flags
@@ -120,15 +117,8 @@ def measured(call: Call, impl: str, backward: bool) -> dict[str, oracle.Measured
     }
 
 
-def compare(call: Call, impl: str, dtype: str, family: str, backward: bool) -> list[Row]:
-    """A row for every output and gradient of one call."""
-    return compare_draws([call], impl, dtype, family, backward)
-
-
-def compare_draws(
-    draws: Sequence[Call], impl: str, dtype: str, family: str, backward: bool
-) -> list[Row]:
-    """The same pooled over several draws of one call."""
+def compare(draws: Sequence[Call], impl: str, dtype: str, family: str, backward: bool) -> list[Row]:
+    """A row for every output and gradient of one call, pooled over its draws."""
     found = [measured(call, impl, backward) for call in draws]
     rows = []
     for quantity in found[0]:
@@ -158,7 +148,7 @@ def measure(
                         left_out[impl, dtype, operator] = "; ".join(reasons)
                         continue
                     backward = draws[0].differentiable(impl)
-                    rows += compare_draws(draws, impl, dtype, family, backward)
+                    rows += compare(draws, impl, dtype, family, backward)
     return rows, left_out
 
 
@@ -275,8 +265,7 @@ def write(path: Path, rows: Sequence[Row], device: torch.device) -> None:
     facts: dict[str, Any] = devices.describe(device)
     facts["interpreted"] = os.environ.get("TRITON_INTERPRET", "0") == "1"
     facts["kernels_sha256"] = evidence.kernels_sha256()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    evidence.save(path, {**facts, "rows": [asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":

@@ -10,11 +10,9 @@ images, in fp32 on the CPU. The bound is 2e-5: fp32 rounding through 12 blocks.
 
 from __future__ import annotations
 
-import datetime
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import deit
+import evidence
 from deit.commands import flags
 from deit.fused_vit import fuse
 
@@ -228,9 +227,8 @@ def main(json: Path | None = None) -> int:
         highlight=False,
     )
     if json is not None:
-        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        record = {"date": date, "bound": BOUND, "versions": used, "rows": list(map(asdict, found))}
-        json.write_text(dumps(record, indent=2) + "\n", encoding="utf-8")
+        record = {"date": evidence.now(), "bound": BOUND, "versions": used}
+        evidence.save(json, {**record, "rows": list(map(asdict, found))})
     return 0 if worst <= BOUND else 1
 
 

@@ -130,9 +130,7 @@ def save(out: Path, name: str, status: str, found: dict[str, Any], seconds: floa
         "kernels_sha256": evidence.kernels_sha256(),
         **{kind: found.get(kind, []) for kind in ("failures", "unrun", "notes", "rows")},
     }
-    fresh = out / f"{name}.json.new"
-    fresh.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    fresh.replace(out / f"{name}.json")
+    evidence.save(out / f"{name}.json", document)
 
 
 def run_stage(options: argparse.Namespace, stage: Stage, limit: float, command: str) -> None:

@@ -29,7 +29,6 @@ except ModuleNotFoundError as missing:
     raise SystemExit(f"error: the page needs {package} (pip install {package})") from None
 
 Row = dict[str, Any]
-RESULTS = evidence.ROOT / "bench" / "results"
 TITLE = "fused-deit: what was measured"
 
 
@@ -246,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exit status 2 for files that hold no results."""
     options = flags.parse(Options, arguments, __doc__)
     try:
-        found = load(options.results or sorted(RESULTS.glob("*.json")))
+        found = load(options.results or sorted(evidence.RESULTS.glob("*.json")))
         if options.pictures:
             save_pictures(options.pictures, options.named, found)
     except (OSError, ValueError) as error:

@@ -10,19 +10,16 @@ measured here, carried to 8 to 4,096 GPUs over a stated link, with its assumptio
 
 from __future__ import annotations
 
-import datetime
 import functools
 import math
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -35,7 +32,7 @@ from evidence.timing import median_interval
 from race import compiling, planning, tables
 from race import contenders as field_of
 from race.contenders import Contender, Network
-from race.progress import Progress
+from race.progress import Progress, attempt
 from race.race import Race
 from race.settings import Settings
 from studies import nodes, processes
@@ -119,12 +116,8 @@ def scaled(arch: str, sweep: str, value: int) -> Network:
             raise ValueError(f"points: expected widths in multiples of 64; got {value}")
         name = f"{base.name} width {value}"
         config = replace(base, embed_dim=value, num_heads=value // 64, name=name)
-    build = functools.partial(_create, config)
+    build = functools.partial(deit.DeiT, config)
     return Network(config.name, "DeiT", config.img_size, config.flops, build, None, config)
-
-
-def _create(config: deit.Config) -> deit.DeiT:
-    return deit.DeiT(config)
 
 
 # Sweeps -----------------------------------------------------------------------------------------
@@ -257,32 +250,18 @@ def measure_step(settings: Settings, progress: Progress) -> nodes.Step:
 
 def listing(rows: Sequence[Row]) -> Table:
     """Rows of numbers under their names."""
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     heads = [name for name in rows[0] if name not in ("seconds", "sweep", "network")]
-    for head in heads:
-        shown.add_column(head.replace("_", " "), justify="right")
+    shown = tables.empty(*(head.replace("_", " ") for head in heads))
     for row in rows:
         cells = (row[head] for head in heads)
         shown.add_row(*(tables.number(v) if isinstance(v, (int, float)) else str(v) for v in cells))
     return shown
 
 
-def attempt(work: Callable[[Progress], Any], title: str) -> Any:
-    """What `work` returns; None, with a line that says why, where it fails."""
-    with Progress(time.perf_counter()) as progress:
-        progress.say(title)
-        try:
-            return work(progress)
-        except Exception as error:  # the next sweep may do better
-            progress.say(f"{title}: {type(error).__name__}: {str(error)[:300]}")
-    return None
-
-
 def measure(options: Options, settings: Settings, console: Console) -> Row:
     """Every sweep, printed as it is finished, and all of it as a document."""
     facts = devices.describe(settings.device)
-    scope = evidence.scope_of(settings.device.type, int8=False)
-    kernels = evidence.kernels_sha256(scope=scope)
+    kernels = evidence.kernels(settings.device.type)  # as the sweeps begin
     rows: list[Row] = []
     found: list[Row] = []
     model: Row = {}
@@ -305,9 +284,8 @@ def measure(options: Options, settings: Settings, console: Console) -> Row:
         "kind": "scaling",
         "title": f"Cost of scale: {options.arch}",
         **facts,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "kernels_sha256": kernels,
-        "kernels_scope": scope,
+        "date": evidence.now(),
+        **kernels,
         "dtype": str(settings.dtype).removeprefix("torch."),
         "rows": rows,
         "fits": found,
@@ -317,7 +295,6 @@ def measure(options: Options, settings: Settings, console: Console) -> Row:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line. Exit status: 0; 1 where a sweep failed; 2 for bad input."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = flags.parse(Options, arguments, __doc__)
     compiling.quiet_loggers()
     try:

@@ -12,19 +12,16 @@ Accuracies and V100 speeds are the paper's, quoted; the images/s beside them are
 from __future__ import annotations
 
 import functools
-import gc
 import math
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 import evidence
 import peers
@@ -35,7 +32,7 @@ from evidence.paper_table import Quoted
 from race import compiling, planning, tables
 from race import contenders as field_of
 from race.contenders import Network
-from race.progress import Progress
+from race.progress import Progress, attempt
 
 Row = dict[str, Any]
 Protocol = Literal["modern", "deit2021"]
@@ -81,11 +78,6 @@ class Options:
     """Measure finished networks, too."""
     show: bool = False
     """Measure nothing."""
-
-
-def results_path(facts: Row) -> Path:
-    """Where this device's rows stand."""
-    return evidence.ROOT / "bench" / "results" / f"table5-{devices.slug(facts)}.json"
 
 
 def chosen(only: Sequence[str]) -> list[Quoted]:
@@ -184,23 +176,6 @@ def peak(device: torch.device, dtype: torch.dtype) -> devices.Peak:
     return found
 
 
-def attempt(work: Callable[[Progress], list[Row]], title: str) -> list[Row]:
-    """The rows that `work` finds; none, with a line that says why, where it fails."""
-    with Progress(time.perf_counter()) as progress:
-        progress.say(title)
-        try:
-            return work(progress)
-        except compiling.OutOfTime:
-            compiling.abandon()
-            progress.say(f"{title}: given up, {progress.elapsed():.0f} s passed")
-        except Exception as error:  # the next network may do better
-            progress.say(f"{title}: {type(error).__name__}: {str(error)[:300]}")
-        finally:
-            torch._dynamo.reset()
-            gc.collect()
-    return []
-
-
 def run(options: Options, path: Path, facts: Row) -> list[str]:
     """Measure what is missing, a file write a network; returns the labels of those that failed.
 
@@ -227,13 +202,12 @@ def run(options: Options, path: Path, facts: Row) -> list[str]:
 
 def table(rows: Sequence[Row], networks: Sequence[Quoted], protocol: str) -> Table:
     """The paper's table with this machine's figures beside the quoted ones."""
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    shown.add_column(f"{protocol}", no_wrap=True)
-    heads = ("params\nM", "GFLOP", "top-1, %\nquoted", "V100 img/s\nquoted", "fused\nimg/s",
-             "PyTorch\nimg/s", "by", "batch")  # fmt: skip
-    for head in heads:
-        quoted_here = "quoted" in head
-        shown.add_column(head, justify="right", style="dim" if quoted_here else "")
+    shown = tables.empty(
+        Column(protocol, no_wrap=True),
+        *("params\nM", "GFLOP"),
+        *map(tables.quoted_numbers, ("top-1, %\nquoted", "V100 img/s\nquoted")),
+        *("fused\nimg/s", "PyTorch\nimg/s", "by", "batch"),
+    )
     for quoted in networks:
         same = of(rows, paper_table.label(quoted), protocol)
         shown.add_row(*cells(quoted, same, protocol))
@@ -297,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.threads:
             torch.set_num_threads(options.threads)
         facts = devices.describe(device)
-        path = options.json or results_path(facts)
+        path = options.json or evidence.RESULTS / f"table5-{devices.slug(facts)}.json"
         failed = [] if options.show else run(options, path, facts)
         rows = evidence.read([path]) if path.exists() else []
     except ValueError as error:

@@ -184,7 +184,6 @@ def main(arguments: Sequence[str] | None = None, start: float | None = None) -> 
     Exit status: 0; 1 where a contender was refused for wrong outputs; 2 for bad input, with one
     line that says what was expected.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = flags.parse(Options, arguments, __doc__)
     compiling.quiet_loggers()
     progress = Progress(time.perf_counter() if start is None else start)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from evidence.sources import EIGHT_BITS as EIGHT_BITS  # a part of this interfac
 from evidence.sources import scope_of as scope_of
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
 SCHEMA = 2  # 1 hashed the bytes of files, and named a CPU by its name alone
 
 _TEXT, _NUMBER = (str,), (int, float)
@@ -94,6 +97,17 @@ def kernels_sha256(root: Path = ROOT, scope: str | None = None) -> str:
     return sources.sha256(sources.read(root), scope)
 
 
+def kernels(device: str, *, int8: bool = False, fp8: bool = False) -> dict[str, str]:
+    """The fields of a row that runs our kernels on this type of device, as `scope_of` takes it."""
+    scope = scope_of(device, int8=int8, fp8=fp8)
+    return {"kernels_sha256": kernels_sha256(scope=scope), "kernels_scope": scope}
+
+
+def now() -> str:
+    """The date of a row that is written now."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 def is_stale(row: dict[str, Any], root: Path = ROOT) -> bool:
     """Have the kernels that this row measured changed since? Never for rows without kernels."""
     recorded = row.get("kernels_sha256")
@@ -120,10 +134,13 @@ def check(row: dict[str, Any]) -> None:
         raise ValueError("row: " + "; ".join(wrong))
 
 
-def command_line(arguments: Sequence[str], script: str = "throughput.py") -> str:
-    """The command as it can be repeated: paths reduced to their last part."""
+def command_line(arguments: Sequence[str] | None, script: str = "throughput.py") -> str:
+    """The command as it can be repeated: paths reduced to their last part.
+
+    arguments: None for those that this process was started with.
+    """
     shown = []
-    for argument in arguments:
+    for argument in sys.argv[1:] if arguments is None else arguments:
         name, equals, value = argument.rpartition("=")
         shown.append(name + equals + (Path(value).name if "/" in value else value))
     return " ".join([f"python bench/{script}", *shown])

@@ -44,6 +44,20 @@ def resolve(name: str) -> torch.device:
     return device
 
 
+def versions() -> dict[str, str | None]:
+    """Of what every kernel runs on; None for what is not there."""
+    try:
+        import triton
+    except ImportError:
+        triton = None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__ if triton else None,
+    }
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """What a reader must know of the machine and the software to repeat a figure.
 
@@ -52,10 +66,6 @@ def describe(device: torch.device) -> dict[str, Any]:
     """
     import timm
 
-    try:
-        import triton
-    except ImportError:
-        triton = None
     cpu = info.processor()
     facts: dict[str, Any] = {
         "device": info.processor_label(cpu),
@@ -70,10 +80,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": triton.__version__ if triton else None,
+        **versions(),
         "timm": timm.__version__,
     }
     if device.type == "cuda":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import functools
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,8 +134,3 @@ def reference_speed(model: str, img_size: int, distilled: bool, flops: dict[int,
         return near.v100_img_s * flops[near.img_size] / flops[img_size]
     deit_b_flops_per_s = 292.3 * 35.1e9
     return deit_b_flops_per_s / flops[img_size]
-
-
-def timm_names(names: Iterable[str]) -> list[str]:
-    """timm's spellings of the paper's names, the first spelling of each."""
-    return [CONVNETS[name][0] for name in names]

@@ -7,6 +7,7 @@ import functools
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import resolve_name
 from typing import Any
 
 PACKAGE = "deit.kernels"  # what kernels/ is imported as
@@ -63,12 +64,9 @@ class Python:
 
     def _base(self, module: str, node: ast.ImportFrom) -> str | None:
         """The module of ours that `from ... import` names, or None."""
-        base = node.module or ""
-        if node.level:
-            is_package = self.paths[module].endswith("/__init__.py")
-            parts = module.split(".")
-            parts = parts[: len(parts) - node.level + is_package]
-            base = ".".join([*parts, *([base] if base else [])])
+        is_package = self.paths[module].endswith("/__init__.py")
+        package = module if is_package else module.rpartition(".")[0]
+        base = resolve_name("." * node.level + (node.module or ""), package)
         if base in self.modules:
             return base
         inside = any(f"{base}.{alias.name}" in self.modules for alias in node.names)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -43,11 +44,7 @@ def percentile(samples: Sequence[float], percent: float) -> float:
     """
     if not samples or not 0 <= percent <= 100:
         raise ValueError(f"samples, percent: expected samples and 0 to 100; got {percent}")
-    ordered = sorted(samples)
-    place = (len(ordered) - 1) * percent / 100
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+    return float(np.percentile(samples, percent))
 
 
 def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:

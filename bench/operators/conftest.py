@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -78,10 +77,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             "kind": "operators",
             "title": "Operators",
             **devices.describe(run.device),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "date": evidence.now(),
             "command": " ".join(["pytest bench/operators", *chosen, f"--rows {path.name}"]),
-            "kernels_sha256": run.kernels_sha256,
-            "kernels_scope": run.kernels_scope,
+            **run.kernels,
             "gpu_state": devices.gpu_query(run.device, "clocks.sm,clocks.mem,power.draw"),
             "ceilings": asdict(run.measured_ceilings()),
             "rows": run.rows,

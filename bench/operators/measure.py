@@ -193,9 +193,7 @@ def _step(function: Function, call: Call, backward: bool) -> Callable[[], Any]:
 
 
 def rounds(
-    prepared: Mapping[str, Prepared],
-    count: int,
-    enough: Callable[[int], bool] = lambda _: False,
+    prepared: Mapping[str, Prepared], count: int, enough: Callable[[int], bool] = lambda _: False
 ) -> dict[str, list[float]]:
     """Seconds a call of every contender, in interleaved rounds."""
     steps = [lambda _, each=each: each.sample() for each in prepared.values()]

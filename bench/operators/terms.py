@@ -30,8 +30,7 @@ class Run:
     ceilings: measure.Ceilings | None = None
 
     def __post_init__(self) -> None:
-        self.kernels_scope = evidence.scope_of(self.device.type, int8=True)
-        self.kernels_sha256 = evidence.kernels_sha256(scope=self.kernels_scope)  # as it begins
+        self.kernels = evidence.kernels(self.device.type, int8=True)  # as it begins
 
     def measured_ceilings(self) -> measure.Ceilings:
         """The device's, measured when first asked for."""
@@ -41,11 +40,8 @@ class Run:
 
     def finish(self) -> None:
         """Measure the ceilings once more: a ceiling is the best seen, early or late in the run."""
-        early, late = (
-            self.measured_ceilings(),
-            measure.measure_ceilings(self.device, self.dtype),
-        )
-        self.ceilings = early.best(late)
+        early = self.measured_ceilings()
+        self.ceilings = early.best(measure.measure_ceilings(self.device, self.dtype))
         for row in (row for row in self.rows if row["share"] is not None):
             row["share"] = self.ceilings.seconds(row["bytes"], row["flops"]) / row["seconds"]
 

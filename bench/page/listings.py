@@ -14,18 +14,27 @@ Row = dict[str, Any]
 Stale = Callable[[Row], bool]
 
 
-def _state(stale: Stale) -> Callable[[Row], str]:
-    return lambda row: "stale" if stale(row) else "as measured"
+PEAK_MB = Column("peak\nMB", lambda row: row["memory_bytes"] and row["memory_bytes"] / 1e6)
+
+
+def _named(*keys: str) -> list[Column]:
+    """Columns whose heads are the fields that they show."""
+    return [keyed(key, key) for key in keys]
+
+
+def _state(stale: Stale) -> list[Column]:
+    """Whether a row still holds, and the command that makes it anew."""
+    return [
+        Column("state", lambda row: "stale" if stale(row) else "as measured"),
+        Column("run again", lambda row: row["command"], code=True),
+    ]
 
 
 def models(rows: Sequence[Row], stale: Stale) -> str:
     """Evidence rows of throughput: of inference, or of training steps."""
     columns = [
         Column("network", _taught),
-        keyed("contender", "contender"),
-        keyed("protocol", "protocol"),
-        keyed("dtype", "dtype"),
-        keyed("batch", "batch"),
+        *_named("contender", "protocol", "dtype", "batch"),
         Column("images/s", pictures.speed),
         keyed("first\nquartile", "img_per_s_low"),
         keyed("third\nquartile", "img_per_s_high"),
@@ -33,12 +42,11 @@ def models(rows: Sequence[Row], stale: Stale) -> str:
         keyed("GFLOP\nan image", "gflop_per_image"),
         keyed("GFLOP/s", "gflop_per_s"),
         Column("% of the\npeak", _of_peak),
-        Column("peak\nMB", lambda row: row["memory_bytes"] and row["memory_bytes"] / 1e6),
+        PEAK_MB,
         Column("params, M", lambda row: row.get("parameters") and row["parameters"] / 1e6),
         keyed("top-1, %\nquoted", "quoted_top1", quoted=True),
         Column("V100 img/s\nquoted", _v100, quoted=True),
-        Column("state", _state(stale)),
-        Column("run again", lambda row: row["command"], code=True),
+        *_state(stale),
     ]
     return html.table(columns, rows, stale)
 
@@ -52,17 +60,13 @@ def latencies(rows: Sequence[Row], stale: Stale) -> str:
     """Evidence rows of single calls: the middle and the tail."""
     at = lambda percent: lambda row: 1e3 * timing.percentile(row["seconds"], percent)
     columns = [
-        keyed("network", "network"),
-        keyed("contender", "contender"),
-        keyed("dtype", "dtype"),
-        keyed("batch", "batch"),
+        *_named("network", "contender", "dtype", "batch"),
         Column("p50, ms", at(50)),
         Column("p99, ms", at(99)),
         Column("images/s\nat p50", pictures.speed),
         keyed("calls", "n"),
-        Column("peak\nMB", lambda row: row["memory_bytes"] and row["memory_bytes"] / 1e6),
-        Column("state", _state(stale)),
-        Column("run again", lambda row: row["command"], code=True),
+        PEAK_MB,
+        *_state(stale),
     ]
     return html.table(columns, sorted(rows, key=lambda row: (row["network"], row["batch"])), stale)
 
@@ -83,8 +87,7 @@ def operators(document: Row) -> str:
     """Every timed operator of a document."""
     columns = [
         Column("operator", lambda row: f"{row['arch']} {row['operator']}"),
-        keyed("direction", "direction"),
-        keyed("contender", "contender"),
+        *_named("direction", "contender"),
         Column("µs", lambda row: 1e6 * row["seconds"]),
         Column("PyTorch's best\nover this", lambda row: row["ratio"]),
         keyed("95 %\nfrom", "ratio_low"),
@@ -113,8 +116,7 @@ def runs(results: Sequence[Row], stale: Stale) -> str:
         keyed("file", "file"),
         Column("date (UTC)", lambda row: row["date"][:16].replace("T", " ")),
         keyed("rows", "rows"),
-        Column("state", _state(lambda line: line["stale"])),
-        Column("run again", lambda row: row["command"], code=True),
+        *_state(lambda line: line["stale"]),
     ]
     return html.table(columns, lines, lambda line: line["stale"])
 

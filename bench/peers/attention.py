@@ -66,7 +66,9 @@ def _build(problem: Problem, load: Callable[[], Attend], distribution: str) -> B
     return Built(module, f"{distribution} {importlib.metadata.version(distribution)}, eager")
 
 
-def _peer(name: str, load: Callable[[], Attend], package: str, install: str, **more: Any) -> Peer:
+def _peer(
+    name: str, load: Callable[[], Attend], package: str, install: str = "", **more: Any
+) -> Peer:
     build = functools.partial(_build, load=load, distribution=more.get("distribution", name))
     return Peer(
         name, f"eager, {name}", build, (package,), install, devices=("cuda",), dtypes=HALVES
@@ -74,7 +76,7 @@ def _peer(name: str, load: Callable[[], Attend], package: str, install: str, **m
 
 
 PEERS = (
-    _peer("xformers", _xformers, "xformers", "pip install xformers"),
+    _peer("xformers", _xformers, "xformers"),
     _peer("flash-attn", _flash_attn, "flash_attn", "pip install flash-attn --no-build-isolation"),
     _peer(
         "flash-attn-3",

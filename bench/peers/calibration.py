@@ -5,6 +5,7 @@ Ranges of activations taken from noise would flatter nobody: noise has no flat s
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,18 +13,23 @@ from torch import Tensor
 from deit.data.images import normalise
 
 
-def photographs(size: int, count: int, seed: int = 0) -> tuple[Tensor, str]:
-    """`count` square crops, [count, 3, size, size] fp32 normalised, and a word on their source.
-
-    Crops of 30 to 100 % of the short side, half of them mirrored; the same for a seed.
-    """
+def shipped() -> list[np.ndarray]:
+    """The whole photographs, [H, W, 3] uint8."""
     import skimage.data
     import sklearn.datasets
 
     names = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field")
     arrays = [getattr(skimage.data, name)() for name in names]
     arrays += sklearn.datasets.load_sample_images().images
-    sources = [torch.tensor(array).permute(2, 0, 1)[:3] for array in arrays]
+    return [array[..., :3] for array in arrays]
+
+
+def photographs(size: int, count: int, seed: int = 0) -> tuple[Tensor, str]:
+    """`count` square crops, [count, 3, size, size] fp32 normalised, and a word on their source.
+
+    Crops of 30 to 100 % of the short side, half of them mirrored; the same for a seed.
+    """
+    sources = [torch.tensor(array).permute(2, 0, 1) for array in shipped()]
     generator = torch.Generator().manual_seed(seed)
     crops = [_crop(sources[i % len(sources)], size, generator) for i in range(count)]
     what = f"{count} crops of {len(sources)} photographs (scikit-image, scikit-learn)"

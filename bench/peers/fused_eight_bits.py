@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -24,24 +25,9 @@ def _lacking_fp8() -> str:
     return "; ".join(fp8.why_not(torch.device("cuda", torch.cuda.current_device())))
 
 
-PEERS = (
-    Peer(
-        "fused-int8",
-        "fused int8",
-        functools.partial(_build, dtype="int8"),
-        _PHOTOGRAPHS,
-        _INSTALL,
-        precision="int8",
-    ),
-    Peer(
-        "fused-fp8",
-        "fused fp8",
-        functools.partial(_build, dtype="fp8"),
-        _PHOTOGRAPHS,
-        _INSTALL,
-        precision="fp8",
-        devices=("cuda",),
-        dtypes=ALL,
-        also=_lacking_fp8,
-    ),
-)
+def _peer(kind: str, **where: Any) -> Peer:
+    build = functools.partial(_build, dtype=kind)
+    return Peer(f"fused-{kind}", f"fused {kind}", build, _PHOTOGRAPHS, _INSTALL, kind, **where)
+
+
+PEERS = (_peer("int8"), _peer("fp8", devices=("cuda",), dtypes=ALL, also=_lacking_fp8))

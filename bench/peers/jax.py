@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import deit
-from peers.peer import ALL, Built, Peer, Problem
+from peers.peer import ALL, ANYWHERE, Built, Peer, Problem
 
 
 def _import(threads: int) -> Any:
@@ -130,7 +130,7 @@ PEERS = (
         _build,
         ("jax",),
         "pip install jax, for CUDA 'jax[cuda13]'",
-        devices=("cpu", "cuda"),
+        devices=ANYWHERE,
         dtypes=ALL,
         counted=False,
     ),

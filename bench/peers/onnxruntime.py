@@ -42,13 +42,5 @@ def _build(problem: Problem) -> Built:
     return Built(call, about)
 
 
-PEERS = (
-    Peer(
-        "onnxruntime",
-        "ONNX Runtime",
-        _build,
-        ("onnxruntime", "onnx", "onnxscript"),
-        "pip install onnxruntime onnx onnxscript",
-        counted=False,
-    ),
-)
+_PACKAGES = ("onnxruntime", "onnx", "onnxscript")
+PEERS = (Peer("onnxruntime", "ONNX Runtime", _build, _PACKAGES, counted=False),)

@@ -72,7 +72,7 @@ def _int8(problem: Problem) -> Built:
 
 
 PEERS = (
-    Peer("openvino", "OpenVINO", _fp32, ("openvino",), "pip install openvino", counted=False),
+    Peer("openvino", "OpenVINO", _fp32, ("openvino",), counted=False),
     Peer(
         "openvino-int8",
         "OpenVINO int8",

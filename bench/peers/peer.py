@@ -21,6 +21,7 @@ Call = Callable[[Tensor], Tensor]
 FP32 = (torch.float32,)
 HALVES = (torch.float16, torch.bfloat16)
 ALL = (*FP32, *HALVES)
+ANYWHERE = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ class Peer:
 
     name: on the command line; how: in tables and evidence.
     build: makes it for a problem, apart from timing; what it raises is reported.
-    packages: what must be installed; install: the command that does so.
+    packages: what must be installed; install: the command that does so, where it is not pip's with
+    these very names.
     precision: "dtype" where logits may differ by that dtype's rounding; more by "int8" and "fp8".
     devices, dtypes: where it runs, and at what dtype of the whole comparison.
     compile_mode: of torch.compile, for those peers that are it.
@@ -117,7 +119,8 @@ class Peer:
         """Why it cannot run here on these terms, with what would help; "" where it can."""
         missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
         if missing:
-            return f"{', '.join(missing)} not installed: {self.install}"
+            install = self.install or f"pip install {' '.join(self.packages)}"
+            return f"{', '.join(missing)} not installed: {install}"
         if train and not self.trains:
             return "it is for inference"
         if device not in self.devices:

@@ -5,7 +5,7 @@ In evaluation its nn.MultiheadAttention takes PyTorch's fused path. It has not r
 
 from __future__ import annotations
 
-from peers.peer import ALL, Built, Peer, Problem, one_headed, renamed
+from peers.peer import ALL, ANYWHERE, Built, Peer, Problem, one_headed, renamed
 
 
 def _build(problem: Problem) -> Built:
@@ -31,12 +31,6 @@ def _build(problem: Problem) -> Built:
 
 PEERS = (
     Peer(
-        "torchvision",
-        "torchvision eager",
-        _build,
-        ("torchvision",),
-        "pip install torchvision",
-        devices=("cpu", "cuda"),
-        dtypes=ALL,
+        "torchvision", "torchvision eager", _build, ("torchvision",), devices=ANYWHERE, dtypes=ALL
     ),
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 
-from peers.peer import ALL, HALVES, Built, Peer, Problem, one_headed, renamed
+from peers.peer import ALL, ANYWHERE, HALVES, Built, Peer, Problem, one_headed, renamed
 
 
 def _build(problem: Problem, attention: str) -> Built:
@@ -54,8 +54,7 @@ PEERS = (
         "transformers eager",
         functools.partial(_build, attention="sdpa"),
         ("transformers",),
-        "pip install transformers",
-        devices=("cpu", "cuda"),
+        devices=ANYWHERE,
         dtypes=ALL,
     ),
     _flash(2, "flash_attn", "pip install flash-attn --no-build-isolation"),

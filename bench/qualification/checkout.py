@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def importable() -> None:
-    """Put this checkout's packages, bench/ and the tests' oracle in front of any installed."""
-    for folder in (ROOT, ROOT / "tests", ROOT / "bench"):
+    """Put this checkout's packages and bench/ in front of any installed."""
+    for folder in (ROOT, ROOT / "bench"):
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
 

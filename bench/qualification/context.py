@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -187,26 +186,18 @@ def facts(context: Context) -> dict[str, Any]:
     import torch
 
     import evidence
+    from evidence import devices
 
-    try:
-        import triton
-    except ImportError:
-        triton = None
     device, driver = platform.processor() or platform.machine(), None
     if not context.dry:
-        from evidence import devices
-
         device = torch.cuda.get_device_name(context.device)
         driver = devices.gpu_query(context.device, "driver_version")
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": evidence.now(),
         "command": context.command,
         "device": device,
         "driver": driver,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": triton.__version__ if triton else None,
+        **devices.versions(),
         "interpreted": os.environ.get("TRITON_INTERPRET", "0") == "1",
         "kernels_sha256": evidence.kernels_sha256(),
     }

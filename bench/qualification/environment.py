@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from qualification.context import Context, facts
 
 PACKAGES = ("numpy", "rich", "timm", "torchvision", "transformers", "tyro")
 TOOLS = ("nvcc", "ninja", "c++", "compute-sanitizer", "ncu")
+GPU_STATE = "name,clocks.sm,clocks.mem,power.draw,temperature.gpu"
 
 
 def environment(context: Context) -> None:
@@ -20,6 +20,8 @@ def environment(context: Context) -> None:
     import importlib.metadata
 
     import torch
+
+    from evidence import devices
 
     if not context.dry and not torch.cuda.is_available():
         context.fail("torch sees no GPU; --dry-run tries the stages on the CPU")
@@ -44,7 +46,7 @@ def environment(context: Context) -> None:
         cores=os.cpu_count(),
         packages=packages,
         tools={tool: bool(find_tool(tool)) for tool in TOOLS},
-        nvidia_smi=_nvidia_smi(),
+        nvidia_smi=devices.gpu_query(context.device, GPU_STATE),
     )
     given = facts(context)
     context.note(f"{given['device']}, driver {given['driver']}, torch {given['torch']}, "
@@ -55,19 +57,6 @@ def find_tool(name: str) -> str | None:
     """A program on PATH or among the CUDA toolkit's."""
     beside = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / name
     return shutil.which(name) or (str(beside) if beside.is_file() else None)
-
-
-def _nvidia_smi() -> str | None:
-    if not shutil.which("nvidia-smi"):
-        return None
-    query = "name,clocks.sm,clocks.mem,power.draw,temperature.gpu"
-    answer = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return answer.stdout.strip() or None
 
 
 def build(context: Context) -> None:

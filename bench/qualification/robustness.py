@@ -47,7 +47,7 @@ def each(
             for impl in IMPLEMENTATIONS:
                 if context.left() < 0:
                     context.skip(f"{operator}: no time for {name}")
-                elif _runs(context, operator, impl):
+                elif not _call(context, operator).reasons(impl):
                     label = f"{impl} {operator}, {name}"
                     if context.attempt(label, functools.partial(check, context, operator, impl)):
                         context.row(check=name, impl=impl, operator=operator, passed=True)
@@ -63,10 +63,6 @@ def _call(context: Context, operator: str, number: int = 0) -> Any:
     dtype = torch.float32 if context.dry else torch.bfloat16
     draw = calls.Draw(dtype=dtype, device=context.device, number=number)
     return calls.build(operator, draw, size)
-
-
-def _runs(context: Context, operator: str, impl: str) -> bool:
-    return not _call(context, operator).reasons(impl)
 
 
 def evaluate(call: Any, impl: str, inputs: dict[str, Any], backward: bool) -> list[Any]:
@@ -141,14 +137,12 @@ def _layouts(context: Context, operator: str, impl: str) -> None:
         found = evaluate(call, impl, inputs, backward)
         for index, (ours, theirs, best) in enumerate(zip(found, plain, exact, strict=True)):
             got, base = oracle.errors(ours, best), oracle.errors(theirs, best)
-            spare = oracle.floor(ours.dtype, best.cpu())
-            for kind in ("norm", "maximum"):
-                limit = oracle.FACTOR * getattr(base, kind) + getattr(spare, kind)
-                if getattr(got, kind) > limit:
-                    raise AssertionError(
-                        f"{name}: result {index}, {kind} error {getattr(got, kind):.3g} above "
-                        f"{limit:.3g}"
-                    )
+            error = oracle.Measured(got, base, oracle.floor(ours.dtype, best.cpu()))
+            if error.used > 1:
+                raise AssertionError(
+                    f"{name}: result {index}, errors {got} (PyTorch's {base}), {error.used:.2f} of "
+                    "what the rule allows"
+                )
         del found
     if context.device.type == "cuda":
         torch.cuda.synchronize()
@@ -176,6 +170,7 @@ def _graph(context: Context, operator: str, impl: str) -> None:
     import torch
 
     import deit.kernels
+    from operators import measure
 
     call, other = _call(context, operator), _call(context, operator, number=5)
     run = call.function(impl)
@@ -190,8 +185,7 @@ def _graph(context: Context, operator: str, impl: str) -> None:
     with torch.no_grad():
         expected = run(other.inputs)
     torch.cuda.synchronize()
-    as_list = lambda found: [found] if isinstance(found, torch.Tensor) else list(found)
-    _same(context, as_list(expected), as_list(captured), "a replayed graph")
+    _same(context, measure.outputs(expected), measure.outputs(captured), "a replayed graph")
 
 
 # Operator -> (tokens, D), at the batch that puts its largest tensor past 2**31 elements.
@@ -204,6 +198,7 @@ def _large(context: Context, operator: str, impl: str) -> None:
     import torch
 
     from deit.kernels.prove import calls
+    from operators import measure
 
     tokens, dim = LARGE[operator]
     largest = {"attention": 3 * tokens * dim, "patch_embed": 3 * 224 * 224}
@@ -218,14 +213,15 @@ def _large(context: Context, operator: str, impl: str) -> None:
             inputs = {n: t[part] if t.shape[0] == batch else t for n, t in call.inputs.items()}
             small = {n: t.clone() for n, t in inputs.items()}
             run = call.function(impl)
-            whole, alone = (
-                [r] if isinstance(r, torch.Tensor) else list(r)
-                for r in (run(call.inputs), run(small))
-            )
+            whole, alone = (measure.outputs(run(given)) for given in (call.inputs, small))
             for index, (a, b) in enumerate(zip(whole, alone, strict=True)):
                 # Another batch may take other tiles: equal but for the last bit's rounding.
                 torch.testing.assert_close(a[part], b, rtol=2e-2, atol=2e-2, msg=f"result {index}")
             del whole, alone
+
+
+MEMCHECK = ("--tool", "memcheck", "--error-exitcode", "99",
+            "--target-processes", "application-only")  # fmt: skip
 
 
 def sanitizer(context: Context) -> None:
@@ -243,25 +239,13 @@ def sanitizer(context: Context) -> None:
         context.skip("compute-sanitizer: absent")
         return
     # Each tensor is an allocation of its own, so that a step past its end is seen.
-    context.fan_out(
-        calls.operators(),
-        [
-            tool,
-            "--tool",
-            "memcheck",
-            "--error-exitcode",
-            "99",
-            "--target-processes",
-            "application-only",
-        ],
-        PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-    )
+    context.fan_out(calls.operators(), [tool, *MEMCHECK], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     unable = [text for text in context.failures if "Device not supported" in text]
     if unable:
         context.failures = [text for text in context.failures if text not in unable]
         context.skip("compute-sanitizer: it does not support this device")
-    logs = context.partial.parent.glob("sanitizer.*.log")
-    for log in logs:  # the whole report, for whoever has to find the access
+    # The whole report, for whoever has to find the access.
+    for log in context.partial.parent.glob("sanitizer.*.log"):
         if "Invalid" in log.read_text(encoding="utf-8", errors="replace"):
             shutil.copy(log, context.out / log.name)
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import TextIO
+from typing import TextIO, TypeVar
 
+import torch
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from deit.training.progress import human
+from race import compiling
+
+T = TypeVar("T")
 
 
 def process_start() -> float:
@@ -64,12 +69,7 @@ class Progress:
             self.live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.live:
             self.step = ""
             self.live.stop()
@@ -114,3 +114,20 @@ class Progress:
         if self.finish is not None:
             text += f", {self.bound} {human(self.finish - time.perf_counter())} left"
         return Text(f"{text}] {self.step}" + (f" ({self.detail})" if self.detail else ""))
+
+
+def attempt(work: Callable[[Progress], T], title: str) -> T | None:
+    """What `work` returns; None, with a line that says why, where it fails or runs out of time."""
+    with Progress(time.perf_counter()) as progress:
+        progress.say(title)
+        try:
+            return work(progress)
+        except compiling.OutOfTime:
+            compiling.abandon()
+            progress.say(f"{title}: given up, {progress.elapsed():.0f} s passed")
+        except Exception as error:  # what is tried next may do better
+            progress.say(f"{title}: {type(error).__name__}: {str(error)[:300]}")
+        finally:
+            torch._dynamo.reset()
+            gc.collect()
+    return None

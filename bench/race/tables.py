@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 import evidence
@@ -60,16 +59,26 @@ def gflop(contender: Contender, train: bool) -> float:
     return contender.network.flops * (TRAINING_FLOPS if train else 1) / 1e9
 
 
+def empty(*columns: Column | str) -> Table:
+    """A table with these columns and no rows yet; a head alone makes a column of numbers."""
+    made = (Column(c, justify="right") if isinstance(c, str) else c for c in columns)
+    return Table(*made, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+
+
+def quoted_numbers(head: str) -> Column:
+    """A column of the paper's numbers."""
+    return Column(head, justify="right", style="dim")
+
+
 def table(race: Race) -> Table:
     """One row a contender, 78 columns wide at most."""
     paper = race.settings.protocol == "deit2021"
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    shown.add_column("measured", overflow="fold", max_width=25)
-    shown.add_column("img/s\nmean of runs" if paper else "img/s\nquartiles", justify="right")
-    for head in ("ms per\nimage", "GFLOP/s", "% of\npeak", "peak\nMB"):
-        shown.add_column(head, justify="right")
-    shown.add_column("quoted\ntop-1", justify="right", style="dim")
-    shown.add_column("quoted\nV100 img/s", justify="right", style="dim")
+    shown = empty(
+        Column("measured", overflow="fold", max_width=25),
+        "img/s\nmean of runs" if paper else "img/s\nquartiles",
+        *("ms per\nimage", "GFLOP/s", "% of\npeak", "peak\nMB"),
+        *map(quoted_numbers, ("quoted\ntop-1", "quoted\nV100 img/s")),
+    )
     for contender in race.finalists:
         speed = speeds(contender)
         rate = speed.mean if paper else speed.median
@@ -94,10 +103,8 @@ def table(race: Race) -> Table:
 
 def latencies(race: Race) -> Table:
     """One row a contender: the middle and the tail of single calls, in milliseconds."""
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    shown.add_column("measured", overflow="fold", max_width=40)
-    for head in ("p50, ms", "p99, ms", "quartiles, ms", "calls", "peak MB"):
-        shown.add_column(head, justify="right")
+    numbers = ("p50, ms", "p99, ms", "quartiles, ms", "calls", "peak MB")
+    shown = empty(Column("measured", overflow="fold", max_width=40), *numbers)
     for contender in race.finalists:
         times = [1e3 * seconds for seconds in contender.samples]
         middle, memory = spread(times), contender.memory_bytes
@@ -218,7 +225,7 @@ def photo_lines(label: str, photos: Photographs) -> list[str]:
 def rows(
     race: Race,
     facts: Mapping[str, Any],
-    arguments: Sequence[str],
+    arguments: Sequence[str] | None,
     photographs: Mapping[str, Photographs],
     script: str = "throughput.py",
 ) -> list[dict[str, Any]]:
@@ -227,7 +234,7 @@ def rows(
     common = {
         **facts,
         "schema": evidence.SCHEMA,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": evidence.now(),
         "command": evidence.command_line(arguments, script),
         "protocol": s.protocol,
         "mode": "training" if s.train else "latency" if s.latency else "inference",

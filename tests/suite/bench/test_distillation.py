@@ -9,6 +9,7 @@ import pytest
 import tyro
 
 import distillation
+import evidence
 import report
 from deit.commands.cli import Command
 from page import distillation as drawing
@@ -201,5 +202,5 @@ def test_losses_of_two_precisions_are_drawn_over_each_other(document, width):
 
 
 def test_the_committed_result_has_its_picture():
-    found = report.load([report.RESULTS / "distillation.json"])
+    found = report.load([evidence.RESULTS / "distillation.json"])
     assert "distillation" in [picture.name for picture in report.drawn(found)]

@@ -25,7 +25,7 @@ def test_pytorch_is_as_accurate_as_itself(family):
     for operator in calls.operators(softmax=family == "one_hot"):
         call = numerics.draw(operator, family, torch.float32)
         backward = bool(call.gradients)
-        rows = numerics.compare(call, "reference", "fp32", family, backward)
+        rows = numerics.compare([call], "reference", "fp32", family, backward)
         gradients = [row.quantity for row in rows if row.quantity.startswith("d ")]
         assert gradients == [f"d {name}" for name in call.gradients]
         assert all(row.norm == row.torch_norm and row.used <= 0.8 for row in rows)
@@ -45,7 +45,7 @@ def test_an_error_is_found(quantity, monkeypatch):
         return right(x, *args, impl="reference", **kwargs)
 
     monkeypatch.setattr(deit.kernels, "layer_norm", wrong)
-    rows = numerics.compare(_call("layer_norm"), "triton", "fp32", "random", backward=True)
+    rows = numerics.compare([_call("layer_norm")], "triton", "fp32", "random", backward=True)
     above = [row.quantity for row in rows if row.used > 1]
     assert quantity in above
     if quantity == "d x":
@@ -54,7 +54,7 @@ def test_an_error_is_found(quantity, monkeypatch):
 
 
 def test_the_table_has_a_line_for_every_quantity():
-    rows = numerics.compare(_call("add_layer_norm"), "reference", "fp32", "random", True)
+    rows = numerics.compare([_call("add_layer_norm")], "reference", "fp32", "random", True)
     shown = numerics.table(rows, "reference", "fp32")
     assert shown.row_count == len(rows) == 2 + 5
     assert list(shown.columns[2].cells) == ["1.00 1.00"] * 7
