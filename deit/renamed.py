@@ -71,4 +71,4 @@ class _Finder:
 def find_by_old_names() -> None:
     """Have the import system ask here when no other finder knows a name."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())  # type: ignore[arg-type]
+        sys.meta_path.append(_Finder())
