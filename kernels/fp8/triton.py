@@ -6,6 +6,8 @@ reads it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,22 +20,9 @@ from deit.kernels.fp8.quantize import E4M3, GROUP, quantize
 from deit.kernels.fp8.triton_product import Weight
 
 
-def fp8_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    gelu: bool,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-) -> Tensor:
+def fp8_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     """`deit.kernels.fp8_linear`; x and residual as `linear` takes them (`common.as_rows`)."""
-    made = kept(weight)
-    return _linear(
-        x, made.e4m3, made.scales, bias, norm_weight, norm_bias, eps, gelu, residual, gamma
-    )
+    return _linear(x, *kept(weight), *rest)
 
 
 @launching.kept
@@ -56,21 +45,9 @@ def _linear(
     return out
 
 
-def fp8_gelu_mlp(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-) -> Tensor:
+def fp8_gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, *rest: Any) -> Tensor:
     """`deit.kernels.fp8_gelu_mlp`; the hidden layer is in memory as e4m3, 1 byte a channel."""
-    first, second = (*kept(w1), b1), (*kept(w2), b2)
-    return _gelu_mlp(x, *first, *second, norm_weight, norm_bias, eps, residual, gamma)
+    return _gelu_mlp(x, *kept(w1), b1, *kept(w2), *rest)
 
 
 @launching.kept
