@@ -40,10 +40,7 @@ def attention(
     Copied is only a qkv whose last axis is not contiguous; its other strides are used as
     they are.
     """
-    (out, _), launch = plan(qkv, num_heads, scale, key_bias, config=config)
-    if launch is not None:
-        launch.run(qkv)
-    return out
+    return common.written(plan(qkv, num_heads, scale, key_bias, config=config), qkv)[0]
 
 
 @launching.kept
@@ -57,10 +54,9 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """(`attention`, lse): lse [B, H, N] in fp32 is the natural log of each query's sum of
     exp(score), -inf for a query with no key left."""
-    (out, lse), launch = plan(qkv, num_heads, scale, key_bias, save_lse=True, config=config)
+    planned = plan(qkv, num_heads, scale, key_bias, save_lse=True, config=config)
+    out, lse = common.written(planned, qkv)
     assert lse is not None
-    if launch is not None:
-        launch.run(qkv)
     return out, lse
 
 

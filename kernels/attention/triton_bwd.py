@@ -54,10 +54,8 @@ def attention_bwd(
     dout may have any strides; it is copied where its last axis is not contiguous (the expanded
     gradient of a sum) or, with tensor copies, where no descriptor can be made of it.
     """
-    dqkv, launches = plan(dout, qkv, out, lse, num_heads, scale, key_bias, config=config)
-    for launch in launches:
-        launch.run(qkv)
-    return dqkv
+    planned = plan(dout, qkv, out, lse, num_heads, scale, key_bias, config=config)
+    return common.written(planned, qkv)
 
 
 def plan(

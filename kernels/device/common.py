@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -18,6 +18,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from deit.kernels.device import chips, interpreter, launching
 
 interpreter.mend()
+
+T = TypeVar("T")
 
 # The interpreter stands for a Hopper GPU, so that it runs the descriptor forms, and has few
 # "multiprocessors", so that its persistent programs meet several tiles each.
@@ -52,6 +54,14 @@ class Launch:
             num_stages=self.num_stages,
             **self.options,
         )
+
+
+def written(planned: tuple[T, Launch | Sequence[Launch] | None], like: Tensor) -> T:
+    """What a plan is to write, once its launches have run, in order, on the device of `like`."""
+    outputs, launches = planned
+    for launch in (launches,) if isinstance(launches, Launch) else launches or ():
+        launch.run(like)
+    return outputs
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

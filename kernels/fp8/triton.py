@@ -41,8 +41,8 @@ def _linear(
     out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
     rows = _rows(x, norm_weight, norm_bias, eps)
     weights, activation = Weight(weight, weight_scales), "gelu" if gelu else None
-    _run(fp8_product.plan(rows, weights, bias, activation, residual, gamma, out), x)
-    return out
+    launch = fp8_product.plan(rows, weights, bias, activation, residual, gamma, out)
+    return common.written((out, launch), x)
 
 
 def fp8_gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, *rest: Any) -> Tensor:
@@ -67,11 +67,9 @@ def _gelu_mlp(
 ) -> Tensor:
     out = torch.empty((*x.shape[:-1], w2.shape[0]), dtype=x.dtype, device=x.device)
     rows = _rows(x, norm_weight, norm_bias, eps)
-    hidden, launch = fp8_product.plan_hidden(rows, Weight(w1, w1_scales), b1)
-    _run(launch, x)
-    weights = Weight(w2, w2_scales)
-    _run(fp8_product.plan(hidden, weights, b2, None, residual, gamma, out), x)
-    return out
+    hidden = common.written(fp8_product.plan_hidden(rows, Weight(w1, w1_scales), b1), x)
+    launch = fp8_product.plan(hidden, Weight(w2, w2_scales), b2, None, residual, gamma, out)
+    return common.written((out, launch), x)
 
 
 def kept(weight: Tensor) -> Weight:
@@ -90,11 +88,4 @@ def _rows(
     x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
 ) -> fp8_rows.Rows:
     norm = None if norm_weight is None else fp8_rows.Norm(norm_weight, norm_bias, eps)
-    rows, launch = fp8_rows.plan(x, norm)
-    _run(launch, x)
-    return rows
-
-
-def _run(launch: common.Launch | None, like: Tensor) -> None:
-    if launch is not None:
-        launch.run(like)
+    return common.written(fp8_rows.plan(x, norm), x)

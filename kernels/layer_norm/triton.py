@@ -35,10 +35,8 @@ def layer_norm(
 
     dtype: of the output, x's by default.
     """
-    (out, *_), launch = plan_layer_norm(x, weight, bias, eps, dtype=dtype, config=config)
-    if launch is not None:
-        launch.run(x)
-    return out
+    planned = plan_layer_norm(x, weight, bias, eps, dtype=dtype, config=config)
+    return common.written(planned, x)[0]
 
 
 @launching.kept
@@ -46,10 +44,7 @@ def layer_norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, ...]:
     """As `layer_norm`; (out, mean, rstd), the statistics fp32 of x.shape[:-1]."""
-    outputs, launch = plan_layer_norm(x, weight, bias, eps, save=True)
-    if launch is not None:
-        launch.run(x)
-    return outputs
+    return common.written(plan_layer_norm(x, weight, bias, eps, save=True), x)
 
 
 @launching.kept
@@ -65,29 +60,15 @@ def add_layer_norm(
     config: layer_norm_tiles.LayerNormConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`deit.kernels.add_layer_norm` on Triton; LN sees the sum before it is rounded."""
-    (out, total, *_), launch = plan_add_layer_norm(
-        x, residual, weight, bias, eps, gamma, keep, config=config
-    )
-    if launch is not None:
-        launch.run(x)
+    planned = plan_add_layer_norm(x, residual, weight, bias, eps, gamma, keep, config=config)
+    out, total, *_ = common.written(planned, x)
     return out, total
 
 
 @launching.kept
-def add_layer_norm_fwd(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    gamma: Tensor | None,
-    keep: Tensor | None,
-) -> tuple[Tensor, ...]:
+def add_layer_norm_fwd(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """As `add_layer_norm`; (out, total, mean, rstd)."""
-    outputs, launch = plan_add_layer_norm(x, residual, weight, bias, eps, gamma, keep, save=True)
-    if launch is not None:
-        launch.run(x)
-    return outputs
+    return common.written(plan_add_layer_norm(x, *rest, save=True), x)
 
 
 def plan_layer_norm(

@@ -11,6 +11,7 @@ For a whole block (vit_block.py) the same kernel also writes the row statistics 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -40,10 +41,8 @@ def linear(
     x, weight and residual are made contiguous in their last axis where they are not; other
     strides are used as they are (see `common.as_rows`).
     """
-    out, launch = plan(x, weight, bias, activation, residual, gamma, keep, config=config)
-    if launch is not None:
-        launch.run(x)
-    return out
+    planned = plan(x, weight, bias, activation, residual, gamma, keep, config=config)
+    return common.written(planned, x)
 
 
 @launching.kept
@@ -64,20 +63,9 @@ def linear_fwd(
     """
     needed = activation is not None or gamma is not None
     affine = x.new_empty((*x.shape[:-1], weight.shape[0]) if needed else (0,))
-    out, launch = plan(
-        x,
-        weight,
-        bias,
-        activation,
-        residual,
-        gamma,
-        keep,
-        affine=affine if needed else None,
-        config=config,
-    )
-    if launch is not None:
-        launch.run(x)
-    return out, affine
+    options: dict[str, Any] = {"affine": affine if needed else None, "config": config}
+    planned = plan(x, weight, bias, activation, residual, gamma, keep, **options)
+    return common.written(planned, x), affine
 
 
 def plan(

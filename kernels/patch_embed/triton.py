@@ -36,10 +36,8 @@ def patch_embed(
     config: patch_embed_tiles.PatchEmbedConfig | None = None,
 ) -> Tensor:
     """`deit.kernels.patch_embed` on Triton; images are read at any strides, never copied."""
-    out, launch = plan(images, weight, bias, prefix, pos_embed, config=config)
-    if launch is not None:
-        launch.run(images)
-    return out
+    planned = plan(images, weight, bias, prefix, pos_embed, config=config)
+    return common.written(planned, images)
 
 
 def plan(
