@@ -56,11 +56,12 @@ class Launch:
         )
 
 
-def written(planned: tuple[T, Launch | Sequence[Launch] | None], like: Tensor) -> T:
+def written(planned: tuple[T, Launch | Sequence[Launch | None] | None], like: Tensor) -> T:
     """What a plan is to write, once its launches have run, in order, on the device of `like`."""
     outputs, launches = planned
-    for launch in (launches,) if isinstance(launches, Launch) else launches or ():
-        launch.run(like)
+    for launch in launches if isinstance(launches, Sequence) else (launches,):
+        if launch is not None:
+            launch.run(like)
     return outputs
 
 
@@ -126,6 +127,20 @@ def evenly_spaced(view: Tensor) -> bool:
 def row_strides(view: Tensor | None) -> tuple[int, int]:
     """(outer, inner) strides of what `as_rows` returned; (0, 0) for None."""
     return (0, 0) if view is None else (view.stride(0), view.stride(1))
+
+
+def row_arguments(view: Tensor) -> dict[str, Any]:
+    """The arguments of a kernel that reads the rows x of what `as_rows` returned."""
+    outer, inner, dim = view.shape
+    x_outer, x_inner = row_strides(view)
+    return {
+        "x": view,
+        "rows": outer * inner,
+        "dim": dim,
+        "inner": inner,
+        "x_outer": x_outer,
+        "x_inner": x_inner,
+    }
 
 
 def rows_per_sample(tensor: Tensor) -> int:

@@ -148,14 +148,7 @@ def _statistics_arguments(
 def _row_arguments(
     view: Tensor, dim: int, eps: float, config: layer_norm_tiles.LayerNormConfig
 ) -> dict[str, Any]:
-    x_outer, x_inner = common.row_strides(view)
-    return {
-        "x": view,
-        "rows": view.shape[0] * view.shape[1],
-        "dim": dim,
-        "inner": view.shape[1],
-        "x_outer": x_outer,
-        "x_inner": x_inner,
+    return common.row_arguments(view) | {
         "eps": float(eps),
         "ROWS": config.rows,
         "BLOCK_D": triton.next_power_of_2(dim),

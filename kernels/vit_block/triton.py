@@ -95,9 +95,6 @@ def norm_mlp(
         )
         if planned is not None:
             out, launch = planned
-            if statistics_launch is not None:
-                statistics_launch.run(x)
-            launch.run(x)
-            return out, row_stats
+            return common.written((out, (statistics_launch, launch)), x), row_stats
     hidden = norm_linear(x, norm, w1, b1, "gelu", config=panel)
     return linear_stats(hidden, w2, b2, x, gamma)
