@@ -30,19 +30,14 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @launching.kept
 def attention(
-    qkv: Tensor,
-    num_heads: int,
-    scale: float,
-    key_bias: Tensor | None,
-    *,
-    config: attention_tiles.AttentionConfig | None = None,
+    qkv: Tensor, *rest: Any, config: attention_tiles.AttentionConfig | None = None
 ) -> Tensor:
     """`deit.kernels.attention` on Triton.
 
     Copied is only a qkv whose last axis is not contiguous; its other strides are used as
     they are.
     """
-    return common.written(plan(qkv, num_heads, scale, key_bias, config=config), qkv)[0]
+    return common.written(plan(qkv, *rest, config=config), qkv)[0]
 
 
 @launching.kept

@@ -49,19 +49,10 @@ def layer_norm_fwd(
 
 @launching.kept
 def add_layer_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    gamma: Tensor | None,
-    keep: Tensor | None,
-    *,
-    config: layer_norm_tiles.LayerNormConfig | None = None,
+    x: Tensor, *rest: Any, config: layer_norm_tiles.LayerNormConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """`deit.kernels.add_layer_norm` on Triton; LN sees the sum before it is rounded."""
-    planned = plan_add_layer_norm(x, residual, weight, bias, eps, gamma, keep, config=config)
-    out, total, *_ = common.written(planned, x)
+    out, total, *_ = common.written(plan_add_layer_norm(x, *rest, config=config), x)
     return out, total
 
 

@@ -26,23 +26,14 @@ from deit.kernels.linear.row_stats import STATS_COLUMNS
 
 @launching.kept
 def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-    keep: Tensor | None,
-    *,
-    config: linear_tiles.LinearConfig | None = None,
+    x: Tensor, weight: Tensor, *rest: Any, config: linear_tiles.LinearConfig | None = None
 ) -> Tensor:
-    """`deit.kernels.linear` on Triton.
+    """`deit.kernels.linear` on Triton, by its schema's arguments (`plan`).
 
     x, weight and residual are made contiguous in their last axis where they are not; other
     strides are used as they are (see `common.as_rows`).
     """
-    planned = plan(x, weight, bias, activation, residual, gamma, keep, config=config)
-    return common.written(planned, x)
+    return common.written(plan(x, weight, *rest, config=config), x)
 
 
 @launching.kept
