@@ -8,9 +8,7 @@ from pathlib import Path
 
 import torch
 
-from deit.data.images import (
-    PhotoLoader,
-)
+from deit.data.images import PhotoLoader
 from deit.data.limits import not_regular
 from deit.model import DeiT
 

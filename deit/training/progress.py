@@ -88,11 +88,9 @@ class Pace:
 
     def end(self, loss: float, waited: float) -> float:
         """One update; returns the seconds that this line covers so far."""
-        self.loss, self.updates, self.waited = (
-            self.loss + loss,
-            self.updates + 1,
-            self.waited + waited,
-        )
+        self.loss += loss
+        self.updates += 1
+        self.waited += waited
         return time.perf_counter() - self.since
 
     def row(self) -> dict[str, float]:

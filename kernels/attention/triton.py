@@ -14,6 +14,8 @@ lse would come back an ulp or two off, and at a score of 100 that is an error of
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -28,39 +30,24 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @launching.kept
 def attention(
-    qkv: Tensor,
-    num_heads: int,
-    scale: float,
-    key_bias: Tensor | None,
-    *,
-    config: attention_tiles.AttentionConfig | None = None,
+    qkv: Tensor, *rest: Any, config: attention_tiles.AttentionConfig | None = None
 ) -> Tensor:
     """`deit.kernels.attention` on Triton.
 
     qkv is copied only where its last axis is not contiguous. Its other strides are used as
     they are.
     """
-    (out, _), launch = plan(qkv, num_heads, scale, key_bias, config=config)
-    if launch is not None:
-        launch.run(qkv)
-    return out
+    return common.written(plan(qkv, *rest, config=config), qkv)[0]
 
 
 @launching.kept
 def attention_fwd(
-    qkv: Tensor,
-    num_heads: int,
-    scale: float,
-    key_bias: Tensor | None,
-    *,
-    config: attention_tiles.AttentionConfig | None = None,
+    qkv: Tensor, *rest: Any, config: attention_tiles.AttentionConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """(`attention`, lse): lse [B, H, N] in fp32 is the natural log of each query's sum of
     exp(score), -inf for a query with no key left."""
-    (out, lse), launch = plan(qkv, num_heads, scale, key_bias, save_lse=True, config=config)
+    out, lse = common.written(plan(qkv, *rest, save_lse=True, config=config), qkv)
     assert lse is not None
-    if launch is not None:
-        launch.run(qkv)
     return out, lse
 
 

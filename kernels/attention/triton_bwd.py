@@ -41,12 +41,7 @@ _DELTA_ROWS = 16  # 32 rows of 128 fp32 channels spill 8 bytes on Hopper
 def attention_bwd(
     dout: Tensor,
     qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    num_heads: int,
-    scale: float,
-    key_bias: Tensor | None,
-    *,
+    *rest: Any,
     config: attention_tiles.AttentionBwdConfig | None = None,
 ) -> Tensor:
     """dqkv [B, N, 3 * D] in qkv's dtype, contiguous, from `attention_fwd`'s inputs and outputs.
@@ -54,10 +49,7 @@ def attention_bwd(
     dout may have any strides; it is copied where its last axis is not contiguous (the expanded
     gradient of a sum) or, with tensor copies, where no descriptor can be made of it.
     """
-    dqkv, launches = plan(dout, qkv, out, lse, num_heads, scale, key_bias, config=config)
-    for launch in launches:
-        launch.run(qkv)
-    return dqkv
+    return common.written(plan(dout, qkv, *rest, config=config), qkv)
 
 
 def plan(

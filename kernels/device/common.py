@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -18,6 +18,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from deit.kernels.device import chips, interpreter, launching
 
 interpreter.mend()
+
+T = TypeVar("T")
 
 # The interpreter stands for a Hopper GPU, so that it runs the descriptor forms, and has few
 # "multiprocessors", so that its persistent programs meet several tiles each.
@@ -52,6 +54,15 @@ class Launch:
             num_stages=self.num_stages,
             **self.options,
         )
+
+
+def written(planned: tuple[T, Launch | Sequence[Launch | None] | None], like: Tensor) -> T:
+    """What a plan is to write, once its launches have run, in order, on the device of `like`."""
+    outputs, launches = planned
+    for launch in launches if isinstance(launches, Sequence) else (launches,):
+        if launch is not None:
+            launch.run(like)
+    return outputs
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -116,6 +127,20 @@ def evenly_spaced(view: Tensor) -> bool:
 def row_strides(view: Tensor | None) -> tuple[int, int]:
     """(outer, inner) strides of what `as_rows` returned; (0, 0) for None."""
     return (0, 0) if view is None else (view.stride(0), view.stride(1))
+
+
+def row_arguments(view: Tensor) -> dict[str, Any]:
+    """The arguments of a kernel that reads the rows x of what `as_rows` returned."""
+    outer, inner, dim = view.shape
+    x_outer, x_inner = row_strides(view)
+    return {
+        "x": view,
+        "rows": outer * inner,
+        "dim": dim,
+        "inner": inner,
+        "x_outer": x_outer,
+        "x_inner": x_inner,
+    }
 
 
 def rows_per_sample(tensor: Tensor) -> int:

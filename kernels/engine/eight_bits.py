@@ -1,4 +1,4 @@
-"""What the operators in 8 bits share: schemas, fakes, and their public arguments, checked.
+"""What the operators in 8 bits share: schemas, fakes, references, public arguments, checked.
 
 They stand apart because what holds for every other operator, gradients and the error rule against
 fp64, cannot hold for a product that rounds its factors to 8 bits.
@@ -9,6 +9,9 @@ the floating-point ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch.nn.functional as F
 from torch import Tensor
 
 from deit.kernels.engine import validate
@@ -39,6 +42,60 @@ def fake_linear(x: Tensor, weight: Tensor, *_: object) -> Tensor:
 def fake_mlp(x: Tensor, w1: Tensor, b1: object, w2: Tensor, *_: object) -> Tensor:
     """The fake of MLP."""
     return projected(x, w2.shape[0])
+
+
+# x wT + bias with x and the weight rounded to 8 bits: all that tells one reference from another.
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def linear(
+    product: Product,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    gelu: bool,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+) -> Tensor:
+    """The reference of LINEAR: residual + gamma * act(LN(x) wT + bias)."""
+    y = product(normalised(x, norm_weight, norm_bias, eps), weight, bias)
+    return joined(F.gelu(y) if gelu else y, residual, gamma)
+
+
+def gelu_mlp(
+    product: Product,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+) -> Tensor:
+    """The reference of MLP: residual + gamma * (gelu(LN(x) w1T + b1) w2T + b2)."""
+    hidden = F.gelu(product(normalised(x, norm_weight, norm_bias, eps), w1, b1))
+    return joined(product(hidden, w2, b2), residual, gamma)
+
+
+def normalised(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
+) -> Tensor:
+    """LN(x), or x where there is no weight."""
+    if norm_weight is None:
+        return x
+    return F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
+
+
+def joined(y: Tensor, residual: Tensor | None, gamma: Tensor | None) -> Tensor:
+    """residual + gamma * y."""
+    y = y if gamma is None else y * gamma
+    return y if residual is None else residual + y
 
 
 def linear_arguments(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,13 +159,7 @@ def select_cpu_isa(name: str | None) -> None:
     For tests and measurements: it holds for the whole process, at once. Raises ValueError for a
     set the library does not have, RuntimeError for one this processor does not run.
     """
-    answer = _cpu_library().deit_cpu_select_isa((name or "").encode())
-    if answer == 1:
-        raise ValueError(
-            f"name: expected avx512_bf16, avx512, avx2 or portable, as built; got {name!r}"
-        )
-    if answer == 2:
-        raise RuntimeError(f"this processor does not run {name}")
+    _select(_cpu_library().deit_cpu_select_isa, name, "avx512_bf16, avx512, avx2 or portable")
 
 
 def cpu_int8_isa() -> str:
@@ -177,9 +172,12 @@ def cpu_int8_isa() -> str:
 
 def select_cpu_int8_isa(name: str | None) -> None:
     """As `select_cpu_isa`, for products in 8 bits."""
-    answer = _cpu_library().deit_cpu_select_int8_isa((name or "").encode())
+    _select(_cpu_library().deit_cpu_select_int8_isa, name, "avx512vnni, avxvnni, avx2 or portable")
+
+
+def _select(select: Callable[[bytes], int], name: str | None, known: str) -> None:
+    answer = select((name or "").encode())
     if answer == 1:
-        known = "avx512vnni, avxvnni, avx2 or portable"
         raise ValueError(f"name: expected {known}, as built; got {name!r}")
     if answer == 2:
         raise RuntimeError(f"this processor does not run {name}")

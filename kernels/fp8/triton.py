@@ -6,6 +6,8 @@ reads it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,22 +20,9 @@ from deit.kernels.fp8.quantize import E4M3, GROUP, quantize
 from deit.kernels.fp8.triton_product import Weight
 
 
-def fp8_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    gelu: bool,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-) -> Tensor:
+def fp8_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     """`deit.kernels.fp8_linear`; x and residual as `linear` takes them (`common.as_rows`)."""
-    made = kept(weight)
-    return _linear(
-        x, made.e4m3, made.scales, bias, norm_weight, norm_bias, eps, gelu, residual, gamma
-    )
+    return _linear(x, *kept(weight), *rest)
 
 
 @launching.kept
@@ -52,25 +41,13 @@ def _linear(
     out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
     rows = _rows(x, norm_weight, norm_bias, eps)
     weights, activation = Weight(weight, weight_scales), "gelu" if gelu else None
-    _run(fp8_product.plan(rows, weights, bias, activation, residual, gamma, out), x)
-    return out
+    launch = fp8_product.plan(rows, weights, bias, activation, residual, gamma, out)
+    return common.written((out, launch), x)
 
 
-def fp8_gelu_mlp(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-) -> Tensor:
+def fp8_gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, *rest: Any) -> Tensor:
     """`deit.kernels.fp8_gelu_mlp`; the hidden layer is in memory as e4m3, 1 byte a channel."""
-    first, second = (*kept(w1), b1), (*kept(w2), b2)
-    return _gelu_mlp(x, *first, *second, norm_weight, norm_bias, eps, residual, gamma)
+    return _gelu_mlp(x, *kept(w1), b1, *kept(w2), *rest)
 
 
 @launching.kept
@@ -90,11 +67,9 @@ def _gelu_mlp(
 ) -> Tensor:
     out = torch.empty((*x.shape[:-1], w2.shape[0]), dtype=x.dtype, device=x.device)
     rows = _rows(x, norm_weight, norm_bias, eps)
-    hidden, launch = fp8_product.plan_hidden(rows, Weight(w1, w1_scales), b1)
-    _run(launch, x)
-    weights = Weight(w2, w2_scales)
-    _run(fp8_product.plan(hidden, weights, b2, None, residual, gamma, out), x)
-    return out
+    hidden = common.written(fp8_product.plan_hidden(rows, Weight(w1, w1_scales), b1), x)
+    launch = fp8_product.plan(hidden, Weight(w2, w2_scales), b2, None, residual, gamma, out)
+    return common.written((out, launch), x)
 
 
 def kept(weight: Tensor) -> Weight:
@@ -113,11 +88,4 @@ def _rows(
     x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
 ) -> fp8_rows.Rows:
     norm = None if norm_weight is None else fp8_rows.Norm(norm_weight, norm_bias, eps)
-    rows, launch = fp8_rows.plan(x, norm)
-    _run(launch, x)
-    return rows
-
-
-def _run(launch: common.Launch | None, like: Tensor) -> None:
-    if launch is not None:
-        launch.run(like)
+    return common.written(fp8_rows.plan(x, norm), x)

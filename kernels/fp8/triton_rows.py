@@ -61,7 +61,6 @@ def plan(
     """x [..., K] as `Rows`, unwritten, and the launch that writes them; None for an empty input."""
     dim = x.shape[-1]
     (view,) = common.as_rows(x)
-    x_outer, x_inner = common.row_strides(view)
     rows = view.shape[0] * view.shape[1]
     out = empty(rows, dim, x.device)
     if rows == 0:
@@ -69,16 +68,11 @@ def plan(
     config = config or layer_norm_tiles.layer_norm(common.architecture(x), x.dtype, dim)
     weight, bias, eps = norm or (None, None, 0.0)
     arguments = {
-        "x": view,
+        **common.row_arguments(view),
         **common.contiguous(norm_weight=weight, norm_bias=bias),
         "eps": float(eps),
         "out": out.e4m3,
         "scales": out.scales,
-        "rows": rows,
-        "dim": dim,
-        "inner": view.shape[1],
-        "x_outer": x_outer,
-        "x_inner": x_inner,
         "ROUNDS_FIRST": rounds_first(x),
         "ROWS": config.rows,
         "BLOCK_D": max(GROUP, triton.next_power_of_2(dim)),

@@ -75,17 +75,10 @@ def gelu_mlp(
 
 
 def _limits(
-    implementation: str,
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-    keep: Tensor | None,
+    implementation: str, x: Tensor, w1: Tensor, b1: object, w2: Tensor, *rest: Any
 ) -> list[str]:
     if implementation == "cuda":
+        _, residual, _, keep = rest
         return hopper.limits(x, w1, w2, residual=residual, keep=keep)
     return limits.product_limits(implementation, x, w1, w2)
 

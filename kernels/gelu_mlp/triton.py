@@ -8,6 +8,8 @@ times one, so D is held as three chunks. Elsewhere the MLP is two launches of `l
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,13 +29,10 @@ def gelu_mlp(
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-    keep: Tensor | None,
-    *,
+    *epilogue: Any,
     config: gelu_mlp_tiles.MlpConfig | None = None,
 ) -> Tensor:
-    """`deit.kernels.gelu_mlp` on Triton; strides as for `linear`.
+    """`deit.kernels.gelu_mlp` on Triton; strides, and the epilogue, as for `linear`.
 
     The one-kernel form runs where `gelu_mlp_tiles.gelu_mlp` has an entry (or `config` is given) and
     the tensors are what its descriptors can take: `single_kernel` says.
@@ -41,32 +40,23 @@ def gelu_mlp(
     if config is None:
         config = gelu_mlp_tiles.gelu_mlp(common.architecture(x), x.dtype, x.shape[-1])
     if config is not None:
-        planned = plan(x, w1, b1, w2, b2, residual, gamma, keep, config=config)
+        planned = plan(x, w1, b1, w2, b2, *epilogue, config=config)
         if planned is not None:
-            out, launch = planned
-            launch.run(x)
-            return out
+            return common.written(planned, x)
     hidden = linear_module.linear(x, w1, b1, "gelu", None, None, None)
-    return linear_module.linear(hidden, w2, b2, None, residual, gamma, keep)
+    return linear_module.linear(hidden, w2, b2, None, *epilogue)
 
 
 @launching.kept
 def gelu_mlp_fwd(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-    keep: Tensor | None,
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *epilogue: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`gelu_mlp`, the hidden layer before GELU, and fc2's output where gamma is given, else empty.
 
     Two products: the one-kernel form never has the hidden layer in memory, and here it must be.
     """
     activated, hidden = linear_module.linear_fwd(x, w1, b1, "gelu", None, None, None)
-    out, affine = linear_module.linear_fwd(activated, w2, b2, None, residual, gamma, keep)
+    out, affine = linear_module.linear_fwd(activated, w2, b2, None, *epilogue)
     return out, hidden, affine
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from deit.kernels.attention.reference import attention
+from deit.kernels.engine import eight_bits
+from deit.kernels.engine.eight_bits import joined, normalised
 from deit.kernels.int8.quantize import quantize_channels, quantize_tokens
 from deit.kernels.vit_block.arguments import BlockArguments
 
@@ -24,58 +25,22 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
-def _normalised(
-    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
-) -> Tensor:
-    if norm_weight is None:
-        return x
-    return F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
-
-
-def _joined(y: Tensor, residual: Tensor | None, gamma: Tensor | None) -> Tensor:
-    y = y if gamma is None else y * gamma
-    return y if residual is None else residual + y
-
-
-def int8_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    gelu: bool,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-) -> Tensor:
+def int8_linear(*arguments: Any) -> Tensor:
     """residual + gamma * act(LN(x) wT + bias), the product in 8 bits."""
-    y = _product(_normalised(x, norm_weight, norm_bias, eps), weight, bias)
-    return _joined(F.gelu(y) if gelu else y, residual, gamma)
+    return eight_bits.linear(_product, *arguments)
 
 
-def int8_gelu_mlp(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-) -> Tensor:
+def int8_gelu_mlp(*arguments: Any) -> Tensor:
     """residual + gamma * (gelu(LN(x) w1T + b1) w2T + b2), both products in 8 bits."""
-    hidden = F.gelu(_product(_normalised(x, norm_weight, norm_bias, eps), w1, b1))
-    return _joined(_product(hidden, w2, b2), residual, gamma)
+    return eight_bits.gelu_mlp(_product, *arguments)
 
 
 def int8_vit_block(x: Tensor, *others: Any) -> Tensor:
     """s = x + gamma1 * proj(attention(qkv(LN(x)))); s + gamma2 * fc2(gelu(fc1(LN(s))))."""
     b = BlockArguments(x, None, *others)
-    normed = _normalised(x, b.norm1_weight, b.norm1_bias, b.eps)
+    normed = normalised(x, b.norm1_weight, b.norm1_bias, b.eps)
     qkv = _product(normed, b.qkv_weight, b.qkv_bias)
     mixed = attention(qkv, b.num_heads, b.scale, b.key_bias)
-    stream = _joined(_product(mixed, b.proj_weight, b.proj_bias), x, b.gamma1)
+    stream = joined(_product(mixed, b.proj_weight, b.proj_bias), x, b.gamma1)
     norm = (b.norm2_weight, b.norm2_bias, b.eps)
     return int8_gelu_mlp(stream, b.w1, b.b1, b.w2, b.b2, *norm, stream, b.gamma2)

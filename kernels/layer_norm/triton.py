@@ -35,10 +35,8 @@ def layer_norm(
 
     dtype: of the output, x's by default.
     """
-    (out, *_), launch = plan_layer_norm(x, weight, bias, eps, dtype=dtype, config=config)
-    if launch is not None:
-        launch.run(x)
-    return out
+    planned = plan_layer_norm(x, weight, bias, eps, dtype=dtype, config=config)
+    return common.written(planned, x)[0]
 
 
 @launching.kept
@@ -46,48 +44,22 @@ def layer_norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, ...]:
     """As `layer_norm`; (out, mean, rstd), the statistics fp32 of x.shape[:-1]."""
-    outputs, launch = plan_layer_norm(x, weight, bias, eps, save=True)
-    if launch is not None:
-        launch.run(x)
-    return outputs
+    return common.written(plan_layer_norm(x, weight, bias, eps, save=True), x)
 
 
 @launching.kept
 def add_layer_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    gamma: Tensor | None,
-    keep: Tensor | None,
-    *,
-    config: layer_norm_tiles.LayerNormConfig | None = None,
+    x: Tensor, *rest: Any, config: layer_norm_tiles.LayerNormConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """`deit.kernels.add_layer_norm` on Triton; LN sees the sum before it is rounded."""
-    (out, total, *_), launch = plan_add_layer_norm(
-        x, residual, weight, bias, eps, gamma, keep, config=config
-    )
-    if launch is not None:
-        launch.run(x)
+    out, total, *_ = common.written(plan_add_layer_norm(x, *rest, config=config), x)
     return out, total
 
 
 @launching.kept
-def add_layer_norm_fwd(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    gamma: Tensor | None,
-    keep: Tensor | None,
-) -> tuple[Tensor, ...]:
+def add_layer_norm_fwd(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """As `add_layer_norm`; (out, total, mean, rstd)."""
-    outputs, launch = plan_add_layer_norm(x, residual, weight, bias, eps, gamma, keep, save=True)
-    if launch is not None:
-        launch.run(x)
-    return outputs
+    return common.written(plan_add_layer_norm(x, *rest, save=True), x)
 
 
 def plan_layer_norm(
@@ -167,14 +139,7 @@ def _statistics_arguments(
 def _row_arguments(
     view: Tensor, dim: int, eps: float, config: layer_norm_tiles.LayerNormConfig
 ) -> dict[str, Any]:
-    x_outer, x_inner = common.row_strides(view)
-    return {
-        "x": view,
-        "rows": view.shape[0] * view.shape[1],
-        "dim": dim,
-        "inner": view.shape[1],
-        "x_outer": x_outer,
-        "x_inner": x_inner,
+    return common.row_arguments(view) | {
         "eps": float(eps),
         "ROWS": config.rows,
         "BLOCK_D": triton.next_power_of_2(dim),

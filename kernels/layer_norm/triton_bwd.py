@@ -39,13 +39,11 @@ def layer_norm_bwd(
     wanted: Sequence[bool] | None = None,
 ) -> tuple[Tensor, ...]:
     """(dx, dweight, dbias) in the dtypes of x and weight; those not `wanted` are empty."""
-    (_, dx, dweight, dbias, _), launches = plan(
+    planned = plan(
         dout, None, None, x, weight, mean, rstd, None, None,
         wanted=None if wanted is None else (False, *wanted, False),
     )  # fmt: skip
-    for launch in launches:
-        launch.run(x)
-    return dx, dweight, dbias
+    return common.written(planned, x)[1:4]
 
 
 @launching.kept
@@ -65,10 +63,8 @@ def add_layer_norm_bwd(
 
     Those not `wanted` are empty, and so is dgamma without gamma.
     """
-    outputs, launches = plan(dout, dtotal, x, total, weight, mean, rstd, gamma, keep, wanted=wanted)
-    for launch in launches:
-        launch.run(total)
-    return outputs
+    planned = plan(dout, dtotal, x, total, weight, mean, rstd, gamma, keep, wanted=wanted)
+    return common.written(planned, total)
 
 
 def plan(
@@ -92,13 +88,8 @@ def plan(
     the second output. Sums for dweight and dbias are made where either is wanted. None: all.
     """
     dim, device = total.shape[-1], total.device
-    of_x, of_total, of_weight, of_bias, of_gamma = wanted or (
-        dtotal is not None,
-        True,
-        True,
-        True,
-        True,
-    )
+    wanted = wanted or (dtotal is not None, True, True, True, True)
+    of_x, of_total, of_weight, of_bias, of_gamma = wanted
     of_gamma, of_parameters = of_gamma and gamma is not None, of_weight or of_bias
     dx = dout.new_empty(dout.shape if of_x else 0)
     dsum = torch.empty(total.shape if of_total else 0, dtype=total.dtype, device=device)

@@ -61,17 +61,9 @@ def linear(
     return dispatch.run(_LINEAR, arguments, impl)
 
 
-def _limits(
-    implementation: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-    keep: Tensor | None,
-) -> list[str]:
+def _limits(implementation: str, x: Tensor, weight: Tensor, *rest: Any) -> list[str]:
     if implementation == "cuda":
+        _, _, residual, _, keep = rest
         return hopper.limits(x, weight, residual=residual, keep=keep)
     return limits.product_limits(implementation, x, weight)
 

@@ -11,6 +11,7 @@ For a whole block (vit_block/triton.py) the same kernel also writes its output's
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -25,25 +26,14 @@ from deit.kernels.linear.row_stats import STATS_COLUMNS
 
 @launching.kept
 def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    residual: Tensor | None,
-    gamma: Tensor | None,
-    keep: Tensor | None,
-    *,
-    config: linear_tiles.LinearConfig | None = None,
+    x: Tensor, weight: Tensor, *rest: Any, config: linear_tiles.LinearConfig | None = None
 ) -> Tensor:
-    """`deit.kernels.linear` on Triton.
+    """`deit.kernels.linear` on Triton, by its schema's arguments (`plan`).
 
     x, weight and residual are made contiguous in their last axis where they are not; other
     strides are used as they are (see `common.as_rows`).
     """
-    out, launch = plan(x, weight, bias, activation, residual, gamma, keep, config=config)
-    if launch is not None:
-        launch.run(x)
-    return out
+    return common.written(plan(x, weight, *rest, config=config), x)
 
 
 @launching.kept
@@ -64,20 +54,9 @@ def linear_fwd(
     """
     needed = activation is not None or gamma is not None
     affine = x.new_empty((*x.shape[:-1], weight.shape[0]) if needed else (0,))
-    out, launch = plan(
-        x,
-        weight,
-        bias,
-        activation,
-        residual,
-        gamma,
-        keep,
-        affine=affine if needed else None,
-        config=config,
-    )
-    if launch is not None:
-        launch.run(x)
-    return out, affine
+    options: dict[str, Any] = {"affine": affine if needed else None, "config": config}
+    planned = plan(x, weight, bias, activation, residual, gamma, keep, **options)
+    return common.written(planned, x), affine
 
 
 def plan(

@@ -53,10 +53,7 @@ def empty(x: Tensor) -> Tensor:
 
 def row_stats(x: Tensor, *, config: layer_norm_tiles.LayerNormConfig | None = None) -> Tensor:
     """The statistics of x [..., D], for a stream that no kernel of ours has written."""
-    out, launch = plan(x, config=config)
-    if launch is not None:
-        launch.run(x)
-    return out
+    return common.written(plan(x, config=config), x)
 
 
 def plan(
@@ -69,20 +66,12 @@ def plan(
     dim = x.shape[-1]
     config = config or layer_norm_tiles.layer_norm(common.architecture(x), x.dtype, dim)
     (view,) = common.as_rows(x)
-    x_outer, x_inner = common.row_strides(view)
-    rows = view.shape[0] * view.shape[1]
-    arguments = {
-        "x": view,
+    arguments = common.row_arguments(view) | {
         "out": out,
-        "rows": rows,
-        "dim": dim,
-        "inner": view.shape[1],
-        "x_outer": x_outer,
-        "x_inner": x_inner,
         "ROWS": config.rows,
         "PARTS": triton.next_power_of_2(out.shape[-1]),
     }
-    grid = (triton.cdiv(rows, config.rows),)
+    grid = (triton.cdiv(arguments["rows"], config.rows),)
     return out, common.Launch(_row_stats_kernel, grid, arguments, config.num_warps)
 
 

@@ -36,10 +36,7 @@ CE_STATISTICS, STATISTICS = 3, 7
 @launching.kept
 def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
     """`deit.kernels.cross_entropy` on Triton."""
-    (loss, _), launches = plan(logits, target, label_smoothing)
-    for launch in launches:
-        launch.run(logits)
-    return loss
+    return common.written(plan(logits, target, label_smoothing), logits)[0]
 
 
 @launching.kept
@@ -47,50 +44,19 @@ def cross_entropy_fwd(
     logits: Tensor, target: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
     """(loss, statistics [3, B]) for `cross_entropy_bwd`."""
-    (loss, statistics), launches = plan(logits, target, label_smoothing, save=True)
-    for launch in launches:
-        launch.run(logits)
-    return loss, statistics
+    return common.written(plan(logits, target, label_smoothing, save=True), logits)
 
 
 @launching.kept
-def distillation_loss(
-    logits: Tensor,
-    target: Tensor,
-    teacher_logits: Tensor,
-    distillation_logits: Tensor | None,
-    kind: str,
-    alpha: float,
-    temperature: float,
-    label_smoothing: float,
-    kl_reduction: str,
-) -> Tensor:
+def distillation_loss(logits: Tensor, *rest: Any) -> Tensor:
     """`deit.kernels.distillation_loss` on Triton."""
-    teaching = Teaching(teacher_logits, distillation_logits, kind, alpha, temperature, kl_reduction)
-    (loss, _), launches = plan(logits, target, label_smoothing, teaching)
-    for launch in launches:
-        launch.run(logits)
-    return loss
+    return common.written(_plan_distillation(logits, *rest), logits)[0]
 
 
 @launching.kept
-def distillation_loss_fwd(
-    logits: Tensor,
-    target: Tensor,
-    teacher_logits: Tensor,
-    distillation_logits: Tensor | None,
-    kind: str,
-    alpha: float,
-    temperature: float,
-    label_smoothing: float,
-    kl_reduction: str,
-) -> tuple[Tensor, Tensor]:
+def distillation_loss_fwd(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """(loss, statistics [7, B]) for `distillation_loss_bwd`."""
-    teaching = Teaching(teacher_logits, distillation_logits, kind, alpha, temperature, kl_reduction)
-    (loss, statistics), launches = plan(logits, target, label_smoothing, teaching, save=True)
-    for launch in launches:
-        launch.run(logits)
-    return loss, statistics
+    return common.written(_plan_distillation(logits, *rest, save=True), logits)
 
 
 @dataclass(frozen=True)
@@ -152,6 +118,23 @@ def row_arguments(
         "SOFT_TARGET": soft,
         "SMOOTH": label_smoothing > 0,
     } | (_NO_TEACHING if teaching is None else teaching.arguments(classes))
+
+
+def _plan_distillation(
+    logits: Tensor,
+    target: Tensor,
+    teacher_logits: Tensor,
+    distillation_logits: Tensor | None,
+    kind: str,
+    alpha: float,
+    temperature: float,
+    label_smoothing: float,
+    kl_reduction: str,
+    *,
+    save: bool = False,
+) -> tuple[tuple[Tensor, Tensor], list[common.Launch]]:
+    teaching = Teaching(teacher_logits, distillation_logits, kind, alpha, temperature, kl_reduction)
+    return plan(logits, target, label_smoothing, teaching, save=save)
 
 
 def plan(

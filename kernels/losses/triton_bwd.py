@@ -28,10 +28,7 @@ def cross_entropy_bwd(
     dloss: Tensor, logits: Tensor, target: Tensor, statistics: Tensor, label_smoothing: float
 ) -> Tensor:
     """dlogits, in logits' dtype."""
-    (dlogits, _), launch = plan(dloss, logits, target, statistics, label_smoothing)
-    if launch is not None:
-        launch.run(logits)
-    return dlogits
+    return common.written(plan(dloss, logits, target, statistics, label_smoothing), logits)[0]
 
 
 @launching.kept
@@ -57,13 +54,11 @@ def distillation_loss_bwd(
         teacher_logits, distillation_logits, kind, alpha, temperature, kl_reduction
     )
     of_logits, of_student = wanted or (True, True)
-    gradients, launch = plan(
+    planned = plan(
         dloss, logits, target, statistics, label_smoothing, teaching,
         of_logits=of_logits, of_student=of_student,
     )  # fmt: skip
-    if launch is not None:
-        launch.run(logits)
-    return gradients
+    return common.written(planned, logits)
 
 
 def plan(

@@ -27,19 +27,10 @@ from deit.kernels.patch_embed import tiles as patch_embed_tiles
 
 @launching.kept
 def patch_embed(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    prefix: Tensor,
-    pos_embed: Tensor,
-    *,
-    config: patch_embed_tiles.PatchEmbedConfig | None = None,
+    images: Tensor, *rest: Any, config: patch_embed_tiles.PatchEmbedConfig | None = None
 ) -> Tensor:
     """`deit.kernels.patch_embed` on Triton; images are read at any strides, never copied."""
-    out, launch = plan(images, weight, bias, prefix, pos_embed, config=config)
-    if launch is not None:
-        launch.run(images)
-    return out
+    return common.written(plan(images, *rest, config=config), images)
 
 
 def plan(

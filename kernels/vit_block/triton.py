@@ -65,12 +65,10 @@ def linear_stats(
 ) -> tuple[Tensor, Tensor]:
     """residual + gamma * (x @ weight.T + bias), in residual's dtype, and its row statistics."""
     row_stats = statistics.empty(residual)
-    out, launch = linear.plan(
+    planned = linear.plan(
         x, weight, bias, None, residual, gamma, None, row_stats=row_stats, config=config
     )
-    if launch is not None:
-        launch.run(x)
-    return out, row_stats
+    return common.written(planned, x), row_stats
 
 
 def norm_mlp(
@@ -97,9 +95,6 @@ def norm_mlp(
         )
         if planned is not None:
             out, launch = planned
-            if statistics_launch is not None:
-                statistics_launch.run(x)
-            launch.run(x)
-            return out, row_stats
+            return common.written((out, (statistics_launch, launch)), x), row_stats
     hidden = norm_linear(x, norm, w1, b1, "gelu", config=panel)
     return linear_stats(hidden, w2, b2, x, gamma)
