@@ -9,6 +9,7 @@ a random `d<output>` for each output, and which gradients are wanted.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -21,17 +22,29 @@ from deit.kernels.engine.operator import OPERATORS
 from deit.kernels.prove import calls
 
 _TINY = calls.Size(2, 5, 64, width=32, hidden=96, side=2, classes=10)
-_EVERY = {name: calls.build(name, calls.Draw(), _TINY, "every") for name in calls.stated()}
+
+
+@functools.cache
+def _every(operator: str, size: calls.Size = _TINY) -> tuple[list[Any], dict[str, Any]]:
+    call = calls.build(operator, calls.Draw(), size, "every")
+    return call.written(call.inputs)
+
+
 # One valid call of every public operator, as a user writes it, every optional argument at a
 # non-default value.
-CALLS = {name: _EVERY[name].written(_EVERY[name].inputs) for name in calls.operators()}
+CALLS = {name: _every(name) for name in calls.operators()}
 
 
 def forward(
-    operator: str, *, full: bool = True, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    operator: str,
+    *,
+    size: calls.Size = _TINY,
+    full: bool = True,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> list[Any]:
     """The arguments of a public operator's schema, floating-point tensors in `dtype`."""
-    inputs, options = _EVERY[operator].written(_EVERY[operator].inputs)
+    inputs, options = _every(operator, size)
     prepared = OPERATORS[operator].prepare(*inputs, **options)
     arguments = []
     for value, formal in zip(prepared, schema(operator).arguments, strict=True):

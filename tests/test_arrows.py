@@ -40,10 +40,7 @@ TOGETHER = [
 
 # A folder of kernels/ -> the folders that it may import; prove/ may import all. What an operator
 # says to prove/, in PROVED, may import prove/ too, and nothing that runs imports it.
-OPERATORS = {
-    "attention", "fp8", "gelu_mlp", "int8", "layer_norm", "linear", "losses", "patch_embed",
-    "thirds", "vit_block",
-}  # fmt: skip
+OPERATORS = {path.parent.name for path in (ROOT / "kernels").glob("*/schema.py")}
 KERNELS = {
     "engine": set(),
     "device": {"engine"},

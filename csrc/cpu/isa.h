@@ -3,8 +3,8 @@
 //
 // A new operator is three files. Its .h has the arguments and the table of its kernels; its .inl
 // the kernels, and that table at the end; its .cpp the launcher and the registration. Beside them
-// it needs its line in Kernels below and its two in kernels.cpp, and a case for the sanitizers
-// (tests/native/fuzz.cpp). setup.py compiles every .cpp here.
+// it needs its include and its line in Kernels below, its two lines in kernels.cpp, and a case for
+// the sanitizers (tests/native/fuzz.cpp). setup.py compiles every .cpp here.
 //
 // No torch header and no standard container may be included from kernels.cpp: an inline function
 // compiled there with AVX-512 could be the copy the linker keeps for everyone.

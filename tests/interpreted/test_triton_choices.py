@@ -5,12 +5,11 @@ import torch
 
 import deit.kernels
 from deit.kernels.device import tuning
+from deit.kernels.engine.operator import operator_names
 from deit.kernels.prove import calls
 
-SIZES = {
-    **dict.fromkeys(("layer_norm", "add_layer_norm", "attention", "linear"), calls.Size(1, 5, 192)),
+SIZES = {name: calls.Size(1, 5, 192) for name in operator_names(eight_bits=False)} | {
     "gelu_mlp": calls.Size(1, 2, 64),
-    "vit_block": calls.Size(1, 5, 192),
     "vit_block, wide": calls.Size(1, 5, 384),
     "patch_embed": calls.Size(1, 2, 64, side=1),
 }

@@ -1,7 +1,6 @@
 """Tuned configurations: what is legal, how they are kept, and when they are used."""
 
 import dataclasses
-import importlib
 import json
 import os
 import subprocess
@@ -14,23 +13,18 @@ import torch
 from deit.kernels.device import tuning
 from deit.kernels.gelu_mlp import tiles as gelu_mlp_tiles
 from deit.kernels.linear import tiles as linear_tiles
-
-for operator in ("attention", "fp8", "layer_norm", "losses", "patch_embed"):
-    importlib.import_module(f"deit.kernels.{operator}.tiles")  # fills TUNABLE
+from deit.kernels.prove import calls
+from deit.kernels.prove import tuned as tuned_problems
 
 ROOT = Path(__file__).resolve().parents[4]
+# Factory -> the sizes that it chooses by: those that `deit tune` measures, and of some others.
+_TERMS = tuned_problems.Terms(calls.Size(2, 197, 192), torch.bfloat16, torch.device("meta"))
 SIZES = {
-    "attention": {"head_dim": 64, "tokens": 197, "tma": True},
-    "attention_bwd": {"head_dim": 64, "tokens": 197, "tma": True},
-    "linear": {"width": 768, "depth": 192},
-    "norm_panel": {"width": 768, "depth": 192},
+    problem.factory: {k: v for k, v in problem.arguments.items() if k not in ("arch", "dtype")}
+    for problem in tuned_problems.tuned(_TERMS, training=True)
+} | {
     "input_gradient": {"width": 768, "depth": 192, "gelu": True},
-    "weight_gradient": {"width": 768, "depth": 192},
-    "gelu_mlp": {"dim": 192},
     "fp8_product": {"width": 768, "depth": 256},
-    "layer_norm": {"dim": 192},
-    "layer_norm_bwd": {"dim": 192},
-    "patch_embed": {"dim": 192},
     "patch_embed_bwd": {"dim": 192},
 }
 LINEAR = {"arch": 90, "dtype": torch.bfloat16, "width": 768, "depth": 768}
