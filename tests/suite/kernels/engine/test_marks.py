@@ -78,7 +78,8 @@ def test_views_and_what_lies_between():
 
 
 def test_the_share_that_is_looked_at():
-    made = marks.Marks(torch.randn(640, 64))
+    weight = torch.randn(640, 64)
+    made = marks.Marks(weight)
     looked = []
     for work in (0, 197 * 192, 197 * 768, 16 * 197 * 768, marks.ALL):  # DeiT-Ti, -B, a batch of 16
         before = made._record.turn
@@ -86,6 +87,7 @@ def test_the_share_that_is_looked_at():
         looked.append(made._record.turn - before)
     assert looked == [1, 1, 4, 64, 64]
     for rows, groups in ((64, 8), (8, 64), (1, 64)):  # eight lines at least, or all there are
-        made = marks.Marks(torch.randn(rows, 64))
+        weight = torch.randn(rows, 64)
+        made = marks.Marks(weight)
         assert made.still_there(0)
         assert made._record.turn == groups
