@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from deit.fused_vit.modules import PLAIN_TENSORS, hooked
+from deit.fused_vit.modules import hooked, unreadable
 from deit.kernels import patch_embed
 from deit.kernels.engine import autocast
 
@@ -66,8 +66,9 @@ class ImageEmbedding:
             if name in self.__dict__:
                 return f"{name} was replaced"
         for parameter in (proj.weight, proj.bias, self.prefix_tokens(), self.pos_embed):
-            if parameter is not None and type(parameter) not in PLAIN_TENSORS:
-                return f"a parameter is a {type(parameter).__name__}, not a plain tensor"
+            what = None if parameter is None else unreadable(parameter)
+            if what is not None:
+                return f"a parameter is {what}"
         return None
 
     def embedded(self, images: Tensor) -> Tensor:

@@ -23,6 +23,15 @@ from deit.kernels import gelu_mlp, layer_norm
 PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 
 
+def unreadable(value: Any) -> str | None:
+    """What a tensor is that no kernel may read; None where one may."""
+    if type(value) not in PLAIN_TENSORS:
+        return f"a {type(value).__name__}, not a plain tensor"
+    if value.layout is not torch.strided:  # pruned weights that PyTorch multiplies by, say
+        return f"of layout {value.layout}"
+    return None
+
+
 class Fused:
     """What all fused classes share."""
 
@@ -93,9 +102,9 @@ class Fused:
             child = children.get(name)
             if type(child) is not nn.Linear:
                 return f"{name} is a {type(child).__name__}, not a Linear"
-            weight = weight_of(child)
-            if type(weight) not in PLAIN_TENSORS:
-                return f"{name}.weight is a {type(weight).__name__}, not a plain tensor"
+            what = unreadable(weight_of(child))
+            if what is not None:
+                return f"{name}.weight is {what}"
         for name in self.IDENTITIES:
             child = children.get(name)
             if child is not None and type(child) is not nn.Identity:
@@ -182,8 +191,9 @@ class FusedLayerNorm(Fused):
         weight = weight_of(self)
         if weight is None:
             return "it has no weight"
-        if type(weight) not in PLAIN_TENSORS:
-            return f"weight is a {type(weight).__name__}, not a plain tensor"
+        what = unreadable(weight)
+        if what is not None:
+            return f"weight is {what}"
         if self.__dict__.get("_fast_norm", False):
             return "timm's fast_norm is set, which normalises in the autocast dtype"
         return None

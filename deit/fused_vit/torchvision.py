@@ -73,8 +73,9 @@ class FusedEncoderBlock(SelfAttention, modules.FusedBlock, vision_transformer.En
         if type(attn.out_proj) not in (nn.Linear, NonDynamicallyQuantizableLinear):
             return f"self_attention.out_proj is a {type(attn.out_proj).__name__}"
         for name, value in (("in_proj", attn.in_proj_weight), ("out_proj", attn.out_proj.weight)):
-            if type(value) not in modules.PLAIN_TENSORS:
-                return f"self_attention's {name} weight is a {type(value).__name__}"
+            what = modules.unreadable(value)
+            if what is not None:
+                return f"self_attention's {name} weight is {what}"
         return super().unsupported()
 
     def interrupted(self) -> str | None:

@@ -11,11 +11,13 @@ from torch import Tensor
 
 
 def tensor(name: str, value: object, *, rank: int | None = None, min_rank: int = 1) -> None:
-    """`value` is a floating-point tensor of that rank, and not a nested one."""
+    """`value` is a floating-point tensor of that rank, neither nested nor sparse."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor; got {type(value).__name__}")
     if value.is_nested:
         raise TypeError(f"{name}: expected a tensor that is not nested; got {value.layout}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor; got {value.layout}")
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point dtype; got {value.dtype}")
     if rank is not None and value.dim() != rank:

@@ -47,6 +47,8 @@ def patch_embed(
     validate.tensor("prefix", prefix, rank=3)
     images, weight, bias, prefix, pos_embed = autocast.cast(images, weight, bias, prefix, pos_embed)
     (_, channels, height, width), (dim, _, *patch) = images.shape, weight.shape
+    if 0 in patch:
+        raise ValueError(f"weight: expected a patch of 1 x 1 or more; got {tuple(weight.shape)}")
     if height % patch[0] or width % patch[1]:
         raise ValueError(
             f"images: expected height and width multiples of the patch {tuple(patch)}; "

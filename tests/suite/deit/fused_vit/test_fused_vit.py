@@ -238,6 +238,22 @@ def test_a_layer_replaced_after_fusing_is_used():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layer", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_sparse_weights_take_the_original_forward(layer, when):
+    """PyTorch multiplies by pruned weights in CSR, and no kernel of ours does."""
+    model = ours()
+    if when == "after":
+        fuse(model)
+    linear = model.blocks[0].get_submodule(layer)
+    pruned = linear.weight * (torch.rand_like(linear.weight) > 0.5)
+    linear.weight = nn.Parameter(pruned.to_sparse_csr())
+    if when == "before":
+        fuse(model)
+    torch.testing.assert_close(model(IMAGES), unfuse(model)(IMAGES), atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["ours", "timm distilled"])
 def test_fullgraph_compile(name):
     model = MODELS[name]()

@@ -117,3 +117,15 @@ def test_explain_raises_what_the_operator_does():
         explain("attention", torch.randn(5, 192), 1)
     with pytest.raises(ValueError, match="qkv: expected rank 3"):
         attention(torch.randn(5, 192), 1)
+
+
+def test_sparse_activations_are_named():
+    x = torch.eye(64).to_sparse()
+    with pytest.raises(TypeError, match=r"x: expected a dense tensor; got torch\.sparse_coo"):
+        deit.kernels.layer_norm(x, torch.ones(64))
+
+
+def test_a_patch_without_pixels_is_named():
+    images, tokens = torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 4)
+    with pytest.raises(ValueError, match=r"weight: expected a patch .* got \(4, 3, 0, 0\)"):
+        deit.kernels.patch_embed(images, torch.zeros(4, 3, 0, 0), None, tokens, tokens)
