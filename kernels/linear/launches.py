@@ -131,7 +131,7 @@ def _tuned_input(at: Terms, width: int, depth: int, gelu: bool) -> Tuned:
         g, weight, *hidden = t
         g = g.view(rows, depth)
         if gelu:
-            found = products.gelu_input_gradient(g, weight, hidden[0].view(rows, width),
+            found = products.hidden_gradient(g, weight, hidden[0].view(rows, width),
                                                  config=config)  # fmt: skip
             return list(found[:2])
         return [products.input_gradient(g, weight, config=config)]

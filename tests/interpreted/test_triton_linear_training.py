@@ -187,7 +187,7 @@ def test_every_architectures_configuration(arch):
         out = products.weight_gradient(g, x, config=config)
         oracle.check(out, lambda g, x: g.t() @ x, (g, x))
         config = linear_tiles.input_gradient(arch, g.dtype, width, 96, gelu=True)
-        got = products.gelu_input_gradient(g, weight, x, config=config)
+        got = products.hidden_gradient(g, weight, x, config=config)
 
         def plain(g, weight, h):
             leaf = h.detach().requires_grad_()
