@@ -93,8 +93,8 @@ def _limits(
 class _GeluMlp(torch.autograd.Function):
     """Differentiates by an implementation's `gelu_mlp_fwd` and `gelu_mlp_bwd`.
 
-    The hidden layer is kept as it was before its activation, [..., M] in x's dtype. Where it is to be
-    recomputed, the forward keeps no more than fc2's output, and that only for gamma's gradient,
+    The hidden layer is kept as it was before its activation, [..., M] in x's dtype. Where it is to
+    be recomputed, the forward keeps no more than fc2's output, and that only for gamma's gradient,
     and the backward calls `linear` for the hidden layer again: the same kernel on the same input.
     """
 

@@ -8,8 +8,6 @@ times one, so D is held as three chunks. Elsewhere the MLP is two launches of `l
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -64,7 +62,7 @@ def gelu_mlp_fwd(
     keep: Tensor | None,
     activation: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`gelu_mlp`, the hidden layer before its activation, and fc2's output where gamma is given, else empty.
+    """`gelu_mlp`, the hidden layer before its activation, and fc2's output for gamma, else empty.
 
     Two products: the one-kernel form never has the hidden layer in memory, and here it must be.
     """

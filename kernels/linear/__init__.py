@@ -1,4 +1,4 @@
-"""A linear layer with bias, activation, LayerScale, stochastic depth and residual as its epilogue."""
+"""A linear layer; bias, activation, LayerScale, stochastic depth and residual its epilogue."""
 
 from __future__ import annotations
 

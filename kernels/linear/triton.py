@@ -1,4 +1,4 @@
-"""A linear layer whose bias, activation, LayerScale, stochastic depth and residual are its epilogue.
+"""A linear layer; bias, activation, LayerScale, stochastic depth and residual are its epilogue.
 
 A persistent kernel: one program a multiprocessor walks the output tiles, numbered in groups
 that reuse x and weight in L2. Operands come by tensor descriptors (TMA) on Hopper and later,

@@ -43,6 +43,8 @@ SUBSET = [
         ("linear", "fp32 residual", "bf16", 768),
         ("linear", "residual gamma keep", "fp16", 192),
         ("linear", "gelu", "fp32", 192),
+        ("linear", "quick_gelu", "bf16", 768),
+        ("linear", "silu", "fp32", 192),
         ("gelu_mlp", "residual gamma keep", "bf16", 192),
         ("layer_norm_bwd", "plain", "bf16", 768),
         ("add_layer_norm_bwd", "gamma keep fp32", "bf16", 768),
