@@ -11,6 +11,7 @@ else:
     from deit.kernels.attention import attention
     from deit.kernels.linear import linear
     from deit.kernels.gelu_mlp import gelu_mlp
+    from deit.kernels.gelu_mlp.gated import glu_mlp
     from deit.kernels.vit_block import vit_block
     from deit.kernels.patch_embed import patch_embed
     from deit.kernels.losses import cross_entropy, distillation_loss
@@ -30,6 +31,7 @@ __all__ = [
     "fp8_gelu_mlp",
     "fp8_linear",
     "gelu_mlp",
+    "glu_mlp",
     "int8_gelu_mlp",
     "int8_linear",
     "int8_vit_block",

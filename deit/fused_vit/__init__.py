@@ -228,6 +228,11 @@ _LIBRARIES = {
     "torchvision.models.vision_transformer": "torchvision",
     "transformers.models.deit.modeling_deit": "huggingface",
     "transformers.models.vit.modeling_vit": "huggingface",
+    "transformers.models.dinov2.modeling_dinov2": "hf_dinov2",
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers": "hf_dinov2",
+    "transformers.models.clip.modeling_clip": "hf_clip",
+    "transformers.models.siglip.modeling_siglip": "hf_clip",
+    "transformers.models.siglip2.modeling_siglip2": "hf_clip",
 }
 
 
