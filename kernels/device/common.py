@@ -267,13 +267,12 @@ def gelu_tanh_and_slope(x):
 def times_sigmoid_and_slope(x, FACTOR: tl.constexpr):
     """x * s(FACTOR * x) and its derivative: SiLU, and QuickGELU with 1.702.
 
-    s and s * (1 - s) are made as in `gelu_tanh_and_slope`.
+    s is PyTorch's, and so is what 1 - s cancels. Made of exp(-|v|), as in `gelu_tanh_and_slope`,
+    they spill 8 to 16 bytes on sm_100 and sm_120.
     """
     v = FACTOR * x
-    small = tl.exp(-tl.abs(v))
-    r = 1.0 / (1.0 + small)
-    s = tl.where(v >= 0, r, small * r)
-    return x * s, s + v * small * r * r
+    s = tl.sigmoid(v)
+    return x * s, s + v * s * (1.0 - s)
 
 
 @triton.jit
