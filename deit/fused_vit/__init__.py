@@ -230,7 +230,12 @@ _LIBRARIES = {
     "transformers.models.vit.modeling_vit": "huggingface",
     "transformers.models.dinov2.modeling_dinov2": "hf_dinov2",
     "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers": "hf_dinov2",
+    "transformers.models.ijepa.modeling_ijepa": "hf_vit",
+    "transformers.models.vit_mae.modeling_vit_mae": "hf_vit",
+    "transformers.models.vit_msn.modeling_vit_msn": "hf_vit",
+    "transformers.models.vivit.modeling_vivit": "hf_vit",
     "transformers.models.clip.modeling_clip": "hf_clip",
+    "transformers.models.metaclip_2.modeling_metaclip_2": "hf_clip",
     "transformers.models.siglip.modeling_siglip": "hf_clip",
     "transformers.models.siglip2.modeling_siglip2": "hf_clip",
 }

@@ -1,6 +1,6 @@
 """Fused classes for Hugging Face's DeiT and ViT, as transformers 5 lays them out.
 
-hf_dinov2.py and hf_clip.py have those of other families, made of the same mix-ins. Imported only
+hf_vit.py, hf_dinov2.py and hf_clip.py have those of others, made of the same mix-ins. Imported only
 where transformers' models are in use already. q, k and v are three Linears there, and are read
 where they lie (`deit.kernels.thirds`): no copy is kept that a write could miss.
 """
@@ -162,6 +162,16 @@ def served(layer: type[nn.Module], attention: type[nn.Module], refused: dict[Any
         return True
     refused[layer] = _OTHERWISE
     return False
+
+
+def over(
+    original: type[nn.Module], kind: type[modules.Fused], names: dict[str, Any]
+) -> type[modules.Fused]:
+    """`kind` mixed over `original`, put into `names`, a module's own, where pickles look for it."""
+    name = f"Fused{original.__name__}"
+    about = f"transformers' {original.__name__} on `deit.kernels`."
+    names[name] = type(name, (kind, original), {"__module__": names["__name__"], "__doc__": about})
+    return names[name]
 
 
 _OTHERWISE = f"transformers {transformers.__version__} lays it out otherwise (5 or later is served)"

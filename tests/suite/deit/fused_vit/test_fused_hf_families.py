@@ -1,6 +1,7 @@
 """fuse() on Hugging Face's DINOv2 (registers, SwiGLU), CLIP, SigLIP and SigLIP 2."""
 
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -97,6 +98,20 @@ KINDS = {
         TOWER,
         "encoder.layers",
     ),
+    "metaclip 2": (
+        transformers.MetaClip2VisionModel,
+        transformers.MetaClip2VisionConfig,
+        TOWER,
+        "encoder.layers",
+    ),
+    "ijepa": (*_of("IJepa"), TOWER | {"num_labels": 10}, "ijepa.layers"),
+    "msn": (*_of("ViTMSN"), TOWER | {"num_labels": 10}, "vit.layers"),
+    "mae": (
+        transformers.ViTMAEModel,
+        transformers.ViTMAEConfig,
+        TOWER | {"mask_ratio": 0.0},
+        "layers",
+    ),
     "siglip2": (
         transformers.Siglip2VisionModel,
         transformers.Siglip2VisionConfig,
@@ -126,6 +141,8 @@ def run(model, **options):
     dtype = next(model.parameters()).dtype
     given = _patches() if "Siglip2" in type(model).__name__ else {"pixel_values": IMAGES}
     given["pixel_values"] = given["pixel_values"].to(dtype)
+    if "MAE" in type(model).__name__:  # or it shuffles
+        given["noise"] = torch.arange(16.0).expand(3, -1)
     return model(**given, **options)
 
 
@@ -343,3 +360,13 @@ def test_compiles_in_one_graph(kind):
     want = layer(x, None)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, None), want)
+
+
+@pytest.mark.parametrize("kind", ["clip", "msn", "dinov2 swiglu"])
+def test_a_fused_model_is_pickled(kind):
+    model = make(kind)
+    fuse(model)
+    again = pickle.loads(pickle.dumps(model))
+    assert all(isinstance(layer, Fused) for layer in layers(again, kind))
+    with torch.no_grad():
+        close(run(again), run(model), atol=0.0, rtol=0.0)
