@@ -124,11 +124,16 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 def _reason(report: Report) -> str:
     """The commonest of what was left, apart from products and convolutions by themselves."""
+    kinds: dict[str, str] = {}
     notes: Counter[str] = Counter()
     for row in report.rows:
         if not row.fused and " alone: " not in row.note:
-            notes[f"{row.kind}: {row.note}"] += 1
-    return "; ".join(note for note, _ in notes.most_common(2)) or "convolutions and products alone"
+            notes[row.note] += 1
+            kinds.setdefault(row.note, row.kind)
+    # What is said of a known class says more than that a class is not known.
+    order = sorted(notes, key=lambda note: (note.endswith("of this class"), -notes[note]))
+    said = [f"{kinds[note]}: {note}" for note in order[:2]]
+    return "; ".join(said) or "convolutions and products alone"
 
 
 def found(only: Sequence[str] = ()) -> dict[Kind, list[str]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import timm.layers
 import torch
-from timm.models import deit, vision_transformer
+from timm.models import beit, deit, vision_transformer, vision_transformer_relpos
 from torch import Tensor, nn
 
 from deit.fused_vit import feed_forward, modules
@@ -205,6 +205,17 @@ LEAVES: dict[type[nn.Module], type[modules.Fused]] = {
     timm.layers.GluMlp: FusedGluMlp,
 }
 BLOCKS: dict[type[nn.Module], type[modules.Fused]] = {vision_transformer.Block: FusedBlock}
+_PAIRS = "its attention adds a bias for every pair of positions"
+REFUSED: dict[type[nn.Module], str] = {
+    beit.Attention: _PAIRS,
+    beit.Block: _PAIRS,
+    vision_transformer_relpos.RelPosAttention: _PAIRS,
+    vision_transformer_relpos.RelPosBlock: _PAIRS,
+    vision_transformer_relpos.ResPostRelPosBlock: _PAIRS,
+    vision_transformer.ParallelScalingBlock: "its attention and its MLP share a norm and a product",
+    vision_transformer.ParallelThingsBlock: "its attentions and its MLPs run side by side",
+    vision_transformer.ResPostBlock: "its norms come after its branches",
+}
 ROOTS: dict[type[nn.Module], type[modules.Fused]] = {
     vision_transformer.VisionTransformer: FusedVisionTransformer,
     deit.VisionTransformerDistilled: FusedVisionTransformerDistilled,
