@@ -34,7 +34,7 @@ WORDS = ("vit", "deit", "eva", "dino", "siglip", "clip")
 # The vision towers of transformers that are ViTs, by model type.
 TRANSFORMERS = (
     "aimv2_vision_model", "beit", "clip_vision_model", "data2vec-vision", "deit", "dinov2",
-    "dinov2_with_registers", "dinov3_vit", "ijepa", "metaclip_2_vision_model", "pixio",
+    "dinov2_with_registers", "dinov3_vit", "ijepa", "metaclip_2", "pixio",
     "siglip2_vision_model", "siglip_vision_model", "vit", "vit_mae", "vit_msn", "vivit",
 )  # fmt: skip
 VERDICTS = {

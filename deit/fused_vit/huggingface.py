@@ -90,6 +90,7 @@ class FusedMlp(modules.FusedMlp):
         activations.GELUActivation: "gelu",
         activations.GELUTanh: "gelu_tanh",
         activations.NewGELUActivation: "gelu_tanh",
+        activations.FastGELUActivation: "gelu_tanh",  # its root of 2 / pi has ten digits
         activations.QuickGELUActivation: "quick_gelu",
         activations.SiLUActivation: "silu",
     }
