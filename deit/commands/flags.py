@@ -45,11 +45,6 @@ def arg(**how: Any) -> Any:
     return tyro.conf.arg(**how) if tyro else None
 
 
-def subcommand(name: str) -> Any:
-    """tyro.conf.subcommand, for use in Annotated."""
-    return tyro.conf.subcommand(name) if tyro else None
-
-
 def _may_be_left_out(metavar: str) -> Any:
     """For a flag whose own help says what happens without it."""
     return arg(metavar=metavar, help_behavior_hint="")
