@@ -124,12 +124,11 @@ def _layouts(context: Context, operator: str, impl: str) -> None:
         inputs = {n: view(t) if t.is_floating_point() else t for n, t in call.inputs.items()}
         found = evaluate(call, impl, inputs, backward)
         for index, (ours, theirs, best) in enumerate(zip(found, plain, exact, strict=True)):
-            got, base = oracle.errors(ours, best), oracle.errors(theirs, best)
-            error = oracle.Measured(got, base, oracle.floor(ours.dtype, best.cpu()))
+            error = oracle.compared(ours, theirs, best)
             if error.used > 1:
                 raise AssertionError(
-                    f"{name}: result {index}, errors {got} (PyTorch's {base}), {error.used:.2f} of "
-                    "what the rule allows"
+                    f"{name}: result {index}, errors {error.ours} (PyTorch's {error.theirs}), "
+                    f"{error.used:.2f} of what the rule allows"
                 )
         del found
     if context.device.type == "cuda":
