@@ -171,6 +171,21 @@ def attention_bwd(
     return AttentionBwdConfig(64, 32, False, tma=tma, num_warps=4 if tma else 8, num_stages=2)
 
 
+def rotary(arch: int, dtype: torch.dtype, head_dim: int, tokens: int) -> AttentionConfig:
+    """With rotary positions, which are read by pointers: tables and pairs of channels take as much
+    room as keys do, so fewer keys pass at a time."""
+    plain = attention(arch, dtype, head_dim, tokens, False)
+    block_n = 16 if dtype == torch.float32 else 32
+    return replace(plain, block_n=block_n, num_stages=2)
+
+
+def rotary_bwd(arch: int, dtype: torch.dtype, head_dim: int, tokens: int) -> AttentionBwdConfig:
+    """The same of the backward."""
+    plain = attention_bwd(arch, dtype, head_dim, tokens, False)
+    passing = 16 if dtype == torch.float32 else 32
+    return replace(plain, passing=passing, num_warps=8, num_stages=2)
+
+
 def choose(qkv: Tensor, num_heads: int, *_: Any) -> Choice:
     """What attends within qkv."""
     tokens, head_dim = qkv.shape[1], qkv.shape[-1] // (3 * num_heads)
@@ -178,4 +193,12 @@ def choose(qkv: Tensor, num_heads: int, *_: Any) -> Choice:
     return [attention.explain(common.architecture(qkv), qkv.dtype, head_dim, tokens, tma)]
 
 
-CHOICES: Choices = {"attention": choose}
+def choose_rotary(qkv: Tensor, num_heads: int, *_: Any) -> Choice:
+    """The same with rotary positions, which are read by pointers."""
+    tokens, head_dim = qkv.shape[1], qkv.shape[-1] // (3 * num_heads)
+    arch = common.architecture(qkv)
+    _, evidence = attention.explain(arch, qkv.dtype, head_dim, tokens, False)
+    return [(rotary(arch, qkv.dtype, head_dim, tokens), evidence)]
+
+
+CHOICES: Choices = {"attention": choose, "rotary_attention": choose_rotary}
