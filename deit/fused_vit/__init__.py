@@ -225,9 +225,11 @@ class _Families(NamedTuple):
 # A library's models are there only where the library is: nothing here imports one first.
 _LIBRARIES = {
     "timm.models.vision_transformer": "timm",
+    "timm.models.eva": "eva",
     "torchvision.models.vision_transformer": "torchvision",
     "transformers.models.deit.modeling_deit": "huggingface",
     "transformers.models.vit.modeling_vit": "huggingface",
+    "transformers.models.dinov3_vit.modeling_dinov3_vit": "dinov3",
 }
 
 

@@ -182,8 +182,11 @@ def rotary(arch: int, dtype: torch.dtype, head_dim: int, tokens: int) -> Attenti
 def rotary_bwd(arch: int, dtype: torch.dtype, head_dim: int, tokens: int) -> AttentionBwdConfig:
     """The same of the backward."""
     plain = attention_bwd(arch, dtype, head_dim, tokens, False)
-    passing = 16 if dtype == torch.float32 else 32
-    return replace(plain, passing=passing, num_warps=8, num_stages=2)
+    if dtype == torch.float32:
+        resident = 32 if head_dim == 32 else 16
+        return replace(plain, resident=resident, passing=16, num_warps=8, num_stages=2)
+    resident = 64 if arch in (90, 100) or head_dim == 32 else 32
+    return replace(plain, resident=resident, passing=32, num_warps=8, num_stages=2)
 
 
 def choose(qkv: Tensor, num_heads: int, *_: Any) -> Choice:
