@@ -55,6 +55,7 @@ class FusedAttention(rotary.RotaryAttention):
     """Over EvaAttention and AttentionRope."""
 
     DROPOUTS = ("attn_drop", "proj_drop")
+    BY_HEAD = (*rotary.RotaryAttention.BY_HEAD, timm.layers.LayerNorm, timm.layers.RmsNorm)
 
     def unsupported(self) -> str | None:
         if not _KNOWN:

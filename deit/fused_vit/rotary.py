@@ -34,8 +34,9 @@ class RotaryAttention(modules.FusedAttention):
     APART: ClassVar[tuple[str, str, str]] = ("q_proj", "k_proj", "v_proj")
     PROJ: ClassVar[str] = "proj"
     # Over q and k by head, and over all heads' channels after attention. Their modules are called.
+    # Those of q and k find heads after tokens, so they must be of classes that do not mind.
     NORMS: ClassVar[tuple[str, str, str]] = ("q_norm", "k_norm", "norm")
-    NORM_KINDS: ClassVar[tuple[type[nn.Module], ...]] = (modules.FusedLayerNorm, nn.Identity)
+    BY_HEAD: ClassVar[tuple[type[nn.Module], ...]] = (nn.Identity, nn.LayerNorm)
 
     @property
     def LINEARS(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -72,10 +73,11 @@ class RotaryAttention(modules.FusedAttention):
                 return f"{', '.join(self.APART)} have {rows} rows"
         if self.width() % self.geometry()[0]:
             return f"its projection is {self.width()} wide, it has {self.geometry()[0]} heads"
-        for name in self.NORMS:
+        for name in self.NORMS[:2]:
             norm = children.get(name)
-            if norm is not None and not isinstance(norm, self.NORM_KINDS):
-                return f"{name} is a {type(norm).__name__} that is not fused"
+            known = type(norm) in (type(None), *self.BY_HEAD)
+            if not known and not isinstance(norm, modules.FusedLayerNorm):
+                return f"{name} is a {type(norm).__name__}"
         if children.get("gate") is not None:
             return "it gates its output"
         return None
@@ -101,7 +103,7 @@ class RotaryAttention(modules.FusedAttention):
                 return False
             if table.device != x.device or (table.requires_grad and torch.is_grad_enabled()):
                 return False
-        return shape[-1] % 2 == 0
+        return shape[-1] % 2 == 0 and rope.prefix >= 0
 
     def mix(self, packed: Tensor, key_bias: Tensor | None = None, rope: Any = None) -> Tensor:
         packed = self.normalised(packed)
@@ -135,7 +137,7 @@ class RotaryAttention(modules.FusedAttention):
 class GatedMlp(modules.Fused):
     """Over fc2(norm(act(gate(x)) * up(x))): SwiGLU, by `linear` and PyTorch's own in between.
 
-    GATE and UP may be one Linear, whose first rows are the gate's.
+    GATE and UP may be one Linear, whose first rows are the gate's. The norm's module is called.
     """
 
     OPERATORS = ("linear",)
@@ -148,11 +150,9 @@ class GatedMlp(modules.Fused):
     NORM: ClassVar[str] = "norm"
 
     def unsupported(self) -> str | None:
-        act, norm = self._modules.get(self.ACTIVATION), self._modules.get(self.NORM)
+        act = self._modules.get(self.ACTIVATION)
         if type(act) not in self.ACTIVATIONS:
             return f"its activation is {act}, not SiLU"
-        if norm is not None and not isinstance(norm, (modules.FusedLayerNorm, nn.Identity)):
-            return f"{self.NORM} is a {type(norm).__name__} that is not fused"
         return super().unsupported()
 
     def interrupted(self) -> str | None:
