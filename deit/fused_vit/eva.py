@@ -81,7 +81,9 @@ class FusedAttention(rotary.RotaryAttention):
 def _given(rope: Any, attn_mask: Any, is_causal: Any) -> dict[str, Any]:
     """The arguments that are not at their defaults: timm's before 2026 do not know all."""
     given = {"rope": rope, "attn_mask": attn_mask, "is_causal": is_causal}
-    return {name: value for name, value in given.items() if value is not None and value is not False}
+    return {
+        name: value for name, value in given.items() if value is not None and value is not False
+    }
 
 
 class FusedEvaAttention(FusedAttention, eva.EvaAttention):

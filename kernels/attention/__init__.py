@@ -117,7 +117,8 @@ def rotary_attention(
             f"qkv: expected heads of an even number of channels, rotated in pairs; got {head_dim}"
         )
     tokens = qkv.shape[1]
-    if isinstance(prefix, bool) or not isinstance(prefix, int) or not 0 <= prefix <= tokens:
+    whole = isinstance(prefix, (int, torch.SymInt)) and not isinstance(prefix, bool)
+    if not whole or not 0 <= prefix <= tokens:
         raise ValueError(f"prefix: expected an integer from 0 to N={tokens}; got {prefix!r}")
     if not isinstance(interleaved, bool):
         raise TypeError(f"interleaved: expected a bool; got {type(interleaved).__name__}")

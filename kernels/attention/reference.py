@@ -42,7 +42,9 @@ def rotary_attention(
     """
     batch, tokens, channels = qkv.shape
     q_and_k, v = qkv.split((channels // 3 * 2, channels // 3), dim=-1)
-    whole = q_and_k.reshape(batch, tokens, 2, num_heads, -1).transpose(1, 3)  # [B, H, 2, N, d]
+    head_dim = channels // (3 * num_heads)
+    whole = q_and_k.reshape(batch, tokens, 2, num_heads, head_dim)
+    whole = whole.transpose(1, 3)  # [B, H, 2, N, d]
     if sin.dim() == 3:
         sin, cos = sin[:, None], cos[:, None]  # [H, 1, N - prefix, d]
     x = whole[:, :, :, prefix:]

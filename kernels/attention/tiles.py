@@ -172,21 +172,24 @@ def attention_bwd(
 
 
 def rotary(arch: int, dtype: torch.dtype, head_dim: int, tokens: int) -> AttentionConfig:
-    """With rotary positions, which are read by pointers: tables and pairs of channels take as much
-    room as keys do, so fewer keys pass at a time."""
+    """With rotary positions, which are read by pointers: tables and the other channels of pairs
+    take as much room as keys do, so fewer keys pass at a time. None of it has run on a GPU."""
     plain = attention(arch, dtype, head_dim, tokens, False)
-    block_n = 16 if dtype == torch.float32 else 32
-    return replace(plain, block_n=block_n, num_stages=2)
+    if dtype == torch.float32:
+        return replace(plain, block_n=16, num_stages=2)
+    stages = 3 if head_dim == 32 else 2  # of 32 channels two spill 8 bytes on sm_100
+    return replace(plain, block_n=32, num_stages=stages)
 
 
 def rotary_bwd(arch: int, dtype: torch.dtype, head_dim: int, tokens: int) -> AttentionBwdConfig:
-    """The same of the backward."""
+    """The same of the backward: larger tiles spill 8 to 100 bytes."""
     plain = attention_bwd(arch, dtype, head_dim, tokens, False)
     if dtype == torch.float32:
         resident = 32 if head_dim == 32 else 16
         return replace(plain, resident=resident, passing=16, num_warps=8, num_stages=2)
-    resident = 64 if arch in (90, 100) or head_dim == 32 else 32
-    return replace(plain, resident=resident, passing=32, num_warps=8, num_stages=2)
+    wide = arch in (90, 100) or head_dim == 32
+    resident, warps = (64, 8) if wide else (32, 4)
+    return replace(plain, resident=resident, passing=32, num_warps=warps, num_stages=2)
 
 
 def choose(qkv: Tensor, num_heads: int, *_: Any) -> Choice:
