@@ -29,7 +29,7 @@ def _attention(shipped: Shipped) -> common.Launch:
     qkv = empty(shipped.batch, tokens, 3 * heads * shipped.size + spare, dtype=dtype)
     key_bias = empty(shipped.batch, tokens) if "bias" in shipped.variant else None
     qkv = qkv[..., : 3 * heads * shipped.size]
-    rope, known = None, (shipped.arch, dtype, shipped.size, tokens)
+    rope, known = None, (shipped.arch, dtype, shipped.size)
     if shipped.operator.startswith("rotary_"):
         table = empty(tokens - 5, 2 * shipped.size)[:, : shipped.size]
         rope = (table, table, 5, "interleaved" in shipped.variant)
@@ -37,7 +37,7 @@ def _attention(shipped: Shipped) -> common.Launch:
         config = (
             attention_tiles.rotary(*known)
             if rope
-            else attention_tiles.attention(*known, tma=not spare)
+            else attention_tiles.attention(*known, tokens, tma=not spare)
         )
         lse = shipped.operator.endswith("_fwd")
         return first(
@@ -46,7 +46,7 @@ def _attention(shipped: Shipped) -> common.Launch:
     bwd_config = (
         attention_tiles.rotary_bwd(*known)
         if rope
-        else attention_tiles.attention_bwd(*known, tma=not spare)
+        else attention_tiles.attention_bwd(*known, tokens, tma=not spare)
     )
     if shipped.variant == "delta":
         bwd_config = dataclasses.replace(bwd_config, whole_head=False)
@@ -69,11 +69,11 @@ def _config_bwd(arch: int, dtype: torch.dtype, size: int) -> object:
 
 
 def _rotary(arch: int, dtype: torch.dtype, size: int) -> object:
-    return attention_tiles.rotary(arch, dtype, size, TOKENS)
+    return attention_tiles.rotary(arch, dtype, size)
 
 
 def _rotary_bwd(arch: int, dtype: torch.dtype, size: int) -> object:
-    return attention_tiles.rotary_bwd(arch, dtype, size, TOKENS)
+    return attention_tiles.rotary_bwd(arch, dtype, size)
 
 
 _KERNEL = functools.partial(

@@ -106,9 +106,9 @@ def plan(
     if out.numel() == 0:
         return (out, lse), None
     qkv = common.last_contiguous(qkv)
-    known = common.architecture(qkv), qkv.dtype, head_dim, tokens
+    known = common.architecture(qkv), qkv.dtype, head_dim
     if config is None and rope is None:
-        config = attention_tiles.attention(*known, common.describable(qkv))
+        config = attention_tiles.attention(*known, tokens, common.describable(qkv))
     config = config or attention_tiles.rotary(*known)
     query_blocks = triton.cdiv(tokens, config.block_m)
     arguments = {

@@ -89,9 +89,9 @@ def plan(
         return dqkv, []
     head_dim = qkv.shape[-1] // (3 * num_heads)
     qkv, dout, out = common.last_contiguous(qkv), common.last_contiguous(dout), out.contiguous()
-    known = common.architecture(qkv), qkv.dtype, head_dim, qkv.shape[1]
+    known = common.architecture(qkv), qkv.dtype, head_dim
     if config is None and rope is None:
-        config = attention_tiles.attention_bwd(*known, common.describable(qkv))
+        config = attention_tiles.attention_bwd(*known, qkv.shape[1], common.describable(qkv))
     config = config or attention_tiles.rotary_bwd(*known)
     if config.tma and not common.describable(dout):
         dout = dout.contiguous()
