@@ -216,7 +216,7 @@ class FusedLayerNorm(Fused):
 class FusedAttention(SelfAttention, Fused):
     """Over an attention with one qkv projection and an output projection."""
 
-    OPERATORS = ("linear", "attention")
+    OPERATORS: ClassVar[tuple[str, ...]] = ("linear", "attention")
     LINEARS: ClassVar[tuple[str, ...]] = ("qkv", "proj")
 
     def projection(self) -> tuple[Tensor, Tensor | None]:
@@ -382,6 +382,8 @@ class FusedBlock(WholeBlock, Fused):
         for name, kind in self.PARTS:
             part = children.get(name)
             if not isinstance(part, kind):
+                if isinstance(part, Fused):
+                    return f"{name} is a {original_class(part).__name__}, not what a block takes"
                 return f"{name} is a {type(part).__name__} that is not fused"
             reason = part.unsupported()
             if reason is not None:
