@@ -246,7 +246,7 @@ _LIBRARIES = {
 
 def _families() -> _Families:
     known = _Families(dict(deit_model.LEAVES), dict(deit_model.BLOCKS), dict(deit_model.ROOTS), {})
-    for file in {file for library, file in _LIBRARIES.items() if library in sys.modules}:
+    for file in dict.fromkeys(f for library, f in _LIBRARIES.items() if library in sys.modules):
         module = importlib.import_module(f"deit.fused_vit.{file}")
         known.leaves.update(module.LEAVES)
         known.blocks.update(module.BLOCKS)

@@ -5,15 +5,14 @@ Imported only where transformers' models are in use already.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
 
-from deit.fused_vit import deit_model, huggingface, modules, rotary
+from deit.fused_vit import deit_model, feed_forward, huggingface, modules, rotary
 from deit.fused_vit.attention_interface import any_set
 from deit.fused_vit.rotary import Positions
 from deit.kernels.attention.reference import turned
@@ -89,15 +88,11 @@ class FusedMlp(huggingface.FusedMlp, dinov3.DINOv3ViTMLP):
         return super().forward(x)
 
 
-class FusedGatedMlp(rotary.GatedMlp, dinov3.DINOv3ViTGatedMLP):
-    """transformers' DINOv3ViTGatedMLP on `deit.kernels.linear`."""
+class FusedGatedMlp(feed_forward.FusedGatedMlp, dinov3.DINOv3ViTGatedMLP):
+    """transformers' DINOv3ViTGatedMLP on `deit.kernels.glu_mlp`."""
 
-    GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
-    LINEARS = ("gate_proj", "up_proj", "down_proj")
     ACTIVATION = "act_fn"
-    ACTIVATIONS = rotary.GatedMlp.ACTIVATIONS | {SiLUActivation: F.silu}
-    STANDS_FOR = tuple(ACTIVATIONS)
-    NORM = ""
+    ACTIVATIONS: ClassVar[dict[type[nn.Module], str]] = {SiLUActivation: "silu"}
 
 
 class FusedLayer(rotary.RotaryBlock, dinov3.DINOv3ViTLayer):
@@ -107,7 +102,7 @@ class FusedLayer(rotary.RotaryBlock, dinov3.DINOv3ViTLayer):
         ("norm1", deit_model.FusedLayerNorm),
         ("attention", rotary.RotaryAttention),
         ("norm2", deit_model.FusedLayerNorm),
-        ("mlp", rotary.RotaryBlock.MLPS),  # type: ignore[assignment]
+        ("mlp", modules.FeedForward),
     )
     SCALES = ("layer_scale1", "layer_scale2")
     SCALE_KINDS = (dinov3.DINOv3ViTLayerScale,)

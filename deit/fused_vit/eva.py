@@ -109,7 +109,7 @@ class FusedBlock(rotary.RotaryBlock, eva.EvaBlock):
         ("norm1", modules.FusedLayerNorm),
         ("attn", rotary.RotaryAttention),
         ("norm2", modules.FusedLayerNorm),
-        ("mlp", rotary.RotaryBlock.MLPS),  # type: ignore[assignment]
+        ("mlp", modules.FeedForward),
     )
     DROP_PATH_KINDS = (nn.Identity, timm.layers.DropPath)
     STANDS_FOR = DROP_PATH_KINDS
@@ -142,32 +142,8 @@ class FusedBlock(rotary.RotaryBlock, eva.EvaBlock):
         return modules.original_class(self).forward(self, x, **_given(rope, attn_mask, is_causal))
 
 
-class FusedGluMlp(rotary.GatedMlp, timm.layers.GluMlp):
-    """timm's GluMlp with SiLU (SwiGLUPacked) on `deit.kernels.linear`."""
-
-    GATE = UP = "fc1"
-    DOWN = "fc2"
-    LINEARS = ("fc1", "fc2")
-    DROPOUTS = ("drop1", "drop2")
-
-    def unsupported(self) -> str | None:
-        if self.gate_last or self.chunk_dim != -1:
-            return "its gate comes last"
-        return super().unsupported()
-
-
-class FusedSwiGLU(rotary.GatedMlp, timm.layers.SwiGLU):
-    """timm's SwiGLU on `deit.kernels.linear`."""
-
-    GATE, UP, DOWN = "fc1_g", "fc1_x", "fc2"
-    LINEARS = ("fc1_g", "fc1_x", "fc2")
-    DROPOUTS = ("drop1", "drop2")
-
-
 LEAVES: dict[type[nn.Module], type[modules.Fused]] = {
     eva.EvaAttention: FusedEvaAttention,
-    timm.layers.GluMlp: FusedGluMlp,
-    timm.layers.SwiGLU: FusedSwiGLU,
 }
 if hasattr(timm.layers, "AttentionRope"):
 

@@ -1,17 +1,15 @@
-"""Blocks with rotary positions, and MLPs that gate: mix-ins for the families that have them."""
+"""Blocks with rotary positions: mix-ins for the families that have them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deit.fused_vit import eight_bits, modules
 from deit.fused_vit.modules import hooked, unreadable
-from deit.kernels import linear, rotary_attention
+from deit.kernels import rotary_attention
 from deit.kernels.engine import autocast
 from deit.kernels.thirds import rotary_vit_block
 
@@ -135,69 +133,10 @@ class RotaryAttention(modules.FusedAttention):
         return torch.cat([x.to(packed.dtype).flatten(2) for x in (*parts, split[2])], dim=-1)
 
 
-class GatedMlp(modules.Fused):
-    """Over fc2(norm(act(gate(x)) * up(x))): SwiGLU, by `linear` and PyTorch's own in between.
-
-    GATE and UP may be one Linear, whose first rows are the gate's. The norm's module is called.
-    """
-
-    OPERATORS = ("linear",)
-    GATE: ClassVar[str]
-    UP: ClassVar[str]
-    DOWN: ClassVar[str]
-    ACTIVATION: ClassVar[str] = "act"
-    STANDS_FOR: ClassVar[tuple[type[nn.Module], ...]] = (nn.SiLU,)
-    ACTIVATIONS: ClassVar[dict[type, Callable[[Tensor], Tensor]]] = {nn.SiLU: F.silu}
-    NORM: ClassVar[str] = "norm"
-
-    def unsupported(self) -> str | None:
-        act = self._modules.get(self.ACTIVATION)
-        if type(act) not in self.ACTIVATIONS:
-            return f"its activation is {act}, not SiLU"
-        return super().unsupported()
-
-    def interrupted(self) -> str | None:
-        for name in (self.ACTIVATION, self.NORM):
-            child = self._modules.get(name)
-            if child is not None and hooked(child):
-                return f"{name} has a hook"
-        return super().interrupted()
-
-    def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
-        if not self.runs_fused(x):
-            return super().forward(x)  # type: ignore[misc]
-        return self.feed_forward(x)
-
-    def feed_forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        gamma: Tensor | None = None,
-        keep: Tensor | None = None,
-    ) -> Tensor:
-        """residual + keep * gamma * down(norm(act(gate(x)) * up(x)))."""
-        children: Any = self._modules
-        impl = self.fused_impls["linear"]
-        gate, up, down = (children[name] for name in (self.GATE, self.UP, self.DOWN))
-        gated = linear(x, gate.weight, gate.bias, impl=impl)
-        if gate is up:
-            gated, hidden = gated.chunk(2, dim=-1)
-        else:
-            hidden = linear(x, up.weight, up.bias, impl=impl)
-        hidden = self.ACTIVATIONS[type(children[self.ACTIVATION])](gated) * hidden
-        norm = children.get(self.NORM)
-        if norm is not None and type(norm) is not nn.Identity:
-            hidden = norm(hidden)
-        return linear(
-            hidden, down.weight, down.bias, residual=residual, gamma=gamma, keep=keep, impl=impl
-        )
-
-
 class RotaryBlock(modules.FusedBlock):
     """Over a pre-norm block whose attention is a RotaryAttention."""
 
     SCALES: ClassVar[tuple[str, ...]] = ()
-    MLPS: ClassVar[tuple[type[modules.Fused], ...]] = (modules.FusedMlp, GatedMlp)
 
     def operators(self) -> tuple[str, ...]:
         found = dict.fromkeys(op for part in self.parts() for op in part.operators())
@@ -206,15 +145,13 @@ class RotaryBlock(modules.FusedBlock):
     def remark(self) -> str:
         kind = eight_bits.asked(self.fused_impls)
         if kind is not None:
-            return f"in the model's dtype: {kind.name} does not know rotary positions or gated MLPs"
+            return f"in the model's dtype: {kind.name} does not know rotary positions"
         return super().remark()
 
     def apart(self) -> str | None:
-        _, attn, _, mlp = self.parts()
+        attn = self.parts()[1]
         if self.fused_impls.get("vit_block") not in ("auto", "cpu"):
             return "the CPU's whole block alone knows rotary positions"
-        if isinstance(mlp, GatedMlp):
-            return "a whole block knows no gated MLP"
         if any(type(attn._modules.get(name)) not in _NO_NORM for name in attn.NORMS):
             return "a whole block knows no norms within attention"
         return super().apart()
