@@ -12,7 +12,7 @@ void run_attention(AttentionArgs args) {
   over_threads(args.batch * args.heads * args.tiles, grain_of(work), set.workspace(args),
                [&](float* workspace, int64_t begin, int64_t end) {
                  set.forward(args, workspace, begin, end);
-               });
+               }, args.tiles);
 }
 
 Tensor attention_of(Tensor qkv, int64_t num_heads, double scale, Optional key_bias, Tensor* lse) {
