@@ -55,6 +55,10 @@ void over_threads(int64_t tasks, int64_t grain, size_t floats, const Run& run,
   if (tasks <= 0) return;
   const int64_t most = std::max<int64_t>(1, torch::stable::get_num_threads());
   const int64_t members = std::min(most, blocks(tasks, std::max<int64_t>(1, grain)));
+  if (members == 1) {
+    const Buffer workspace = allocate(floats);
+    return run(workspace.get(), int64_t{0}, tasks);
+  }
   Shares shares(tasks, members, together);
   torch::stable::parallel_for(0, members, 1, [&](int64_t begin, int64_t end) {
     const Leaving leaving{shares, end - begin};

@@ -68,7 +68,6 @@ class Shares {
   static constexpr int kSpins = 2000;   // 20 to 80 us; waking a thread takes as long
 
   static int64_t step_of(int64_t tasks, int64_t members, int64_t together) {
-    if (members == 1) return tasks;
     const int64_t most = tasks / (kSteps * members);
     const int64_t step = most > together ? most / together * together : together;
     return step > 1 ? step : 1;
