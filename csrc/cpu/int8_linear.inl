@@ -2,16 +2,16 @@
 // [LayerNorm ->] quantise -> product -> dequantise, bias [, GELU -> quantise -> product] [, +
 // residual]. Included by int8_kernels.cpp.
 //
-// A pass takes up to kMostRows rows. Their factors stay in the second-level cache while the panels of
-// weights go by, each panel used for every tile of rows. Sums stay in registers over the whole
+// A pass takes up to kMostRows rows. Their factors stay in the second-level cache while the panels
+// of weights go by, each panel used for every tile of rows. Sums stay in registers over the whole
 // depth. With VNNI the product alone reaches 97 to 100 % of the peak on a Zen 5 core (1045 GOP/s)
-// for every shape of DeiT, with 14 x 2 registers as well as with 6 x 4. Two columns read half of the
-// weights per cycle that four do.
+// for every shape of DeiT, with 14 x 2 registers as well as with 6 x 4. Two columns read half of
+// the weights per cycle that four do.
 //
 // Where factors are words (kWords), a tile's columns are widened once a pass, in a buffer of the
-// range's. So weights keep the bytes, the layout and the one copy that all sets share. Two thirds of
-// the time of widening was waiting for memory. The next columns are therefore prefetched, tile by
-// tile, and a pass has more rows: DeiT-B's block took 0.90 of its time.
+// range's. So weights keep the bytes, the layout and the one copy that all sets share. Two thirds
+// of the time of widening was waiting for memory. The next columns are therefore prefetched, tile
+// by tile, and a pass has more rows: DeiT-B's block took 0.90 of its time.
 
 #if defined(__AVX512VNNI__)
 constexpr int kTileRows = 14, kTileVectors = 2;  // 28 sums, 2 of weights, 1 of activations

@@ -1,7 +1,7 @@
 // Tasks of one parallel region, for the threads that work on it. Every thread has a share, of tasks
 // in order as long as nobody is late: so an operator finds in a thread's caches what the operator
-// before it left there. Shares are taken step by step. Who has finished its own goes on with steps of
-// the others', so that a thread which the system has taken off its core holds one step at most.
+// before it left there. Shares are taken step by step. Who has finished its own goes on with steps
+// of the others', so that a thread which the system has taken off its core holds one step at most.
 //
 // Knows neither torch nor OpenMP, so that the sanitizers run it (tests/native/fence.h).
 #pragma once
@@ -46,10 +46,10 @@ class Shares {
     all_left_.notify_all();
   }
 
-  // Until all have left. OpenMP's threads wait for each other in a loop of some 3 ms. The core of one
-  // that spins is not free for the thread it waits for, where that has lost its own. So the wait is
-  // here, a short loop and then asleep. It ends after 5 ms at most: a pool that does not start all
-  // members at once (not OpenMP's) may wait for this thread to start another.
+  // Until all have left. OpenMP's threads wait for each other in a loop of some 3 ms. The core of
+  // one that spins is not free for the thread it waits for, where that has lost its own. So the
+  // wait is here, a short loop and then asleep. It ends after 5 ms at most: a pool that does not
+  // start all members at once (not OpenMP's) may wait for this thread to start another.
   void wait() {
     for (int i = 0; i < kSpins; ++i) {
       if (left_.load(std::memory_order_acquire) >= members_) return;

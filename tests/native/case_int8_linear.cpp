@@ -93,8 +93,9 @@ void fuzz_int8(Random& random, const deit::Kernels& set) {
   Weight first(two ? random.size(150) : features, depth, random);
   Weight second(features, two ? first.args.features : 1, random);
   // Now and then more rows than one pass takes.
+  const bool many = random.chance(0.1);
   const std::vector<int64_t> sizes = {random.between(1, 4),
-                                      random.chance(0.1) ? random.between(60, 120) : random.size(40)};
+                                      many ? random.between(60, 120) : random.size(40)};
   Strided x(sizes, depth, deit::Scalar::f32, random);
   Strided residual(sizes, features, deit::Scalar::f32, random);
   Parameter weight(depth, norm ? 1.0 : 0.0, random), bias(depth, norm ? 0.7 : 0.0, random);
