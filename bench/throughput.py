@@ -3,6 +3,7 @@
     python bench/throughput.py --arch deit_b --bs 256
     python bench/throughput.py --arch deit_s --bs 16 --against none --peers all --budget 0
     python bench/throughput.py --arch deit_s --latency --against none --peers all --budget 0
+    python bench/throughput.py --arch deit_ti --bs 4 --neighbour --against none --peers all
 
 What is compared runs in one process, interleaved in rounds, after its logits were checked. On a
 CPU the run is fitted into a time budget and says what it shortened.
@@ -23,7 +24,7 @@ import evidence
 import peers
 from deit.commands import flags
 from evidence import devices, paper_table
-from race import compiling, photos, tables
+from race import compiling, neighbour, photos, tables
 from race import contenders as field_of
 from race.contenders import Network
 from race.progress import Progress, process_start
@@ -74,6 +75,8 @@ class Options:
     here or is not installed is left out, with the reason or the command."""
     latency: bool = False
     """Single calls instead of images/s: p50 and p99 in ms."""
+    neighbour: bool = False
+    """Time while another process keeps one of the cores busy; on a CPU, without --json."""
     images: Path | None = None
     """A folder of photographs: report the loader, the model, and both end to end on them; with
     --train the trainer's loader, which augments by the paper's recipe."""
@@ -124,6 +127,12 @@ def settle(options: Options) -> Settings:
         raise ValueError("teacher: it labels the batches of training; add --train")
     if options.latency and (options.train or options.images or paper):
         raise ValueError("latency: for inference by the modern protocol, without --images")
+    if options.neighbour and (device.type != "cpu" or paper or options.images):
+        raise ValueError("neighbour: on a CPU, by the modern protocol, without --images")
+    if options.neighbour:
+        neighbour.core()
+    if options.neighbour and options.json:  # a row does not say it
+        raise ValueError("json: its rows are of a quiet machine; leave it out beside --neighbour")
     asked = [] if paper else peers.chosen(options.peers, device.type)
     reasons = {
         peer: peer.why_not(device.type, tables.DTYPES[dtype], options.train) for peer in asked
@@ -143,6 +152,7 @@ def settle(options: Options) -> Settings:
         peers=[peer for peer, reason in reasons.items() if not reason],
         left_out=[f"{peer.name}: left out: {reason}" for peer, reason in reasons.items() if reason],
         latency=options.latency,
+        neighbour=options.neighbour,
         seconds=options.seconds,
         budget=budget or None,
         keep=0.2 * budget if options.images else 0.0,

@@ -6,6 +6,7 @@ convnet's variants) happens before them and is reported apart.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 import evidence
 from evidence import devices
 from evidence.timing import Clock, interleave, spread
-from race import compiling, planning
+from race import compiling, neighbour, planning
 from race import contenders as field_of
 from race.checks import Agreement, Oracle, WrongOutputs, verify_gradients
 from race.contenders import Contender, Network
@@ -312,7 +313,8 @@ class Race:
             seconds = s.seconds or (5.0 if s.device.type == "cuda" else 40.0)
             plan = planning.plan_rounds(times, seconds, self.left())
         graphs = compiling.graphs()
-        samples = self.rounds(self.finalists, plan.rounds, plan.calls, "timing")
+        with neighbour.busy_core() if s.neighbour else contextlib.nullcontext():
+            samples = self.rounds(self.finalists, plan.rounds, plan.calls, "timing")
         if compiling.graphs() != graphs:
             self.note("something was compiled within the rounds: compiled figures are too low")
         for contender, taken, calls in zip(self.finalists, samples, plan.calls, strict=True):

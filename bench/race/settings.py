@@ -28,6 +28,7 @@ class Settings:
     peers: Sequence[Peer] = ()
     left_out: Sequence[str] = ()  # peers that cannot run here, and why
     latency: bool = False
+    neighbour: bool = False  # another process keeps a core busy while the rounds are timed
     seconds: float | None = None
     budget: float | None = None
     keep: float = 0.0  # seconds of the budget that what follows the rounds will take

@@ -132,6 +132,8 @@ def terms(race: Race, facts: Mapping[str, Any]) -> str:
     s = race.settings
     kind = str(s.dtype).removeprefix("torch.")
     mode = "training steps" if s.train else "single calls" if s.latency else "inference"
+    if s.neighbour:
+        mode += " beside a process that keeps one core busy"
     if s.teacher:
         mode += f" with the labels of {s.teacher.label}"
     where = facts["device"]

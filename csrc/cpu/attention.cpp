@@ -12,7 +12,7 @@ void run_attention(AttentionArgs args) {
   over_threads(args.batch * args.heads * args.tiles, grain_of(work), set.workspace(args),
                [&](float* workspace, int64_t begin, int64_t end) {
                  set.forward(args, workspace, begin, end);
-               });
+               }, args.tiles);
 }
 
 Rope rope_of(Positions& positions, const Tensor& x, int64_t heads, int64_t head_dim) {

@@ -48,6 +48,7 @@ struct Int8Args {
 struct Int8Kernels {
   const char* name;
   int64_t group;
+  int64_t pass;  // groups of one pass over the weights, at most
   size_t (*workspace)(const Int8Args&);  // bytes, one range's
   void (*run)(const Int8Args&, void* workspace, int64_t begin, int64_t end);
 };

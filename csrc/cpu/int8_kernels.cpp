@@ -25,6 +25,7 @@ namespace {
 const Int8Kernels DEIT_TABLE(DEIT_ISA) = {
     DEIT_TEXT(DEIT_ISA),
     DEIT_ISA::kGroup,
+    DEIT_ISA::kMostRows / DEIT_ISA::kGroup,
     DEIT_ISA::int8_workspace,
     DEIT_ISA::run_int8,
 };

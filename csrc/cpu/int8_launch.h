@@ -75,7 +75,7 @@ inline void run_int8(const Int8Args& args) {
   over_threads(groups, std::max<int64_t>(1, kInt8Grain / work), floats,
                [&](float* workspace, int64_t begin, int64_t end) {
                  set.run(args, workspace, begin, end);
-               });
+               }, set.pass);
 }
 
 }  // namespace deit

@@ -2,23 +2,34 @@
 // [LayerNorm ->] quantise -> product -> dequantise, bias [, GELU -> quantise -> product] [, +
 // residual]. Included by int8_kernels.cpp.
 //
-// A pass takes up to 112 rows. Their bytes stay in the second-level cache while the panels of
-// weights go by, each panel used for every tile of rows. Sums stay in registers over the whole
-// depth. The product alone reaches 97 to 100 % of this instruction set's peak on a Zen 5 core (1045
-// GOP/s) for every shape of DeiT, with 14 x 2 registers as well as with 6 x 4. Two columns read
-// half of the weights per cycle that four do.
+// A pass takes up to kMostRows rows. Their factors stay in the second-level cache while the panels
+// of weights go by, each panel used for every tile of rows. Sums stay in registers over the whole
+// depth. With VNNI the product alone reaches 97 to 100 % of the peak on a Zen 5 core (1045 GOP/s)
+// for every shape of DeiT, with 14 x 2 registers as well as with 6 x 4. Two columns read half of
+// the weights per cycle that four do.
+//
+// Where factors are words (kWords), a tile's columns are widened once a pass, in a buffer of the
+// range's. So weights keep the bytes, the layout and the one copy that all sets share. Two thirds
+// of the time of widening was waiting for memory. The next columns are therefore prefetched, tile
+// by tile, and a pass has more rows: DeiT-B's block took 0.90 of its time.
 
 #if defined(__AVX512VNNI__)
 constexpr int kTileRows = 14, kTileVectors = 2;  // 28 sums, 2 of weights, 1 of activations
+constexpr int64_t kGroup = 14;                   // rows that threads take at a time
+#elif defined(__AVXVNNI__)
+constexpr int kTileRows = 6, kTileVectors = 2;  // 12, 2 and 1 of 16
+constexpr int64_t kGroup = 12;
 #else
-constexpr int kTileRows = 4, kTileVectors = 2;  // 8 sums, 3 operands, 5 for what stands for VNNI
+constexpr int kTileRows = 4, kTileVectors = 2;  // 8, 2 and 1; what is left holds products
+constexpr int64_t kGroup = 16;
 #endif
 constexpr int kTileColumns = kTileVectors * kWidth;  // 32, 16 or 8: a panel's part
-constexpr int64_t kGroup = 14;                       // rows that threads take at a time
 
 // Elements of the fp32 hidden layer of one pass: 512 KB, half of a Zen 5 core's second-level cache.
-constexpr int64_t kHiddenElements = 131072;
-constexpr int64_t kMostRows = 8 * kGroup;
+// For words it is 112 rows of DeiT-B's. They go through the cache twice a pass; weights do so once.
+constexpr int64_t kHiddenElements = kWords ? 112 * 3072 : 131072;
+// With words an image of 197 rows is one pass.
+constexpr int64_t kMostRows = (kWords ? 208 : 112) / kGroup * kGroup;
 
 DEIT_INLINE int64_t padded(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -60,28 +71,29 @@ DEIT_INLINE RowScale row_scale(const float* x, int64_t n, float& inverse) {
   return {scale, zero < 255.0f ? static_cast<int32_t>(__builtin_nearbyintf(zero)) : 255};
 }
 
-DEIT_INLINE RowScale quantise_row(const float* x, int64_t n, uint8_t* q) {
+DEIT_INLINE RowScale quantise_row(const float* x, int64_t n, UnsignedFactor* q) {
   float inverse;
   const RowScale scale = row_scale(x, n, inverse);
   const Vec factor = broadcast(inverse);
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) store_bytes(q + i, load(x + i) * factor, scale.zero);
+  for (; i + kWidth <= n; i += kWidth) store_factors(q + i, load(x + i) * factor, scale.zero);
   if (i < n) {
-    uint8_t last[kWidth];
-    store_bytes(last, load_first(x + i, static_cast<int>(n - i)) * factor, scale.zero);
-    std::memcpy(q + i, last, static_cast<size_t>(n - i));
+    UnsignedFactor last[kWidth];
+    store_factors(last, load_first(x + i, static_cast<int>(n - i)) * factor, scale.zero);
+    std::memcpy(q + i, last, static_cast<size_t>(n - i) * sizeof(UnsignedFactor));
   }
-  std::memset(q + n, 0, static_cast<size_t>(padded(n, 4) - n));  // their weights are zero
+  // Their weights are zero.
+  std::memset(q + n, 0, static_cast<size_t>(padded(n, 4) - n) * sizeof(UnsignedFactor));
   return scale;
 }
 
 // One register tile: kTileColumns channels of up to kTileRows rows.
 struct Tile {
-  const uint8_t* a;
+  const UnsignedFactor* a;
   int64_t lda;
   const RowScale* rows;
-  const int8_t* b;       // at the tile's first column in its panel
-  int64_t groups;        // of four terms
+  const Factor* b;       // at the tile's first column in its panel
+  int64_t steps;         // of kTerms terms
   const int32_t* sums;
   const float* scales;
   const float* bias;
@@ -91,10 +103,11 @@ struct Tile {
   int columns;  // of them exist; at most kTileColumns
 };
 
-DEIT_INLINE int32_t four_bytes(const uint8_t* p) {
-  int32_t bytes;
-  std::memcpy(&bytes, p, sizeof bytes);
-  return bytes;
+// kTerms factors, as one lane holds them.
+DEIT_INLINE int32_t lane(const UnsignedFactor* p) {
+  int32_t factors;
+  std::memcpy(&factors, p, sizeof factors);
+  return factors;
 }
 
 DEIT_INLINE Vec load_upto(const float* p, int left) {
@@ -110,6 +123,7 @@ DEIT_INLINE void store_upto(float* p, Vec a, int left) {
 
 template <int MR>
 void product_tile(const Tile& t) {
+  constexpr int64_t kColumns = kWords ? kTileColumns : kPanelColumns;  // of b
   Ints sums[MR][kTileVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
@@ -118,17 +132,17 @@ void product_tile(const Tile& t) {
       sums[i][j] = multiply(broadcast_ints(-t.rows[i].zero), load_ints(t.sums + j * kWidth));
     }
   }
-  const uint8_t* a = t.a;
-  const int8_t* b = t.b;
-  for (int64_t k = 0; k < t.groups; ++k, a += 4, b += 4 * kPanelColumns) {
+  const UnsignedFactor* a = t.a;
+  const Factor* b = t.b;
+  for (int64_t k = 0; k < t.steps; ++k, a += kTerms, b += kTerms * kColumns) {
     Ints weights[kTileVectors];
 #pragma GCC unroll 2
-    for (int j = 0; j < kTileVectors; ++j) weights[j] = load_bytes(b + 4 * j * kWidth);
+    for (int j = 0; j < kTileVectors; ++j) weights[j] = load_factors(b + kTerms * j * kWidth);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
-      const Ints bytes = broadcast_ints(four_bytes(a + i * t.lda));
+      const Ints factors = broadcast_ints(lane(a + i * t.lda));
 #pragma GCC unroll 2
-      for (int j = 0; j < kTileVectors; ++j) sums[i][j] = dot4(sums[i][j], bytes, weights[j]);
+      for (int j = 0; j < kTileVectors; ++j) sums[i][j] = dot(sums[i][j], factors, weights[j]);
     }
   }
 #pragma GCC unroll 2
@@ -153,6 +167,8 @@ struct TileTable {
 };
 #if defined(__AVX512VNNI__)
 using Tiles = TileTable<1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14>;
+#elif defined(__AVXVNNI__)
+using Tiles = TileTable<1, 2, 3, 4, 5, 6>;
 #else
 using Tiles = TileTable<1, 2, 3, 4>;
 #endif
@@ -165,18 +181,40 @@ void gelu_tile(float* c, int64_t ldc, int rows, int columns) {
   }
 }
 
+// The columns of a tile: groups of four terms, [groups, 32, 4] -> [2 * groups, kTileColumns, 2].
+DEIT_INLINE const Factor* widened(const int8_t* panel, int64_t groups, Factor* to) {
+  constexpr int64_t kStep = 2 * kTileColumns;
+  for (int64_t k = 0; k < groups; ++k, panel += 4 * kPanelColumns) {
+    Factor* first = to + 2 * k * kStep;
+    for (int64_t j = 0; j < kTileColumns; j += kWidth) {
+      widen_factors(panel + 4 * j, first + 2 * j, first + kStep + 2 * j);
+    }
+  }
+  return to;
+}
+
+// Where a tile's columns begin in the packed weights.
+DEIT_INLINE int64_t column_start(int64_t n, int64_t groups) {
+  return (n / kPanelColumns * groups * kPanelColumns + n % kPanelColumns) * 4;
+}
+
 // c[count, features] of one pass; `residual` holds the rows' addresses, or is null.
-void product(const Int8Weight& weight, const uint8_t* a, int64_t lda, const RowScale* rows,
-             int64_t count, const float* const* residual, bool gelu, float* c, int64_t ldc) {
+void product(const Int8Weight& weight, const UnsignedFactor* a, int64_t lda, Factor* columns,
+             const RowScale* rows, int64_t count, const float* const* residual, bool gelu, float* c,
+             int64_t ldc) {
   const int64_t groups = padded(weight.depth, 4) / 4;
   const int64_t tiles = (count + kTileRows - 1) / kTileRows;
   const float* shifted[kTileRows];
   for (int64_t n = 0; n < weight.features; n += kTileColumns) {
-    const int64_t panel = n / kPanelColumns, within = n % kPanelColumns;
     Tile t{};
     t.lda = lda;
-    t.b = weight.packed + (panel * groups * kPanelColumns + within) * 4;
-    t.groups = groups;
+    const int8_t* packed = weight.packed + column_start(n, groups);
+    if constexpr (kWords) {
+      t.b = widened(packed, groups, columns);
+    } else {
+      t.b = reinterpret_cast<const Factor*>(packed);
+    }
+    t.steps = groups * 4 / kTerms;
     t.sums = weight.sums + n;
     t.scales = weight.scales + n;
     t.bias = weight.bias + n;
@@ -184,8 +222,13 @@ void product(const Int8Weight& weight, const uint8_t* a, int64_t lda, const RowS
     t.ldc = ldc;
     const int64_t left = weight.features - n;
     t.columns = static_cast<int>(left < kTileColumns ? left : kTileColumns);
+    const int8_t* next = weight.packed + column_start(n + kTileColumns, groups);
+    const int64_t ahead = kWords && left > kTileColumns ? groups : 0;
     for (int64_t tile = 0; tile < tiles; ++tile) {  // of equal heights, or one fewer
       const int64_t first = tile * count / tiles, end = (tile + 1) * count / tiles;
+      for (int64_t k = tile * ahead / tiles; k < (tile + 1) * ahead / tiles; ++k) {
+        __builtin_prefetch(next + k * 4 * kPanelColumns);
+      }
       t.a = a + first * lda;
       t.rows = rows + first;
       t.c = c + first * ldc + n;
@@ -199,11 +242,12 @@ void product(const Int8Weight& weight, const uint8_t* a, int64_t lda, const RowS
 // Where the pieces of a range's workspace lie; all but `bytes` are null when only measuring.
 struct Int8Workspace {
   int64_t rows;    // of one pass
-  int64_t stride;  // of a row of bytes
+  int64_t stride;  // of a row of factors
   int64_t hidden_stride;
-  float* normalised;      // one row
-  float* hidden;          // [rows, hidden_stride]
-  uint8_t* quantised;     // [rows, stride]: of x, then of the hidden layer
+  float* normalised;          // one row
+  float* hidden;              // [rows, hidden_stride]
+  Factor* columns;            // of one tile of weights, where they are widened
+  UnsignedFactor* quantised;  // [rows, stride]: of x, then of the hidden layer
   size_t bytes;
 };
 
@@ -215,15 +259,20 @@ DEIT_INLINE Int8Workspace lay_out(const Int8Args& args, void* start) {
                                                                       : args.first.depth;
   // A multiple of 1024 bytes gets a cache line more: rows 4096 bytes apart, 14 of them, would fall
   // into one set of a cache.
-  w.stride = padded(deepest, 64) + (padded(deepest, 64) % 1024 == 0 ? 64 : 0);
-  int64_t rows = two ? kHiddenElements / w.hidden_stride / kGroup * kGroup : kMostRows;
+  constexpr int64_t kSize = sizeof(UnsignedFactor);
+  const int64_t bytes = padded(deepest * kSize, 64);
+  w.stride = (bytes + (bytes % 1024 == 0 ? 64 : 0)) / kSize;
+  const int64_t rows = two ? kHiddenElements / w.hidden_stride / kGroup * kGroup : kMostRows;
   w.rows = rows < kGroup ? kGroup : rows > kMostRows ? kMostRows : rows;
+  const int64_t columns = kWords ? padded(deepest, 4) * kTileColumns : 0;
   const int64_t floats = padded(args.first.depth, 16) + w.rows * w.hidden_stride;
-  w.bytes = static_cast<size_t>(floats) * sizeof(float) + static_cast<size_t>(w.rows * w.stride);
+  w.bytes = static_cast<size_t>(floats) * sizeof(float) +
+            static_cast<size_t>(columns + w.rows * w.stride) * sizeof(Factor);
   if (start) {
     w.normalised = static_cast<float*>(start);
     w.hidden = w.normalised + padded(args.first.depth, 16);
-    w.quantised = reinterpret_cast<uint8_t*>(w.hidden + w.rows * w.hidden_stride);
+    w.columns = reinterpret_cast<Factor*>(w.hidden + w.rows * w.hidden_stride);
+    w.quantised = reinterpret_cast<UnsignedFactor*>(w.columns + columns);
   }
   return w;
 }
@@ -253,7 +302,7 @@ void run_int8(const Int8Args& args, void* workspace, int64_t begin_group, int64_
     const int64_t count = end - row < w.rows ? end - row : w.rows;
     quantise_inputs(args, w, row, count, scales);
     if (two) {
-      product(args.first, w.quantised, w.stride, scales, count, nullptr, true, w.hidden,
+      product(args.first, w.quantised, w.stride, w.columns, scales, count, nullptr, true, w.hidden,
               w.hidden_stride);
       for (int64_t i = 0; i < count; ++i) {
         scales[i] = quantise_row(w.hidden + i * w.hidden_stride, args.second.depth,
@@ -263,8 +312,9 @@ void run_int8(const Int8Args& args, void* workspace, int64_t begin_group, int64_
     for (int64_t i = 0; residual && i < count; ++i) {
       residual_rows[i] = residual + row_offset(args.residual, row + i);
     }
-    product(last, w.quantised, w.stride, scales, count, residual ? residual_rows : nullptr,
-            args.gelu && !two, args.out + row * last.features, last.features);
+    product(last, w.quantised, w.stride, w.columns, scales, count,
+            residual ? residual_rows : nullptr, args.gelu && !two, args.out + row * last.features,
+            last.features);
   }
 }
 

@@ -52,44 +52,45 @@ void advance(const Int8Block& block, const float* x, float* y, int64_t first, in
   run(block.mlp, sum, sum, y + start);  // a pass reads its rows before it writes them
 }
 
+// Whole cache lines: a workspace begins behind them.
 size_t between_floats(const Int8Block& block, int64_t images) {
-  return static_cast<size_t>(images * block.attention.tokens * block.channels * 4);
+  return static_cast<size_t>((images * block.attention.tokens * block.channels * 4 + 15) / 16 * 16);
 }
 
-Activations between_in(const Buffer& memory, const Int8Block& block, int64_t images) {
-  float* qkv = memory.get();
+Activations between_in(float* qkv, const Int8Block& block, int64_t images) {
   return {qkv, qkv + images * block.attention.tokens * block.channels * 3};
 }
 
 void all_at_once(const Int8Block& block, const float* x, float* y, int64_t images) {
   const Buffer memory = allocate(between_floats(block, images));
-  advance(block, x, y, 0, images, between_in(memory, block, images), run_int8, run_attention);
+  advance(block, x, y, 0, images, between_in(memory.get(), block, images), run_int8, run_attention);
 }
 
 // One image after another. What lies between x and y stays in the thread's second-level cache and
 // in memory that the thread uses again; for a whole batch it would be fresh pages in every block.
-void image_by_image(const Int8Block& block, const float* x, float* y, int64_t begin,
-                    int64_t end) {
+void image_by_image(const Int8Block& block, const float* x, float* y, int64_t images) {
   const Int8Kernels& eights = int8_kernels();
   const AttentionKernels& floats = kernels().attention;
   AttentionArgs planned = block.attention;
   floats.plan(planned);
-  const size_t attention = floats.workspace(planned);
+  const size_t attention = floats.workspace(planned), between = between_floats(block, 1);
   const size_t product_floats = floats_of(std::max(
       {eights.workspace(block.qkv), eights.workspace(block.mlp), eights.workspace(block.proj)}));
-  const Buffer workspace = allocate(std::max(product_floats, attention));
-  const Buffer memory = allocate(between_floats(block, 1));
-  const auto product = [&](const Int8Args& args) {
-    eights.run(args, workspace.get(), 0, (args.rows + eights.group - 1) / eights.group);
+  const auto run = [&](float* memory, int64_t begin, int64_t end) {
+    float* const workspace = memory + between;
+    const auto product = [&](const Int8Args& args) {
+      eights.run(args, workspace, 0, (args.rows + eights.group - 1) / eights.group);
+    };
+    const auto attend = [&](AttentionArgs args) {
+      args.query_tile = planned.query_tile;
+      args.tiles = planned.tiles;
+      floats.forward(args, workspace, 0, args.heads * args.tiles);
+    };
+    for (int64_t image = begin; image < end; ++image) {
+      advance(block, x, y, image, 1, between_in(memory, block, 1), product, attend);
+    }
   };
-  const auto attend = [&](AttentionArgs args) {
-    args.query_tile = planned.query_tile;
-    args.tiles = planned.tiles;
-    floats.forward(args, workspace.get(), 0, args.heads * args.tiles);
-  };
-  for (int64_t image = begin; image < end; ++image) {
-    advance(block, x, y, image, 1, between_in(memory, block, 1), product, attend);
-  }
+  over_threads(images, 1, between + std::max(product_floats, attention), run);
 }
 
 bool even_shares(int64_t images) {
@@ -161,9 +162,7 @@ Tensor int8_vit_block(Tensor x, Tensor norm1_weight, Optional norm1_bias, Tensor
     all_at_once(block, from, to, images);
     return out;
   }
-  torch::stable::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
-    image_by_image(block, from, to, begin, end);
-  });
+  image_by_image(block, from, to, images);
   return out;
 }
 

@@ -10,6 +10,7 @@
 
 #include "../common/tensors.h"
 #include "isa.h"
+#include "shares.h"
 
 namespace deit {
 
@@ -35,14 +36,44 @@ inline int64_t grain_of(int64_t work) {
   return std::max<int64_t>(1, 4 * kGrain / std::max<int64_t>(1, work));
 }
 
-// The split of [0, tasks) over threads, each with a workspace of its own:
-// run(workspace, begin, end).
+// A thread's end of a region, by return or by exception.
+struct Leaving {
+  Shares& shares;
+  int64_t members;
+  ~Leaving() {
+    shares.leave(members);
+    shares.wait();
+  }
+};
+
+// [0, tasks) over threads, whoever is free taking the next, each with a workspace of its own:
+// run(workspace, begin, end), several times a thread. There are as many threads as have `grain`
+// tasks each. together: as in Shares.
 template <class Run>
-void over_threads(int64_t tasks, int64_t grain, size_t floats, const Run& run) {
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+void over_threads(int64_t tasks, int64_t grain, size_t floats, const Run& run,
+                  int64_t together = 1) {
+  if (tasks <= 0) return;
+  const int64_t most = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t members = std::min(most, blocks(tasks, std::max<int64_t>(1, grain)));
+  if (members == 1) {
     const Buffer workspace = allocate(floats);
-    run(workspace.get(), begin, end);
+    return run(workspace.get(), int64_t{0}, tasks);
+  }
+  Shares shares(tasks, members, together);
+  torch::stable::parallel_for(0, members, 1, [&](int64_t begin, int64_t end) {
+    const Leaving leaving{shares, end - begin};
+    const Buffer workspace = allocate(floats);
+    for (int64_t member = begin; member < end; ++member) {
+      shares.work(member, [&](int64_t from, int64_t to) { run(workspace.get(), from, to); });
+    }
   });
+}
+
+// The same without a workspace: run(begin, end).
+template <class Run>
+void over_threads(int64_t tasks, int64_t grain, const Run& run) {
+  over_threads(tasks, grain, size_t{0},
+               [&](float*, int64_t begin, int64_t end) { run(begin, end); });
 }
 
 inline int64_t last(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); }

@@ -38,7 +38,7 @@ inline Tensor sum_of_chunks(const float* parts, int64_t chunks, int64_t low, int
   Tensor total = torch::stable::new_empty(like, {channels}, ScalarType::Float);
   float* out = static_cast<float*>(total.mutable_data_ptr());
   const int64_t grain = std::max<int64_t>(64, kGrain / std::max<int64_t>(1, chunks));
-  torch::stable::parallel_for(0, channels, grain, [&](int64_t begin, int64_t end) {
+  over_threads(channels, grain, [&](int64_t begin, int64_t end) {
     std::vector<double> sums(static_cast<size_t>(end - begin));
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const float* high = parts + chunk * 2 * low + begin;

@@ -21,7 +21,7 @@ void run_product(ProductArgs args) {
 Buffer pack(ProductArgs& args) {
   const ProductKernels& set = kernels().product;
   Buffer packed = allocate(static_cast<size_t>(args.panels * set.panel * args.depth));
-  torch::stable::parallel_for(0, args.panels, 1, [&](int64_t begin, int64_t end) {
+  over_threads(args.panels, 1, [&](int64_t begin, int64_t end) {
     set.pack(args, packed.get(), begin, end);
   });
   args.packed = packed.get();
@@ -69,8 +69,8 @@ Buffer pack_operand(TrainingProductArgs& args, const Tensor& b, bool transposed)
   const int64_t panels = blocks(args.width, set.panel);
   Buffer packed = allocate(static_cast<size_t>(panels * set.panel * args.depth));
   const PackArgs pack{floats(b), b.size(1), transposed, args.depth, args.width, packed.get()};
-  torch::stable::parallel_for(
-      0, panels, std::max<int64_t>(1, kGrain / (set.panel * args.depth + 1)),
+  over_threads(
+      panels, std::max<int64_t>(1, kGrain / (set.panel * args.depth + 1)),
       [&](int64_t begin, int64_t end) { set.pack(pack, begin, end); });
   args.panels = packed.get();
   return packed;
@@ -180,8 +180,8 @@ std::tuple<Tensor, Tensor> output_gradient(const Tensor& dout, const Optional& a
   const Buffer sums = allocate(static_cast<size_t>(sums_size));
   args.dgamma = wants_gamma ? sums.get() : nullptr;
   const LinearGradientKernels& set = kernels().linear_gradient;
-  torch::stable::parallel_for(
-      0, chunks, std::max<int64_t>(1, kGrain / (kRowChunk * args.channels + 1)),
+  over_threads(
+      chunks, std::max<int64_t>(1, kGrain / (kRowChunk * args.channels + 1)),
       [&](int64_t begin, int64_t end) { set.output(args, begin, end); });
   if (!wants_gamma) return {g, none(dout)};
   return {g, sum_of_chunks(sums.get(), chunks, args.channels, args.channels, *gamma)};

@@ -306,10 +306,11 @@ size_t product_workspace(const ProductArgs& args) {
 void product(const ProductArgs& args, float* workspace, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     const int64_t row = task / args.panels * args.row_block, column = task % args.panels * kCols;
+    const bool another = task + 1 < args.tasks;  // this thread goes on to it unless that is taken
     if (args.type == Scalar::f32) {
-      multiply_panel<float>(args, workspace, row, column, task + 1 < end);
+      multiply_panel<float>(args, workspace, row, column, another);
     } else {
-      multiply_panel<BF16>(args, workspace, row, column, task + 1 < end);
+      multiply_panel<BF16>(args, workspace, row, column, another);
     }
   }
 }

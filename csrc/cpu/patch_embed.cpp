@@ -130,26 +130,25 @@ Tensor patch_embed(Tensor images, Tensor weight, Optional bias, Tensor prefix,
   set.plan(product, 1);
   Buffer packed;
   if (batch >= kLeastImages) packed = pack(product);
-  const size_t gathered = static_cast<size_t>((product.rows * row + 3) / 4);
+  const size_t gathered = static_cast<size_t>((product.rows * row + 63) / 64 * 16);
   const size_t floats = set.workspace(product);
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const char* pos = static_cast<const char*>(pos_embed.const_data_ptr());
-  torch::stable::parallel_for(0, batch * bands, 1, [&](int64_t begin, int64_t end) {
-    const Buffer rows = allocate(gathered), workspace = allocate(floats);
+  over_threads(batch * bands, 1, gathered + floats, [&](float* rows, int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / bands, band = task % bands;
       const int64_t start = band * patches / bands, stop = (band + 1) * patches / bands;
       char* tokens_of = to + b * tokens * dim * in.bytes;
       if (band == 0) write_prefix(prefix, pos_embed, product.type, first * dim, tokens_of);
       if (start == stop) continue;
-      gather(in, b, start, stop - start, reinterpret_cast<char*>(rows.get()));
+      gather(in, b, start, stop - start, reinterpret_cast<char*>(rows));
       ProductArgs own = product;
-      own.x = rows.get();
+      own.x = rows;
       own.rows = own.rows_per_sample = stop - start;
       own.residual = pos + (first + start) * dim * in.bytes;
       own.out = tokens_of + (first + start) * dim * in.bytes;
       set.plan(own, 1);
-      set.run(own, workspace.get(), 0, own.tasks);
+      set.run(own, rows + gathered, 0, own.tasks);
     }
   });
   return out;

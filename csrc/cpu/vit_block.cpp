@@ -130,7 +130,7 @@ class Description {
       layer->packed = to;
       to += layer->panels * set.panel * layer->depth;
     }
-    torch::stable::parallel_for(0, first[4], 1, [&](int64_t begin, int64_t end) {
+    over_threads(first[4], 1, [&](int64_t begin, int64_t end) {
       for (size_t i = 0; i < layers.size(); ++i) {
         const int64_t from = std::max(begin, first[i]), until = std::min(end, first[i + 1]);
         if (from >= until) continue;
@@ -174,8 +174,8 @@ Tensor row_stats_of(const Tensor& y) {
   const int64_t channels = y.size(2), rows = y.size(0) * y.size(1);
   Tensor stats = torch::stable::new_empty(
       y, {y.size(0), y.size(1), 2, (channels + 63) / 64}, ScalarType::Float);
-  torch::stable::parallel_for(
-      0, rows, std::max<int64_t>(1, kGrain / channels), [&](int64_t begin, int64_t end) {
+  over_threads(
+      rows, std::max<int64_t>(1, kGrain / channels), [&](int64_t begin, int64_t end) {
         kernels().block.row_stats(y.const_data_ptr(), scalar_of("y", y), channels,
                             static_cast<float*>(stats.mutable_data_ptr()), begin, end);
       });

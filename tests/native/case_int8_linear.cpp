@@ -92,7 +92,10 @@ void fuzz_int8(Random& random, const deit::Kernels& set) {
   const bool two = random.chance(0.4), norm = random.chance(0.5), add = random.chance(0.5);
   Weight first(two ? random.size(150) : features, depth, random);
   Weight second(features, two ? first.args.features : 1, random);
-  const std::vector<int64_t> sizes = {random.between(1, 4), random.size(40)};
+  // Now and then more rows than one pass takes.
+  const bool many = random.chance(0.1);
+  const std::vector<int64_t> sizes = {random.between(1, 4),
+                                      many ? random.between(60, 120) : random.size(40)};
   Strided x(sizes, depth, deit::Scalar::f32, random);
   Strided residual(sizes, features, deit::Scalar::f32, random);
   Parameter weight(depth, norm ? 1.0 : 0.0, random), bias(depth, norm ? 0.7 : 0.0, random);

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "../../csrc/common/rows.h"
+#include "../../csrc/cpu/shares.h"
 
 namespace fuzz {
 
@@ -234,24 +235,30 @@ inline void near(const char* name, int64_t i, double found, double exact, deit::
 }
 
 // Runs `work(workspace, begin, end)` over all tasks by 1, 2 and 8 threads, each with a workspace of
-// its own, and once more split anywhere; every split must write the same bits.
+// its own, whoever is free taking the next as the launcher has it, and once more split anywhere.
+// All must write the same bits.
 inline void run(int64_t tasks, size_t workspace_floats, const std::vector<Elements*>& outputs,
                 Random& random, const std::function<void(float*, int64_t, int64_t)>& work) {
   std::vector<std::vector<uint8_t>> expected;
   for (const int64_t threads : {int64_t{1}, int64_t{2}, int64_t{8}, tasks}) {
-    std::vector<int64_t> cuts;
-    for (int64_t t = 0; t <= std::min(threads, tasks); ++t) {
-      cuts.push_back(t * tasks / std::min(threads, tasks));
-    }
-    if (threads == tasks) cuts = {0, random.between(0, tasks), tasks};
+    const bool anywhere = threads == tasks;
+    const std::vector<int64_t> cuts = {0, random.between(0, tasks), tasks};
+    const int64_t members = anywhere ? 2 : std::min(threads, tasks);
+    deit::Shares shares(tasks, members, random.between(1, 4));
     for (Elements* output : outputs) output->memory.clear();
     std::vector<std::unique_ptr<Fenced>> workspaces;
     std::vector<std::thread> pool;
-    for (size_t t = 0; t + 1 < cuts.size(); ++t) {
+    for (int64_t t = 0; t < members; ++t) {
       workspaces.push_back(std::make_unique<Fenced>(workspace_floats * sizeof(float), random, 64));
       float* workspace = workspaces.back()->floats();
-      pool.emplace_back([&work, workspace, begin = cuts[t], end = cuts[t + 1]] {
+      const auto own = [&work, workspace](int64_t begin, int64_t end) {
         if (begin < end) work(workspace, begin, end);
+      };
+      pool.emplace_back([&shares, &cuts, anywhere, own, t] {
+        if (anywhere) return own(cuts[static_cast<size_t>(t)], cuts[static_cast<size_t>(t) + 1]);
+        shares.work(t, own);
+        shares.leave(1);
+        shares.wait();
       });
     }
     for (std::thread& thread : pool) thread.join();
@@ -260,8 +267,8 @@ inline void run(int64_t tasks, size_t workspace_floats, const std::vector<Elemen
       if (threads == 1) {
         expected.push_back(bytes);
       } else if (bytes != expected[i]) {
-        fail("output " + std::to_string(i) + " depends on the split into " +
-             std::to_string(cuts.size() - 1) + " ranges");
+        fail("output " + std::to_string(i) + " depends on the split over " +
+             std::to_string(members) + " threads");
       }
     }
   }

@@ -25,6 +25,7 @@ struct Case {
   void (*fuzz)(Random&, const deit::Kernels&);
 };
 constexpr Case kCases[] = {
+    {"shares", fuzz_shares},
     {"layer_norm", fuzz_layer_norm},
     {"attention", fuzz_attention},
     {"product", fuzz_product},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from racing import Scaled
 import evidence
 import throughput
 from page import listings
-from race import contenders
+from race import contenders, neighbour
 
 BENCH = Path(__file__).parents[3] / "bench"
 # One thread: beside other work on the machine, two wait for each other at every operator's end.
@@ -117,6 +119,8 @@ def test_photographs_end_to_end(
         (["--device", "tpu"], "device: expected auto, cpu, cuda or cuda:N; got 'tpu'"),
         (["--protocol", "deit2021", "--dtype", "bf16"], "dtype: protocol deit2021 is fp32"),
         (["--images", "no/such/folder"], "images: expected a folder; got no/such/folder"),
+        (["--neighbour", "--json", "rows.json"], "json: its rows are of a quiet machine"),
+        (["--neighbour", "--images", "photos"], "neighbour: on a CPU, by the modern protocol"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
@@ -126,6 +130,16 @@ def test_bad_input_is_one_line_and_status_2(
     captured = capsys.readouterr()
     assert message in captured.err.splitlines()[-1]
     assert captured.out == ""
+
+
+def test_a_neighbour_computes_on_one_core_and_ends() -> None:
+    with neighbour.busy_core() as busy:
+        deadline = time.monotonic() + 20
+        while os.sched_getaffinity(busy.pid) != {neighbour.core()}:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert busy.poll() is None
+    assert busy.poll() is not None
 
 
 @pytest.mark.parametrize("content", [None, "text under a photograph's name"])
