@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from deit.commands import flags
+from deit.commands.embed import Embed
 from deit.commands.eval import Eval
 from deit.commands.explain_image import ExplainImage
 from deit.commands.export import Export
@@ -28,6 +29,7 @@ BAD_INPUT = 2
 Command = (
     Annotated[Info, flags.subcommand("info")]
     | Annotated[Predict, flags.subcommand("predict")]
+    | Annotated[Embed, flags.subcommand("embed")]
     | Annotated[Train, flags.subcommand("train")]
     | Annotated[Finetune, flags.subcommand("finetune")]
     | Annotated[Fixres, flags.subcommand("fixres")]
