@@ -61,9 +61,17 @@ class Plan:
     in_shards: int = 0  # their images
     there: int = 0  # images in pieces that were there
     unreadable: int = 0  # of those
+    fault: Exception | None = None  # what ended the names early
 
     def __iter__(self) -> Iterator[Task]:
-        """Raises ValueError where a piece that is there is not of these images."""
+        """Ends at a `fault`, such as a shard that is not whole: what came before is still in work,
+        some batches ahead of the network, and its pieces are to be written."""
+        try:
+            yield from self._tasks()
+        except (ValueError, OSError) as error:
+            self.fault = error
+
+    def _tasks(self) -> Iterator[Task]:
         stream = self._counted()
         for number in itertools.count():
             items = list(itertools.islice(stream, self.rows))

@@ -78,18 +78,20 @@ def run(
     _check(model, topk, rows, workers)
     asked = _asked(model, inputs, topk, rows)
     start = time.perf_counter()
-    with ExitStack() as stack:
+    # Outermost: a worker's death is reported once more wherever this process then is.
+    with naming_lost_workers(), ExitStack() as stack:
         pieces = Pieces(out, asked)
         stack.callback(pieces.close)
         plan = Plan(inputs, pieces, rows, model.batch_size)
         pace = _Pace(plan, watch, inputs)
         writer = _Writer(pieces, stack.enter_context(ThreadPoolExecutor(1, "deit-writer")))
-        stack.enter_context(naming_lost_workers())
         batches = decoded(plan, model.reader, workers, model.device.type == "cuda")
         for task, errors, columns in _computed(model, topk, batches, pace):
             writer.add(task, errors, columns)
             pace.add(errors)
         writer.wait()
+        if plan.fault is not None:
+            raise plan.fault
         if not plan.seen:
             raise ValueError("images: there is no image in the shards")
         unreadable = plan.unreadable + pace.unreadable

@@ -59,11 +59,12 @@ def crop_ratio(size: int) -> float:
 class Prepare:
     """RGB image -> [3, size, size] uint8: bicubic resize of the short side, centre crop.
 
-    `ratio` None takes `crop_ratio(size)`. `fast` resizes by PyTorch's vector instructions instead of
-    Pillow's loops, in 0.2 to 0.3 of the time. Both are bicubic with the same support, but PyTorch's
-    weights have 16 bits: on photographs 0.3 % of the values differ, by 1 of 255. Raises ValueError for a size below 1 or a ratio outside
-    (0, 1]; UnreadableImage for an image so elongated that its resized self would pass Pillow's
-    pixel limit.
+    `ratio` None takes `crop_ratio(size)`. `fast` resizes by PyTorch's vector instructions, not by
+    Pillow's loops. Both are bicubic with the same support, but PyTorch's weights have 16 bits: on
+    photographs 0.3 % of the values differ, by 1 of 255.
+
+    Raises ValueError for a size below 1 or a ratio outside (0, 1]; UnreadableImage for an image so
+    elongated that its resized self would pass Pillow's pixel limit.
     """
 
     def __init__(self, size: int, ratio: float | None = None, *, fast: bool = False) -> None:
