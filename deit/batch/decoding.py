@@ -117,7 +117,7 @@ class _Decoding(Dataset[Decoded]):
         errors: list[str | None] = []
         for item in task.items:
             try:
-                images.append(self.reader.prepare(item.image(self.reader.at_least)))
+                images.append(self.reader(item.encoded(), item.name))
                 errors.append(None)
             except UnreadableImage as error:
                 errors.append(error.reason)

@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from PIL import Image
-
 from deit.data import fetch, shards, tars
-from deit.data.decoding import SUFFIXES, UnreadableImage, check_size, is_image_name, load_image
+from deit.data.decoding import SUFFIXES, UnreadableImage, check_size, is_image_name
 from deit.data.limits import not_regular
 
 _SHARD = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
@@ -40,10 +38,10 @@ class Item:
     offset: int = 0
     size: int | None = None  # bytes; None: the whole file
 
-    def image(self, at_least: int | None = None) -> Image.Image:
-        """Decoded, as `load_image` does; raises UnreadableImage."""
+    def encoded(self) -> str | bytes:
+        """What `Reader` takes: the file's path, or the member's bytes. Raises UnreadableImage."""
         if self.size is None:
-            return load_image(self.file, at_least=at_least)
+            return self.file
         check_size(self.size, self.name)
         try:
             with open(self.file, "rb") as file:
@@ -53,7 +51,7 @@ class Item:
             raise UnreadableImage(self.name, f"{error.strerror} ({type(error).__name__})") from None
         if len(data) < self.size:
             raise UnreadableImage(self.name, "the shard was cut short since it was opened")
-        return load_image(data, self.name, at_least=at_least)
+        return data
 
 
 class Inputs:

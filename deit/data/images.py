@@ -74,18 +74,21 @@ class Prepare:
         if not 0.0 < ratio <= 1.0:
             raise ValueError(f"ratio: expected in (0, 1]; got {ratio}")
         self.short_side = math.floor(size / ratio)
+        self.fast = fast
         resize = v2.Resize(self.short_side, interpolation=InterpolationMode.BICUBIC)
         steps = [resize, v2.CenterCrop(size)]
-        tensor = v2.PILToTensor()
+        tensor = v2.PILToTensor()  # of a tensor: itself
         self.steps = v2.Compose([tensor, *steps] if fast else [*steps, tensor])
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        long_side = self.short_side * max(image.size) / min(image.size)
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """`image`: Pillow's; or, where `fast`, its pixels [3, height, width] too."""
+        height, width = image.shape[1:] if isinstance(image, Tensor) else image.size[::-1]
+        long_side = self.short_side * max(height, width) / min(height, width)
         most = Image.MAX_IMAGE_PIXELS
         if most is not None and long_side * self.short_side > most:
             raise UnreadableImage(
                 "image",
-                f"{image.width} x {image.height} is too elongated: resized to a short side "
+                f"{width} x {height} is too elongated: resized to a short side "
                 f"of {self.short_side} it exceeds Pillow's limit of {most} pixels",
             )
         return self.steps(image)

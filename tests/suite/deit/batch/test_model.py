@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from deit.batch import Model
+from deit.batch import Model, images
 from deit.data.images import Prepare, UnreadableImage, load_image, normalise
 from deit.fused_vit import fuse
 
@@ -111,8 +111,8 @@ def test_other_dtypes_and_the_plain_network(weights):
 
 
 def test_an_unreadable_image_is_named_or_a_row(model, tmp_path):
-    images = [IMAGES[0], b"no image", IMAGES[2], tmp_path / "absent.jpg"]
-    values, errors = model.read(images)
+    given = [IMAGES[0], b"no image", IMAGES[2], tmp_path / "absent.jpg"]
+    values, errors = model.read(given)
     assert errors[0] is None
     assert errors[2] is None
     assert "not an image" in errors[1]
@@ -120,9 +120,9 @@ def test_an_unreadable_image_is_named_or_a_row(model, tmp_path):
     assert np.isnan(values[[1, 3]]).all()
     close(values[[0, 2]], model([IMAGES[0], IMAGES[2]]))
     with pytest.raises(UnreadableImage, match=r"images\[1\]: not an image"):
-        model(images)
+        model(given)
     with pytest.raises(UnreadableImage, match=r"absent\.jpg"):
-        model(images[2:])
+        model(given[2:])
     assert model([]).shape == (0, 7)
 
 
@@ -139,7 +139,7 @@ def test_an_output_that_overflows_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("images", "message"),
+    ("given", "message"),
     [
         ("photo.jpg", "images: expected a sequence.*got str"),
         (b"\xff\xd8", "images: expected a sequence.*got bytes"),
@@ -149,9 +149,9 @@ def test_an_output_that_overflows_is_an_error(tmp_path):
         ([np.zeros((4, 4), np.uint8)], r"images\[0\]: expected an array \[height, width, 3\]"),
     ],
 )
-def test_what_is_no_image(model, images, message):
+def test_what_is_no_image(model, given, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        model(images)
+        model(given)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +229,58 @@ def test_decode_modes_differ_by_what_they_say(weights):
     assert away["fast"].max() <= 1
     assert (away["fast"] > 0).float().mean() < 0.02
     assert away["scaled"].float().mean() < 1
+
+
+def jpeg(image, **how):
+    file = io.BytesIO()
+    image.save(file, "JPEG", **how)
+    return file.getvalue()
+
+
+def test_fast_decoding_leaves_the_rest_to_pillow(monkeypatch, tmp_path):
+    simplejpeg = pytest.importorskip("simplejpeg", reason="simplejpeg is not installed")
+    photo = load_image(IMAGES[1])
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    others = {
+        "grey": jpeg(photo.convert("L")),
+        "cmyk": jpeg(photo.convert("CMYK")),
+        "turned": jpeg(photo, exif=turned),
+    }
+    fast, exact = images.Reader(64, None, "fast"), images.Reader(64, None)
+    seen = []
+    plain = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *a, **k: seen.append(1) or plain(*a, **k))
+    for name, data in others.items():
+        assert (fast(data).int() - exact(data).int()).abs().max() <= 1, name
+    assert not seen
+    path = tmp_path / "a.jpg"
+    path.write_bytes(IMAGES[1])
+    whole = Prepare(64, fast=True)(load_image(IMAGES[1]))
+    assert torch.equal(fast(IMAGES[1]), whole)
+    assert torch.equal(fast(path), whole)
+    assert len(seen) == 2
+    for length in (10, 300, len(IMAGES[1]) // 2, len(IMAGES[1]) - 20):
+        reasons = []
+        for reader in (exact, fast):
+            with pytest.raises(UnreadableImage) as error:
+                reader(IMAGES[1][:length])
+            reasons.append(error.value.reason)
+        assert reasons[0] == reasons[1]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UnreadableImage, match="limit of 200 pixels"):
+        fast(IMAGES[1])
+
+
+def test_both_decoders_give_the_same_pixels(monkeypatch):
+    pytest.importorskip("simplejpeg", reason="simplejpeg is not installed")
+    kinds = [{"subsampling": s, "progressive": p} for s in (0, 1, 2) for p in (False, True)]
+    photo = load_image(IMAGES[2]).resize((333, 251))
+    fast = images.Reader(64, None, "fast")
+    found = [fast(jpeg(photo, quality=80, **kind)) for kind in kinds]
+    monkeypatch.setattr(images, "simplejpeg", None)
+    for kind, each in zip(kinds, found, strict=True):
+        assert torch.equal(each, fast(jpeg(photo, quality=80, **kind))), kind
 
 
 def test_scaled_decoding_keeps_twice_the_size(weights):
