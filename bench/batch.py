@@ -40,7 +40,8 @@ from deit.weights.checkpoint import save
 from evidence import devices, timing
 from peers import calibration
 
-SIZES = {"500 x 375": (500, 375), "12 megapixels": (4000, 3000)}
+Size = Literal["500x375", "12mp"]
+SIZES: dict[Size, tuple[int, int]] = {"500x375": (500, 375), "12mp": (4000, 3000)}
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Options:
     """What the network computes in."""
     device: str = "auto"
     """Where the network runs."""
+    sizes: tuple[Size, ...] = ("500x375", "12mp")
+    """Of the photographs, in pixels."""
     batch_size: int = 16
     """Images at a time."""
     seconds: float = 10.0
@@ -264,7 +267,7 @@ def measure(options: Options, device: str, folder: Path) -> dict[str, Any]:
     load = os.getloadavg()[0]
     print(f"{cores()} cores; the load before was {load:.1f}: taken beside other work if above 0.5")
     found: dict[str, Any] = {"load": load, "decoding": {}, "together": []}
-    encoded = {name: photographs(size) for name, size in SIZES.items()}
+    encoded = {name: photographs(SIZES[name]) for name in options.sizes}
     for name, data in encoded.items():
         print(f"\n{name}, one core, CPU ms an image (quartiles); pixels beside exact's")
         found["decoding"][name] = rows = decoding(data, options.rounds)

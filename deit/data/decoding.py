@@ -149,7 +149,7 @@ def keep_memory(bytes_: int = 256 << 20) -> None:
     """Let Pillow keep up to so much of the memory of images that are gone, for those to come.
 
     It hands memory back after each image, and every page of the next one is then a fault: of a
-    photograph of 12 megapixels, decoded and copied, that was 31 ms of 63 on a Zen 5. The setting
+    photograph of 12 megapixels, decoded and copied, that was 31 ms of 63 on a Zen 4. The setting
     is of the whole process, so it is for processes that do nothing but decode.
     """
     core: Any = Image.core

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -13,7 +14,10 @@ import numpy as np
 import pytest
 
 from deit.batch import Inputs, Model, pieces, run
+from deit.batch.decoding import Plan
+from deit.batch.run import _Pace
 from deit.commands.cli import main
+from deit.training.progress import Watch
 
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
 
@@ -260,6 +264,30 @@ def test_a_name_that_is_no_utf8(model, tmp_path):
     (row,) = collection.rows(tmp_path / "out")
     assert row["path"].endswith("/a\\xff.jpg")
     assert row["error"] is None
+
+
+def test_what_the_pace_says(model, photos, tmp_path):
+    counts = {(COUNT, 0): "30 of 42 images", (2, 10): "30 of 52 images"}
+    for counted, said in counts.items():
+        inputs = Inputs([photos])
+        inputs.count = lambda counted=counted: counted
+        plan = Plan(inputs, None, rows=8, batch_size=4, there=10, unreadable=1)
+        plan.shards, plan.in_shards = 2, 10
+        pace = _Pace(plan, Watch(True, io.StringIO()), inputs)
+        pace._count()
+        start = pace.marks[0][0]
+        pace.made, pace.unreadable = 20, 2
+        pace.marks.append((start + 5.0, 20, 1.0))
+        left = (42 if counted[1] == 0 else 52) - 30
+        assert pace.line() == (
+            f"{said}, 4.0/s, waiting for decoding 20 %, 3 unreadable, {round(left / 4)} s left"
+        )
+
+
+def test_progress_is_shown(model, photos, tmp_path):
+    shown = io.StringIO()
+    run(model, Inputs([photos]), tmp_path, rows=8, workers=0, watch=Watch(True, shown, every=0))
+    assert "42 of 42 images" in " ".join(shown.getvalue().split())
 
 
 def test_numbers(model, weights, photos, tmp_path):
