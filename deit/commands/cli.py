@@ -10,7 +10,6 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
 
 from deit.commands import flags
 from deit.commands.embed import Embed
@@ -26,18 +25,19 @@ from deit.commands.tune import Tune
 BAD_INPUT = 2
 
 
+# Each is named as its class is: `explain-image`.
 Command = (
-    Annotated[Info, flags.subcommand("info")]
-    | Annotated[Predict, flags.subcommand("predict")]
-    | Annotated[Embed, flags.subcommand("embed")]
-    | Annotated[Train, flags.subcommand("train")]
-    | Annotated[Finetune, flags.subcommand("finetune")]
-    | Annotated[Fixres, flags.subcommand("fixres")]
-    | Annotated[Eval, flags.subcommand("eval")]
-    | Annotated[Report, flags.subcommand("report")]
-    | Annotated[Export, flags.subcommand("export")]
-    | Annotated[ExplainImage, flags.subcommand("explain-image")]
-    | Annotated[Tune, flags.subcommand("tune")]
+    Info
+    | Predict
+    | Embed
+    | Train
+    | Finetune
+    | Fixres
+    | Eval
+    | Report
+    | Export
+    | ExplainImage
+    | Tune
 )
 
 
