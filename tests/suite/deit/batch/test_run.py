@@ -12,6 +12,7 @@ import time
 import collection
 import numpy as np
 import pytest
+import small_disk
 
 from deit.batch import Inputs, Model, pieces, run
 from deit.batch.decoding import Plan
@@ -238,6 +239,42 @@ def test_a_damaged_piece_is_named(model, photos, tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"piece-000002\.parquet is damaged .*remove it"):
         run(model, Inputs([photos]), tmp_path, rows=8, workers=0)
+
+
+FULL = """
+"$3" - "$0" <<'PYTHON'
+import os, sys
+import numpy as np
+from deit.batch.inputs import Item
+from deit.batch.pieces import Pieces
+out = sys.argv[1] + "/out"
+pieces = Pieces(out, {})
+items = [Item(str(n), str(n)) for n in range(1000)]
+try:
+    for number in range(9):  # of 0.4 MB each
+        rows = np.random.default_rng(number).standard_normal((1000, 100), dtype=np.float32)
+        pieces.write(number, items, [None] * 1000, {"embedding": rows})
+except OSError as error:
+    print(error.errno, error.filename)
+pieces.close()
+os.unlink(out + "/piece-000000.parquet")
+again = Pieces(out, {})
+print(sorted(again.there), [again.check(n, items) for n in again.there])
+print([name for name in os.listdir(out) if name.endswith("tmp")])
+PYTHON
+"""
+
+
+@pytest.mark.skipif(bool(small_disk.why_not()), reason=small_disk.why_not())
+def test_a_full_disk_is_named_and_leaves_whole_pieces(tmp_path):
+    done = small_disk.run(tmp_path / "disk", "2m", FULL, "-", "-", sys.executable)
+    assert done.returncode == 0, done.stderr
+    said, there, left = done.stdout.splitlines()
+    assert said.startswith("28 ")
+    assert said.endswith(".parquet")
+    assert "piece-" in said
+    assert there in ("[1, 2] [0, 0]", "[1, 2, 3] [0, 0, 0]")
+    assert left == "[]"
 
 
 def test_two_processes_do_not_share_a_folder(model, photos, tmp_path):
