@@ -80,9 +80,14 @@ def serving(weights: Path, most: int, wait: float, threads: int) -> Iterator[str
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     code = (
-        "import litserve_server as s, sys\n"
+        "import os, signal, threading\n"
+        "def end():  # with the process that started it, however that ended\n"
+        "    os.read(0, 1)  # sys.stdin has a lock, which a forked worker would wait for\n"
+        "    os.killpg(os.getpgrp(), signal.SIGKILL)\n"
         "if __name__ == '__main__':\n"
-        f"    s.server({most}, {wait}).run(host='127.0.0.1', port={port},"
+        "    threading.Thread(target=end, daemon=True).start()\n"
+        "    import litserve_server\n"
+        f"    litserve_server.server({most}, {wait}).run(host='127.0.0.1', port={port},"
         " generate_client_file=False, log_level='error')\n"
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -96,19 +101,16 @@ def serving(weights: Path, most: int, wait: float, threads: int) -> Iterator[str
         }
         process = subprocess.Popen(
             [sys.executable, str(script)], env=environment, cwd=folder, start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
             address = f"http://127.0.0.1:{port}"
             _wait_for(address, process)
             yield f"{address}/predict"
         finally:
-            os.killpg(process.pid, 15)
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
-                process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait()
 
 
 def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
