@@ -1,7 +1,7 @@
 # The verbs of development. PYTHON names the interpreter of an environment with '.[test,dev]'.
 PYTHON ?= python
 
-.PHONY: test avx2 clusters lint types sanitize aot gpu bench report
+.PHONY: test avx2 clusters lint types sanitize aot gpu bench models report
 
 test:
 	$(PYTHON) -m pytest
@@ -17,7 +17,7 @@ avx2:
 # The examples on local clusters of Ray and Spark, a worker killed midway, and under LitServe. It
 # installs these (half a gigabyte) and needs Java, so it is no part of `make test`.
 clusters:
-	$(PYTHON) -m pip install -q 'fused-deit[clusters]'
+	$(PYTHON) -m pip install -q 'fused-deit[scale,clusters]'
 	$(PYTHON) -m pytest tests/clusters
 
 lint:
@@ -56,6 +56,10 @@ gpu:
 
 bench:
 	$(PYTHON) bench/throughput.py --arch deit_b --bs 256
+
+# docs/models.md: what fuse() makes of every ViT of the installed timm and transformers. CHECK=1 compares.
+models:
+	$(PYTHON) bench/models.py $(if $(CHECK),--check,--write)
 
 # The page of everything measured, into build/report.html, and the README's pictures.
 report:
