@@ -1,7 +1,7 @@
 # The verbs of development. PYTHON names the interpreter of an environment with '.[test,dev]'.
 PYTHON ?= python
 
-.PHONY: test avx2 lint types sanitize aot gpu bench models report
+.PHONY: test avx2 clusters lint types sanitize aot gpu bench models report
 
 test:
 	$(PYTHON) -m pytest
@@ -13,6 +13,12 @@ avx2:
 	    tests/suite/kernels/vit_block tests/suite/kernels/int8 tests/suite/kernels/engine/test_dispatch.py \
 	    tests/suite/deit/fused_vit/test_fused_*.py tests/suite/deit/fused_vit/test_last_block.py \
 	    tests/suite/deit/fused_vit/test_embedding.py
+
+# The examples on local clusters of Ray and Spark, a worker killed midway, and under LitServe. It
+# installs these (half a gigabyte) and needs Java, so it is no part of `make test`.
+clusters:
+	$(PYTHON) -m pip install -q 'fused-deit[scale,clusters]'
+	$(PYTHON) -m pytest tests/clusters
 
 lint:
 	$(PYTHON) -m ruff check .

@@ -22,7 +22,7 @@ FLOORS = (
     ("deit", "deit.checkpoint"),
     ("deit.fused_vit",),
     ("deit.training", "deit.predict", "deit.export", "deit.attention_maps", "deit.info"),
-    ("deit.tune",),
+    ("deit.tune", "deit.batch"),
     ("deit.commands",),
     ("deit.train", "deit.__main__"),
     ("bench.evidence",),

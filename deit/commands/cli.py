@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from deit.commands import flags
+from deit.commands.embed import Embed
 from deit.commands.eval import Eval
 from deit.commands.explain_image import ExplainImage
 from deit.commands.export import Export
@@ -25,7 +26,19 @@ BAD_INPUT = 2
 
 
 # Each is named as its class is: `explain-image`.
-Command = Info | Predict | Train | Finetune | Fixres | Eval | Report | Export | ExplainImage | Tune
+Command = (
+    Info
+    | Predict
+    | Embed
+    | Train
+    | Finetune
+    | Fixres
+    | Eval
+    | Report
+    | Export
+    | ExplainImage
+    | Tune
+)
 
 
 def _any_name(error: UnicodeError) -> tuple[bytes, int]:

@@ -54,6 +54,7 @@ OptionalPath = Annotated[Path | None, _may_be_left_out("PATH")]
 OptionalName = Annotated[str | None, _may_be_left_out("NAME")]
 OptionalInt = Annotated[int | None, _may_be_left_out("INT")]
 Paths = Annotated[tuple[Path, ...], Positional, _may_be_left_out("PATH ...")]
+Inputs = Annotated[tuple[str, ...], Positional, _may_be_left_out("PATH ...")]  # URLs and globs, too
 
 
 def cli(kind: Any, arguments: Sequence[str] | None, **how: Any) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from deit.commands import flags
+from deit.commands.embed import required, written
 
 if TYPE_CHECKING:
     from deit.data.images import Unreadable
@@ -26,8 +27,14 @@ class Predict:
     input.
     """
 
-    images: flags.Paths
-    """Photographs, or folders of them."""
+    images: flags.Inputs = ()
+    """Photographs, or folders of them; with --out also globs in quotes and WebDataset shards, as
+    `deit embed` takes them."""
+    out: flags.OptionalPath = None
+    """Write Parquet into this folder instead of text: path, class ids, scores, and an error where
+    a photograph could not be read. Given again after a kill, it goes on."""
+    list: flags.OptionalPath = None
+    """With --out: a text file with one path a line, after the images given."""
     weights: flags.OptionalPath = None
     """The trained weights: a run's folder, an official .pth, a .safetensors, or a Hugging Face
     model folder."""
@@ -51,18 +58,28 @@ class Predict:
     """Run on the fused operators."""
     json: bool = False
     """Print one JSON document instead of text."""
+    workers: flags.OptionalInt = None
+    """Processes that decode; chosen by the cores and the number of images if left out."""
+    rows: flags.OptionalInt = None
+    """With --out: rows of a Parquet file, a multiple of the batch size; about 4096 if left out."""
+    decode: Literal["exact", "fast", "scaled"] = "exact"
+    """With --out: as for `deit embed`."""
 
     def run(self) -> int:
         """Predictions to stdout, all else to stderr.
 
         Returns 0, or 1 if an image could not be read. Raises ValueError for bad input.
         """
+        if self.out is not None:
+            return self._written(self.out)
+        if self.list is not None or self.rows is not None or self.decode != "exact":
+            raise ValueError("--list, --rows, --decode: they go with --out")
         from deit import devices
         from deit.data.images import IMAGENET_MEAN, IMAGENET_STD, NothingReadable, PhotoLoader
         from deit.predict import class_names, predict
         from deit.weights import networks
 
-        paths, failed = _find(self.images)
+        paths, failed = _find([Path(each) for each in self.images])
         device = devices.named(self.device)
         model, about = self._load()
         model.to(device, devices.DTYPES[self.dtype])
@@ -83,6 +100,7 @@ class Predict:
                 paths,
                 size,
                 self.batch_size,
+                workers=self.workers,
                 ratio=networks.crop_of(about),
                 mean=about.get("mean", IMAGENET_MEAN),
                 std=about.get("std", IMAGENET_STD),
@@ -101,6 +119,30 @@ class Predict:
         for bad in failed:
             print(f"deit: cannot read {bad.path}: {bad.reason}", file=sys.stderr)
         return 1 if failed else 0
+
+    def _written(self, out: Path) -> int:
+        """Predictions into a folder of Parquet."""
+        from deit.batch import Model
+
+        if self.json or self.classes is not None:
+            raise ValueError(
+                "--json, --classes: Parquet has the classes' ids; they go without --out"
+            )
+        model = Model(
+            required("weights", self.weights),
+            self.arch,
+            "probabilities",
+            self.dtype,
+            self.device,
+            img_size=self.img_size,
+            test_head=self.test_head,
+            batch_size=self.batch_size,
+            decode=self.decode,
+            fused=self.fuse,
+        )
+        return written(
+            model, self.images, self.list, out, rows=self.rows, workers=self.workers, topk=self.topk
+        )
 
     def _load(self) -> tuple[DeiT, dict[str, Any]]:
         """The network, and how a run here prepared its images; see `networks.opened`."""

@@ -59,33 +59,36 @@ def crop_ratio(size: int) -> float:
 class Prepare:
     """RGB image -> [3, size, size] uint8: bicubic resize of the short side, centre crop.
 
-    `ratio` None takes `crop_ratio(size)`. Raises ValueError for a size below 1 or a ratio outside
-    (0, 1]; UnreadableImage for an image so elongated that its resized self would pass Pillow's
-    pixel limit.
+    `ratio` None takes `crop_ratio(size)`. `fast` resizes by PyTorch's vector instructions, not by
+    Pillow's loops. Both are bicubic with the same support, but PyTorch's weights have 16 bits: on
+    photographs 0.3 % of the values differ, by 1 of 255.
+
+    Raises ValueError for a size below 1 or a ratio outside (0, 1]; UnreadableImage for an image so
+    elongated that its resized self would pass Pillow's pixel limit.
     """
 
-    def __init__(self, size: int, ratio: float | None = None) -> None:
+    def __init__(self, size: int, ratio: float | None = None, *, fast: bool = False) -> None:
         ratio = crop_ratio(size) if ratio is None else ratio
         if size < 1:
             raise ValueError(f"size: expected at least 1 pixel; got {size}")
         if not 0.0 < ratio <= 1.0:
             raise ValueError(f"ratio: expected in (0, 1]; got {ratio}")
         self.short_side = math.floor(size / ratio)
-        self.steps = v2.Compose(
-            [
-                v2.Resize(self.short_side, interpolation=InterpolationMode.BICUBIC),
-                v2.CenterCrop(size),
-                v2.PILToTensor(),
-            ]
-        )
+        self.fast = fast
+        resize = v2.Resize(self.short_side, interpolation=InterpolationMode.BICUBIC)
+        steps = [resize, v2.CenterCrop(size)]
+        tensor = v2.PILToTensor()  # of a tensor: itself
+        self.steps = v2.Compose([tensor, *steps] if fast else [*steps, tensor])
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        long_side = self.short_side * max(image.size) / min(image.size)
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """`image`: Pillow's; or, where `fast`, its pixels [3, height, width] too."""
+        height, width = image.shape[1:] if isinstance(image, Tensor) else image.size[::-1]
+        long_side = self.short_side * max(height, width) / min(height, width)
         most = Image.MAX_IMAGE_PIXELS
         if most is not None and long_side * self.short_side > most:
             raise UnreadableImage(
                 "image",
-                f"{image.width} x {image.height} is too elongated: resized to a short side "
+                f"{width} x {height} is too elongated: resized to a short side "
                 f"of {self.short_side} it exceeds Pillow's limit of {most} pixels",
             )
         return self.steps(image)

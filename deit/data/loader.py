@@ -106,7 +106,8 @@ def _collate(items: list[_Item]) -> Batch:
     )
 
 
-def _begin_worker(_: int) -> None:
+def begin_worker(_: int) -> None:
+    """A DataLoader's worker_init_fn: leaves signals to the main process."""
     # The main process answers a signal to the process group: it finishes its update, for
     # which it may still need batches. Workers end with it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -143,7 +144,7 @@ class Loader:
             collate_fn=_collate,
             pin_memory=device.type == "cuda",
             prefetch_factor=4 if workers else None,
-            worker_init_fn=_begin_worker,
+            worker_init_fn=begin_worker,
         )
 
     def __len__(self) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a text file; after a crash it is the old one or the new one. Raises OSError."""
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         partial.write_text(text)
 
 
@@ -32,12 +32,12 @@ def write_tensors(
             f"weights: NaN or infinity in {len(wild)} of {len(dense)} tensors, such as {wild[0]}; "
             f"{path} is not written"
         )
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         save_file(dense, partial, metadata)
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """The name of a file that takes the place of `path` once it is whole and on the disk."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
