@@ -12,7 +12,7 @@ import torch
 from deit.kernels import explain, measure
 from deit.kernels.engine import device_key, native, verdicts
 from deit.kernels.engine.problems import Problem, TensorSpec
-from deit.kernels.engine.verdicts import Refused, Timed
+from deit.kernels.engine.verdicts import Refused
 
 CPU = torch.device("cpu")
 UNKNOWN = "Acme family 1 model 1, AVX2"
@@ -77,7 +77,6 @@ def test_what_is_wrong_or_crashes_is_refused_by_name(found, name, why):
     refused = verdict.candidates["cpu"]
     assert isinstance(refused, Refused)
     assert re.search(why, refused.refused)
-    assert isinstance(verdict.candidates["reference"], Timed) or name != "wrong_triple"
     assert any(name in line and refused.refused in line for line in lines)
 
 
@@ -103,7 +102,6 @@ SECOND = """
 import sys, torch, faulty, deit.kernels
 from deit.kernels import measure
 from deit.kernels.engine import dispatch
-from deit.kernels.engine.operator import OPERATORS
 from deit.kernels.engine.problems import Problem
 with faulty.known():
     x = torch.randn(8, 64)
