@@ -13,21 +13,19 @@ import importlib
 import sys
 import warnings
 from collections.abc import Iterator
-from os import PathLike
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deit import configs
-from deit.fused_vit import deit_model, eight_bits, swapping
+from deit.fused_vit import constructors, deit_model, eight_bits, swapping
 from deit.fused_vit.cuda_graph import Graph, compile_graph
 from deit.fused_vit.last_block import PrefixOnly
 from deit.fused_vit.modules import Fused
 from deit.fused_vit.report import Report, Row
 from deit.kernels.engine import dispatch, packing, registry
 from deit.kernels.engine.operator import operator_names
-from deit.model import DeiT
 
 __all__ = ["Graph", "Report", "Row", "compile_graph", "fuse", "fused", "refresh", "register_hf",
            "unfuse", *configs.PUBLISHED]  # fmt: skip
@@ -313,44 +311,5 @@ def _why_left(module: nn.Module) -> str:
     return f"its own {names}: no fused form of this class"
 
 
-def _constructor(name: str) -> Any:
-    def construct(
-        weights: str | PathLike[str] | dict[str, Tensor] | None = None,
-        *,
-        num_classes: int | None = None,
-        drop_path: float = 0.0,
-        test_head: str = "softmax-sum",
-        impl: str = "auto",
-    ) -> DeiT:
-        import deit
-
-        if weights is None:
-            model = deit.create(
-                name, num_classes=num_classes, drop_path=drop_path, test_head=test_head
-            )
-        else:
-            model = deit.load(
-                weights, name, num_classes=num_classes, drop_path=drop_path, test_head=test_head
-            )
-        fuse(model, impl)
-        return model
-
-    construct.__name__ = construct.__qualname__ = name
-    construct.__doc__ = f"""{configs.config(name).label}, fused.
-
-    Args:
-        weights: a checkpoint as `deit.load` takes it, or None for a fresh initialisation.
-        num_classes, drop_path, test_head: as for `deit.create`.
-        impl: as for `fuse`.
-
-    Returns:
-        The model, on the CPU, in training mode.
-
-    Raises:
-        ValueError: as `deit.create`, `deit.load` and `fuse` do.
-    """
-    return construct
-
-
 for _name in configs.PUBLISHED:
-    globals()[_name] = _constructor(_name)
+    globals()[_name] = constructors.constructor(_name, fuse)
