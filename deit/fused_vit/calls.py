@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deit.fused_vit import swapping
 from deit.fused_vit.modules import Fused
+from deit.fused_vit.racing import said
 from deit.kernels.engine import dispatch
-from deit.kernels.engine.verdicts import Problem
+from deit.kernels.engine.problems import Problem
 
 WHOLE = ("vit_block", "int8_vit_block")  # what a model runs its parts in the place of
 
@@ -72,17 +73,17 @@ def run_without_weights(
     if nn.modules.module._has_any_global_hook():  # which would be called, and nothing runs fused
         raise Unknown("a hook on all modules is registered, under which nothing runs fused")
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
-    known: dict[int, Tensor] = {}
+    known: dict[Hashable, Tensor] = {}  # one for all that look alike: blocks repeat
 
     def fake(value: Tensor) -> Tensor:
-        if id(value) not in known:
+        parameter = isinstance(value, nn.Parameter)
+        shape = value.shape, value.stride(), value.dtype, value.device
+        look = (*shape, parameter, value.requires_grad)
+        if look not in known:
             with fakes:
-                like = torch.empty_strided(
-                    value.shape, value.stride(), dtype=value.dtype, device=value.device
-                )
-                parameter = isinstance(value, nn.Parameter)
-                known[id(value)] = nn.Parameter(like, value.requires_grad) if parameter else like
-        return known[id(value)]
+                like = torch.empty_strided(*shape[:2], dtype=shape[2], device=shape[3])
+            known[look] = nn.Parameter(like, value.requires_grad) if parameter else like
+        return known[look]
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
@@ -95,8 +96,7 @@ def run_without_weights(
             with same_generators(device), fakes:
                 twin(torch.empty(tuple(shape), dtype=dtype, device=device))
     except Exception as error:  # whatever a model may raise
-        said = str(error).strip().splitlines() or [""]
-        raise Unknown(f"{type(error).__name__}: {said[0]}"[:300]) from error
+        raise Unknown(said(error)) from error
 
 
 def _parts(impls: dict[str, str], named: set[str]) -> dict[str, str]:
