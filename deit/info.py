@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import os
 import platform
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,30 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from deit.kernels.device import tuning
-from deit.kernels.engine import dispatch, measured, native, registry
+from deit.kernels.engine import dispatch, native, registry
 from deit.kernels.engine.operator import operator_names
+from deit.kernels.engine.processor import processor, processor_label
 
 PACKAGES = ("fused-deit", "torch", "triton", "torchvision", "timm", "transformers", "numpy")
-# The extensions that kernels here or in PyTorch make use of, as Linux spells them.
-CPU_FLAGS = (
-    "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni",
-    "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "amx_tile", "asimd", "bf16", "sve",
-)  # fmt: skip
-# Names for groups of them.
-_CALLED = {
-    "AVX2": ("avx2", "fma", "f16c"),
-    "AVX-VNNI": ("avx_vnni",),
-    "AVX512": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
-    "VNNI": ("avx512_vnni",),
-    "BF16": ("avx512_bf16",),
-    "FP16": ("avx512_fp16",),
-    "AMX": ("amx_bf16", "amx_int8", "amx_tile"),
-    "NEON": ("asimd",),
-    "SVE": ("sve",),
-    "BFLOAT": ("bf16",),
-}
-_VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel", "0x41": "Arm", "0x61": "Apple",
-            "0xc0": "Ampere"}  # fmt: skip
 
 
 def collect() -> dict[str, Any]:
@@ -99,70 +77,6 @@ def _versions() -> dict[str, str | None]:
     return versions
 
 
-def processor(cpuinfo: str | None = None) -> dict[str, Any]:
-    """The processor: model (its name), vendor, family, model_number, instruction_sets.
-
-    Names are shared: "AMD EPYC" is what several generations call themselves. What the system
-    does not tell is None, an instruction set missing. cpuinfo: the text of /proc/cpuinfo; None
-    for this machine's.
-    """
-    fields: dict[str, str] = {}
-    model = platform.processor() or platform.machine() or "unknown"
-    if cpuinfo is None:
-        with contextlib.suppress(OSError):
-            cpuinfo = Path("/proc/cpuinfo").read_text()
-        if platform.system() == "Darwin":
-            model = _macos_model() or model
-    for line in (cpuinfo or "").splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    vendor = fields.get("vendor_id") or fields.get("CPU implementer")
-    present = (fields.get("flags") or fields.get("Features") or "").split()
-    return {
-        "model": fields.get("model name") or model,
-        "vendor": _VENDORS.get(vendor, vendor) if vendor else None,
-        "family": _number(fields.get("cpu family") or fields.get("CPU architecture")),
-        "model_number": _number(fields.get("model") or fields.get("CPU part")),
-        "instruction_sets": [flag for flag in CPU_FLAGS if flag in present],
-    }
-
-
-def processor_label(cpu: dict[str, Any]) -> str:
-    """A processor by all that tells it from its namesakes, as `processor` has it.
-
-    For example "AMD EPYC (family 25, model 17, AVX512, VNNI, BF16)".
-    """
-    present = set(cpu["instruction_sets"])
-    called = {name: flags for name, flags in _CALLED.items() if present.issuperset(flags)}
-    if "AVX512" in called:
-        called.pop("AVX2")
-    # A part of a group stands for itself: a host may hide the rest.
-    named = {flag for flags in called.values() for flag in flags}
-    sets = [*called, *(flag for flag in cpu["instruction_sets"] if flag not in named)]
-    parts = [f"family {cpu['family']}"] if cpu["family"] is not None else []
-    parts += [f"model {cpu['model_number']}"] if cpu["model_number"] is not None else []
-    vendor = cpu["vendor"] or ""
-    if vendor and vendor.lower() not in cpu["model"].lower():
-        parts.insert(0, vendor)
-    parts += sets
-    return f"{cpu['model']} ({', '.join(parts)})" if parts else str(cpu["model"])
-
-
-def _number(text: str | None) -> int | None:
-    try:
-        return int(text, 0) if text else None
-    except ValueError:  # "CPU architecture: AArch64"
-        return None
-
-
-def _macos_model() -> str:
-    command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
 def _cpu() -> dict[str, Any]:
     return {
         **processor(),
@@ -206,8 +120,7 @@ def _operator(name: str, device: str) -> dict[str, Any]:
         if name not in registry.KERNELS[implementation]:
             why_not.append(f"it has no {name} kernel")
         reasons[implementation] = why_not
-    candidates = measured.implementations(name, kind, index)
-    auto = next((c for c in candidates if not reasons[c]), "reference")
+    auto = dispatch.expected(name, "auto", torch.device(device))
     return {"auto": auto, "reasons": reasons}
 
 

@@ -44,6 +44,7 @@ OPERATORS = {path.parent.name for path in (ROOT / "kernels").glob("*/schema.py")
 KERNELS = {
     "engine": set(),
     "device": {"engine"},
+    "measure": {"engine", "prove"},
     **{each: {"engine", "device", *OPERATORS} for each in OPERATORS},
 }
 PROVED = ("calls", "launches")

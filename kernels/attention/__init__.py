@@ -100,6 +100,20 @@ def _train(implementation: str, *arguments: Any) -> Tensor:
     return _Attention.apply(implementation, *arguments)[0]
 
 
+def _sizes(
+    qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None
+) -> tuple[int, int, bool]:
+    return int(qkv.shape[-1]) // 3, num_heads, key_bias is not None
+
+
 _ATTENTION = register(
-    Operator(attention, reference.attention, _limits, _train, constants={3: "key_bias"})
+    Operator(
+        attention,
+        reference.attention,
+        _limits,
+        _train,
+        constants={3: "key_bias"},
+        sizes=_sizes,
+        by_tokens=True,
+    )
 )

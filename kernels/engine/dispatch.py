@@ -1,15 +1,18 @@
 """Which implementation of an operator runs, and the reasons the others do not.
 
 Every public operator validates its inputs into the schema's argument tuple and calls `run`.
-`impl="auto"` takes the first measured implementation that can run and otherwise the reference;
-a named one that cannot run raises with each reason. `explain` returns the reasons for all.
+`impl="auto"` takes the first implementation that was measured to be faster than PyTorch's and can
+run, and otherwise the reference; a named one that cannot run raises with each reason. `explain`
+returns the reasons for all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +20,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from deit.kernels.engine import autocast, limits, measured, native, registry
+from deit.kernels.engine import autocast, limits, native, problems, registry, verdicts
 from deit.kernels.engine.derivatives import has_tangent, needs_gradient
 from deit.kernels.engine.operator import OPERATORS, PREPARE, Arguments, Operator
+from deit.kernels.engine.problems import Problem
 from deit.kernels.engine.tracing import constant_when_traced
+from deit.kernels.engine.verdicts import Basis, Refused, Timed
 
 IMPLEMENTATIONS = ("reference", *registry.NAMESPACES)
 
@@ -52,11 +57,11 @@ def choose(operator: Operator, arguments: Arguments, impl: str) -> str:
     Raises ValueError for an unknown name, and NotImplementedError with every reason where a
     named implementation cannot run.
     """
+    if _recorded is not None:
+        _recorded[Problem.of(operator, arguments)] = None
     if impl == "auto":
         training = needs_gradient(arguments)
-        if left_to_pytorch(operator, arguments, training):
-            return "reference"
-        for candidate in _ready(operator.name, arguments[0].device, training):
+        for candidate in _candidates(operator, arguments, training):
             if not _refusals(operator, arguments, candidate, training):
                 return candidate
         return "reference"
@@ -72,6 +77,25 @@ def choose(operator: Operator, arguments: Arguments, impl: str) -> str:
             f"{operator.name}: impl={impl!r} cannot run here: " + "; ".join(why_not)
         )
     return impl
+
+
+_recorded: dict[Problem, None] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Problem]]:
+    """Note every call of an operator within, by any implementation; the list is filled at its end.
+
+    Each call once, in the order of the first. The tensors may be on any device, meta too.
+    """
+    global _recorded
+    outer, _recorded = _recorded, {}
+    found: list[Problem] = []
+    try:
+        yield found
+    finally:
+        found += _recorded
+        _recorded = outer
 
 
 def reasons(operator: Operator, arguments: Arguments, implementation: str) -> list[str]:
@@ -116,15 +140,56 @@ def _training_reasons(operator: Operator, arguments: Arguments, implementation: 
     ]
 
 
+def _candidates(operator: Operator, arguments: Arguments, training: bool) -> tuple[str, ...]:
+    """The implementations "auto" tries, the fastest first."""
+    x = arguments[0]
+    device, threads, dtype = x.device, _threads(), x.dtype
+    found = verdicts.standing(operator.name, device, threads, dtype, training)
+    if found is None:
+        sizes = operator.sizes(*arguments)
+        found = verdicts.by_sizes(operator.name, device, threads, dtype, training, sizes)
+        if found is None:
+            found = verdicts.by_buckets(
+                operator.name, device, threads, dtype, training, sizes, *_buckets(operator, x)
+            )
+    return _there(operator.name, device, found) if found else found
+
+
 @constant_when_traced
-def _ready(operator: str, device: torch.device, training: bool) -> tuple[str, ...]:
-    """The implementations "auto" tries that have the kernel and can run on the device at all."""
-    place = device.type, device.index
+def _there(operator: str, device: torch.device, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the implementations that have the kernel and can run on the device at all."""
     return tuple(
         name
-        for name in measured.implementations(f"{operator}_bwd" if training else operator, *place)
-        if operator in registry.KERNELS[name] and not environment(name, *place)
+        for name in names
+        if operator in registry.KERNELS[name] and not environment(name, device.type, device.index)
     )
+
+
+def ahead(operator: Operator, x: Tensor, sizes: Callable[[], problems.Sizes]) -> tuple[str, ...]:
+    """The implementations "auto" tries in inference that are faster than the operator's rival, too.
+
+    x: the first argument; sizes: `Operator.sizes` of the call, asked for where they decide.
+    """
+    device, threads, dtype = x.device, _threads(), x.dtype
+    found = verdicts.standing_ahead(operator.name, device, threads, dtype)
+    if found is None:
+        at = sizes(), *_buckets(operator, x)
+        found = verdicts.by_buckets_ahead(operator.name, device, threads, dtype, *at)
+    return _there(operator.name, device, found) if found else found
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+_threads._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _buckets(operator: Operator, x: Tensor) -> tuple[int | None, int | None]:
+    """Of rows and tokens; None where a trace leaves them open, and comparing would close them."""
+    if torch.compiler.is_compiling() or type(x.numel()) is not int:
+        return None, None
+    return problems.buckets(operator, x)
 
 
 @constant_when_traced
@@ -152,29 +217,23 @@ def environment(implementation: str, device_type: str, index: int | None) -> tup
     return ()
 
 
-def left_to_pytorch(operator: Operator, arguments: Arguments, training: bool) -> str:
-    """Why "auto" asks no kernel to serve this call; "" where it asks those that are measured."""
-    x = arguments[0]
-    if x.is_cuda:
-        scope = measured.scope(x.device.index)
-        return scope.excludes(x) if scope is not None else ""
-    slower = None if training else operator.slower_by_avx2
-    if slower is not None and limits.cpu_isa() == "avx2" and slower(*arguments):
-        return "its C++ kernel by AVX2 is slower"
-    return ""
-
-
 def expected(operator: str, impl: str, device: torch.device) -> str:
-    """What `impl` comes to on `device` for inference on inputs within every kernel's limits."""
+    """What `impl` comes to on `device` for inference on inputs within every kernel's limits.
+
+    Where measurements at some sizes say one thing and at others another, a kernel.
+    """
     candidates: tuple[str, ...] = (impl,)
     if impl == "auto":
-        candidates = measured.implementations(operator, device.type, device.index)
+        candidates = verdicts.any_of(operator, device, _threads())
     for name in candidates:
-        if name == "reference" or (
-            operator in registry.KERNELS[name] and not environment(name, device.type, device.index)
-        ):
+        if name == "reference" or _there(operator, device, (name,)):
             return name
     return "reference" if impl == "auto" else f"{impl} (cannot run on {device.type})"
+
+
+def basis_of(problem: Problem, device: torch.device) -> Basis:
+    """What "auto" tries for such a call on a device, and on what evidence."""
+    return verdicts.lookup(verdicts.table_of(device), problem.shape_class)
 
 
 @dataclass(frozen=True)
@@ -184,23 +243,34 @@ class Explanation:
     reasons: implementation -> why it cannot run; empty where it can.
     configurations: where Triton can run, what it would launch in inference, a line a kernel:
         the tile sizes, and on what evidence they were chosen.
-    left: why "auto" leaves the call to the reference whatever could run; "" where it does not.
+    basis: on what evidence "auto" chose.
     """
 
     operator: str
     chosen: str
     reasons: dict[str, list[str]]
     configurations: tuple[str, ...] = ()
-    left: str = ""
+    basis: Basis | None = None
 
     def __str__(self) -> str:
-        why = f" ({self.left})" if self.left else ""
-        lines = [f"{self.operator}: auto runs {self.chosen}{why}"]
+        lines = [f"{self.operator}: auto runs {self.chosen} ({self.basis})"]
+        if self.basis is not None and self.basis.verdict is None:
+            lines[0] = lines[0][:-1] + f"; {verdicts.COMMAND} measures)"
         for name, why_not in self.reasons.items():
-            lines.append(f"  {name:<10} " + ("; ".join(why_not) or "can run"))
+            lines.append(f"  {name:<10} " + ("; ".join(why_not) or "can run") + self._figures(name))
             if name == "triton":
                 lines += [f"    {line}" for line in self.configurations]
         return "\n".join(lines)
+
+    def _figures(self, name: str) -> str:
+        verdict = None if self.basis is None else self.basis.verdict
+        found = None if verdict is None else verdict.candidates.get(name)
+        if isinstance(found, Refused):
+            return f", refused: {found.refused}"
+        if not isinstance(found, Timed):
+            return ""
+        spread = f", {found.ratio:.2f} times PyTorch's speed ({found.low:.2f} to {found.high:.2f})"
+        return f": {found.microseconds:.0f} us" + (spread if name != "reference" else "")
 
 
 def explain(operator: str, *inputs: Any, **options: Any) -> Explanation:
@@ -227,6 +297,6 @@ def explain(operator: str, *inputs: Any, **options: Any) -> Explanation:
         tiles = importlib.import_module(f"{known.public.__module__}.tiles")  # in its folder
         choices = tiles.CHOICES[operator](*arguments)
         configurations = tuple(f"{config}: {evidence}" for config, evidence in choices)
-    chosen = choose(known, arguments, "auto")
-    left = left_to_pytorch(known, arguments, needs_gradient(arguments))
-    return Explanation(operator, chosen, why_not, configurations, left)
+    chosen, problem = choose(known, arguments, "auto"), Problem.of(known, arguments)
+    basis = basis_of(problem, arguments[0].device)
+    return Explanation(operator, chosen, why_not, configurations, basis)

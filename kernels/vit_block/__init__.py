@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deit.kernels.attention import TRITON_HEAD_DIMS
-from deit.kernels.engine import autocast, dispatch, limits, measured, validate
+from deit.kernels.engine import autocast, dispatch, limits, validate
 from deit.kernels.engine.derivatives import has_tangent, needs_gradient
 from deit.kernels.engine.operator import Operator, register
 from deit.kernels.linear.row_stats import row_stats_shape
@@ -155,12 +155,21 @@ def vit_blocks(x: Tensor, blocks: Sequence[Mapping[str, Any]]) -> Tensor:
     return x
 
 
-def served(x: Tensor, qkv_weight: Tensor) -> bool:
-    """Whether "auto" runs a kernel for `vit_block` in inference on this stream and weight."""
-    kernels = measured.implementations("vit_block", x.device.type, x.device.index)
+def served(x: Tensor, qkv_weight: Tensor, proportions: Callable[[], tuple[int, int]]) -> bool:
+    """Whether "auto" runs a kernel for `vit_block` in inference on this stream and weight, one
+    that is faster than the block's parts.
+
+    proportions: the MLP's hidden channels and the heads, asked for where they decide.
+    """
+    products = autocast.dtype_of(x) or qkv_weight.dtype
+
+    def sizes() -> tuple[Any, ...]:
+        hidden, heads = proportions()
+        return qkv_weight.shape[1], hidden, heads, products
+
+    kernels = dispatch.ahead(_VIT_BLOCK, x, sizes)
     if not kernels == ("cpu",):  # noqa: SIM201 - torch 2.11's Dynamo has no `!=` for tuples
         return bool(kernels)
-    products = autocast.dtype_of(x) or qkv_weight.dtype
     return (
         x.dtype == products
         and x.dtype in limits.KERNEL_DTYPES
@@ -206,4 +215,19 @@ def _limits(implementation: str, *arguments: Any) -> list[str]:
     return found
 
 
-_VIT_BLOCK = register(Operator(vit_block, reference.vit_block, _limits, constants={1: "row_stats"}))
+def _sizes(*arguments: Any) -> tuple[Any, ...]:
+    block = BlockArguments(*arguments)
+    hidden, width = block.w1.shape
+    return width, hidden, block.num_heads, block.qkv_weight.dtype
+
+
+_VIT_BLOCK = register(
+    Operator(
+        vit_block,
+        reference.vit_block,
+        _limits,
+        constants={1: "row_stats"},
+        sizes=_sizes,
+        by_tokens=True,
+    )
+)

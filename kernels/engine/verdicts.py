@@ -1,0 +1,523 @@
+"""What was measured on a device, and what "auto" runs by it.
+
+A verdict speaks for a class of calls on one device with one set of versions. They are kept in the
+user's cache, a file a device: <cache>/fused-deit/verdicts-<device key>.json. Above the files stand
+those that a process was given (`use`), below them what is shipped (`deit.kernels.engine.measured`).
+A process reads a device's file once, when an operator is first called there.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deit.kernels.engine import cache_files, device_key, measured, registry
+from deit.kernels.engine.cache_files import File
+from deit.kernels.engine.device_key import DeviceKey
+from deit.kernels.engine.json_files import Fields
+from deit.kernels.engine.problems import Problem, ShapeClass, Sizes
+from deit.kernels.engine.tracing import constant_when_traced
+
+SCHEMA = 1
+PREFIX = "verdicts-"
+LONGEST = 1e9  # microseconds that a call may have taken
+MOST = 1e9  # of a ratio
+MARGIN = 0.02  # by which a candidate must be faster to displace another
+NEAR = 1  # powers of two of rows or tokens within which a class counts as measured
+COMMAND = "fuse(model, measure='now') or `deit tune`"
+
+NOT_MEASURED, HERE = "not measured", "measured here"
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A candidate that was right, and its time.
+
+    microseconds: the median of a call's. ratio: of PyTorch's time to its own in the same rounds,
+    the median: 2 is twice PyTorch's speed. low, high: where that lies with a confidence of 95 %.
+    used: the share of the error rule that it used; None where it is what the others are held to.
+    """
+
+    microseconds: float
+    ratio: float
+    low: float
+    high: float
+    used: float | None = None
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A candidate that was wrong, did not compile or crashed, and how."""
+
+    refused: str
+
+
+@dataclass(frozen=True)
+class Rival:
+    """The same by other operators: a block's parts, or in 8 bits the call's own dtype.
+
+    ratio, low, high: of its time to the winner's. wins: whether the winner is faster by the rule.
+    """
+
+    name: str
+    microseconds: float
+    ratio: float
+    low: float
+    high: float
+    wins: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one measurement found. winner: an implementation, "reference" for PyTorch's operators.
+
+    order: the implementations that displaced PyTorch, the winner first.
+    """
+
+    problem: Problem
+    winner: str
+    candidates: Mapping[str, Timed | Refused]
+    date: str
+    device: str
+    versions: Mapping[str, str]
+    order: tuple[str, ...] = ()
+    rival: Rival | None = None
+
+    @property
+    def shape_class(self) -> ShapeClass:
+        """The calls it speaks for."""
+        return self.problem.shape_class
+
+    @property
+    def ratio(self) -> float:
+        """The winner's speed in PyTorch's."""
+        found = self.candidates.get(self.winner)
+        return found.ratio if isinstance(found, Timed) else 1.0
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "problem": self.problem.plain(),
+            "winner": self.winner,
+            "order": list(self.order),
+            "candidates": {name: asdict(one) for name, one in self.candidates.items()},
+            "rival": None if self.rival is None else asdict(self.rival),
+            "date": self.date,
+            "device": self.device,
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def revive(cls, found: Fields) -> Verdict:
+        """From JSON. Raises ValueError for what is none."""
+        found.only(
+            ("problem", "winner", "order", "candidates", "rival", "date", "device", "versions")
+        )
+        known = ("reference", *registry.NAMESPACES)
+        order = tuple(found.array("order", str, "implementations"))
+        if not set(order) <= set(known):
+            raise found.wrong("order", f"some of {', '.join(known)}", list(order))
+        candidates, named = found.fields("candidates"), found.fields("versions")
+        return cls(
+            Problem.revive(found.fields("problem")),
+            found.choice("winner", known),
+            {name: _candidate(candidates.fields(name)) for name in candidates.values},
+            found.text("date")[:40],
+            found.text("device")[:300],
+            {name: named.text(name) for name in named.values},
+            order,
+            found.optional("rival", lambda name: _rival(found.fields(name))),
+        )
+
+
+def _times(found: Fields) -> tuple[float, float, float, float]:
+    microseconds = found.number("microseconds", 0, LONGEST)
+    return (microseconds, *(found.number(n, 0, MOST) for n in ("ratio", "low", "high")))  # type: ignore[return-value]
+
+
+def _candidate(found: Fields) -> Timed | Refused:
+    if "refused" in found.values:
+        found.only(("refused",))
+        return Refused(found.text("refused")[:500])
+    found.only(("microseconds", "ratio", "low", "high", "used"))
+    return Timed(*_times(found), found.optional("used", found.number, 0, MOST))
+
+
+def _rival(found: Fields) -> Rival:
+    found.only(("name", "microseconds", "ratio", "low", "high", "wins"))
+    return Rival(found.text("name")[:100], *_times(found), found.flag("wins"))
+
+
+def revive_all(values: Any, name: str) -> list[Verdict]:
+    """Verdicts from a JSON array, such as a run's folder holds; `name` begins every error.
+
+    Raises ValueError for what is none.
+    """
+    if not isinstance(values, list):
+        raise ValueError(f"{name}: expected an array of verdicts; got {type(values).__name__}")
+    return [Verdict.revive(Fields(one, name, f"[{i}]")) for i, one in enumerate(values)]
+
+
+# ---- the files
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file of the cache is one of verdicts, by its name."""
+    return path.name.startswith(PREFIX)
+
+
+def path(key: DeviceKey) -> Path:
+    """A device's file; it need not exist."""
+    return cache_files.folder() / f"{PREFIX}{cache_files.file_name(str(key))}.json"
+
+
+def _file(key: DeviceKey) -> File[Verdict]:
+    versions = device_key.versions(key.kind)
+    return File(path(key), str(key), SCHEMA, versions, Verdict.revive, Verdict.plain)
+
+
+def store(key: DeviceKey, found: Iterable[Verdict]) -> Path | None:
+    """Keep verdicts for later processes, and put them in force in this one.
+
+    Where they cannot be kept (a read-only home, a full disk, a cache that is a file), a warning
+    names the path, and they are in force in this process alone. Returns the path, or None.
+    """
+    found = list(found)
+    use(found)
+    try:
+        return _file(key).store({str(one.shape_class): one for one in found})
+    except OSError as error:
+        warnings.warn(
+            f"deit.kernels: {path(key)} cannot be written ({error}): what was measured holds in "
+            "this process and is measured again by the next",
+            stacklevel=2,
+        )
+        return None
+
+
+def stored(key: DeviceKey) -> tuple[list[Verdict], str]:
+    """A device's verdicts from its file, and why there are none ("" where nothing was stored).
+
+    Warns of a file that is there and cannot be read: its user believes that it is used.
+    """
+    if os.name != "posix" or not path(key).exists():  # no hash of sources for nothing
+        return [], ""
+    try:
+        entries, why_none = _file(key).load()
+    except (OSError, ValueError) as error:
+        why_none = f"{path(key)} cannot be read: {error}"
+        warnings.warn(f"deit.kernels: {why_none}; it is not used", stacklevel=2)
+        return [], why_none
+    return list(entries.values()), f"measured with {why_none}" if why_none else ""
+
+
+# ---- what is in force
+
+_given: list[Verdict] = []  # by `use`; the later ones count
+_alone = False
+
+
+def use(verdicts: Iterable[Verdict], *, alone: bool = False) -> list[str]:
+    """Put verdicts in force in this process, above the files.
+
+    alone: in place of what was put in force before, and of the files: what is shipped alone stands
+        below them. A resumed run computes so what it computed before, whatever was measured since.
+
+    Returns a sentence for each verdict of another device or other versions; those are not used.
+    """
+    global _alone
+    if alone:
+        _given.clear()
+        _alone = True
+    why_not = []
+    for one in verdicts:
+        key = _key_of(one)
+        if key is None:
+            why_not.append(f"{one.shape_class}: measured on {one.device}, which is not here")
+        elif dict(one.versions) != device_key.versions(key.kind):
+            why_not.append(f"{one.shape_class}: measured with other versions")
+        else:
+            _given.append(one)
+    _forget_tables()
+    return why_not
+
+
+def _key_of(verdict: Verdict) -> DeviceKey | None:
+    for device in devices():
+        key = device_key.device_key(device)
+        if str(key) == verdict.device:
+            return key
+    return None
+
+
+def devices() -> list[torch.device]:
+    """The devices of this machine that have keys. It touches no GPU that no process here has."""
+    found = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        found += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return found
+
+
+def in_force(device: torch.device | None = None) -> list[Verdict]:
+    """The verdicts that calls of this process can meet, but for those that are shipped; None: on
+    all devices of this machine."""
+    places = devices() if device is None else [device]
+    return [
+        one
+        for place in places
+        for of_sizes in table_of(place).here.values()
+        for each in of_sizes.values()
+        for one in each
+    ]
+
+
+def forget() -> None:
+    """Drop what `use` was given, and read the files again; for tests."""
+    global _alone
+    _given.clear()
+    _alone = False
+    device_key.forget()
+    _forget_tables()
+
+
+def _forget_tables() -> None:
+    cached_by = (_table, standing, standing_ahead, any_of, by_sizes, by_buckets, by_buckets_ahead)
+    for cached in cached_by:
+        cached.cache_clear()  # type: ignore[attr-defined]
+
+
+# (operator, training, dtype) -> sizes -> verdicts
+Rows = dict[tuple[str, bool, torch.dtype], dict[Sizes, list[Verdict]]]
+
+
+def _rows(verdicts: Iterable[Verdict]) -> Rows:
+    """The latest of each class."""
+    latest = {one.shape_class: one for one in verdicts}
+    found: Rows = {}
+    for shape, one in latest.items():
+        group = found.setdefault((shape.operator, shape.training, shape.dtype), {})
+        group.setdefault(shape.sizes, []).append(one)
+    return found
+
+
+@dataclass(frozen=True)
+class Table:
+    """All that is known of one device: measured here, shipped verdicts, the shipped table.
+
+    ignored: why what was stored is not used.
+    """
+
+    key: DeviceKey
+    here: Rows
+    shipped: Rows
+    prior: measured.Prior | None
+    ignored: str
+
+    @property
+    def label(self) -> str:
+        """What is shipped for it, in words."""
+        return self.prior.label if self.prior is not None else ""
+
+
+def table_of(device: torch.device) -> Table:
+    """What is known of a device, with the threads that PyTorch uses now."""
+    return _table(device, torch.get_num_threads())
+
+
+@functools.cache
+def _table(device: torch.device, threads: int) -> Table:
+    key = device_key.device_key(device)
+    given = [one for one in _given if one.device == str(key)]
+    entries, ignored = ([], "") if _alone or device.type not in ("cpu", "cuda") else stored(key)
+    prior = measured.prior(key)
+    shipped = [] if prior is None else revive_all(*measured.shipped(prior))
+    return Table(key, _rows([*entries, *given]), _rows(shipped), prior, ignored)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What "auto" tries for a class of calls, and on what evidence.
+
+    candidates: implementations, the fastest first; none: PyTorch's operators. evidence: HERE,
+    "shipped for ...", or NOT_MEASURED with why. verdict: the measurement, where it is one.
+    """
+
+    candidates: tuple[str, ...]
+    evidence: str
+    verdict: Verdict | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether anything speaks for the class."""
+        return not self.evidence.startswith(NOT_MEASURED)
+
+    def __str__(self) -> str:
+        if self.verdict is None:
+            return self.evidence
+        one = self.verdict
+        speed = f"{one.ratio:.2f} times PyTorch's speed, " if one.winner != "reference" else ""
+        return f"{self.evidence} {one.date[:10]}: {speed}at {one.problem}"
+
+
+def lookup(table: Table, shape: ShapeClass, *, largest: bool = False) -> Basis:
+    """What stands for a class of calls on a device.
+
+    largest: take the largest measured number of rows, where a traced call leaves rows open.
+    """
+    group = (shape.operator, shape.training, shape.dtype)
+    shipped = f"shipped for {table.label}"
+    for rows, evidence in ((table.here, HERE), (table.shipped, shipped)):
+        found = rows.get(group, {}).get(shape.sizes, [])
+        if found:
+            if largest:
+                best = max(found, key=lambda one: (one.shape_class.rows, one.date))
+            else:
+                best = min(found, key=lambda one: _nearest(one.shape_class, shape))
+            return Basis(best.order, evidence, best)
+    if table.prior is None:
+        return Basis((), NOT_MEASURED + (f" ({table.ignored})" if table.ignored else ""))
+    candidates, why_not = table.prior.of(shape, open_rows=largest)
+    return Basis(candidates, shipped if not why_not else f"{NOT_MEASURED}: {why_not}")
+
+
+def _nearest(measured_at: ShapeClass, asked: ShapeClass) -> tuple[float, int, int]:
+    """The nearest first; of two as near, the larger."""
+    return (
+        measured_at.distance(asked.rows, asked.tokens),
+        -measured_at.rows,
+        -(measured_at.tokens or 0),
+    )
+
+
+def speaks(table: Table, shape: ShapeClass) -> bool:
+    """Whether something known stands for a class, measured at about as many rows and tokens."""
+    basis = lookup(table, shape)
+    if basis.verdict is None:
+        return basis.known
+    at = basis.verdict.shape_class
+    return max(abs(at.rows - shape.rows), abs((at.tokens or 0) - (shape.tokens or 0))) <= NEAR
+
+
+# ---- for dispatch: as little as a call can be asked
+
+
+def _all_of(table: Table, operator: str, training: bool, dtype: torch.dtype) -> list[list[Verdict]]:
+    """The verdicts of an operator, direction and dtype, those of the same sizes together."""
+    group = (operator, training, dtype)
+    here, shipped = table.here.get(group, {}), table.shipped.get(group, {})
+    return list((shipped | here).values())
+
+
+def _same(of_sizes: Sequence[Verdict]) -> tuple[str, ...] | None:
+    """The candidates, where every bucket has the same."""
+    orders = {one.order for one in of_sizes}
+    return orders.pop() if len(orders) == 1 else None
+
+
+@constant_when_traced
+def standing(
+    operator: str, device: torch.device, threads: int, dtype: torch.dtype, training: bool
+) -> tuple[str, ...] | None:
+    """The implementations to try, where the sizes do not matter; None where they do."""
+    table = _table(device, threads)
+    if table.prior is None and not table.here and device.type in ("cpu", "cuda"):
+        measured.warn_unmeasured(str(table.key), COMMAND)
+    return _standing(table, operator, dtype, training, lambda one: one.order)
+
+
+@constant_when_traced
+def standing_ahead(
+    operator: str, device: torch.device, threads: int, dtype: torch.dtype
+) -> tuple[str, ...] | None:
+    """The same in inference, of those that are faster than the operator's rival, too."""
+    return _standing(_table(device, threads), operator, dtype, False, _ahead)
+
+
+def _standing(
+    table: Table,
+    operator: str,
+    dtype: torch.dtype,
+    training: bool,
+    order: Callable[[Verdict], tuple[str, ...]],
+) -> tuple[str, ...] | None:
+    prior = table.prior
+    found = {() if prior is None else prior.whatever(operator, training)}
+    for of_sizes in _all_of(table, operator, training, dtype):
+        found |= {order(one) for one in of_sizes}
+    return found.pop() if len(found) == 1 else None
+
+
+def _ahead(verdict: Verdict) -> tuple[str, ...]:
+    return verdict.order if verdict.rival is None or verdict.rival.wins else ()
+
+
+@constant_when_traced
+def any_of(operator: str, device: torch.device, threads: int) -> tuple[str, ...]:
+    """Those that are ahead in inference at some sizes, those of the most measurements first."""
+    table = _table(device, threads)
+    counts: dict[str, int] = {}
+    for group in {*table.here, *table.shipped}:
+        if group[:2] == (operator, False):
+            for one in itertools.chain(*_all_of(table, *group)):
+                for name in _ahead(one)[:1]:
+                    counts[name] = counts.get(name, 0) + 1
+    found = tuple(sorted(counts, key=lambda name: -counts[name]))
+    return found or (table.prior.any_of(operator) if table.prior is not None else ())
+
+
+@constant_when_traced
+def by_sizes(
+    operator: str,
+    device: torch.device,
+    threads: int,
+    dtype: torch.dtype,
+    training: bool,
+    sizes: Sizes,
+) -> tuple[str, ...] | None:
+    """The same for given sizes; None where rows or tokens decide."""
+    table = _table(device, threads)
+    group = (operator, training, dtype)
+    of_sizes = table.here.get(group, {}).get(sizes) or table.shipped.get(group, {}).get(sizes)
+    if of_sizes:
+        return _same(of_sizes)
+    return () if table.prior is None else table.prior.whatever(operator, training)
+
+
+@constant_when_traced
+def by_buckets(
+    operator: str,
+    device: torch.device,
+    threads: int,
+    dtype: torch.dtype,
+    training: bool,
+    sizes: Sizes,
+    rows: int | None,
+    tokens: int | None,
+) -> tuple[str, ...]:
+    """The same for given sizes and buckets; rows is None where a trace leaves them open."""
+    shape = ShapeClass(operator, training, dtype, sizes, rows or 0, tokens)
+    return lookup(_table(device, threads), shape, largest=rows is None).candidates
+
+
+@constant_when_traced
+def by_buckets_ahead(
+    operator: str,
+    device: torch.device,
+    threads: int,
+    dtype: torch.dtype,
+    sizes: Sizes,
+    rows: int | None,
+    tokens: int | None,
+) -> tuple[str, ...]:
+    """The same in inference, of those that are faster than the operator's rival, too."""
+    shape = ShapeClass(operator, False, dtype, sizes, rows or 0, tokens)
+    basis = lookup(_table(device, threads), shape, largest=rows is None)
+    return basis.candidates if basis.verdict is None else _ahead(basis.verdict)
