@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,12 @@ class Unknown(Exception):
 
 
 def calls_of(
-    model: nn.Module, shape: Sequence[int], dtype: torch.dtype, *, training: bool
+    model: nn.Module,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    training: bool,
+    impls: dict[str, str] | None = None,
 ) -> list[Problem]:
     """The distinct calls of a fused model's operators that "auto" chooses for.
 
@@ -38,18 +43,19 @@ def calls_of(
         model: fused. It runs in evaluation mode, or with `training` in training mode with
             gradients; under the autocast that is on.
         shape, dtype: of its input, which lies where its first parameter does.
+        impls: operator -> implementation, as if it were fused with these; None: as it is.
 
     Raises:
         Unknown: the model does not run on such an input, or not without its weights.
     """
-    asked = {name for m in _fused(model) for name, impl in m.fused_impls.items() if impl == "auto"}
+    given = [module.fused_impls if impls is None else impls for module in _fused(model)]
+    asked = {name for each in given for name, impl in each.items() if impl == "auto"}
+    named = {name for each in given for name in each}
     found: dict[Problem, None] = {}
-    for apart in (True, False):  # the parts first: a whole block is measured against them
-        kept = asked if not apart else asked - {*WHOLE}
-        if not apart and kept == asked - {*WHOLE}:
-            continue
+    # The parts first: a whole block is measured against them.
+    for operators in dict.fromkeys((frozenset(named - {*WHOLE}), frozenset(named))):
         with dispatch.recording() as problems:
-            run_without_weights(model, shape, dtype, training=training, operators=kept)
+            run_without_weights(model, shape, dtype, training=training, operators=operators)
         found.update((each, None) for each in problems if each.operator in asked)
     return list(found)
 
@@ -64,11 +70,11 @@ def run_without_weights(
     dtype: torch.dtype,
     *,
     training: bool,
-    operators: set[str] | None = None,
+    operators: Collection[str] = (),
 ) -> None:
     """Run a twin of `model` on fakes. Raises Unknown where it does not run.
 
-    operators: those that its fused modules call, by the references; None for an unfused model.
+    operators: those that its fused modules call, by the references; none: it runs unfused.
     """
     if nn.modules.module._has_any_global_hook():  # which would be called, and nothing runs fused
         raise Unknown("a hook on all modules is registered, under which nothing runs fused")
@@ -89,19 +95,15 @@ def run_without_weights(
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(training):
             twin = stripped(model, fake)
+            if not operators:
+                twin = swapping.twin_of(twin, Fused, {}, fused=False)
             twin.train(training)
             for module in _fused(twin):
-                named = operators if operators is not None else set(module.fused_impls)
-                module.adopt(dict.fromkeys(named, "reference") | _parts(module.fused_impls, named))
+                module.adopt(dict.fromkeys(operators, "reference"))
             with same_generators(device), fakes:
                 twin(torch.empty(tuple(shape), dtype=dtype, device=device))
     except Exception as error:  # whatever a model may raise
         raise Unknown(said(error)) from error
-
-
-def _parts(impls: dict[str, str], named: set[str]) -> dict[str, str]:
-    """What else a fused module needs an implementation of, and is not asked about."""
-    return {name: "reference" for name in impls if name not in named and name not in WHOLE}
 
 
 def stripped(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> nn.Module:

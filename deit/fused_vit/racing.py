@@ -32,8 +32,8 @@ class Lap:
     """
 
     name: str
-    milliseconds: float = math.nan
-    ratio: float = math.nan
+    milliseconds: float = 0.0
+    ratio: float = 1.0
     low: float | None = None
     high: float | None = None
     apart: float = 0.0
@@ -215,7 +215,7 @@ def _wait(device: torch.device) -> None:
 
 def _apart(got: Any, want: Any) -> float:
     """The largest difference between two outputs' tensors, of the largest number in them."""
-    pairs = zip(_tensors(got), _tensors(want), strict=True)
+    pairs = zip(tensors(got), tensors(want), strict=True)
     found = [_difference(a, b) for a, b in pairs if b.is_floating_point()]
     return max(found, default=0.0)
 
@@ -230,6 +230,6 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max()) / largest if largest else float(a.abs().max())
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors(value: Any) -> list[Tensor]:
     """A call's output tensors, in order; of a Hugging Face output its fields'."""
     return [each for each in pytree.tree_leaves(value) if isinstance(each, Tensor)]
