@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +20,31 @@ def record(device: torch.device) -> dict[str, Any]:
     here = [one for one in verdicts.in_force(device) if one.device == key]
     networks = {name: one.plain() for name, one in whole_models.known(device).items()}
     return {"device": key, "verdicts": [one.plain() for one in here], "networks": networks}
+
+
+def why_not(found: dict[str, Any], device: torch.device, name: str) -> str:
+    """Why what `record` gave does not speak for a device now; "" where it does.
+
+    Raises ValueError, which begins with `name`, for what is no record.
+    """
+    fields, key = Fields(found, name), device_key.device_key(device)
+    if fields.text("device") != str(key):
+        return f"{name} is of {fields.text('device')}, this is {key}"
+    outcomes = revived(fields.fields("networks").values, name).values()
+    measured = verdicts.revive_all(fields.array("verdicts", dict, "verdicts"), name)
+    now = device_key.versions(key.kind)
+    for versions in [dict(each.versions) for each in (*measured, *outcomes)]:
+        if versions != now:
+            changed = [each for each in now if versions.get(each) != now[each]]
+            return f"{name} is of another version of {' and '.join(changed) or 'something'}"
+    return ""
+
+
+@contextlib.contextmanager
+def scoped() -> Iterator[None]:
+    """What is adopted within is in force until the end; then what was before is again."""
+    with verdicts.scoped(), whole_models.scoped():
+        yield
 
 
 def adopt(found: dict[str, Any], name: str) -> list[str]:

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -154,6 +155,19 @@ def forget() -> None:
     global _alone
     _given.clear()
     _alone = False
+
+
+@contextlib.contextmanager
+def scoped() -> Iterator[None]:
+    """What `use` is given within is in force until the end; then what was before is again."""
+    global _alone
+    before, was_alone = dict(_given), _alone
+    try:
+        yield
+    finally:
+        _given.clear()
+        _given.update(before)
+        _alone = was_alone
 
 
 def known(device: torch.device) -> dict[str, Outcome]:
