@@ -8,11 +8,12 @@ A process reads a device's file once, when an operator is first called there.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,18 @@ def in_force(device: torch.device | None = None) -> list[Verdict]:
         for each in of_sizes.values()
         for one in each
     ]
+
+
+@contextlib.contextmanager
+def scoped() -> Iterator[None]:
+    """What `use` is given within is in force until the end; then what was before is again."""
+    global _alone
+    before, was_alone = list(_given), _alone
+    try:
+        yield
+    finally:
+        _given[:], _alone = before, was_alone
+        _forget_tables()
 
 
 def forget() -> None:
