@@ -401,6 +401,22 @@ def lookup(table: Table, shape: ShapeClass, *, largest: bool = False) -> Basis:
     return Basis(candidates, shipped if not why_not else f"{NOT_MEASURED}: {why_not}")
 
 
+def measured_of(table: Table, operator: str) -> list[tuple[str, Verdict]]:
+    """Every verdict that calls of an operator can meet, with its evidence."""
+    shipped = f"shipped for {table.label}"
+    here = {
+        one.shape_class.family: HERE for group in table.here.values() for each in group.values()
+        for one in each
+    }  # fmt: skip
+    found = []
+    for rows, evidence in ((table.here, HERE), (table.shipped, shipped)):
+        for group, of_sizes in rows.items():
+            for one in itertools.chain(*of_sizes.values()) if group[0] == operator else ():
+                if evidence == HERE or one.shape_class.family not in here:
+                    found.append((evidence, one))
+    return found
+
+
 def _nearest(measured_at: ShapeClass, asked: ShapeClass) -> tuple[float, int, int]:
     """The nearest first; of two as near, the larger."""
     return (
