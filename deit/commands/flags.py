@@ -66,7 +66,7 @@ def of_options(kind: type[T]) -> type[T]:
     (options,) = kind.__bases__
     notes = _docstrings(options)
     hints = typing.get_type_hints(options)
-    for line in dataclasses.fields(options):  # type: ignore[arg-type]
+    for line in dataclasses.fields(options):
         how: dict[str, Any] = {"help": notes[line.name]}
         if line.default is None or line.default == ():
             how["help_behavior_hint"] = ""
