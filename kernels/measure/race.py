@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deit.kernels.engine import cache_files, device_key
 from deit.kernels.engine.operator import Arguments
-from deit.kernels.engine.problems import Problem
+from deit.kernels.engine.problems import Problem, dtype_name
 from deit.kernels.engine.verdicts import MARGIN, Refused, Rival, Timed, Verdict
 from deit.kernels.measure.candidates import REFERENCE, RIVAL, Ways, drawn
 from deit.kernels.prove.timing import ColdClock, Paired, cache_bytes, interleave, paired
@@ -167,8 +167,10 @@ class Race:
         if RIVAL in samples:
             found = _against(samples, winner, samples[RIVAL])
             if found is not None:
+                own = dtype_name(self.problem.arguments[0].dtype)
                 rival = Rival(
-                    RIVAL, medians[RIVAL] * 1e6, found.ratio, found.low, found.high,
+                    f"in {own}" if ways.operator.eight_bits else "by its parts",
+                    medians[RIVAL] * 1e6, found.ratio, found.low, found.high,
                     found.faster(MARGIN),
                 )  # fmt: skip
         key = device_key.device_key(self.device)
