@@ -130,6 +130,8 @@ class _Session:
     budget: float
     report: Callable[[str], object]
     refused: dict[int, dict[str, str]] = field(default_factory=dict)
+    found: list[Any] = field(default_factory=list)
+    ended: str = ""
 
     def run(self) -> Iterator[Verdict]:
         """The verdicts, as they come."""
@@ -140,6 +142,7 @@ class _Session:
                 for number, answer in self._answers(left, end, mark, errors):
                     problem = left.pop(number)
                     if "verdict" in answer:
+                        self.found.append(answer["verdict"])
                         yield Verdict.revive(Fields(answer["verdict"], "the measuring process"))
                     elif answer.get("late"):
                         late += 1
@@ -159,6 +162,7 @@ class _Session:
             "threads": torch.get_num_threads(),
             "budget": max(1.0, end - time.monotonic()),
             "modules": sorted({OPERATORS[p.operator].public.__module__ for p in left.values()}),
+            "given": [*(one.plain() for one in verdicts.in_force(self.device)), *self.found],
             "mark": mark.fileno(),
             "problems": [
                 {
@@ -171,14 +175,18 @@ class _Session:
             ],
         }
         command = [sys.executable, "-c", PROGRAM, json.dumps(sys.path)]
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            pass_fds=(mark.fileno(),),
-            env={**os.environ, "FUSED_DEIT_MEASURE": "never"},
-        )
+        try:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                pass_fds=(mark.fileno(),),
+                env={**os.environ, "FUSED_DEIT_MEASURE": "never"},
+            )
+        except OSError as error:
+            self.ended = f"cannot be started: {error}"
+            return
         try:
             assert child.stdin is not None
             assert child.stdout is not None

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from deit.kernels.engine import verdicts
 from deit.kernels.engine.json_files import Fields
 from deit.kernels.engine.problems import Problem
 from deit.kernels.measure.race import NoTime, Race
@@ -37,6 +38,7 @@ def main() -> None:
     torch.set_num_threads(plan["threads"])
     for module in plan["modules"]:
         importlib.import_module(module)
+    verdicts.use(verdicts.revive_all(plan["given"], "plan"))
     device = torch.device(plan["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -54,7 +56,9 @@ def main() -> None:
             race = Race(
                 problem, device, marker(plan["mark"], number), one["refused"], seconds, rest
             )
-            answer(number=number, verdict=race.run(secrets.randbelow(1 << 20)).plain())
+            verdict = race.run(secrets.randbelow(1 << 20))
+            verdicts.use([verdict])  # a rival runs by it
+            answer(number=number, verdict=verdict.plain())
         except NoTime:
             answer(number=number, why="no time left", late=True)
         except Exception as error:

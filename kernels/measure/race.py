@@ -71,7 +71,7 @@ class Race:
                 used[name] = found
         racing = list(used)
         samples = self._times(ways, racing, sets, end)
-        return self._decide(ways, racing, samples, used, candidates)
+        return self._decide(ways, samples, used, candidates)
 
     def _check(
         self, ways: Ways, name: str, first: Arguments, number: int
@@ -150,19 +150,18 @@ class Race:
     def _decide(
         self,
         ways: Ways,
-        racing: list[str],
         samples: dict[str, list[float]],
         used: Mapping[str, float | None],
         candidates: dict[str, Timed | Refused],
     ) -> Verdict:
         base = samples.get(REFERENCE, [])
         medians = {name: statistics.median(s) for name, s in samples.items()}
-        for name in racing:
+        for name in samples:
             found = _against(samples, name, base)
             if name != RIVAL and found is not None:
                 at = medians[name] * 1e6
                 candidates[name] = Timed(at, found.ratio, found.low, found.high, used[name])
-        order = _order([name for name in racing if ways.chosen(name)], samples)
+        order = _order([name for name in samples if ways.chosen(name)], samples)
         winner = order[0] if order else REFERENCE
         rival = None
         if RIVAL in samples:

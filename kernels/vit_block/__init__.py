@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit.kernels.attention import TRITON_HEAD_DIMS
+from deit.kernels.attention import TRITON_HEAD_DIMS, attention
 from deit.kernels.engine import autocast, dispatch, limits, validate
 from deit.kernels.engine.derivatives import has_tangent, needs_gradient
 from deit.kernels.engine.operator import Operator, register
+from deit.kernels.gelu_mlp import gelu_mlp
+from deit.kernels.layer_norm import layer_norm
+from deit.kernels.linear import linear
 from deit.kernels.linear.row_stats import row_stats_shape
 from deit.kernels.vit_block import reference
 from deit.kernels.vit_block import schema as schema
@@ -221,6 +224,17 @@ def _sizes(*arguments: Any) -> tuple[Any, ...]:
     return width, hidden, block.num_heads, block.qkv_weight.dtype
 
 
+def by_parts(*arguments: Any) -> Tensor:
+    """The block's output by the other operators, as `fuse` runs it where it is not whole."""
+    b = BlockArguments(*arguments)
+    normed = layer_norm(b.x, b.norm1_weight, b.norm1_bias, eps=b.eps)
+    qkv = linear(normed.to(b.qkv_weight.dtype), b.qkv_weight, b.qkv_bias)
+    mixed = attention(qkv, b.num_heads, scale=b.scale, key_bias=b.key_bias)
+    s = linear(mixed, b.proj_weight, b.proj_bias, residual=b.x, gamma=b.gamma1)
+    normed = layer_norm(s, b.norm2_weight, b.norm2_bias, eps=b.eps).to(b.w1.dtype)
+    return gelu_mlp(normed, b.w1, b.b1, b.w2, b.b2, residual=s, gamma=b.gamma2)
+
+
 _VIT_BLOCK = register(
     Operator(
         vit_block,
@@ -229,5 +243,6 @@ _VIT_BLOCK = register(
         constants={1: "row_stats"},
         sizes=_sizes,
         by_tokens=True,
+        rival=by_parts,
     )
 )
