@@ -111,7 +111,7 @@ class Race:
                 self.refuse(error)
 
     def _fused(self, base: Contender) -> Contender:
-        """The fused form; what `fuse` took to measure, and whether it found nothing faster, said."""
+        """The fused form; a note on what `fuse` took, and where it left the network as it was."""
         s, start = self.settings, time.perf_counter()
         made = field_of.fused(base, s.impl, s.train, s.dtype)
         took, label = time.perf_counter() - start, base.network.label
