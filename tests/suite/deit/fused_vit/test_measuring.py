@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -82,7 +83,7 @@ def test_a_model_is_measured_once_at_one_image_and_at_several(asked):
     assert not any(problem.training for problem in asked[0])
     assert report.operators["linear"] == report.operators["vit_block"] == "cpu"
     assert str(report.evidence["linear"]).startswith("2.00 times PyTorch's speed, measured here 20")
-    assert "  linear        2.00 times PyTorch's speed, measured here 20" in str(report)
+    assert re.search(r"^  linear +2\.00 times PyTorch's speed, measured here 20", str(report), re.M)
     assert "1.50 (1.50 to 1.50) times as fast, measured here 20" in str(report)
     standing.forget()  # another process
     again = fuse(make("ours"))
@@ -303,12 +304,12 @@ def test_a_record_is_taken_up_alone_and_given_back(asked):
     assert records.why_not(record, CPU, "it") == ""
     with records.scoped():
         assert records.adopt(record, "it") == []
-        assert records.record(CPU) == record
+        assert json.loads(json.dumps(records.record(CPU))) == record
         fuse(make("ours", dim=32))  # stored, and in force here
     assert len(records.record(CPU)["verdicts"]) > len(record["verdicts"])
     with records.scoped():
         records.adopt(record, "it")
-        assert records.record(CPU) == record
+        assert json.loads(json.dumps(records.record(CPU))) == record
     assert "this is Acme" in records.why_not(record | {"device": "another"}, CPU, "it")
     for one in record["verdicts"]:
         one["versions"]["torch"] = "1.0"
