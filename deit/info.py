@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,8 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from deit.kernels.device import tuning
-from deit.kernels.engine import dispatch, native, registry
-from deit.kernels.engine.operator import operator_names
+from deit.kernels.engine import device_key, dispatch, native, registry, verdicts
+from deit.kernels.engine.operator import OPERATORS
 from deit.kernels.engine.processor import processor, processor_label
 
 PACKAGES = ("fused-deit", "torch", "triton", "torchvision", "timm", "transformers", "numpy")
@@ -24,10 +26,12 @@ def collect() -> dict[str, Any]:
     """Versions, devices, libraries and operators as plain data (JSON types only).
 
     versions: package -> version or None. cpu, gpus: the devices. libraries: kind ->
-    `native.status`. operators: operator -> device -> {"auto": implementation,
-    "reasons": {implementation: [why not, ...]}}; no reasons means that it runs there, on
-    whatever inputs its own limits allow (`deit.kernels.explain` tells for given ones).
-    tuned: a sentence for each GPU model on its configurations from `deit tune`.
+    `native.status`. operators: operator -> device -> {"auto": implementation in inference,
+    "evidence": on what, "reasons": {implementation: [why not, ...]}, "measured": a list of what
+    was measured, by calls}; no reasons means that it runs there, on whatever inputs its own limits
+    allow (`deit.kernels.explain` tells for given ones). A ratio is to PyTorch's speed: 2 is twice.
+    keys: device -> what its measurements are kept under. tuned: a sentence for each GPU model on
+    its configurations from `deit tune`.
     """
     gpus = _gpus()
     return {
@@ -37,9 +41,22 @@ def collect() -> dict[str, Any]:
         "libraries": {kind: native.status(kind) for kind in native.LIBRARIES},
         "operators": {
             name: {device: _operator(name, device) for device in _devices(gpus)}
-            for name in operator_names(eight_bits=False)
+            for name in OPERATORS
         },
+        "keys": {name: _key(name) for name in _devices(gpus)},
         "tuned": _tuned(),
+    }
+
+
+def _key(device: str) -> dict[str, Any]:
+    table = verdicts.table_of(torch.device(device))
+    path = verdicts.path(table.key)
+    return {
+        "key": str(table.key),
+        "file": str(path) if path.exists() else None,
+        "ignored": table.ignored or None,
+        "shipped": table.label or None,
+        "versions": device_key.versions(table.key.kind),
     }
 
 
@@ -51,9 +68,12 @@ def _tuned() -> list[str]:
     ]
 
 
-def info() -> None:
-    """Print `collect()` for people."""
-    print_report(collect(), Console())
+def info(*, as_json: bool = False) -> None:
+    """Print `collect()` for people, or as JSON."""
+    if as_json:
+        print(json.dumps(collect(), indent=2))
+    else:
+        print_report(collect(), Console())
 
 
 def report() -> str:
@@ -121,7 +141,38 @@ def _operator(name: str, device: str) -> dict[str, Any]:
             why_not.append(f"it has no {name} kernel")
         reasons[implementation] = why_not
     auto = dispatch.expected(name, "auto", torch.device(device))
-    return {"auto": auto, "reasons": reasons}
+    known = verdicts.measured_of(verdicts.table_of(torch.device(device)), name)
+    measured = [
+        {
+            "calls": str(one.shape_class),
+            "at": str(one.problem),
+            "runs": one.winner,
+            "ratio": round(one.ratio, 3),
+            "date": one.date,
+            "evidence": evidence,
+            "candidates": {n: asdict(each) for n, each in one.candidates.items()},
+            "rival": None if one.rival is None else asdict(one.rival),
+        }
+        for evidence, one in known
+    ]
+    evidence = _evidence(name, torch.device(device), measured)
+    return {"auto": auto, "evidence": evidence, "reasons": reasons, "measured": measured}
+
+
+def _evidence(name: str, device: torch.device, measured: list[dict[str, Any]]) -> str:
+    """In a line: where, when and how much faster than PyTorch's; or that nobody measured it."""
+    if not measured:
+        table = verdicts.table_of(device)
+        shipped = table.prior is not None and table.prior.any_of(name)
+        return f"shipped for {table.label}" if shipped else verdicts.NOT_MEASURED
+    newest = max(measured, key=lambda one: one["date"])
+    faster = [one["ratio"] for one in measured if one["runs"] != "reference"]
+    said = f"{newest['evidence']} {newest['date'][:10]}"
+    if not faster:
+        return f"{said}: PyTorch's is as fast"
+    times = f"{min(faster):.2f}" + (f" to {max(faster):.2f}" if len(faster) > 1 else "")
+    of = "" if len(faster) == len(measured) else f", {len(faster)} of {len(measured)} calls"
+    return f"{said}: {times}x{of}"
 
 
 def print_report(data: dict[str, Any], console: Console) -> None:
@@ -133,6 +184,11 @@ def print_report(data: dict[str, Any], console: Console) -> None:
     _print_devices(data, console)
     for kind, library in data["libraries"].items():
         _print_library(kind, library, console)
+    for device, key in data["keys"].items():
+        said = key["ignored"] or key["file"] or "nothing was measured here"
+        shipped = f"; shipped for {key['shipped']}" if key["shipped"] else ""
+        console.print(f"[bold]measured on {device}[/bold] ({escape(key['key'])}): "
+                      f"{escape(said + shipped)}", highlight=False, soft_wrap=True)  # fmt: skip
     for line in data["tuned"]:
         console.print(f"[bold]tuning[/bold] {escape(line)}", highlight=False)
     for device in _devices(data["gpus"]):
@@ -182,7 +238,9 @@ def _print_operators(device: str, operators: dict[str, Any], console: Console) -
     """One row an operator, and each reason once below: they repeat from operator to operator."""
     names = [name for name in dispatch.IMPLEMENTATIONS if name != "reference"]
     table = Table(title=f"Operators on {device}", title_justify="left")
-    for column in ("operator", "auto runs", "reference", *names):
+    for column in ("operator", "auto runs"):
+        table.add_column(column, no_wrap=True)
+    for column in ("on what evidence", *names):
         table.add_column(column)
     notes: list[str] = []
     for operator, devices in operators.items():
@@ -195,7 +253,7 @@ def _print_operators(device: str, operators: dict[str, Any], console: Console) -
                     notes.append(text)
                 marks.append(f"no ({notes.index(text) + 1})" if text else "no kernel")
             cells.append(marks[-1] if marks else "yes")
-        table.add_row(operator, entry["auto"], "yes", *cells)
+        table.add_row(operator, entry["auto"], entry["evidence"], *cells)
     console.print(table)
     for number, note in enumerate(notes, 1):
         console.print(f"  ({number}) {escape(note)}", highlight=False)

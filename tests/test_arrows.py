@@ -17,7 +17,15 @@ ROOT = Path(__file__).resolve().parents[1]
 # named by the longest entry here that it begins with. `deit` alone stands for its __init__.
 FLOORS = (
     ("deit.kernels",),
-    ("deit.configs", "deit.settings", "deit.recipes", "deit.devices", "deit.model", "deit.renamed"),
+    (
+        "deit.configs",
+        "deit.settings",
+        "deit.recipes",
+        "deit.devices",
+        "deit.model",
+        "deit.renamed",
+        "deit.tune_options",
+    ),
     ("deit.data", "deit.weights"),
     ("deit", "deit.checkpoint"),
     ("deit.fused_vit",),

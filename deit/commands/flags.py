@@ -156,7 +156,8 @@ def _docstrings(kind: type) -> dict[str, str]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
     except (OSError, TypeError):  # typed in, say: there is no file
         return {}
-    return {
+    inherited = (_docstrings(base) for base in kind.__bases__ if dataclasses.is_dataclass(base))
+    return {name: text for each in inherited for name, text in each.items()} | {
         one.target.id: " ".join(inspect.cleandoc(after.value.value).split())
         for one, after in itertools.pairwise(tree.body[0].body)  # type: ignore[attr-defined]
         if isinstance(one, ast.AnnAssign)

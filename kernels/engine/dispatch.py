@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 from deit.kernels.engine import autocast, limits, native, problems, registry, verdicts
 from deit.kernels.engine.derivatives import has_tangent, needs_gradient
 from deit.kernels.engine.operator import OPERATORS, PREPARE, Arguments, Operator
-from deit.kernels.engine.problems import Problem
+from deit.kernels.engine.problems import Problem, Sizes
 from deit.kernels.engine.tracing import constant_when_traced
 from deit.kernels.engine.verdicts import Basis, Refused, Timed
 
@@ -142,20 +142,51 @@ def _training_reasons(operator: Operator, arguments: Arguments, implementation: 
 
 def _candidates(operator: Operator, arguments: Arguments, training: bool) -> tuple[str, ...]:
     """The implementations "auto" tries, the fastest first."""
-    x = arguments[0]
-    device, threads, dtype = x.device, _threads(), x.dtype
-    found = verdicts.standing(operator.name, device, threads, dtype, training)
-    if found is None:
-        sizes = operator.sizes(*arguments)
-        found = verdicts.by_sizes(operator.name, device, threads, dtype, training, sizes)
-        if found is None:
-            found = verdicts.by_buckets(
-                operator.name, device, threads, dtype, training, sizes, *_buckets(operator, x)
-            )
-    return _there(operator.name, device, found) if found else found
+    x, name = arguments[0], operator.name
+    device, dtype = x.device, x.dtype
+    found = _of_any(name, device, dtype, training)
+    if found is not None:
+        return found
+    sizes = operator.sizes(*arguments)
+    found = _of_sizes(name, device, dtype, training, sizes)
+    if found is not None:
+        return found
+    return _of_rows(name, device, dtype, training, sizes, *_buckets(operator, x))
 
 
-@constant_when_traced
+@verdicts.known
+def _of_any(
+    operator: str, device: torch.device, dtype: torch.dtype, training: bool
+) -> tuple[str, ...] | None:
+    """Those for calls of any size; None where the sizes decide."""
+    found = verdicts.of_any(operator, device, dtype, training)
+    return None if found is None else _there(operator, device, found)
+
+
+@verdicts.known
+def _of_sizes(
+    operator: str, device: torch.device, dtype: torch.dtype, training: bool, sizes: Sizes
+) -> tuple[str, ...] | None:
+    """Those for calls of these sizes; None where rows or tokens decide."""
+    found = verdicts.of_sizes(operator, device, dtype, training, sizes)
+    return None if found is None else _there(operator, device, found)
+
+
+@verdicts.known
+def _of_rows(
+    operator: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    training: bool,
+    sizes: Sizes,
+    rows: int | None,
+    tokens: int | None,
+) -> tuple[str, ...]:
+    """Those for calls of so many rows and tokens, in powers of two; None where these are open."""
+    found = verdicts.of_rows(operator, device, dtype, training, sizes, rows, tokens)
+    return _there(operator, device, found)
+
+
 def _there(operator: str, device: torch.device, names: tuple[str, ...]) -> tuple[str, ...]:
     """Those of the implementations that have the kernel and can run on the device at all."""
     return tuple(
@@ -165,29 +196,42 @@ def _there(operator: str, device: torch.device, names: tuple[str, ...]) -> tuple
     )
 
 
-def ahead(operator: Operator, x: Tensor, sizes: Callable[[], problems.Sizes]) -> tuple[str, ...]:
+def ahead(operator: Operator, x: Tensor, sizes: Callable[[], Sizes]) -> tuple[str, ...]:
     """The implementations "auto" tries in inference that are faster than the operator's rival, too.
 
     x: the first argument; sizes: `Operator.sizes` of the call, asked for where they decide.
     """
-    device, threads, dtype = x.device, _threads(), x.dtype
-    found = verdicts.standing_ahead(operator.name, device, threads, dtype)
-    if found is None:
-        at = sizes(), *_buckets(operator, x)
-        found = verdicts.by_buckets_ahead(operator.name, device, threads, dtype, *at)
-    return _there(operator.name, device, found) if found else found
+    name, device, dtype = operator.name, x.device, x.dtype
+    found = _ahead_of_any(name, device, dtype)
+    if found is not None:
+        return found
+    return _ahead_of_rows(name, device, dtype, sizes(), *_buckets(operator, x))
 
 
-def _threads() -> int:
-    return torch.get_num_threads()
+@verdicts.known
+def _ahead_of_any(
+    operator: str, device: torch.device, dtype: torch.dtype
+) -> tuple[str, ...] | None:
+    found = verdicts.of_any(operator, device, dtype, False, verdicts.ahead)
+    return None if found is None else _there(operator, device, found)
 
 
-_threads._dynamo_marked_constant = True  # type: ignore[attr-defined]
+@verdicts.known
+def _ahead_of_rows(
+    operator: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sizes,
+    rows: int | None,
+    tokens: int | None,
+) -> tuple[str, ...]:
+    asked = operator, device, dtype, False, sizes, rows, tokens
+    return _there(operator, device, verdicts.of_rows(*asked, verdicts.ahead))
 
 
 def _buckets(operator: Operator, x: Tensor) -> tuple[int | None, int | None]:
     """Of rows and tokens; None where a trace leaves them open, and comparing would close them."""
-    if torch.compiler.is_compiling() or type(x.numel()) is not int:
+    if torch.compiler.is_dynamo_compiling() or type(x.numel()) is not int:
         return None, None
     return problems.buckets(operator, x)
 
@@ -224,7 +268,7 @@ def expected(operator: str, impl: str, device: torch.device) -> str:
     """
     candidates: tuple[str, ...] = (impl,)
     if impl == "auto":
-        candidates = verdicts.any_of(operator, device, _threads())
+        candidates = verdicts.any_of(operator, device)
     for name in candidates:
         if name == "reference" or (
             operator in registry.KERNELS[name] and not environment(name, device.type, device.index)

@@ -154,15 +154,15 @@ def shape_class(operator: Operator, arguments: Arguments, training: bool) -> Sha
 
 
 def buckets(operator: Operator, x: Tensor | TensorSpec) -> tuple[int, int | None]:
-    """Of rows, and of tokens where the operator's time depends on them."""
+    """Of rows, and of tokens where the operator's time depends on them: the whole part of log2."""
     shape = x.shape
-    rows = x.numel() // (shape[-1] or 1)
-    return bucket(rows), bucket(shape[1]) if operator.by_tokens else None
+    rows = bucket(x.numel() // (shape[-1] or 1))
+    return rows, bucket(shape[1]) if operator.by_tokens else None
 
 
 def bucket(count: int) -> int:
     """The whole part of log2; 0 for none."""
-    return max(0, int(count).bit_length() - 1)
+    return (count or 1).bit_length() - 1
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -19,5 +19,4 @@ def constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
         return cached(*arguments)
 
     constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    constant.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
     return functools.update_wrapper(constant, function)

@@ -13,7 +13,7 @@ import functools
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from deit.kernels.engine.cache_files import File
 from deit.kernels.engine.device_key import DeviceKey
 from deit.kernels.engine.json_files import Fields
 from deit.kernels.engine.problems import Problem, ShapeClass, Sizes
-from deit.kernels.engine.tracing import constant_when_traced
 
 SCHEMA = 1
 PREFIX = "verdicts-"
@@ -301,10 +300,30 @@ def forget() -> None:
     _forget_tables()
 
 
+_caches: list[Any] = []  # of what follows from what is in force
+
+
 def _forget_tables() -> None:
-    cached_by = (_table, standing, standing_ahead, any_of, by_sizes, by_buckets, by_buckets_ahead)
-    for cached in cached_by:
-        cached.cache_clear()  # type: ignore[attr-defined]
+    for cached in _caches:
+        cached.cache_clear()
+
+
+def known(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Cached while what is known of the devices stays the same, by PyTorch's threads too, which
+    are part of a CPU's key; a constant to torch.compile, as `constant_when_traced`'s."""
+
+    @functools.cache
+    def cached(_: int, *arguments: Any) -> Any:
+        return function(*arguments)
+
+    threads = torch.get_num_threads
+
+    def constant(*arguments: Any) -> Any:
+        return cached(threads(), *arguments)
+
+    constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _caches.append(cached)
+    return functools.update_wrapper(constant, function)
 
 
 # (operator, training, dtype) -> sizes -> verdicts
@@ -340,13 +359,9 @@ class Table:
         return self.prior.label if self.prior is not None else ""
 
 
+@known
 def table_of(device: torch.device) -> Table:
     """What is known of a device, with the threads that PyTorch uses now."""
-    return _table(device, torch.get_num_threads())
-
-
-@functools.cache
-def _table(device: torch.device, threads: int) -> Table:
     key = device_key.device_key(device)
     given = [one for one in _given if one.device == str(key)]
     entries, ignored = ([], "") if _alone or device.type not in ("cpu", "cuda") else stored(key)
@@ -401,6 +416,22 @@ def lookup(table: Table, shape: ShapeClass, *, largest: bool = False) -> Basis:
     return Basis(candidates, shipped if not why_not else f"{NOT_MEASURED}: {why_not}")
 
 
+def measured_of(table: Table, operator: str) -> list[tuple[str, Verdict]]:
+    """Every verdict that calls of an operator can meet, with its evidence."""
+    shipped = f"shipped for {table.label}"
+    here = {
+        one.shape_class.family: HERE for group in table.here.values() for each in group.values()
+        for one in each
+    }  # fmt: skip
+    found = []
+    for rows, evidence in ((table.here, HERE), (table.shipped, shipped)):
+        for group, of_sizes in rows.items():
+            for one in itertools.chain(*of_sizes.values()) if group[0] == operator else ():
+                if evidence == HERE or one.shape_class.family not in here:
+                    found.append((evidence, one))
+    return found
+
+
 def _nearest(measured_at: ShapeClass, asked: ShapeClass) -> tuple[float, int, int]:
     """The nearest first; of two as near, the larger."""
     return (
@@ -422,115 +453,74 @@ def speaks(table: Table, shape: ShapeClass) -> bool:
 # ---- for dispatch: as little as a call can be asked
 
 
-def _all_of(table: Table, operator: str, training: bool, dtype: torch.dtype) -> list[list[Verdict]]:
-    """The verdicts of an operator, direction and dtype, those of the same sizes together."""
-    group = (operator, training, dtype)
-    here, shipped = table.here.get(group, {}), table.shipped.get(group, {})
-    return list((shipped | here).values())
+Order = Callable[[Verdict], tuple[str, ...]]
 
 
-def _same(of_sizes: Sequence[Verdict]) -> tuple[str, ...] | None:
-    """The candidates, where every bucket has the same."""
-    orders = {one.order for one in of_sizes}
-    return orders.pop() if len(orders) == 1 else None
+def all_ahead(verdict: Verdict) -> tuple[str, ...]:
+    """The implementations to try by a verdict."""
+    return verdict.order
 
 
-@constant_when_traced
-def standing(
-    operator: str, device: torch.device, threads: int, dtype: torch.dtype, training: bool
-) -> tuple[str, ...] | None:
-    """The implementations to try, where the sizes do not matter; None where they do."""
-    table = _table(device, threads)
-    if table.prior is None and not table.here and device.type in ("cpu", "cuda"):
-        measured.warn_unmeasured(str(table.key), COMMAND)
-    return _standing(table, operator, dtype, training, lambda one: one.order)
-
-
-@constant_when_traced
-def standing_ahead(
-    operator: str, device: torch.device, threads: int, dtype: torch.dtype
-) -> tuple[str, ...] | None:
-    """The same in inference, of those that are faster than the operator's rival, too."""
-    return _standing(_table(device, threads), operator, dtype, False, _ahead)
-
-
-def _standing(
-    table: Table,
-    operator: str,
-    dtype: torch.dtype,
-    training: bool,
-    order: Callable[[Verdict], tuple[str, ...]],
-) -> tuple[str, ...] | None:
-    prior = table.prior
-    found = {() if prior is None else prior.whatever(operator, training)}
-    for of_sizes in _all_of(table, operator, training, dtype):
-        found |= {order(one) for one in of_sizes}
-    return found.pop() if len(found) == 1 else None
-
-
-def _ahead(verdict: Verdict) -> tuple[str, ...]:
+def ahead(verdict: Verdict) -> tuple[str, ...]:
+    """The same, where the winner is faster than the operator's rival, too."""
     return verdict.order if verdict.rival is None or verdict.rival.wins else ()
 
 
-@constant_when_traced
-def any_of(operator: str, device: torch.device, threads: int) -> tuple[str, ...]:
+def of_any(
+    operator: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    training: bool,
+    order: Order = all_ahead,
+) -> tuple[str, ...] | None:
+    """The implementations to try, where the sizes do not matter; None where they do.
+
+    Warns where nothing at all is known of the device.
+    """
+    table = table_of(device)
+    if table.prior is None and not table.here and device.type in ("cpu", "cuda"):
+        measured.warn_unmeasured(str(table.key), COMMAND)
+    prior, group = table.prior, (operator, training, dtype)
+    found = {() if prior is None else prior.whatever(operator, training)}
+    for rows in (table.here, table.shipped):
+        found |= {order(one) for one in itertools.chain(*rows.get(group, {}).values())}
+    return found.pop() if len(found) == 1 else None
+
+
+def any_of(operator: str, device: torch.device) -> tuple[str, ...]:
     """Those that are ahead in inference at some sizes, those of the most measurements first."""
-    table = _table(device, threads)
+    table = table_of(device)
     counts: dict[str, int] = {}
-    for group in {*table.here, *table.shipped}:
-        if group[:2] == (operator, False):
-            for one in itertools.chain(*_all_of(table, *group)):
-                for name in _ahead(one)[:1]:
-                    counts[name] = counts.get(name, 0) + 1
+    for _, one in measured_of(table, operator):
+        for name in ahead(one)[:1] if not one.problem.training else ():
+            counts[name] = counts.get(name, 0) + 1
     found = tuple(sorted(counts, key=lambda name: -counts[name]))
     return found or (table.prior.any_of(operator) if table.prior is not None else ())
 
 
-@constant_when_traced
-def by_sizes(
-    operator: str,
-    device: torch.device,
-    threads: int,
-    dtype: torch.dtype,
-    training: bool,
-    sizes: Sizes,
+def of_sizes(
+    operator: str, device: torch.device, dtype: torch.dtype, training: bool, sizes: Sizes
 ) -> tuple[str, ...] | None:
-    """The same for given sizes; None where rows or tokens decide."""
-    table = _table(device, threads)
-    group = (operator, training, dtype)
-    of_sizes = table.here.get(group, {}).get(sizes) or table.shipped.get(group, {}).get(sizes)
-    if of_sizes:
-        return _same(of_sizes)
+    """As `of_any` for given sizes; None where rows or tokens decide."""
+    table, group = table_of(device), (operator, training, dtype)
+    found = table.here.get(group, {}).get(sizes) or table.shipped.get(group, {}).get(sizes)
+    if found:
+        orders = {one.order for one in found}
+        return orders.pop() if len(orders) == 1 else None
     return () if table.prior is None else table.prior.whatever(operator, training)
 
 
-@constant_when_traced
-def by_buckets(
+def of_rows(
     operator: str,
     device: torch.device,
-    threads: int,
     dtype: torch.dtype,
     training: bool,
     sizes: Sizes,
     rows: int | None,
     tokens: int | None,
+    order: Order = all_ahead,
 ) -> tuple[str, ...]:
     """The same for given sizes and buckets; rows is None where a trace leaves them open."""
     shape = ShapeClass(operator, training, dtype, sizes, rows or 0, tokens)
-    return lookup(_table(device, threads), shape, largest=rows is None).candidates
-
-
-@constant_when_traced
-def by_buckets_ahead(
-    operator: str,
-    device: torch.device,
-    threads: int,
-    dtype: torch.dtype,
-    sizes: Sizes,
-    rows: int | None,
-    tokens: int | None,
-) -> tuple[str, ...]:
-    """The same in inference, of those that are faster than the operator's rival, too."""
-    shape = ShapeClass(operator, False, dtype, sizes, rows or 0, tokens)
-    basis = lookup(_table(device, threads), shape, largest=rows is None)
-    return basis.candidates if basis.verdict is None else _ahead(basis.verdict)
+    basis = lookup(table_of(device), shape, largest=rows is None)
+    return basis.candidates if basis.verdict is None else order(basis.verdict)
