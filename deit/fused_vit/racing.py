@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-MARGIN = 0.98  # of the other's time: what lies wholly below is faster
-FEWEST, MOST = 6, 31  # rounds: 95 % takes six
+from deit.kernels.engine.verdicts import MARGIN
+from deit.kernels.prove.timing import interleave, paired
+
+# After these rounds it is asked whether all is decided. Each look has its share of the 5 %.
+LOOKS = (8, 16, 32)
+CONFIDENCE = 1 - 0.05 / len(LOOKS)
 SAMPLE = 0.01  # seconds that a sample takes at least, in as many calls as that needs
 # How far an output may lie from the baseline's, of the largest number in it. These are nets to
 # catch a broken kernel: operators are held to fp64 one by one. DeiT-B is off by 3e-6 and 0.01.
@@ -26,39 +30,31 @@ APART = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bf
 class Lap:
     """One way to run the network.
 
-    milliseconds: the median of a call. ratio: its time to the baseline's, paired; low, high: where
-    the median of that lies with a confidence of 95 %, None for too few rounds. apart: how far its
+    milliseconds: the median of a call. speed: how many times as fast as the baseline, the median of
+    the rounds' ratios; low, high: where that lies with a confidence of 95 %. apart: how far its
     output is from the baseline's, of the largest number there. refused: why it was not timed.
     """
 
     name: str
     milliseconds: float = 0.0
-    ratio: float = 1.0
-    low: float | None = None
-    high: float | None = None
+    speed: float = 1.0
+    low: float = 1.0
+    high: float = 1.0
     apart: float = 0.0
     refused: str = ""
 
     @property
-    def speed(self) -> float:
-        """How many times as fast as the baseline."""
-        return 1 / self.ratio
-
-    @property
     def verdict(self) -> str:
-        """Against the baseline: "faster", "slower" or "no difference", by 2 % and 95 %."""
-        if self.low is None or self.high is None:
-            return "no difference"
-        if self.high < MARGIN:
+        """Against the baseline: "faster", "slower" or "no difference", by the margin."""
+        if self.refused:
+            return "refused"
+        if self.low > 1 / (1 - MARGIN):
             return "faster"
-        return "slower" if self.low > 1 / MARGIN else "no difference"
+        return "slower" if self.high < 1 - MARGIN else "no difference"
 
     def words(self) -> str:
         """ "1.31 (1.28 to 1.35) times as fast"."""
-        where = ""
-        if self.low is not None and self.high is not None:
-            where = f" ({1 / self.high:.2f} to {1 / self.low:.2f})"
-        return f"{self.speed:.2f}{where} times as fast"
+        return f"{self.speed:.2f} ({self.low:.2f} to {self.high:.2f}) times as fast"
 
 
 @dataclass(frozen=True)
@@ -109,7 +105,7 @@ def run(
     budget: float,
     dtype: torch.dtype,
 ) -> Race | None:
-    """Race `ways` of running one network; None where the budget holds no six rounds.
+    """Race `ways` of running one network; None where the budget holds too few rounds.
 
     Each is called once on the same input and its output held against the first's. Those that
     raise or differ are refused. The others are timed in rounds of fresh input, in an order that
@@ -142,21 +138,27 @@ def run(
         want = got if want is None else want
     del want, got
     round_takes = sum(max(each, SAMPLE) for each in seconds.values())
-    if time.perf_counter() + FEWEST * round_takes > end:
+    if time.perf_counter() + LOOKS[0] * round_takes > end:
         return None
     calls = {name: max(1, math.ceil(SAMPLE / max(each, 1e-6))) for name, each in seconds.items()}
     samples: dict[str, list[float]] = {name: [] for name in seconds}
-    order = list(seconds)
-    for number in range(MOST):
-        if number >= FEWEST:
-            slow = time.perf_counter() + round_takes > end
-            if slow or (number % 3 == 0 and _decided(samples)):
-                break
+
+    def fresh(_: int) -> None:
+        nonlocal given
         given = inputs()
-        for name in order if number % 2 == 0 else order[::-1]:
+
+    def step(name: str) -> Callable[[int], float]:
+        def one(_: int) -> float:
             samples[name].append(_timed(ways[name], given, device, calls[name]))
-        if number % 2:
-            order = [*order[1:], order[0]]
+            return samples[name][-1]
+
+        return one
+
+    def enough(rounds: int) -> bool:
+        late = rounds >= LOOKS[0] and time.perf_counter() + round_takes > end
+        return late or (rounds in LOOKS and _decided(samples))
+
+    interleave([step(name) for name in samples], LOOKS[-1], before=fresh, enough=enough)
     base = samples[next(iter(ways))]
     laps = [
         Lap(name, refused=refused[name])
@@ -174,28 +176,16 @@ def said(error: Exception) -> str:
 
 
 def _lap(name: str, mine: Sequence[float], theirs: Sequence[float]) -> Lap:
-    ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
-    low, high = interval(ratios) or (None, None)
-    return Lap(name, 1e3 * statistics.median(mine), statistics.median(ratios), low, high)
-
-
-def interval(samples: Sequence[float]) -> tuple[float, float] | None:
-    """Where the median lies with a confidence of 95 %, by the sign test; None for below six."""
-    n, tail, k = len(samples), 0.0, 0
-    while (tail := tail + math.comb(n, k) / 2**n) <= 0.025:
-        k += 1
-    ordered = sorted(samples)
-    return (ordered[k - 1], ordered[n - k]) if k else None
+    found = paired(mine, theirs, CONFIDENCE)
+    assert found is not None  # LOOKS[0] rounds are enough
+    return Lap(name, 1e3 * statistics.median(mine), found.ratio, found.low, found.high)
 
 
 def _decided(samples: Mapping[str, Sequence[float]]) -> bool:
-    """Whether each is known to be faster or slower than the first, by twice the margin."""
+    """Whether each is known to be faster than the first, or known not to be."""
     first, *others = samples.values()
-    for each in others:
-        low, high = interval([a / b for a, b in zip(each, first, strict=True)]) or (1.0, 1.0)
-        if high > MARGIN**2 and low < 1 / MARGIN**2:
-            return False
-    return True
+    found = [paired(each, first, CONFIDENCE) for each in others]
+    return all(one is not None and one.decided(MARGIN) for one in found)
 
 
 def _timed(way: Callable[[Any], Any], given: Any, device: torch.device, calls: int) -> float:

@@ -36,7 +36,7 @@ class Outcome:
     """What a race found of one network.
 
     network: its class and what it ran. laps: it as it was, fused and, where it was fused with
-    8 bits, fused in its own dtype. own: the fused one's time to the latter's, in a Lap.
+    8 bits, fused in its own dtype. own: the fused one against the latter.
     """
 
     network: str
@@ -95,9 +95,9 @@ def _lap(found: Fields) -> Lap:
     return Lap(
         found.text("name")[:100],
         found.number("milliseconds", 0, LONGEST),
-        found.number("ratio", 0, MOST),
-        found.optional("low", found.number, 0, MOST),
-        found.optional("high", found.number, 0, MOST),
+        found.number("speed", 0, MOST),
+        found.number("low", 0, MOST),
+        found.number("high", 0, MOST),
         found.number("apart", 0, MOST),
         found.text("refused")[:500],
     )
