@@ -309,9 +309,9 @@ class Explanation:
         verdict = None if self.basis is None else self.basis.verdict
         if verdict is not None and verdict.rival is not None:
             rival = verdict.rival
-            times = f"{rival.ratio:.2f} times ({rival.low:.2f} to {rival.high:.2f})"
+            times = f"{rival.ratio:.2f} times that speed ({rival.low:.2f} to {rival.high:.2f})"
             lines.append(
-                f"  {rival.name}: {rival.microseconds:.0f} us; {verdict.winner} has {times} that speed"
+                f"  {rival.name}: {rival.microseconds:.0f} us; {verdict.winner} has {times}"
             )
         return "\n".join(lines)
 
