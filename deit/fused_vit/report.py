@@ -149,7 +149,7 @@ def of(
 def evidence(
     problems: Sequence[Problem], device: torch.device, operators: Sequence[str]
 ) -> dict[str, Evidence]:
-    """Of each operator, for its calls among `problems`; for those it may have, where there are none."""
+    """Of each operator, for its calls among `problems`, or for any where there are none."""
     found = {}
     for operator in operators:
         bases = [dispatch.basis_of(each, device) for each in problems if each.operator == operator]
