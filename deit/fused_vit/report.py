@@ -102,8 +102,8 @@ class Report:
         ]
         lines = [line.rstrip() for line in lines]
         lines.append("runs: " + ", ".join(f"{op} on {impl}" for op, impl in self.operators.items()))
-        names = max(map(len, self.evidence), default=0)
-        lines += [f"  {name:{names}}  {why}" for name, why in self.evidence.items()]
+        width = max((len(name) for name in self.evidence), default=0)
+        lines += [f"  {name:{width}}  {why}" for name, why in self.evidence.items()]
         lines += [str(each) for each in self.races]
         return "\n".join([*lines, *self.slower_8_bits(), *self.notes])
 
