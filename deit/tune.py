@@ -7,6 +7,7 @@ device (`deit.kernels.measure`), and on a GPU before that the configurations of 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from deit.kernels.prove.tuned import Tuned
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-EIGHT_BITS = ("int8", "fp8")  # of a network in fp32, and in bf16
+OWN = {"int8": "fp32", "fp8": "bf16"}  # what a network in 8 bits has for its own dtype
 USUAL = {"cpu": (("fp32", "bf16"), 8), "cuda": (("bf16",), 256)}  # dtypes, and images in a batch
 FOR_CONFIGURATIONS = 0.5  # of the time, on a device that Triton runs on
 
@@ -76,7 +77,10 @@ def _device(name: str) -> torch.device:
 
 
 def _dtypes(options: Options, device: torch.device) -> tuple[str, ...]:
-    return options.dtype or USUAL[device.type][0]
+    """Those asked for; before one of 8 bits the one that it is compared with."""
+    wanted = options.dtype or USUAL[device.type][0]
+    both = itertools.chain.from_iterable((OWN.get(each, each), each) for each in wanted)
+    return tuple(dict.fromkeys(both))
 
 
 def _batch(options: Options, device: torch.device) -> int:
@@ -128,11 +132,11 @@ def _calls(
     name: str, size: int, dtype: str, options: Options, device: torch.device
 ) -> Iterator[Problem]:
     """A network's, in one dtype: in inference its weights have that, in training autocast does."""
-    own = DTYPES.get(dtype, torch.bfloat16 if dtype == "fp8" else torch.float32)
+    own = DTYPES[OWN.get(dtype, dtype)]
     with torch.device("meta"):
         model = deit.create(name, img_size=size)
     model = model.to_empty(device=device).to(own).eval()  # the calls depend on no weight
-    eight = dtype if dtype in EIGHT_BITS else None
+    eight = dtype if dtype in OWN else None
     fuse(model, dtype=eight, measure="never")
     for batch in dict.fromkeys((_batch(options, device), 1)):
         shape = (batch, model.config.in_chans, size, size)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from deit.commands import flags
 from deit.tune_options import Options
 
 
-@dataclass(frozen=True)
+@flags.of_options
 class Tune(Options):
     """Measure what runs each operator of a network fastest on this device, for later runs.
 

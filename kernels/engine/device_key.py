@@ -109,12 +109,15 @@ def parse(text: str, threads: int) -> DeviceKey:
             f"{PRETENDED}: expected a processor as in 'AMD family 26 model 2, AVX512 VNNI'; "
             f"got {text!r}"
         )
-    numbers = {k: None if found[k] is None else int(found[k]) for k in ("family", "model")}
-    sets = tuple((found["sets"] or "").split())
+    number = lambda name: None if found[name] is None else int(found[name])
     return DeviceKey(
-        "cpu", found["vendor"], **numbers, instruction_sets=sets,
-        threads=int(found["threads"] or threads),
-    )  # fmt: skip
+        "cpu",
+        found["vendor"],
+        number("family"),
+        number("model"),
+        tuple((found["sets"] or "").split()),
+        int(found["threads"] or threads),
+    )
 
 
 @functools.cache
@@ -138,7 +141,7 @@ def versions(kind: str) -> dict[str, str]:
     built = "none" if record is None else str(record.get("sources"))
     patterns = _SOURCES.get(kind, _SOURCES["cpu"])
     files = {path for pattern in patterns for path in _FOLDER.glob(pattern)}
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     if kind == "cuda":
         found["triton"] = _version("triton")
     else:  # ATEN_CPU_CAPABILITY limits it

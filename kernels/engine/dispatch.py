@@ -306,6 +306,13 @@ class Explanation:
             lines.append(f"  {name:<10} " + ("; ".join(why_not) or "can run") + self._figures(name))
             if name == "triton":
                 lines += [f"    {line}" for line in self.configurations]
+        verdict = None if self.basis is None else self.basis.verdict
+        if verdict is not None and verdict.rival is not None:
+            rival = verdict.rival
+            times = f"{rival.ratio:.2f} times that speed ({rival.low:.2f} to {rival.high:.2f})"
+            lines.append(
+                f"  {rival.name}: {rival.microseconds:.0f} us; {verdict.winner} has {times}"
+            )
         return "\n".join(lines)
 
     def _figures(self, name: str) -> str:

@@ -175,7 +175,7 @@ class _Session:
                 for number, problem in left.items()
             ],
         }
-        command = [sys.executable, "-c", PROGRAM, json.dumps(sys.path)]
+        command = [sys.executable, "-c", PROGRAM, json.dumps(list(map(str, sys.path)))]
         try:
             child = subprocess.Popen(
                 command,
@@ -246,7 +246,8 @@ class _Session:
             problem = left.pop(number)
             self.report(f"{problem}: not measured: PyTorch's own operators: {self.ended}")
         else:
-            self.refused.setdefault(number, {})[name] = self.ended
+            why = f": {said[-1][:300]}" if said and "exit status" in self.ended else ""
+            self.refused.setdefault(number, {})[name] = self.ended + why
         return True
 
 

@@ -20,7 +20,7 @@ import torch
 from deit.kernels.engine import verdicts
 from deit.kernels.engine.json_files import Fields
 from deit.kernels.engine.problems import Problem
-from deit.kernels.measure.race import NoTime, Race
+from deit.kernels.measure.race import NoTime, Poisoned, Race
 
 MARK_BYTES = 256
 
@@ -61,6 +61,9 @@ def main() -> None:
             answer(number=number, verdict=verdict.plain())
         except NoTime:
             answer(number=number, why="no time left", late=True)
+        except Poisoned as error:  # the parent reads which candidate it was
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)
         except Exception as error:
             answer(number=number, why=f"{type(error).__name__}: {error}".splitlines()[0][:300])
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deit.kernels.engine import cache_files, device_key
 from deit.kernels.engine.operator import Arguments
-from deit.kernels.engine.problems import Problem
+from deit.kernels.engine.problems import Problem, dtype_name
 from deit.kernels.engine.verdicts import MARGIN, Refused, Rival, Timed, Verdict
 from deit.kernels.measure.candidates import REFERENCE, RIVAL, Ways, drawn
 from deit.kernels.prove.timing import ColdClock, Paired, cache_bytes, interleave, paired
@@ -32,6 +32,18 @@ MOST_SETS = 64
 
 class NoTime(Exception):
     """Not even the first look fits into what is left of the budget."""
+
+
+class Poisoned(BaseException):
+    """A candidate left the device unusable: this process cannot go on."""
+
+
+class Failed(Exception):
+    """A candidate that was right raised while it was timed."""
+
+    def __init__(self, name: str, error: Exception) -> None:
+        super().__init__(name)
+        self.name, self.error = name, error
 
 
 @dataclass
@@ -69,9 +81,14 @@ class Race:
                 candidates[name] = found
             else:
                 used[name] = found
-        racing = list(used)
-        samples = self._times(ways, racing, sets, end)
-        return self._decide(ways, samples, used, candidates)
+        while True:
+            try:
+                samples = self._times(ways, list(used), list(sets), end)
+                return self._decide(ways, samples, used, candidates)
+            except Failed as failed:
+                del used[failed.name]
+                if failed.name != RIVAL:
+                    candidates[failed.name] = _refused(failed.error)
 
     def _check(
         self, ways: Ways, name: str, first: Arguments, number: int
@@ -87,9 +104,7 @@ class Race:
         try:
             used = ways.used(name, draws)
         except Exception as error:
-            if "illegal memory access" in str(error):  # nothing runs on the device after that
-                raise
-            return Refused(f"{type(error).__name__}: {error}".splitlines()[0][:300])
+            return _refused(error)
         if not used <= 1:
             return Refused(f"wrong: its error is {used:.3g} times what the rule allows")
         return used
@@ -108,8 +123,13 @@ class Race:
         once = {}
         for name, step in steps.items():
             self.mark(name)
-            step(sets[0])
-            once[name] = clock(lambda step=step: step(sets[0]))  # type: ignore[misc]
+            try:
+                step(sets[0])
+                once[name] = clock(lambda step=step: step(sets[0]))  # type: ignore[misc]
+            except Exception as error:
+                if name == REFERENCE:
+                    raise
+                raise Failed(name, error) from error
         if (LOOKS[0] + 1) * sum(once.values()) > max(self.limit, end - time.monotonic()):
             raise NoTime
         turn = [0]
@@ -126,7 +146,12 @@ class Race:
 
             self.mark(name)
             repeats = next(n for n, least in REPEATS if once[name] < least)
-            return min(clock(call, calls) for _ in range(repeats))
+            try:
+                return min(clock(call, calls) for _ in range(repeats))
+            except Exception as error:
+                if name == REFERENCE:
+                    raise
+                raise Failed(name, error) from error
 
         def enough(rounds: int) -> bool:
             if rounds not in LOOKS:
@@ -167,8 +192,10 @@ class Race:
         if RIVAL in samples:
             found = _against(samples, winner, samples[RIVAL])
             if found is not None:
+                own = dtype_name(self.problem.arguments[0].dtype)
                 rival = Rival(
-                    RIVAL, medians[RIVAL] * 1e6, found.ratio, found.low, found.high,
+                    f"in {own}" if ways.operator.eight_bits else "by its parts",
+                    medians[RIVAL] * 1e6, found.ratio, found.low, found.high,
                     found.faster(MARGIN),
                 )  # fmt: skip
         key = device_key.device_key(self.device)
@@ -182,6 +209,14 @@ class Race:
             tuple(order),
             rival,
         )
+
+
+def _refused(error: Exception) -> Refused:
+    """Raises Poisoned where nothing runs on the device after this error."""
+    why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    if "CUDA error" in why and "out of memory" not in why:
+        raise Poisoned(why) from error
+    return Refused(why)
 
 
 def _copies(first: Arguments, cache: int) -> list[Arguments]:
