@@ -60,7 +60,8 @@ def fuse(
     DDP, train/eval and torch.compile work as before. What cannot be fused stays as it was, and
     where fused arithmetic would not be what was asked for (a hook on a module inside a fused
     one, dropout in training, an attention mask) the original forward runs. Calling it again
-    changes nothing but `impl` and `dtype`. Order: fuse, move to the device, compile, wrap in DDP.
+    changes nothing but `impl` and `dtype`. Order: move to the device, fuse, compile, wrap in DDP:
+    it measures where the model is, in the mode that it is in.
 
     Args:
         model: any module; DeiT and timm blocks, attentions, MLPs and LayerNorms in it are fused.

@@ -165,14 +165,15 @@ def image_shape(model: nn.Module) -> tuple[int, int, int] | None:
         (getattr(patches, "img_size", None), channels),
         (getattr(model, "image_size", None), channels),
     ):
-        both = (size, size) if isinstance(size, int) else size
+        both: Any = (size, size) if isinstance(size, int) else size
         if _sizes(both, 2) and isinstance(depth, int):
-            return (depth, *both)
-    size = timms.get("input_size") if isinstance(timms, dict) else None
-    return tuple(size) if _sizes(size, 3) else None  # type: ignore[arg-type,return-value]
+            return depth, both[0], both[1]
+    sizes: Any = timms.get("input_size") if isinstance(timms, dict) else None
+    return (sizes[0], sizes[1], sizes[2]) if _sizes(sizes, 3) else None
 
 
 def _sizes(value: object, count: int) -> bool:
+    """Whether it is so many positive whole numbers."""
     return (
         isinstance(value, (tuple, list))
         and len(value) == count

@@ -22,6 +22,9 @@ def constructor(name: str, fuse: Callable[..., object]) -> Any:
         drop_path: float = 0.0,
         test_head: str = "softmax-sum",
         impl: str = "auto",
+        measure: str = "auto",
+        example: Tensor | None = None,
+        budget: float | None = None,
     ) -> DeiT:
         import deit
 
@@ -33,8 +36,9 @@ def constructor(name: str, fuse: Callable[..., object]) -> Any:
             model = deit.load(
                 weights, name, num_classes=num_classes, drop_path=drop_path, test_head=test_head
             )
-        fuse(model, impl)
-        return model
+        # Measured for inference, which published weights are mostly for: training takes longer.
+        fuse(model.eval(), impl, measure=measure, example=example, budget=budget)
+        return model.train()
 
     construct.__name__ = construct.__qualname__ = name
     construct.__doc__ = f"""{configs.config(name).label}, fused.
@@ -42,12 +46,13 @@ def constructor(name: str, fuse: Callable[..., object]) -> Any:
     Args:
         weights: a checkpoint as `deit.load` takes it, or None for a fresh initialisation.
         num_classes, drop_path, test_head: as for `deit.create`.
-        impl: as for `fuse`.
+        impl, measure, example, budget: as for `fuse`, which measures inference on the CPU here. For
+            a GPU or for training give measure="never", and fuse again where and as it will run.
 
     Returns:
         The model, on the CPU, in training mode.
 
     Raises:
-        ValueError: as `deit.create`, `deit.load` and `fuse` do.
+        TypeError, ValueError: as `deit.create`, `deit.load` and `fuse` do.
     """
     return construct

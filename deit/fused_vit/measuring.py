@@ -13,7 +13,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,9 +53,13 @@ def settle(
     where it was fused with 8 bits.
     """
     found = Measured()
-    if asked.how == "never" or "auto" not in impls.values() or not _any_fused(model):
+    if "auto" not in impls.values() or not _any_fused(model):
         return found
     device, why_not = device_of(model), obstacle()
+    if asked.how == "never":
+        if ranks.many() and not why_not and isinstance(device, torch.device):
+            _as_one(device, found.notes)
+        return found
     if isinstance(device, str):
         why_not = why_not or device
     elif device.type not in BUDGETS:
@@ -210,7 +214,7 @@ class _Plan:
 def _together(plan: _Plan, notes: list[str]) -> dict[str, Outcome]:
     """What one process of the group measured, in force in all of them and alone."""
     key = device_key.device_key(plan.device)
-    asked = {
+    asked: dict[str, Any] = {
         "device": str(key),
         "versions": device_key.versions(key.kind),
         "problems": [problem.plain() for problem in plan.problems],
@@ -221,19 +225,35 @@ def _together(plan: _Plan, notes: list[str]) -> dict[str, Outcome]:
     name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     def make() -> dict[str, Any]:
-        return {"outcomes": {n: o.plain() for n, o in plan.run().items()}} | records.record(
-            plan.device
-        )
+        outcomes = {name: each.plain() for name, each in plan.run().items()}
+        return {"outcomes": outcomes} | records.record(plan.device)
 
+    made = _taken(name, make, plan.asked.seconds(plan.device), notes)
+    return records.revived(made.get("outcomes", {}), "another process")
+
+
+def _as_one(device: torch.device, notes: list[str]) -> None:
+    """What is stored for one process of the group, in force in all of them; once."""
+    key = device_key.device_key(device)
+    name = f"stored {key} {device_key.versions(key.kind)}"
+    if name not in _counts:
+        _counts[name] = 1
+        _taken(name, lambda: records.record(device), 0.0, notes)
+
+
+def _taken(
+    name: str, make: Callable[[], dict[str, Any]], seconds: float, notes: list[str]
+) -> dict[str, Any]:
+    """What one process of the group made: in force in all of them, and alone."""
     try:
-        made = ranks.shared(name, make, plan.asked.seconds(plan.device) + PATIENCE)
+        made = ranks.shared(name, make, seconds + PATIENCE)
     except ranks.Missing as error:
         message = f"the process of this group that measures gave nothing: {error}"
-        warnings.warn(f"fuse: {message}", stacklevel=5)
+        warnings.warn(f"fuse: {message}", stacklevel=6)
         notes.append(f"not measured: {message}")
-        made = {"verdicts": [], "networks": {}, "outcomes": {}}
+        made = {"verdicts": [], "networks": {}}
     records.adopt(made, "another process")
-    return records.revived(made["outcomes"], "another process")
+    return made
 
 
 _counts: dict[str, int] = {}

@@ -54,8 +54,9 @@ def shared(name: str, make: Callable[[], dict[str, Any]], patience: float) -> di
         except BaseException as error:
             store.set(place, json.dumps({"error": f"{type(error).__name__}: {error}"[:300]}))
             raise
-        store.set(place, json.dumps({"made": made}))
-        return made
+        text = json.dumps({"made": made})
+        store.set(place, text)
+        return json.loads(text)["made"]  # as the others get it
     try:
         store.wait([place], timedelta(seconds=patience))
         found = json.loads(store.get(place))

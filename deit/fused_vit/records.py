@@ -33,7 +33,8 @@ def why_not(found: dict[str, Any], device: torch.device, name: str) -> str:
     outcomes = revived(fields.fields("networks").values, name).values()
     measured = verdicts.revive_all(fields.array("verdicts", dict, "verdicts"), name)
     now = device_key.versions(key.kind)
-    for versions in [dict(each.versions) for each in (*measured, *outcomes)]:
+    found_with = [dict(one.versions) for one in measured] + [one.versions for one in outcomes]
+    for versions in found_with:
         if versions != now:
             changed = [each for each in now if versions.get(each) != now[each]]
             return f"{name} is of another version of {' and '.join(changed) or 'something'}"

@@ -12,7 +12,7 @@ from torch import nn
 
 from deit.fused_vit.modules import Fused
 from deit.fused_vit.whole_models import Outcome
-from deit.kernels.engine import dispatch
+from deit.kernels.engine import device_key, dispatch, verdicts
 from deit.kernels.engine.problems import Problem
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Report:
 
     rows: every module that was fused, and every one that holds parameters and was not, with why.
     operators: operator -> the implementation that runs it in inference on the model's device.
-    evidence: operator -> on what evidence, where `fuse` looked at the model's calls.
+    evidence: operator -> on what evidence, where "auto" chooses.
     races: the model, or networks in it, against what they were, with the figures.
     notes: sentences on what was not measured, and why.
     """
@@ -102,8 +102,8 @@ class Report:
         ]
         lines = [line.rstrip() for line in lines]
         lines.append("runs: " + ", ".join(f"{op} on {impl}" for op, impl in self.operators.items()))
-        names = max(map(len, self.evidence), default=0)
-        lines += [f"  {name:{names}}  {why}" for name, why in self.evidence.items()]
+        width = max((len(name) for name in self.evidence), default=0)
+        lines += [f"  {name:{width}}  {why}" for name, why in self.evidence.items()]
         lines += [str(each) for each in self.races]
         return "\n".join([*lines, *self.slower_8_bits(), *self.notes])
 
@@ -149,20 +149,29 @@ def of(
 def evidence(
     problems: Sequence[Problem], device: torch.device, operators: Sequence[str]
 ) -> dict[str, Evidence]:
-    """Of each operator that has calls among `problems`."""
+    """Of each operator, for its calls among `problems`, or for any where there are none."""
     found = {}
     for operator in operators:
         bases = [dispatch.basis_of(each, device) for each in problems if each.operator == operator]
+        measured = [basis.verdict for basis in bases if basis.verdict is not None]
+        sources = [basis.evidence for basis in bases]
         if not bases:
-            continue
-        verdicts = [basis.verdict for basis in bases if basis.verdict is not None]
-        ratios = [one.ratio for one in verdicts]
+            key = str(device_key.device_key(device))
+            table = verdicts.table_of(device)
+            measured = [v for v in verdicts.in_force(device) if v.problem.operator == operator]
+            sources = [verdicts.HERE if v.device == key else _shipped(table) for v in measured]
+            sources = sources or [_shipped(table)]
+        ratios = [one.ratio for one in measured]
         found[operator] = Evidence(
-            ", ".join(dict.fromkeys(basis.evidence for basis in bases)),
+            ", ".join(dict.fromkeys(sources)),
             (min(ratios), max(ratios)) if ratios else None,
-            min((one.date[:10] for one in verdicts), default=""),
+            min((one.date[:10] for one in measured), default=""),
         )
     return found
+
+
+def _shipped(table: verdicts.Table) -> str:
+    return f"shipped for {table.label}" if table.label else verdicts.NOT_MEASURED
 
 
 def _owns_parameters(module: nn.Module) -> bool:

@@ -107,7 +107,7 @@ def check_budget(budget: Any) -> None:
     """Raises TypeError or ValueError for what is no positive number of seconds."""
     if isinstance(budget, bool) or not isinstance(budget, Real):
         raise TypeError(f"budget: expected seconds; got {type(budget).__name__}")
-    if not 0 < budget < math.inf:
+    if not 0 < float(budget) < math.inf:
         raise ValueError(f"budget: expected a positive number of seconds; got {budget}")
 
 

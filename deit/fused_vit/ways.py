@@ -47,7 +47,8 @@ class _Made:
     """A way that is made by its first call, so that an error in the making refuses it alone."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
-        self.make, self.way = make, None
+        self.make = make
+        self.way: Any = None
 
     def __call__(self, images: Tensor) -> Any:
         if self.way is None:

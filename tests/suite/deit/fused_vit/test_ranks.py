@@ -72,6 +72,17 @@ def test_processes_with_no_group_measure_nothing_and_use_no_file(asked):
     assert verdicts.in_force(standing.CPU) == []
 
 
+def test_with_nothing_measured_they_take_what_one_has_stored(asked, store, tmp_path):
+    patch, _ = asked
+    fuse(make("ours"))
+    patch.setattr(ranks, "many", lambda: True)
+    for cache in (tmp_path, tmp_path / "another node's"):
+        standing.forget()
+        patch.setattr(measuring, "_counts", {})
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        assert fuse(make("ours"), measure="never").operators["linear"] == "cpu"
+
+
 def test_a_process_that_gives_nothing_is_said(asked, store):
     patch, calls = asked
     patch.setattr(ranks, "many", lambda: True)
@@ -133,5 +144,5 @@ def test_two_processes_with_caches_of_their_own_agree(tmp_path):
     assert [each.returncode for each in running] == [0, 0], ends
     (one, _, first), (other, record, second) = (json.loads(out.splitlines()[-1]) for out, _ in ends)
     assert first == second
-    assert one + other == 4  # three for both, one for the first alone
+    assert one + other == 3  # once each for both; the last has nothing that was not measured
     assert record["verdicts"]
