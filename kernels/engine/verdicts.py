@@ -132,7 +132,7 @@ def _key_of(verdict: Verdict) -> DeviceKey | None:
 
 
 def devices() -> list[torch.device]:
-    """The devices of this machine that have keys. It touches no GPU that no process here has."""
+    """The devices of this machine that have keys, the CPU first."""
     found = [torch.device("cpu")]
     if torch.cuda.is_available():
         found += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
@@ -141,8 +141,10 @@ def devices() -> list[torch.device]:
 
 def in_force(device: torch.device | None = None) -> list[Verdict]:
     """The verdicts that calls of this process can meet, but for those that are shipped; None: on
-    all devices of this machine."""
-    places = devices() if device is None else [device]
+    the CPU and, where this process has begun to use GPUs, on those."""
+    places = [device] if device is not None else devices()
+    if device is None and not torch.cuda.is_initialized():
+        places = places[:1]
     return [
         one
         for place in places
