@@ -112,7 +112,7 @@ class _Plan:
         self.own, self.asked, self.device = own, asked, device
         self.problems: list[Problem] = []
         self.races: list[_Course] = []
-        self.title = type(model).__name__
+        self.title = whole_models.kind_of(model)
         example = asked.example
         if example is not None:
             subjects: Any = [(model, tuple(example.shape[1:]), example.dtype)]
@@ -190,6 +190,7 @@ class _Plan:
         )
 
     def _race(self, course: _Course, seconds: float, say: Speaker) -> Outcome | None:
+        kind = whole_models.kind_of(course.network)
         say.now(f"racing {course.name.rpartition(',')[0]} against what it was")
         for batch in dict.fromkeys((course.shape[0], 1)):
             try:
@@ -202,12 +203,12 @@ class _Plan:
                     budget=seconds,
                 )
             except Exception as error:  # whatever a model may raise; memory, too
-                say(f"{type(course.network).__name__} was not raced: {said(error)}")
+                say(f"{kind} was not raced: {said(error)}")
                 return None
             if found is not None:
                 whole_models.store(self.device, course.name, found)
                 return found
-        say(f"{type(course.network).__name__} was not raced: {seconds:.1f} s are too few")
+        say(f"{kind} was not raced: {seconds:.1f} s are too few")
         return None
 
 
@@ -275,12 +276,13 @@ class Speaker:
     def __init__(self) -> None:
         self.terminal = sys.stderr.isatty() if sys.stderr is not None else False
         self.log = logging.getLogger("deit.fused_vit")
+        self.shown = False
 
     def __enter__(self) -> Speaker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.terminal:
+        if self.shown:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
 
@@ -295,5 +297,6 @@ class Speaker:
 
     def _show(self, line: str) -> None:
         if self.terminal:
+            self.shown = True
             sys.stderr.write(f"\r\x1b[Kfuse: {line}")
             sys.stderr.flush()

@@ -1,6 +1,7 @@
 """When fuse() measures, and what comes of it."""
 
 import copy
+import io
 import json
 import logging
 import os
@@ -154,7 +155,22 @@ def in_fakes(model):
         return fuse(model)
 
 
+def in_compilation(model):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        return fuse(model)
+
+
+def in_capture(model):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        return fuse(model)
+
+
 PLACES = {
+    "torch.compile": in_compilation,
+    "CUDA graph's capture": in_capture,
     "backward": in_backward,
     "torch.func": in_function,
     "dispatch mode": in_fakes,
@@ -261,6 +277,22 @@ def test_a_model_that_cannot_be_raced_is_fused_and_says_so(asked, unknown, caplo
         assert fuse(make("ours")).fused
     assert "DeiT was not raced: RuntimeError: out of memory" in caplog.text
     assert "measuring" in caplog.text
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_is_told_what_is_done_on_a_line_that_goes(asked, unknown):
+    unknown.setattr(sys, "stderr", Terminal())
+    fuse(make("ours"))
+    said = sys.stderr.getvalue()
+    assert re.search(r"fuse: measuring \d+ calls of DeiT on Acme .*, at most 20 s", said)
+    assert "fuse: racing DeiT, inference, 8 x 3 x 32 x 32 float32 against what it was" in said
+    assert said.endswith("\r\x1b[K")
+    fuse(make("ours"))
+    assert sys.stderr.getvalue() == said
 
 
 # ---- caches
