@@ -222,6 +222,34 @@ def test_a_model_that_is_not_faster_stays_as_it_was(asked, unknown):
     assert fuse(copy.deepcopy(model), measure="never").fused
 
 
+def test_a_race_of_other_choices_counts_no_more(asked, unknown):
+    speeds = iter((1.01, 1.5))
+    unknown.setattr(whole_models, "race", lambda *_, **__: outcome(next(speeds)))
+    assert fuse(make("ours")).fused == []
+    model = make("ours")
+    fuse(model, measure="never")
+    key, problems = device_key.device_key(CPU), [v.problem for v in verdicts.in_force(CPU)]
+    verdicts.store(key, [standing.found(problem, "reference") for problem in problems])
+    assert fuse(model).fused
+
+
+def test_a_model_whose_calls_are_not_all_measured_is_not_raced_yet(asked, unknown, caplog):
+    unknown.setattr(whole_models, "race", None)
+    measure = measuring.operators.measure
+
+    def some(problems, *arguments, **options):
+        return measure(problems[::2], *arguments, **options)
+
+    unknown.setattr(measuring.operators, "measure", some)
+    with caplog.at_level(logging.INFO, "deit.fused_vit"):
+        report = fuse(make("ours"))
+    assert "is raced once all its calls are measured" in caplog.text
+    assert report.fused
+    unknown.setattr(whole_models, "race", lambda *_, **__: outcome(1.5))
+    unknown.setattr(measuring.operators, "measure", measure)
+    assert fuse(make("ours")).races
+
+
 def test_8_bits_that_are_slower_say_so_and_run(asked, unknown):
     unknown.setattr(whole_models, "race", lambda *_, **__: outcome(1.3, own=0.85))
     with pytest.warns(UserWarning, match=r"8 bits run at 0.85 of the speed of its own dtype"):
@@ -378,7 +406,7 @@ def test_a_second_process_starts_at_once_and_computes_the_same_bits(tmp_path):
     }
     said = []
     for known in (False, True):
-        program = PROGRAM.format(tests=os.path.dirname(fusing.__file__), known=known, budget=20)
+        program = PROGRAM.format(tests=os.path.dirname(fusing.__file__), known=known, budget=120)
         ran = subprocess.run(
             [sys.executable, "-c", program], env=environment, capture_output=True, text=True
         )
