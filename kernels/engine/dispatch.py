@@ -62,7 +62,7 @@ def choose(operator: Operator, arguments: Arguments, impl: str) -> str:
     if impl == "auto":
         training = needs_gradient(arguments)
         for candidate in _candidates(operator, arguments, training):
-            if not _refusals(operator, arguments, candidate, training):
+            if not _refusals(operator, arguments, candidate, training, served=True):
                 return candidate
         return "reference"
     if impl == "reference":
@@ -112,15 +112,23 @@ def reasons(operator: Operator, arguments: Arguments, implementation: str) -> li
 
 
 def _refusals(
-    operator: Operator, arguments: Arguments, implementation: str, training: bool
+    operator: Operator,
+    arguments: Arguments,
+    implementation: str,
+    training: bool,
+    *,
+    served: bool = False,
 ) -> list[str]:
-    """Why kernels that are there cannot take these arguments."""
+    """Why kernels that are there cannot take these arguments.
+
+    served: the first one's dtype is known to be one that kernels serve; asking takes 0.1 us.
+    """
     found = []
     if torch._C._are_functorch_transforms_active():
         found.append("a torch.func transform is active and the kernel has no rule for it")
     if forward_ad._current_level >= 0 and has_tangent(arguments):  # asked first: 80 ns less
         found.append("an input has a forward-mode tangent and the kernel has no rule for it")
-    if arguments[0].dtype not in limits.KERNEL_DTYPES:
+    if not served and arguments[0].dtype not in limits.KERNEL_DTYPES:
         found += limits.unserved(arguments[0])
     if training:
         found += _training_reasons(operator, arguments, implementation)
@@ -158,7 +166,9 @@ def _candidates(operator: Operator, arguments: Arguments, training: bool) -> tup
 def _of_any(
     operator: str, device: torch.device, dtype: torch.dtype, training: bool
 ) -> tuple[str, ...] | None:
-    """Those for calls of any size; None where the sizes decide."""
+    """Those for calls of any size; None where the sizes decide. Kernels serve their dtype."""
+    if dtype not in limits.KERNEL_DTYPES:
+        return ()
     found = verdicts.of_any(operator, device, dtype, training)
     return None if found is None else _there(operator, device, found)
 

@@ -28,6 +28,7 @@ MOST_CALLS = 20
 REPEATS = ((3, 0.02), (2, 0.1), (1, float("inf")))
 TIMES_THE_CACHE = 2  # that the sets of inputs take together
 MOST_SETS = 64
+MOST_CACHE = 128 << 20  # bytes: of a larger one, a call's inputs may still be there
 
 
 class NoTime(Exception):
@@ -118,7 +119,7 @@ class Race:
         rotate = self.device.type == "cpu" and not ways.operator.eight_bits
         clock = ColdClock(self.device, flush=not rotate)
         if rotate:
-            sets += _copies(sets[0], cache_bytes(self.device))
+            sets += _copies(sets[0], min(MOST_CACHE, cache_bytes(self.device)))
         steps = {name: ways.step(name) for name in racing}
         once = {}
         for name, step in steps.items():
