@@ -110,9 +110,10 @@ class _Plan:
         notes: list[str],
     ) -> None:
         self.own, self.asked, self.device = own, asked, device
+        self.end = time.perf_counter() + asked.seconds(device)  # finding the calls counts, too
         self.problems: list[Problem] = []
         self.races: list[_Course] = []
-        self.title = type(model).__name__
+        self.title = whole_models.kind_of(model)
         example = asked.example
         if example is not None:
             subjects: Any = [(model, tuple(example.shape[1:]), example.dtype)]
@@ -150,7 +151,7 @@ class _Plan:
             if training:
                 yield from calls.calls_of(network, given, dtype, training=True)
             yield from calls.calls_of(network, given, dtype, training=False)
-            if self.own is not None:
+            if self.own is not None and batch == shape[0]:  # which are raced
                 yield from calls.calls_of(network, given, dtype, training=False, impls=self.own)
 
     def lacking(self) -> list[Problem]:
@@ -161,8 +162,7 @@ class _Plan:
 
     def run(self) -> dict[str, Outcome]:
         """Measure what is lacking, and race what was not raced; the outcomes by their names."""
-        seconds, start = self.asked.seconds(self.device), time.perf_counter()
-        lacking = self.lacking()
+        lacking, seconds = self.lacking(), self.asked.seconds(self.device)
         with Speaker() as say:
             if lacking:
                 key = device_key.device_key(self.device)
@@ -170,17 +170,33 @@ class _Plan:
                     f"measuring {len(lacking)} calls of {self.title} on {key}, at most "
                     f"{seconds:.0f} s ({VARIABLE}=never: not at all)"
                 )
-                operators.measure(
-                    lacking, self.device, budget=FOR_OPERATORS * seconds, report=say.now
-                )
-            known = whole_models.known(self.device)
+                left = self.left() - (1 - FOR_OPERATORS) * seconds
+                if left > 0:
+                    operators.measure(lacking, self.device, budget=left, report=say.now)
+            known, chosen = whole_models.known(self.device), self._chosen()
+            found = {}
             for course in self.races:
-                if self.asked.how == "now" or (course.name not in known and self._measured_here()):
-                    left = seconds - (time.perf_counter() - start)
-                    outcome = self._race(course, left, say)
-                    if outcome is not None:
-                        known[course.name] = outcome
-        return {c.name: known[c.name] for c in self.races if c.name in known}
+                kept = f"{course.name}, {chosen}"
+                outcome = None if self.asked.how == "now" else known.get(kept)
+                if outcome is None and self._ready(say):
+                    outcome = self._race(course, kept, say)
+                if outcome is not None:
+                    found[course.name] = outcome
+        return found
+
+    def _chosen(self) -> str:
+        """The hash of what runs each call: a race of other choices says nothing of these."""
+        chosen = [dispatch.basis_of(each, self.device).candidates for each in self.problems]
+        return hashlib.sha256(json.dumps(chosen).encode()).hexdigest()[:8]
+
+    def _ready(self, say: Speaker) -> bool:
+        """Whether a race would tell: asked for, or all calls known and some measured here."""
+        if self.asked.how == "now":
+            return True
+        if operators.missing(self.problems, self.device):
+            say(f"{self.title} is raced once all its calls are measured; fuse goes on with them")
+            return False
+        return self._measured_here()
 
     def _measured_here(self) -> bool:
         """Whether the calls run by what was measured here, and not by what is shipped alone."""
@@ -189,7 +205,12 @@ class _Plan:
             for problem in self.problems
         )
 
-    def _race(self, course: _Course, seconds: float, say: Speaker) -> Outcome | None:
+    def left(self) -> float:
+        """Seconds of the budget."""
+        return self.end - time.perf_counter()
+
+    def _race(self, course: _Course, kept: str, say: Speaker) -> Outcome | None:
+        kind = whole_models.kind_of(course.network)
         say.now(f"racing {course.name.rpartition(',')[0]} against what it was")
         for batch in dict.fromkeys((course.shape[0], 1)):
             try:
@@ -199,15 +220,15 @@ class _Plan:
                     (batch, *course.shape[1:]),
                     course.dtype,
                     training=course.training,
-                    budget=seconds,
+                    budget=self.left(),
                 )
             except Exception as error:  # whatever a model may raise; memory, too
-                say(f"{type(course.network).__name__} was not raced: {said(error)}")
+                say(f"{kind} was not raced: {said(error)}")
                 return None
             if found is not None:
-                whole_models.store(self.device, course.name, found)
+                whole_models.store(self.device, kept, found)
                 return found
-        say(f"{type(course.network).__name__} was not raced: {seconds:.1f} s are too few")
+        say(f"{kind} was not raced: of the budget, {max(0.0, self.left()):.1f} s are left")
         return None
 
 
@@ -275,12 +296,13 @@ class Speaker:
     def __init__(self) -> None:
         self.terminal = sys.stderr.isatty() if sys.stderr is not None else False
         self.log = logging.getLogger("deit.fused_vit")
+        self.shown = False
 
     def __enter__(self) -> Speaker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.terminal:
+        if self.shown:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
 
@@ -295,5 +317,6 @@ class Speaker:
 
     def _show(self, line: str) -> None:
         if self.terminal:
+            self.shown = True
             sys.stderr.write(f"\r\x1b[Kfuse: {line}")
             sys.stderr.flush()

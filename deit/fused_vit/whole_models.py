@@ -124,8 +124,13 @@ def name_of(
 def words(network: nn.Module, shape: Sequence[int], dtype: torch.dtype, *, training: bool) -> str:
     """ "DeiT, inference, 8 x 3 x 224 x 224 float32"."""
     mode = "training" if training else "inference"
-    kind = type(swapping.twin_of(network, Fused, {}, fused=False)).__name__
-    return f"{kind}, {mode}, {' x '.join(map(str, shape))} {dtype_name(dtype)}"
+    return f"{kind_of(network)}, {mode}, {' x '.join(map(str, shape))} {dtype_name(dtype)}"
+
+
+def kind_of(network: nn.Module) -> str:
+    """The name of a network's class, of the original's where it is fused."""
+    kind = type(network)
+    return (swapping.without(kind, Fused) if issubclass(kind, Fused) else kind).__name__
 
 
 def _compiled(network: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """When fuse() measures, and what comes of it."""
 
 import copy
+import io
 import json
 import logging
 import os
@@ -154,7 +155,22 @@ def in_fakes(model):
         return fuse(model)
 
 
+def in_compilation(model):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        return fuse(model)
+
+
+def in_capture(model):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        return fuse(model)
+
+
 PLACES = {
+    "torch.compile": in_compilation,
+    "CUDA graph's capture": in_capture,
     "backward": in_backward,
     "torch.func": in_function,
     "dispatch mode": in_fakes,
@@ -204,6 +220,34 @@ def test_a_model_that_is_not_faster_stays_as_it_was(asked, unknown):
     assert fuse(model).fused == []
     assert fuse(model, impl="cpu").fused  # by name it is asked for
     assert fuse(copy.deepcopy(model), measure="never").fused
+
+
+def test_a_race_of_other_choices_counts_no_more(asked, unknown):
+    speeds = iter((1.01, 1.5))
+    unknown.setattr(whole_models, "race", lambda *_, **__: outcome(next(speeds)))
+    assert fuse(make("ours")).fused == []
+    model = make("ours")
+    fuse(model, measure="never")
+    key, problems = device_key.device_key(CPU), [v.problem for v in verdicts.in_force(CPU)]
+    verdicts.store(key, [standing.found(problem, "reference") for problem in problems])
+    assert fuse(model).fused
+
+
+def test_a_model_whose_calls_are_not_all_measured_is_not_raced_yet(asked, unknown, caplog):
+    unknown.setattr(whole_models, "race", None)
+    measure = measuring.operators.measure
+
+    def some(problems, *arguments, **options):
+        return measure(problems[::2], *arguments, **options)
+
+    unknown.setattr(measuring.operators, "measure", some)
+    with caplog.at_level(logging.INFO, "deit.fused_vit"):
+        report = fuse(make("ours"))
+    assert "is raced once all its calls are measured" in caplog.text
+    assert report.fused
+    unknown.setattr(whole_models, "race", lambda *_, **__: outcome(1.5))
+    unknown.setattr(measuring.operators, "measure", measure)
+    assert fuse(make("ours")).races
 
 
 def test_8_bits_that_are_slower_say_so_and_run(asked, unknown):
@@ -261,6 +305,22 @@ def test_a_model_that_cannot_be_raced_is_fused_and_says_so(asked, unknown, caplo
         assert fuse(make("ours")).fused
     assert "DeiT was not raced: RuntimeError: out of memory" in caplog.text
     assert "measuring" in caplog.text
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_is_told_what_is_done_on_a_line_that_goes(asked, unknown):
+    unknown.setattr(sys, "stderr", Terminal())
+    fuse(make("ours"))
+    said = sys.stderr.getvalue()
+    assert re.search(r"fuse: measuring \d+ calls of DeiT on Acme .*, at most 20 s", said)
+    assert "fuse: racing DeiT, inference, 8 x 3 x 32 x 32 float32 against what it was" in said
+    assert said.endswith("\r\x1b[K")
+    fuse(make("ours"))
+    assert sys.stderr.getvalue() == said
 
 
 # ---- caches
@@ -346,7 +406,7 @@ def test_a_second_process_starts_at_once_and_computes_the_same_bits(tmp_path):
     }
     said = []
     for known in (False, True):
-        program = PROGRAM.format(tests=os.path.dirname(fusing.__file__), known=known, budget=20)
+        program = PROGRAM.format(tests=os.path.dirname(fusing.__file__), known=known, budget=120)
         ran = subprocess.run(
             [sys.executable, "-c", program], env=environment, capture_output=True, text=True
         )
