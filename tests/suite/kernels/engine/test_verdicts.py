@@ -222,6 +222,7 @@ def test_what_is_shipped_is_for_a_family_and_its_instruction_sets():
         assert of(other) is None
 
 
+@built
 def test_a_file_of_priors_speaks_for_its_kind_of_processor(unknown, monkeypatch, tmp_path):
     found = [verdict(problem(8)), verdict(problem(1024), "reference")]
     document = measured.document(unknown, [one.plain() for one in found])
