@@ -245,9 +245,12 @@ def test_a_model_whose_calls_are_not_all_measured_is_not_raced_yet(asked, unknow
         report = fuse(make("ours"))
     assert "is raced once all its calls are measured" in caplog.text
     assert report.fused
+    assert any(note.startswith("not measured yet: ") for note in report.notes)
     unknown.setattr(whole_models, "race", lambda *_, **__: outcome(1.5))
     unknown.setattr(measuring.operators, "measure", measure)
-    assert fuse(make("ours")).races
+    again = fuse(make("ours"))
+    assert again.races
+    assert again.notes == []
 
 
 def test_8_bits_that_are_slower_say_so_and_run(asked, unknown):
@@ -389,7 +392,7 @@ torch.set_num_threads(1)
 if {known}:
     measuring.operators.measure = measuring.whole_models.race = None
 model = fusing.make("ours")
-report = fuse(model, budget={budget})
+report = fuse(model, block="parts", example=fusing.IMAGES[:1], budget={budget})
 print(sorted((name, str(why)) for name, why in report.evidence.items()))
 print([str(each) for each in report.races], len(report.fused))
 print(fusing.logits(model).double().sum().item())
