@@ -23,6 +23,7 @@ import torch
 from deit.kernels.engine import cache_files, device_key, measured
 from deit.kernels.engine.cache_files import File
 from deit.kernels.engine.device_key import DeviceKey
+from deit.kernels.engine.operator import OPERATORS
 from deit.kernels.engine.problems import ShapeClass, Sizes
 from deit.kernels.engine.verdict import Refused as Refused
 from deit.kernels.engine.verdict import Rival as Rival
@@ -113,7 +114,9 @@ def use(verdicts: Iterable[Verdict], *, alone: bool = False) -> list[str]:
     why_not = []
     for one in verdicts:
         key = _key_of(one)
-        if key is None:
+        if one.problem.operator not in OPERATORS:
+            why_not.append(f"{one.problem}: an operator that is not known here")
+        elif key is None:
             why_not.append(f"{one.shape_class}: measured on {one.device}, which is not here")
         elif dict(one.versions) != device_key.versions(key.kind):
             why_not.append(f"{one.shape_class}: measured with other versions")
@@ -206,8 +209,8 @@ Rows = dict[tuple[str, bool, torch.dtype], dict[Sizes, list[Verdict]]]
 
 
 def _rows(verdicts: Iterable[Verdict]) -> Rows:
-    """The latest of each class."""
-    latest = {one.shape_class: one for one in verdicts}
+    """The latest of each class, of the operators that this process knows."""
+    latest = {one.shape_class: one for one in verdicts if one.problem.operator in OPERATORS}
     found: Rows = {}
     for shape, one in latest.items():
         group = found.setdefault((shape.operator, shape.training, shape.dtype), {})

@@ -350,8 +350,8 @@ def test_a_broken_or_foreign_file_is_said_and_set_aside(unknown, text):
         ({"candidates": {"cpu": {"microseconds": -1}}}, "microseconds: expected a number from 0"),
         ({"candidates": {"cpu": {"refused": 3}}}, "refused: expected a text"),
         (
-            {"problem": {"operator": "conv", "training": False, "arguments": []}},
-            "operator: expected",
+            {"problem": {"operator": 3, "training": False, "arguments": []}},
+            "operator: expected a text",
         ),
         ({"surprise": 1}, "surprise: expected no field but problem, winner"),
     ],
@@ -398,6 +398,19 @@ def test_verdicts_of_another_device_or_versions_are_not_taken(unknown):
     assert "measured on Other family 2, 2 threads, which is not here" in why[0]
     assert "measured with other versions" in why[1]
     assert verdicts.in_force(CPU) == []
+
+
+def test_an_operator_of_a_package_that_is_not_imported_costs_the_others_nothing(unknown):
+    strange = verdict(dataclasses.replace(problem(), operator="conv"))
+    path = verdicts.store(unknown, [verdict(problem())])
+    document = json.loads(path.read_text())
+    document["sets"][0]["entries"]["conv"] = strange.plain()
+    path.write_text(json.dumps(document))
+    verdicts.forget()
+    assert [one.problem.operator for one in verdicts.in_force(CPU)] == ["layer_norm"]
+    assert "not known here" in verdicts.use([strange])[0]
+    verdicts.store(unknown, [verdict(problem(1024))])
+    assert "conv" in path.read_text()
 
 
 def test_missing_is_what_nothing_speaks_for(unknown):
