@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import fusing
 import pytest
@@ -200,6 +201,19 @@ def test_a_forked_child_knows_that_it_is_one():
     os.waitpid(child, 0)
     assert os.read(read, 9) == b"yes"
     assert requests.obstacle() == ""
+
+
+def test_8_bits_are_shown_against_their_own_dtype(asked, unknown):
+    rival = verdicts.Rival("fp32", 10.0, 1.25, 1.2, 1.3, wins=True)
+    found = standing.found
+    unknown.setattr(
+        standing, "found", lambda problem, winner: replace(found(problem, winner), rival=rival)
+    )
+    report = fuse(make("ours"), dtype="int8")
+    assert "1.25 times the speed of its own dtype, measured here" in str(
+        report.evidence["int8_linear"]
+    )
+    assert "2.00 times PyTorch's speed, measured here" in str(report.evidence["layer_norm"])
 
 
 # ---- the whole model
