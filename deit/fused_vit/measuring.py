@@ -79,6 +79,11 @@ def settle(
         return found
     outcomes = _together(plan, found.notes) if ranks.many() else plan.run()
     found.outcomes = [(c.network, outcomes[c.name]) for c in plan.races if c.name in outcomes]
+    if left := operators.missing(plan.problems, device):
+        found.notes.append(
+            f"not measured yet: {len(left)} kinds of calls; the next fuse goes on with them, and a "
+            "larger budget= does so at once"
+        )
     return found
 
 

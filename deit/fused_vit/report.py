@@ -13,6 +13,7 @@ from torch import nn
 from deit.fused_vit.modules import Fused
 from deit.fused_vit.whole_models import Outcome
 from deit.kernels.engine import device_key, dispatch, verdicts
+from deit.kernels.engine.operator import OPERATORS
 from deit.kernels.engine.problems import Problem
 
 if TYPE_CHECKING:
@@ -33,21 +34,23 @@ class Row:
 class Evidence:
     """Why an operator runs as it does here.
 
-    source: "measured here", "shipped for ..." or "not measured". ratios: the chosen
-    implementation's speed in PyTorch's, the lowest and the highest over the model's calls; None
-    where there is no figure. date: of the oldest measurement, "" for none.
+    source: "measured here", "shipped for ..." or "not measured"; several where calls differ.
+    ratios: the chosen implementation's speed in that of `other`, PyTorch's or for 8 bits the same
+    operators in their own dtype, the lowest and the highest over the model's calls; None where
+    there is no figure. date: of the oldest measurement, "" for none.
     """
 
     source: str
     ratios: tuple[float, float] | None = None
     date: str = ""
+    other: str = "PyTorch's speed"
 
     def __str__(self) -> str:
+        source = self.source.replace(verdicts.HERE, f"{verdicts.HERE} {self.date}".rstrip())
         if self.ratios is None:
-            return f"{self.source} {self.date}".rstrip()
+            return source
         low, high = (f"{each:.2f}" for each in self.ratios)
-        spread = low if low == high else f"{low} to {high}"
-        return f"{spread} times PyTorch's speed, {self.source} {self.date}".rstrip()
+        return f"{low if low == high else f'{low} to {high}'} times {self.other}, {source}"
 
 
 @dataclass(frozen=True)
@@ -161,11 +164,15 @@ def evidence(
             measured = [v for v in verdicts.in_force(device) if v.problem.operator == operator]
             sources = [verdicts.HERE if v.device == key else _shipped(table) for v in measured]
             sources = sources or [_shipped(table)]
-        ratios = [one.ratio for one in measured]
+        ratios, other = [one.ratio for one in measured], "PyTorch's speed"
+        if OPERATORS[operator].eight_bits:  # PyTorch has none: its own dtype is what it replaces
+            ratios = [one.rival.ratio for one in measured if one.rival is not None]
+            other = "the speed of its own dtype"
         found[operator] = Evidence(
             ", ".join(dict.fromkeys(sources)),
             (min(ratios), max(ratios)) if ratios else None,
             min((one.date[:10] for one in measured), default=""),
+            other,
         )
     return found
 

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import fusing
 import pytest
@@ -202,6 +203,19 @@ def test_a_forked_child_knows_that_it_is_one():
     assert requests.obstacle() == ""
 
 
+def test_8_bits_are_shown_against_their_own_dtype(asked, unknown):
+    rival = verdicts.Rival("fp32", 10.0, 1.25, 1.2, 1.3, wins=True)
+    found = standing.found
+    unknown.setattr(
+        standing, "found", lambda problem, winner: replace(found(problem, winner), rival=rival)
+    )
+    report = fuse(make("ours"), dtype="int8")
+    assert "1.25 times the speed of its own dtype, measured here" in str(
+        report.evidence["int8_linear"]
+    )
+    assert "2.00 times PyTorch's speed, measured here" in str(report.evidence["layer_norm"])
+
+
 # ---- the whole model
 
 
@@ -245,9 +259,12 @@ def test_a_model_whose_calls_are_not_all_measured_is_not_raced_yet(asked, unknow
         report = fuse(make("ours"))
     assert "is raced once all its calls are measured" in caplog.text
     assert report.fused
+    assert any(note.startswith("not measured yet: ") for note in report.notes)
     unknown.setattr(whole_models, "race", lambda *_, **__: outcome(1.5))
     unknown.setattr(measuring.operators, "measure", measure)
-    assert fuse(make("ours")).races
+    again = fuse(make("ours"))
+    assert again.races
+    assert again.notes == []
 
 
 def test_8_bits_that_are_slower_say_so_and_run(asked, unknown):
@@ -389,7 +406,7 @@ torch.set_num_threads(1)
 if {known}:
     measuring.operators.measure = measuring.whole_models.race = None
 model = fusing.make("ours")
-report = fuse(model, budget={budget})
+report = fuse(model, block="parts", example=fusing.IMAGES[:1], budget={budget})
 print(sorted((name, str(why)) for name, why in report.evidence.items()))
 print([str(each) for each in report.races], len(report.fused))
 print(fusing.logits(model).double().sum().item())
