@@ -362,6 +362,7 @@ def packages() -> list[str]:
 if __name__ == "__main__":
     setup(
         packages=packages(),
+        package_data={"deit.kernels.engine": ["priors/*.json"]},  # what "auto" knows unmeasured
         # Named for the wheel's platform tag; BuildNative knows their sources.
         ext_modules=[
             Extension(f"deit.kernels._{kind}", [], py_limited_api=True)

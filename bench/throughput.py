@@ -11,9 +11,11 @@ CPU the run is fitted into a time budget and says what it shortened.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,6 +25,7 @@ import torch
 import evidence
 import peers
 from deit.commands import flags
+from deit.fused_vit import requests
 from evidence import devices, paper_table
 from race import compiling, neighbour, photos, tables
 from race import contenders as field_of
@@ -54,6 +57,9 @@ class Options:
     """auto: bf16 on a GPU, fp32 on a CPU. In training, the dtype of autocast."""
     impl: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Which implementation of the fused operators runs, wherever it has a kernel."""
+    measure: Literal["auto", "now", "never"] | None = None
+    """What fuse() measures first, outside of what is timed: `never` runs by what is stored or
+    shipped. Not given: as FUSED_DEIT_MEASURE says, or auto."""
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto for a GPU where there is one."""
     seconds: float | None = None
@@ -195,6 +201,25 @@ def main(arguments: Sequence[str] | None = None, start: float | None = None) -> 
     line that says what was expected.
     """
     options = flags.parse(Options, arguments, __doc__)
+    with _measuring(options.measure):
+        return _main(options, arguments, start)
+
+
+@contextlib.contextmanager
+def _measuring(how: str | None) -> Iterator[None]:
+    """Within, `fuse` measures as --measure says, for every contender."""
+    before = os.environ.get(requests.VARIABLE)
+    if how is not None:
+        os.environ[requests.VARIABLE] = how
+    try:
+        yield
+    finally:
+        os.environ.pop(requests.VARIABLE, None)
+        if before is not None:
+            os.environ[requests.VARIABLE] = before
+
+
+def _main(options: Options, arguments: Sequence[str] | None, start: float | None) -> int:
     compiling.quiet_loggers()
     progress = Progress(time.perf_counter() if start is None else start)
     with progress:

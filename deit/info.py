@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
+import json
 import os
 import platform
-import subprocess
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,40 +15,23 @@ from rich.markup import escape
 from rich.table import Table
 
 from deit.kernels.device import tuning
-from deit.kernels.engine import dispatch, measured, native, registry
-from deit.kernels.engine.operator import operator_names
+from deit.kernels.engine import device_key, dispatch, native, registry, verdicts
+from deit.kernels.engine.operator import OPERATORS
+from deit.kernels.engine.processor import processor, processor_label
 
 PACKAGES = ("fused-deit", "torch", "triton", "torchvision", "timm", "transformers", "numpy")
-# The extensions that kernels here or in PyTorch make use of, as Linux spells them.
-CPU_FLAGS = (
-    "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni",
-    "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "amx_tile", "asimd", "bf16", "sve",
-)  # fmt: skip
-# Names for groups of them.
-_CALLED = {
-    "AVX2": ("avx2", "fma", "f16c"),
-    "AVX-VNNI": ("avx_vnni",),
-    "AVX512": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
-    "VNNI": ("avx512_vnni",),
-    "BF16": ("avx512_bf16",),
-    "FP16": ("avx512_fp16",),
-    "AMX": ("amx_bf16", "amx_int8", "amx_tile"),
-    "NEON": ("asimd",),
-    "SVE": ("sve",),
-    "BFLOAT": ("bf16",),
-}
-_VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel", "0x41": "Arm", "0x61": "Apple",
-            "0xc0": "Ampere"}  # fmt: skip
 
 
 def collect() -> dict[str, Any]:
     """Versions, devices, libraries and operators as plain data (JSON types only).
 
     versions: package -> version or None. cpu, gpus: the devices. libraries: kind ->
-    `native.status`. operators: operator -> device -> {"auto": implementation,
-    "reasons": {implementation: [why not, ...]}}; no reasons means that it runs there, on
-    whatever inputs its own limits allow (`deit.kernels.explain` tells for given ones).
-    tuned: a sentence for each GPU model on its configurations from `deit tune`.
+    `native.status`. operators: operator -> device -> {"auto": implementation in inference,
+    "evidence": on what, "reasons": {implementation: [why not, ...]}, "measured": a list of what
+    was measured, by calls}; no reasons means that it runs there, on whatever inputs its own limits
+    allow (`deit.kernels.explain` tells for given ones). A ratio is to PyTorch's speed: 2 is twice.
+    keys: device -> what its measurements are kept under. tuned: a sentence for each GPU model on
+    its configurations from `deit tune`.
     """
     gpus = _gpus()
     return {
@@ -59,9 +41,22 @@ def collect() -> dict[str, Any]:
         "libraries": {kind: native.status(kind) for kind in native.LIBRARIES},
         "operators": {
             name: {device: _operator(name, device) for device in _devices(gpus)}
-            for name in operator_names(eight_bits=False)
+            for name in OPERATORS
         },
+        "keys": {name: _key(name) for name in _devices(gpus)},
         "tuned": _tuned(),
+    }
+
+
+def _key(device: str) -> dict[str, Any]:
+    table = verdicts.table_of(torch.device(device))
+    path = verdicts.path(table.key)
+    return {
+        "key": str(table.key),
+        "file": str(path) if path.exists() else None,
+        "ignored": table.ignored or None,
+        "shipped": table.label or None,
+        "versions": device_key.versions(table.key.kind),
     }
 
 
@@ -73,9 +68,12 @@ def _tuned() -> list[str]:
     ]
 
 
-def info() -> None:
-    """Print `collect()` for people."""
-    print_report(collect(), Console())
+def info(*, as_json: bool = False) -> None:
+    """Print `collect()` for people, or as JSON."""
+    if as_json:
+        print(json.dumps(collect(), indent=2))
+    else:
+        print_report(collect(), Console())
 
 
 def report() -> str:
@@ -97,70 +95,6 @@ def _versions() -> dict[str, str | None]:
     versions["CUDA runtime (torch's)"] = torch.version.cuda
     versions["platform"] = platform.platform()
     return versions
-
-
-def processor(cpuinfo: str | None = None) -> dict[str, Any]:
-    """The processor: model (its name), vendor, family, model_number, instruction_sets.
-
-    Names are shared: "AMD EPYC" is what several generations call themselves. What the system
-    does not tell is None, an instruction set missing. cpuinfo: the text of /proc/cpuinfo; None
-    for this machine's.
-    """
-    fields: dict[str, str] = {}
-    model = platform.processor() or platform.machine() or "unknown"
-    if cpuinfo is None:
-        with contextlib.suppress(OSError):
-            cpuinfo = Path("/proc/cpuinfo").read_text()
-        if platform.system() == "Darwin":
-            model = _macos_model() or model
-    for line in (cpuinfo or "").splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    vendor = fields.get("vendor_id") or fields.get("CPU implementer")
-    present = (fields.get("flags") or fields.get("Features") or "").split()
-    return {
-        "model": fields.get("model name") or model,
-        "vendor": _VENDORS.get(vendor, vendor) if vendor else None,
-        "family": _number(fields.get("cpu family") or fields.get("CPU architecture")),
-        "model_number": _number(fields.get("model") or fields.get("CPU part")),
-        "instruction_sets": [flag for flag in CPU_FLAGS if flag in present],
-    }
-
-
-def processor_label(cpu: dict[str, Any]) -> str:
-    """A processor by all that tells it from its namesakes, as `processor` has it.
-
-    For example "AMD EPYC (family 25, model 17, AVX512, VNNI, BF16)".
-    """
-    present = set(cpu["instruction_sets"])
-    called = {name: flags for name, flags in _CALLED.items() if present.issuperset(flags)}
-    if "AVX512" in called:
-        called.pop("AVX2")
-    # A part of a group stands for itself: a host may hide the rest.
-    named = {flag for flags in called.values() for flag in flags}
-    sets = [*called, *(flag for flag in cpu["instruction_sets"] if flag not in named)]
-    parts = [f"family {cpu['family']}"] if cpu["family"] is not None else []
-    parts += [f"model {cpu['model_number']}"] if cpu["model_number"] is not None else []
-    vendor = cpu["vendor"] or ""
-    if vendor and vendor.lower() not in cpu["model"].lower():
-        parts.insert(0, vendor)
-    parts += sets
-    return f"{cpu['model']} ({', '.join(parts)})" if parts else str(cpu["model"])
-
-
-def _number(text: str | None) -> int | None:
-    try:
-        return int(text, 0) if text else None
-    except ValueError:  # "CPU architecture: AArch64"
-        return None
-
-
-def _macos_model() -> str:
-    command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def _cpu() -> dict[str, Any]:
@@ -206,9 +140,39 @@ def _operator(name: str, device: str) -> dict[str, Any]:
         if name not in registry.KERNELS[implementation]:
             why_not.append(f"it has no {name} kernel")
         reasons[implementation] = why_not
-    candidates = measured.implementations(name, kind, index)
-    auto = next((c for c in candidates if not reasons[c]), "reference")
-    return {"auto": auto, "reasons": reasons}
+    auto = dispatch.expected(name, "auto", torch.device(device))
+    known = verdicts.measured_of(verdicts.table_of(torch.device(device)), name)
+    measured = [
+        {
+            "calls": str(one.shape_class),
+            "at": str(one.problem),
+            "runs": one.winner,
+            "ratio": round(one.ratio, 3),
+            "date": one.date,
+            "evidence": evidence,
+            "candidates": {n: asdict(each) for n, each in one.candidates.items()},
+            "rival": None if one.rival is None else asdict(one.rival),
+        }
+        for evidence, one in known
+    ]
+    evidence = _evidence(name, torch.device(device), measured)
+    return {"auto": auto, "evidence": evidence, "reasons": reasons, "measured": measured}
+
+
+def _evidence(name: str, device: torch.device, measured: list[dict[str, Any]]) -> str:
+    """In a line: where, when and how much faster than PyTorch's; or that nobody measured it."""
+    if not measured:
+        table = verdicts.table_of(device)
+        shipped = table.prior is not None and table.prior.any_of(name)
+        return f"shipped for {table.label}" if shipped else verdicts.NOT_MEASURED
+    newest = max(measured, key=lambda one: one["date"])
+    faster = [one["ratio"] for one in measured if one["runs"] != "reference"]
+    said = f"{newest['evidence']} {newest['date'][:10]}"
+    if not faster:
+        return f"{said}: PyTorch's is as fast"
+    times = f"{min(faster):.2f}" + (f" to {max(faster):.2f}" if len(faster) > 1 else "")
+    of = "" if len(faster) == len(measured) else f", {len(faster)} of {len(measured)} calls"
+    return f"{said}: {times}x{of}"
 
 
 def print_report(data: dict[str, Any], console: Console) -> None:
@@ -220,6 +184,11 @@ def print_report(data: dict[str, Any], console: Console) -> None:
     _print_devices(data, console)
     for kind, library in data["libraries"].items():
         _print_library(kind, library, console)
+    for device, key in data["keys"].items():
+        said = key["ignored"] or key["file"] or "nothing was measured here"
+        shipped = f"; shipped for {key['shipped']}" if key["shipped"] else ""
+        console.print(f"[bold]measured on {device}[/bold] ({escape(key['key'])}): "
+                      f"{escape(said + shipped)}", highlight=False, soft_wrap=True)  # fmt: skip
     for line in data["tuned"]:
         console.print(f"[bold]tuning[/bold] {escape(line)}", highlight=False)
     for device in _devices(data["gpus"]):
@@ -269,7 +238,9 @@ def _print_operators(device: str, operators: dict[str, Any], console: Console) -
     """One row an operator, and each reason once below: they repeat from operator to operator."""
     names = [name for name in dispatch.IMPLEMENTATIONS if name != "reference"]
     table = Table(title=f"Operators on {device}", title_justify="left")
-    for column in ("operator", "auto runs", "reference", *names):
+    for column in ("operator", "auto runs"):
+        table.add_column(column, no_wrap=True)
+    for column in ("on what evidence", *names):
         table.add_column(column)
     notes: list[str] = []
     for operator, devices in operators.items():
@@ -282,7 +253,7 @@ def _print_operators(device: str, operators: dict[str, Any], console: Console) -
                     notes.append(text)
                 marks.append(f"no ({notes.index(text) + 1})" if text else "no kernel")
             cells.append(marks[-1] if marks else "yes")
-        table.add_row(operator, entry["auto"], "yes", *cells)
+        table.add_row(operator, entry["auto"], entry["evidence"], *cells)
     console.print(table)
     for number, note in enumerate(notes, 1):
         console.print(f"  ({number}) {escape(note)}", highlight=False)

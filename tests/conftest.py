@@ -9,6 +9,8 @@ import pytest
 import torch
 
 SETS = ("avx512_bf16", "avx512", "avx2", "portable")
+# A Zen 5 of a model that there is not: nobody's cache has measurements of it.
+PRETENDED = "AMD family 26 model 99999, AVX512 VNNI BF16"
 INT8_SETS = ("avx512vnni", "avxvnni", "avx2", "portable")
 
 
@@ -23,10 +25,14 @@ def _limited(select: Callable[[str | None], None], sets: tuple[str, ...], limit:
 
 
 def pytest_configure() -> None:
-    """DEIT_TEST_ISA=avx2 makes the C++ library's best set one that more processors run.
+    """Every machine is taken for one whose measurements are shipped, and none is measured unasked.
+
+    DEIT_TEST_ISA=avx2 makes the C++ library's best set one that more processors run.
 
     `make avx2` limits PyTorch's too, and so shows what a processor without AVX-512 shows.
     """
+    os.environ["FUSED_DEIT_DEVICE_KEY"] = PRETENDED
+    os.environ["FUSED_DEIT_MEASURE"] = "never"
     limit = os.environ.get("DEIT_TEST_ISA")
     if limit is None:
         return

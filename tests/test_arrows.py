@@ -17,7 +17,15 @@ ROOT = Path(__file__).resolve().parents[1]
 # named by the longest entry here that it begins with. `deit` alone stands for its __init__.
 FLOORS = (
     ("deit.kernels",),
-    ("deit.configs", "deit.settings", "deit.recipes", "deit.devices", "deit.model", "deit.renamed"),
+    (
+        "deit.configs",
+        "deit.settings",
+        "deit.recipes",
+        "deit.devices",
+        "deit.model",
+        "deit.renamed",
+        "deit.tune_options",
+    ),
     ("deit.data", "deit.weights"),
     ("deit", "deit.checkpoint"),
     ("deit.fused_vit",),
@@ -44,6 +52,7 @@ OPERATORS = {path.parent.name for path in (ROOT / "kernels").glob("*/schema.py")
 KERNELS = {
     "engine": set(),
     "device": {"engine"},
+    "measure": {"engine", "prove", *OPERATORS},
     **{each: {"engine", "device", *OPERATORS} for each in OPERATORS},
 }
 PROVED = ("calls", "launches")
@@ -150,8 +159,8 @@ def kind(name: str) -> str:
 
 
 def is_proved(name: str) -> bool:
-    """Whether it is there for prove/, or in it."""
-    return name.split(".")[2] == "prove" or name.rpartition(".")[2] in PROVED
+    """Whether it is there for prove/ and measure/, or in them."""
+    return name.split(".")[2] in ("prove", "measure") or name.rpartition(".")[2] in PROVED
 
 
 def wrong_in_kernels(edges: dict[str, set[str]]) -> list[str]:

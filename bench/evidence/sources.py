@@ -22,6 +22,8 @@ BEGINS = "deit/fused_vit/"  # what of the library calls operators past the packa
 # know them by tables alone, and only contenders in 8 bits reach them from there.
 EIGHT_BITS = {"int8": ("int8", "eight_bits"), "fp8": ("fp8", "eight_bits")}
 SOURCES = {"kernels": (".py",), "csrc": (".cpp", ".cu", ".h", ".inl", ".cuh", ".hpp")}
+# What `fuse` measures by: it decides which kernels run, and is in none of them.
+TOOLS = ("kernels/measure/", "kernels/prove/")
 UNITS = (".cpp", ".cu")
 DEVICES = ("cpu", "cuda")  # csrc/cpu and csrc/cuda are a library each
 
@@ -75,6 +77,8 @@ def counted(texts: Mapping[str, str], scope: str | None = None) -> list[str]:
     device, _, eight = scope.partition(" ")
 
     def allowed(path: str, by: str = "") -> bool:
+        if path.startswith(TOOLS):
+            return False
         own = kinds(path)
         return not own or eight in own or bool(kinds(by))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from deit.kernels.prove.timing import interleave, median_interval, order
+
+__all__ = ["interleave", "median_interval", "order"]  # timed and counted as `deit tune` does
 
 
 @dataclass(frozen=True)
@@ -96,22 +99,6 @@ class Comparison:
         return f"paired ratio {self.ratio:.3f}, {where}, n={self.n}"
 
 
-def median_interval(samples: Sequence[float]) -> tuple[float, float] | None:
-    """Where the median lies with a confidence of at least 95 %; None for fewer than 6 samples.
-
-    Order statistics, by the sign test: the true median is below the k-th smallest of n samples
-    only where fewer than k of n fair coins show tails. It assumes nothing of the distribution,
-    which on a shared machine has a long tail, and one interrupted round moves neither end.
-    """
-    n, tail, k = len(samples), 0.0, 0
-    while (tail := tail + math.comb(n, k) / 2**n) <= 0.025:
-        k += 1
-    if k == 0:
-        return None
-    ordered = sorted(samples)
-    return ordered[k - 1], ordered[n - k]
-
-
 def compare(mine: Sequence[float], theirs: Sequence[float]) -> Comparison:
     """How many times faster I am: theirs[r] / mine[r] over the rounds r in which both were timed.
 
@@ -152,42 +139,3 @@ class Clock:
             end.record()
             end.synchronize()
         return begin.elapsed_time(end) / 1e3 / calls
-
-
-def order(count: int, round_index: int) -> list[int]:
-    """Who runs when in one round: the start rotates, and every second round runs backwards.
-
-    Over 2 * count rounds each contender stands in each place twice, and no pair always runs in
-    the same order, so that heat, clocks and a neighbour's load fall on all alike.
-    """
-    shift = (round_index // 2) % count if count else 0
-    places = [(i + shift) % count for i in range(count)]
-    return places[::-1] if round_index % 2 else places
-
-
-def interleave(
-    steps: Sequence[Callable[[int], float]],
-    rounds: int,
-    *,
-    before: Callable[[int], None] = lambda _: None,
-    enough: Callable[[int], bool] = lambda _: False,
-) -> list[list[float]]:
-    """Samples of every step, taken in rounds in which each runs once.
-
-    Args:
-        steps: each takes the round's index and returns the seconds it measured.
-        rounds: how many rounds, unless `enough` ends them sooner.
-        before: called ahead of each round, apart from timing (fresh data).
-        enough: asked after each round with the number done; True ends the run.
-
-    Returns:
-        samples[i][r], so that samples of one r are a pair.
-    """
-    samples: list[list[float]] = [[] for _ in steps]
-    for r in range(rounds):
-        before(r)
-        for i in order(len(steps), r):
-            samples[i].append(steps[i](r))
-        if enough(r + 1):
-            break
-    return samples

@@ -12,12 +12,12 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from deit.kernels.prove.calls import Call
+from deit.kernels.prove.timing import cache_bytes as cache_bytes
 from evidence import devices
 from evidence.timing import Clock, interleave
 
@@ -66,18 +66,6 @@ def measure_ceilings(
     moved = 2 * source.nbytes
     product = f"{peak.size}³, {str(dtype).removeprefix('torch.')}, by {peak.by}"
     return Ceilings(moved / copy, flops, moved, product)
-
-
-def cache_bytes(device: torch.device) -> int:
-    """The last cache before memory: a GPU's L2, a CPU's largest; 32 MiB where none is told."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).L2_cache_size)
-    found = [32 << 20]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1], 1)
-        found.append(int(text.rstrip("KM")) * unit)
-    return max(found)
 
 
 def copies(size: float, cache: int) -> int:

@@ -52,10 +52,10 @@ def _options(context: Context) -> Any:
     """DeiT-B first: where time is short, the others keep their defaults."""
     if context.dry:
         return SimpleNamespace(
-            arch=("deit_ti",), dtype="fp16", batch_size=1, img_size=16, train=True,
+            arch=("deit_ti",), dtype=("fp16",), batch_size=1, img_size=16, train=True,
             only=("layer_norm",),
         )  # fmt: skip
     return SimpleNamespace(
-        arch=("deit_b", "deit_ti", "deit_s"), dtype="bf16", batch_size=256, img_size=None,
+        arch=("deit_b", "deit_ti", "deit_s"), dtype=("bf16",), batch_size=256, img_size=None,
         train=True, only=(),
     )  # fmt: skip

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import evidence
+from deit.fused_vit.modules import Fused
 from evidence import devices
 from evidence.timing import Clock, interleave, spread
 from race import compiling, neighbour, planning
@@ -110,6 +111,17 @@ class Race:
             except WrongOutputs as error:
                 self.refuse(error)
 
+    def _fused(self, base: Contender) -> Contender:
+        """The fused form; a note on what `fuse` took, and where it left the network as it was."""
+        s, start = self.settings, time.perf_counter()
+        made = field_of.fused(base, s.impl, s.train, s.dtype)
+        took, label = time.perf_counter() - start, base.network.label
+        if took > 1.0:
+            self.note(f"{label}: fuse() took {took:.0f} s, which is in no figure (--measure)")
+        if not any(isinstance(module, Fused) for module in made.module.modules()):
+            self.note(f"{label}: fuse() left it as it was, which is not slower here (--measure)")
+        return made
+
     def _entry(self, network: Network) -> Entry:
         s = self.settings
         base = field_of.eager(network, s.device, s.dtype, s.train)
@@ -120,7 +132,7 @@ class Race:
             base.logits_error = entry.oracle.eager_error
         others = []
         if network.config:
-            others.append(field_of.fused(base, s.impl, s.train))
+            others.append(self._fused(base))
         elif s.protocol == "modern":
             others.append(field_of.in_channels_last(base))
         for contender in [base, *others]:

@@ -57,6 +57,24 @@ Paths = Annotated[tuple[Path, ...], Positional, _may_be_left_out("PATH ...")]
 Inputs = Annotated[tuple[str, ...], Positional, _may_be_left_out("PATH ...")]  # URLs and globs, too
 
 
+def of_options(kind: type[T]) -> type[T]:
+    """Makes a class a dataclass with its base's fields for flags, whose help shows no None."""
+    (options,) = kind.__bases__
+    notes = _docstrings(options)
+    hints = typing.get_type_hints(options)
+    for line in dataclasses.fields(options):
+        how: dict[str, Any] = {"help": notes[line.name]}
+        if line.default is None or line.default == ():
+            how["help_behavior_hint"] = ""
+        if line.default is None:
+            (one,) = (each for each in typing.get_args(hints[line.name]) if each is not type(None))
+            how["metavar"] = one.__name__.upper()
+        kind.__annotations__[line.name] = Annotated[hints[line.name], arg(**how)]
+        default = dataclasses.field(default=line.default, metadata={"help": notes[line.name]})
+        setattr(kind, line.name, default)
+    return dataclasses.dataclass(frozen=True)(kind)
+
+
 def cli(kind: Any, arguments: Sequence[str] | None, **how: Any) -> Any:
     """tyro.cli, with its prefixes left out. Raises ValueError where tyro is missing."""
     if tyro is None:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Info:
-    """Print versions, devices, what was built, and which kernels can run here."""
+    """Print versions, devices, what was built, which kernels run here, and on what evidence."""
+
+    json: bool = False
+    """As JSON, with every measurement."""
 
     def run(self) -> int:
         """Print them."""
         from deit.info import info
 
-        info()
+        info(as_json=self.json)
         return 0

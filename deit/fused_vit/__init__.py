@@ -14,30 +14,34 @@ import importlib
 import sys
 import warnings
 from collections.abc import Iterator
-from os import PathLike
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from deit import configs
-from deit.fused_vit import deit_model, eight_bits, swapping
+from deit.fused_vit import (
+    constructors,
+    deit_model,
+    eight_bits,
+    measuring,
+    report,
+    requests,
+    swapping,
+    ways,
+)
 from deit.fused_vit.cuda_graph import Graph, compile_graph
 from deit.fused_vit.last_block import PrefixOnly
 from deit.fused_vit.modules import Fused
 from deit.fused_vit.report import Report, Row
+from deit.fused_vit.requests import Request
+from deit.fused_vit.ways import Fastest
 from deit.kernels.engine import dispatch, packing, registry
 from deit.kernels.engine.operator import operator_names
-from deit.model import DeiT
 
-__all__ = ["Graph", "Report", "Row", "compile_graph", "fuse", "fused", "refresh", "register_hf",
-           "unfuse", *configs.PUBLISHED]  # fmt: skip
+__all__ = ["Fastest", "Graph", "Report", "Row", "compile_graph", "fastest", "fuse", "fused",
+           "refresh", "register_hf", "unfuse", *configs.PUBLISHED]  # fmt: skip
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-LAST_BLOCK = ("auto", "full")
-BLOCK = ("auto", "parts", "whole")
 
 
 def fuse(
@@ -47,6 +51,9 @@ def fuse(
     last_block: str = "auto",
     block: str = "auto",
     dtype: str | None = None,
+    measure: str = "auto",
+    example: Tensor | None = None,
+    budget: float | None = None,
 ) -> Report:
     """Put the fused operators under `model`, in place, and report on every module.
 
@@ -54,7 +61,8 @@ def fuse(
     DDP, train/eval and torch.compile work as before. What cannot be fused stays as it was, and
     where fused arithmetic would not be what was asked for (a hook on a module inside a fused
     one, dropout in training, an attention mask) the original forward runs. Calling it again
-    changes nothing but `impl` and `dtype`. Order: fuse, move to the device, compile, wrap in DDP.
+    changes nothing but `impl` and `dtype`. Order: move to the device, fuse, compile, wrap in DDP:
+    it measures where the model is, in the mode that it is in.
 
     Args:
         model: any module; DeiT and timm blocks, attentions, MLPs and LayerNorms in it are fused.
@@ -67,8 +75,8 @@ def fuse(
         block: "parts" runs LayerNorm, attention and MLP as operators of their own. "whole" runs
             a block in inference as one `deit.kernels.vit_block` by `impl`, where that has a kernel
             (the report says where not). "auto" does so where `vit_block` was measured and found
-            faster: on a CPU, and on no GPU. On a CPU the two give the same bits; with
-            dtype="int8" whole blocks multiply in bf16 within attention where the CPU does.
+            faster than the parts. On a CPU the two give the same bits; with dtype="int8" whole
+            blocks multiply in bf16 within attention where the CPU does.
         dtype: None for the model's own; "int8" for the products of every fused block in 8-bit
             integers (weights by output channel, activations by token, nothing calibrated) in eval
             mode, for an fp32 model on a CPU. "fp8" for the same in e4m3 on a GPU of compute
@@ -81,29 +89,41 @@ def fuse(
             within 64 calls, and one to a few numbers within some thousand. On a GPU it sees what
             PyTorch counts: in-place operators, load_state_dict, `.to`, `.data = other`. After
             other writes call `refresh(model)`.
+        measure: "auto" measures what impl="auto" would choose among and nothing speaks for yet on
+            this device: each operator at this model's sizes, in a process of its own, checked and
+            then timed, and the model itself against what it was, which it stays where it is not
+            faster fused. In training mode its training, too. What was found is kept in the user's
+            cache, and the next process starts at once. "now" measures everything anew, "never"
+            nothing. FUSED_DEIT_MEASURE=never or now stands in the place of "auto". Nothing is
+            measured within torch.compile, export, a capture, a forked child or a backward.
+        example: images as the model will get them, for shape and dtype; None for those that it
+            says it is for, one and 8 of them (on a GPU 64).
+        budget: seconds that measuring may take; None for 20, on a GPU for 30.
 
     Returns:
         A Report; print it for a table.
 
     Raises:
-        TypeError: `model` is not a module. ValueError: an unknown `impl`, `last_block`, `block` or
-            `dtype`; "int8" for a model that is not fp32 on a CPU; "fp8" where its kernels cannot
-            run.
+        TypeError: `model` is not a module, `example` no tensor, `budget` no number. ValueError: an
+            unknown `impl`, `last_block`, `block`, `dtype` or `measure`; "int8" for a model that is
+            not fp32 on a CPU; "fp8" where its kernels cannot run; an `example` that the model does
+            not take, or elsewhere; a `budget` that is not positive.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
-    if last_block not in LAST_BLOCK:
-        raise ValueError(f"last_block: expected one of {LAST_BLOCK}; got {last_block!r}")
-    if block not in BLOCK:
-        raise ValueError(f"block: expected one of {BLOCK}; got {block!r}")
-    if impl != "auto" and impl not in dispatch.IMPLEMENTATIONS:
-        known = ", ".join(dispatch.IMPLEMENTATIONS)
-        raise ValueError(f"impl: expected 'auto' or one of {known}; got {impl!r}")
-    if dtype is not None and dtype not in eight_bits.KINDS:
-        known = ", ".join(eight_bits.KINDS)
-        raise ValueError(f"dtype: expected None or one of {known}; got {dtype!r}")
-    if dtype is not None:
-        eight_bits.KINDS[dtype].refuse(model, impl)
+    asked = requests.checked(model, impl, last_block, block, dtype, measure, example, budget)
+    found = _fuse(model, impl, last_block, block, dtype, asked)
+    if not (found.fused or found.races):
+        warnings.warn(
+            f"fuse: nothing in this {type(model).__name__} could be fused; the report says why",
+            stacklevel=2,
+        )
+    for sentence in found.slower_8_bits():
+        warnings.warn(f"fuse: {sentence}", stacklevel=2)
+    return found
+
+
+def _fuse(
+    model: nn.Module, impl: str, last_block: str, block: str, dtype: str | None, asked: Request
+) -> Report:
     impls = _implementations(impl, block, dtype)
     families = _families()
     notes: dict[str, str] = {}
@@ -116,13 +136,12 @@ def fuse(
     for table in (families.leaves, families.blocks, roots):  # the larger over its fused parts
         for name, module in model.named_modules():
             _swap(module, table, impls, name, notes)
-    report = _report(model, impls, notes)
-    if not report.fused:
-        warnings.warn(
-            f"fuse: nothing in this {type(model).__name__} could be fused; the report says why",
-            stacklevel=2,
-        )
-    return report
+    own = None if dtype is None else _implementations(impl, block, None)
+    measured = measuring.settle(model, impls, own, asked)
+    for network, outcome in measured.outcomes:
+        if dtype is None and not outcome.kept:
+            unfuse(network)
+    return report.of(model, impls, notes, measured)
 
 
 def _implementations(impl: str, block: str, dtype: str | None) -> dict[str, str]:
@@ -173,13 +192,25 @@ def fused(
     last_block: str = "auto",
     block: str = "auto",
     dtype: str | None = None,
+    measure: str = "auto",
+    example: Tensor | None = None,
+    budget: float | None = None,
 ) -> Iterator[Report]:
     """Within the block, `model` runs fused; afterwards every module is what it was before."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
     before = {m: (type(m), m.fused_impls) for m in model.modules() if isinstance(m, Fused)}
     try:
-        yield fuse(model, impl, last_block=last_block, block=block, dtype=dtype)
+        yield fuse(
+            model,
+            impl,
+            last_block=last_block,
+            block=block,
+            dtype=dtype,
+            measure=measure,
+            example=example,
+            budget=budget,
+        )
     finally:
         for module in model.modules():
             if module in before:
@@ -190,6 +221,48 @@ def fused(
                     module.adopt(impls)
             elif isinstance(module, Fused):
                 _restore(module)
+
+
+def fastest(
+    model: nn.Module, images: Tensor, *, compile: bool = True, budget: float = ways.BUDGET
+) -> Fastest:
+    """Race the ways to run `model` on `images` in inference, and return the fastest.
+
+    The ways are eager, fused, each compiled by torch.compile and, on a GPU, each as one CUDA
+    graph. All run the parameters that `model` has, which itself stays as it is, fused or not. The
+    fused one is fused as `fuse` does it, its operators measured. Outputs are held against the eager
+    one's first; what differs or raises is refused by name.
+
+        run = fastest(model, images)
+        print(run)
+        logits = run(images)
+
+    Args:
+        model: it is run in evaluation mode, without gradients, under the autocast that is on.
+        images: like those to come: shape, dtype and device. Others of that kind are raced.
+        compile: False leaves out torch.compile, which takes minutes on a CPU.
+        budget: seconds for the timing, beside compiling and measuring operators.
+
+    Returns:
+        A Fastest: a callable, images -> what the model returns; print it for the table.
+
+    Raises:
+        TypeError: `model` is not a module, `images` no tensor, `budget` no number. ValueError:
+            `images` elsewhere than the model, or that it does not take; a `budget` that is not
+            positive, or too small for six rounds.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
+    requests.check_budget(budget)
+    requests.check_example(model, images, "images")
+    asked = requests.request(model, "auto", None, None).of(images)
+    return ways.race(
+        model,
+        images,
+        lambda twin: _fuse(twin, "auto", "auto", "auto", None, asked),
+        compile=compile,
+        budget=budget,
+    )
 
 
 def register_hf(name: str = "deit_fused", impl: str = "auto") -> None:
@@ -296,74 +369,5 @@ def _restore(module: Any) -> None:
     module.__class__ = swapping.without(type(module), Fused)
 
 
-def _report(model: nn.Module, impls: dict[str, str], notes: dict[str, str]) -> Report:
-    rows = []
-    operators: set[str] = set()
-    absorbed: set[nn.Module] = set()
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        if isinstance(module, Fused):
-            operators.update(module.operators())
-            absorbed.update(module.absorbed())
-            waiting = module.waiting()
-            note = f"plain for now: {waiting}" if waiting else module.remark()
-            rows.append(Row(name, kind, True, note))
-        elif module not in absorbed and (name in notes or _owns_parameters(module)):
-            rows.append(Row(name, kind, False, notes.get(name) or _why_left(module)))
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    ordered = [operator for operator in impls if operator in operators]
-    return Report(rows, {op: dispatch.expected(op, impls[op], device) for op in ordered})
-
-
-def _owns_parameters(module: nn.Module) -> bool:
-    return any(parameter is not None for parameter in module._parameters.values())
-
-
-def _why_left(module: nn.Module) -> str:
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        return f"a {type(module).__name__} alone: PyTorch's own is used"
-    names = ", ".join(name for name, value in module._parameters.items() if value is not None)
-    return f"its own {names}: no fused form of this class"
-
-
-def _constructor(name: str) -> Any:
-    def construct(
-        weights: str | PathLike[str] | dict[str, Tensor] | None = None,
-        *,
-        num_classes: int | None = None,
-        drop_path: float = 0.0,
-        test_head: str = "softmax-sum",
-        impl: str = "auto",
-    ) -> DeiT:
-        import deit
-
-        if weights is None:
-            model = deit.create(
-                name, num_classes=num_classes, drop_path=drop_path, test_head=test_head
-            )
-        else:
-            model = deit.load(
-                weights, name, num_classes=num_classes, drop_path=drop_path, test_head=test_head
-            )
-        fuse(model, impl)
-        return model
-
-    construct.__name__ = construct.__qualname__ = name
-    construct.__doc__ = f"""{configs.config(name).label}, fused.
-
-    Args:
-        weights: a checkpoint as `deit.load` takes it, or None for a fresh initialisation.
-        num_classes, drop_path, test_head: as for `deit.create`.
-        impl: as for `fuse`.
-
-    Returns:
-        The model, on the CPU, in training mode.
-
-    Raises:
-        ValueError: as `deit.create`, `deit.load` and `fuse` do.
-    """
-    return construct
-
-
 for _name in configs.PUBLISHED:
-    globals()[_name] = _constructor(_name)
+    globals()[_name] = constructors.constructor(_name, fuse)

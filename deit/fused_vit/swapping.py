@@ -77,17 +77,25 @@ def scriptable(module: Any, base: type) -> Any:
 
 def original_of(module: Any, base: type, known: dict[int, Any]) -> Any:
     """The unfused module: other objects all the way down, the same parameters and buffers."""
+    return twin_of(module, base, known, fused=False)
+
+
+def twin_of(module: Any, base: type, known: dict[int, Any], *, fused: bool) -> Any:
+    """The module in other objects all the way down, over the same parameters, buffers and hooks.
+
+    fused: whether modules of `base` stay fused in it. known: id of a module -> its twin, filled.
+    """
     if id(module) in known:
         return known[id(module)]
     if isinstance(module, torch.jit.ScriptModule):
         return module
-    fused = isinstance(module, base)
-    twin: Any = object.__new__(without(type(module), base) if fused else type(module))
+    undone = isinstance(module, base) and not fused
+    twin: Any = object.__new__(without(type(module), base) if undone else type(module))
     known[id(module)] = twin
-    state = module.STATE if fused else ()
+    state = module.STATE if undone else ()
     twin.__dict__ = {name: v for name, v in module.__dict__.items() if name not in state}
     twin.__dict__["_modules"] = {
-        name: child if child is None else original_of(child, base, known)
+        name: child if child is None else twin_of(child, base, known, fused=fused)
         for name, child in module._modules.items()
     }
     return twin

@@ -59,7 +59,9 @@ class WholeBlock:
         if self.why_parts(x.device) is not None or self.training:
             return False
         output = self.parts()[1].output()
-        if self.fused_impls["vit_block"] == "auto" and not served(x, output.weight):
+        if self.fused_impls["vit_block"] == "auto" and not served(
+            x, output.weight, self.proportions
+        ):
             return False
         drops = (self._modules.get(name) for name in self.DROP_PATHS)
         if any(drop is not None and drop.training for drop in drops):
@@ -68,6 +70,11 @@ class WholeBlock:
             return True
         parameters = self.parameters()
         return not x.requires_grad and not any(p.requires_grad for p in parameters)
+
+    def proportions(self) -> tuple[int, int]:
+        """The MLP's hidden channels, and the heads."""
+        _, attn, _, mlp = self.parts()
+        return mlp._modules[mlp.LINEARS[0]].weight.shape[0], attn.geometry()[0]
 
     def whole(
         self, x: Tensor, row_stats: Tensor | None = None, key_bias: Tensor | None = None

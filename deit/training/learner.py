@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deit import devices
 from deit.training import assemble, distributed
 from deit.training.distributed import World
 from deit.training.options import Options
@@ -30,9 +31,10 @@ class Learner:
         self.average = assemble.average(model, self.recipe)
         self.parameters = networks.parameters(model)
         if options.fuse:
-            say(assemble.fuse(model))
-            if self.average is not None:
-                assemble.fuse(self.average.module)
+            with devices.autocast(world.device, options.dtype):  # as it is trained
+                say(assemble.fuse(model.train()))
+                if self.average is not None:
+                    assemble.fuse(self.average.module)
         if options.checkpoint_activations:  # of fused blocks
             assemble.checkpoint_blocks(model)
         if options.parallel == "fsdp" and self.average is not None:

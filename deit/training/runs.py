@@ -1,6 +1,7 @@
 """A run's folder: checkpoints that survive a crash at any moment, and its log.
 
     RUN/run.json             what is trained, on what, by which recipe and versions
+    RUN/verdicts.json        by which measurements its operators were chosen
     RUN/log.jsonl            one JSON object a line
     RUN/checkpoints/N/       after update N: model and average (.safetensors), the rest (.pt),
                              and manifest.json with every file's SHA-256
@@ -33,6 +34,7 @@ from deit.weights import beside
 from deit.weights.files import naming, sync, write_atomically, write_tensors
 
 MANIFEST = "manifest.json"
+VERDICTS = "verdicts.json"
 LAST = 1 << 40  # updates that a log may speak of
 LONGEST_LOG = 1 << 29  # bytes; a line a second is 0.4 GB a month
 
@@ -57,9 +59,11 @@ class RunFolder:
         self.root, self.keep = root, keep
         self.checkpoints = root / "checkpoints"
 
-    def begin(self, about: dict[str, Any]) -> None:
-        """Make the folder and say what it is of."""
+    def begin(self, about: dict[str, Any], verdicts: dict[str, Any] | None = None) -> None:
+        """Make the folder and say what it is of, and which measurements it computes by."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        if verdicts is not None:
+            write_atomically(self.root / VERDICTS, json.dumps(verdicts, indent=1) + "\n")
         write_atomically(self.root / "run.json", json.dumps(about, indent=1, default=str) + "\n")
 
     def log(self, **entry: Any) -> None:
@@ -79,6 +83,12 @@ class RunFolder:
         if not (self.root / beside.RUN_FILE).is_file():
             raise ValueError(f"out: {self.root} holds weights, but no run.json to go on by")
         return beside.read_run(self.root)
+
+    def verdicts(self) -> dict[str, Any] | None:
+        """What `verdicts.json` says; None where there is none. Raises ValueError for a damaged one,
+        and OSError."""
+        path = self.root / VERDICTS
+        return Fields(json_files.read(path), VERDICTS).values if path.exists() else None
 
     def entries(self, update: int | None = None) -> list[dict[str, Any]]:
         """The log's lines; a last one that a crash cut short is left out.

@@ -25,7 +25,7 @@ from deit.data.loader import Batch, Loader, in_order, naming_lost_workers
 from deit.data.on_device import Augmentation
 from deit.data.sampling import Batches, Plan, stream
 from deit.data.sources import Source, check_labels, open_source
-from deit.training import assemble, checkpoints, distributed, resume
+from deit.training import assemble, checkpoints, choices, distributed, resume
 from deit.training.checkpoints import Checkpoints
 from deit.training.distillation import Objective
 from deit.training.evaluation import Evaluation
@@ -57,7 +57,7 @@ def train(options: Options) -> dict[str, Any]:
         ValueError: bad options or data; NotFinite; TooManyUnreadable. OSError: the folder
         cannot be written; WorkerDied.
     """
-    with distributed.join(options.device) as world, naming_lost_workers():
+    with distributed.join(options.device) as world, naming_lost_workers(), choices.scoped():
         watch, trainer = Watch(world.first), None
         try:
             trainer = Trainer(options, world, watch)
@@ -101,6 +101,8 @@ class Trainer:
             loss=self.recipe.loss,
             impl="auto" if options.fuse else "reference",
         )
+        if options.fuse:
+            choices.take_up(self.folder, world, watch.say)
         self.learner = Learner(model, options, world, self.plan.updates, watch.say)
         self.checkpoints = Checkpoints(self.folder, self.learner, watch.say)
         self.evaluation = Evaluation(
@@ -267,7 +269,7 @@ class Trainer:
             made = None if found is None else found.made
             self.folder.root.mkdir(parents=True, exist_ok=True)
             self.trackers = Trackers(options.track, self.folder.root, made)
-            self.folder.begin(about)
+            self.folder.begin(about, choices.record(self.world) if options.fuse else None)
             self.folder.rewind(made)
         self.watch.say(
             f"{options.arch}, {self.learner.parameters:,} parameters; {len(self.source):,} images "

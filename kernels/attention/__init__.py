@@ -214,8 +214,34 @@ def _train_rotary(implementation: str, *arguments: Any) -> Tensor:
     return _Attention.apply("rotary_attention", implementation, *arguments)[0]
 
 
+def _sizes(
+    qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None
+) -> tuple[int, int, bool]:
+    return int(qkv.shape[-1]) // 3, num_heads, key_bias is not None
+
+
+def _rotary_sizes(
+    qkv: Tensor,
+    num_heads: int,
+    scale: float,
+    sin: object,
+    cos: object,
+    prefix: int,
+    interleaved: bool,
+) -> tuple[int, int, bool]:
+    return int(qkv.shape[-1]) // 3, num_heads, interleaved
+
+
 _ATTENTION = register(
-    Operator(attention, reference.attention, _limits, _train, constants={3: "key_bias"})
+    Operator(
+        attention,
+        reference.attention,
+        _limits,
+        _train,
+        constants={3: "key_bias"},
+        sizes=_sizes,
+        by_tokens=True,
+    )
 )
 _ROTARY_ATTENTION = register(
     Operator(
@@ -224,5 +250,7 @@ _ROTARY_ATTENTION = register(
         _rotary_limits,
         _train_rotary,
         constants={3: "sin", 4: "cos"},
+        sizes=_rotary_sizes,
+        by_tokens=True,
     )
 )

@@ -8,23 +8,15 @@ reads the files once, when a kernel is first launched. FUSED_DEIT_TUNED=0 ignore
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
-import errno
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
 import inspect
-import json
 import os
-import re
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -32,11 +24,12 @@ import torch
 
 from deit.kernels.device import chips
 from deit.kernels.device.tiles import Configuration
-from deit.kernels.engine import json_files
+from deit.kernels.engine import cache_files, verdicts
+from deit.kernels.engine.cache_files import File
+from deit.kernels.engine.device_key import driver
 from deit.kernels.engine.json_files import Fields
 
 SCHEMA = 1
-KEPT = 4  # sets of versions a file holds: the newest
 LONGEST = 1e9  # microseconds that a kernel may have taken
 PINNED = "pinned default, not tuned on this GPU"
 
@@ -57,14 +50,6 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Set:
-    """What was measured with the same versions of everything."""
-
-    versions: dict[str, str]
-    entries: dict[str, Entry]
-
-
-@dataclass(frozen=True)
 class Table:
     """What holds for one architecture on this machine, or why nothing does."""
 
@@ -73,15 +58,13 @@ class Table:
     ignored: str = ""
 
 
-def folder() -> Path:
-    """Where the files are; it need not exist."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "fused-deit"
-
-
 def path(device: str) -> Path:
     """The file of a GPU model."""
-    return folder() / (re.sub(r"[^\w.-]+", "_", device) + ".json")
+    return cache_files.folder() / f"{cache_files.file_name(device)}.json"
+
+
+def _file(device: str) -> File[Entry]:
+    return File(path(device), device, SCHEMA, versions(), _entry)
 
 
 @functools.cache
@@ -90,21 +73,9 @@ def versions() -> dict[str, str]:
     return {
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton"),
-        "driver": _driver(),
+        "driver": driver(),
         "kernels": _sources_hash(),
     }
-
-
-def _driver() -> str:
-    """The kernel module's version; CUDA's as the driver states it where /proc has none."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text())
-        if found:
-            return found[0]
-    version = ctypes.c_int()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    return f"CUDA {version.value}" if version.value else "none"
 
 
 def _sources_hash() -> str:
@@ -119,88 +90,8 @@ def _sources_hash() -> str:
 
 
 def store(device: str, entries: Mapping[str, Entry]) -> Path:
-    """Add entries, of the versions that run now, to a GPU model's file; returns its path.
-
-    Concurrent processes wait for one another (a lock beside the file), and a reader sees the old
-    file or the new one, whole: it is put in place by a rename. A file that is not ours or is
-    broken is kept as <name>.unreadable. Raises OSError, such as for a lock that is a symbolic link
-    or another user's.
-    """
-    target = path(device)
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _locked(target.with_suffix(".lock")):
-        try:
-            sets = _read(target, device)
-        except FileNotFoundError:
-            sets = []
-        except (ValueError, OSError):
-            target.replace(target.with_suffix(".unreadable"))
-            sets = []
-        mine = next((one.entries for one in sets if one.versions == versions()), {})
-        newest = Set(versions(), dict(sorted({**mine, **entries}.items())))
-        rest = [one for one in sets if one.versions != versions()]
-        kept = [dataclasses.asdict(one) for one in [newest, *rest][:KEPT]]
-        document = {"schema": SCHEMA, "device": device, "sets": kept}
-        _write(target, json.dumps(document, indent=1, allow_nan=False) + "\n")
-    return target
-
-
-@contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Hold the lock on `file`. It is made where it is missing, and never written to.
-
-    In a folder that others may write, the file could be a link to any file of this user's, or its
-    owner could keep the lock for ever. Both are refused (OSError).
-    """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(file, flags, 0o600)
-    try:
-        try:
-            json_files.check_kind(descriptor, file, own=True)
-        except ValueError as error:
-            raise OSError(errno.EINVAL, str(error), str(file)) from None
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _write(target: Path, text: str) -> None:
-    """Replace a file by one that is on the disk in full before it has the name."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.stem)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    directory = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the rename, too
-    finally:
-        os.close(directory)
-
-
-def _read(file: Path, device: str) -> list[Set]:
-    """The file's sets. Raises ValueError for what is not such a file, OSError for another's."""
-    found = Fields(json_files.read(file, own=True), file.name)
-    found.choice("schema", (SCHEMA,))
-    found.choice("device", (device,))
-    sets = []
-    for number, one in enumerate(found.array("sets", dict, "objects")):
-        one = Fields(one, file.name, f"sets[{number}]")
-        names = one.fields("versions")
-        entries = one.fields("entries")
-        sets.append(
-            Set(
-                {name: names.text(name) for name in names.values},
-                {name: _entry(entries.fields(name)) for name in entries.values},
-            )
-        )
-    return sets
+    """Add entries, of the versions that run now, to a GPU model's file; see `File.store`."""
+    return _file(device).store(entries)
 
 
 def _entry(found: Fields) -> Entry:
@@ -220,31 +111,20 @@ def load(device: str) -> Table:
     Warns of a file that is there and cannot be read: its user believes that it is used.
     """
     try:
-        sets = _read(path(device), device)
-    except FileNotFoundError:
-        return Table(device)
+        entries, why_none = _file(device).load()
     except (OSError, ValueError) as error:
         ignored = f"{path(device)} cannot be read: {error}"
         warnings.warn(f"deit.kernels: {ignored}; the pinned defaults run", stacklevel=2)
         return Table(device, ignored=ignored)
-    for one in sets:
-        if one.versions == versions():
-            return Table(device, one.entries)
-    if not sets:
-        return Table(device)
-    other = [
-        f"{name} {sets[0].versions.get(name)}, now {now}"
-        for name, now in versions().items()
-        if sets[0].versions.get(name) != now
-    ]
-    return Table(device, ignored="tuned with other versions: " + "; ".join(other))
+    return Table(device, entries, f"tuned with {why_none}" if why_none else "")
 
 
 @functools.cache
 def tables() -> dict[int, Table]:
     """By architecture (a key of chips.CHIPS), for the GPUs of this machine."""
     off = os.environ.get("FUSED_DEIT_TUNED") == "0" or os.environ.get("TRITON_INTERPRET") == "1"
-    if off or not any(folder().glob("*.json")) or not torch.cuda.is_available():
+    files = cache_files.folder().glob("*.json")
+    if off or all(map(verdicts.is_file, files)) or not torch.cuda.is_available():
         return {}
     models: dict[int, set[str]] = {}
     for index in range(torch.cuda.device_count()):
@@ -339,11 +219,6 @@ def revive(kind: type[Configuration], fields: Mapping[str, Any] | None) -> Any:
     # The dataclasses hold ints and bools, and JSON keeps the two apart.
     sound = all(type(fields[f.name]).__name__ == f.type for f in dataclasses.fields(kind))
     return kind(**fields) if sound else None
-
-
-def now() -> str:
-    """UTC, ISO 8601."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def reasons() -> Iterator[str]:

@@ -1,15 +1,18 @@
 """Which implementation of an operator runs, and the reasons the others do not.
 
 Every public operator validates its inputs into the schema's argument tuple and calls `run`.
-`impl="auto"` takes the first measured implementation that can run and otherwise the reference;
-a named one that cannot run raises with each reason. `explain` returns the reasons for all.
+`impl="auto"` takes the first implementation that was measured to be faster than PyTorch's and can
+run, and otherwise the reference; a named one that cannot run raises with each reason. `explain`
+returns the reasons for all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +20,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from deit.kernels.engine import autocast, limits, measured, native, registry
+from deit.kernels.engine import autocast, limits, native, problems, registry, verdicts
 from deit.kernels.engine.derivatives import has_tangent, needs_gradient
 from deit.kernels.engine.operator import OPERATORS, PREPARE, Arguments, Operator
+from deit.kernels.engine.problems import Problem, Sizes
 from deit.kernels.engine.tracing import constant_when_traced
+from deit.kernels.engine.verdicts import Basis, Refused, Timed
 
 IMPLEMENTATIONS = ("reference", *registry.NAMESPACES)
 
@@ -52,12 +57,12 @@ def choose(operator: Operator, arguments: Arguments, impl: str) -> str:
     Raises ValueError for an unknown name, and NotImplementedError with every reason where a
     named implementation cannot run.
     """
+    if _recorded is not None:
+        _recorded[Problem.of(operator, arguments)] = None
     if impl == "auto":
         training = needs_gradient(arguments)
-        if left_to_pytorch(operator, arguments, training):
-            return "reference"
-        for candidate in _ready(operator.name, arguments[0].device, training):
-            if not _refusals(operator, arguments, candidate, training):
+        for candidate in _candidates(operator, arguments, training):
+            if not _refusals(operator, arguments, candidate, training, served=True):
                 return candidate
         return "reference"
     if impl == "reference":
@@ -74,6 +79,25 @@ def choose(operator: Operator, arguments: Arguments, impl: str) -> str:
     return impl
 
 
+_recorded: dict[Problem, None] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Problem]]:
+    """Note every call of an operator within, by any implementation; the list is filled at its end.
+
+    Each call once, in the order of the first. The tensors may be on any device, meta too.
+    """
+    global _recorded
+    outer, _recorded = _recorded, {}
+    found: list[Problem] = []
+    try:
+        yield found
+    finally:
+        found += _recorded
+        _recorded = outer
+
+
 def reasons(operator: Operator, arguments: Arguments, implementation: str) -> list[str]:
     """Why `implementation` cannot run `operator` on `arguments`; empty where it can."""
     if implementation == "reference":
@@ -88,15 +112,23 @@ def reasons(operator: Operator, arguments: Arguments, implementation: str) -> li
 
 
 def _refusals(
-    operator: Operator, arguments: Arguments, implementation: str, training: bool
+    operator: Operator,
+    arguments: Arguments,
+    implementation: str,
+    training: bool,
+    *,
+    served: bool = False,
 ) -> list[str]:
-    """Why kernels that are there cannot take these arguments."""
+    """Why kernels that are there cannot take these arguments.
+
+    served: the first one's dtype is known to be one that kernels serve; asking takes 0.1 us.
+    """
     found = []
     if torch._C._are_functorch_transforms_active():
         found.append("a torch.func transform is active and the kernel has no rule for it")
     if forward_ad._current_level >= 0 and has_tangent(arguments):  # asked first: 80 ns less
         found.append("an input has a forward-mode tangent and the kernel has no rule for it")
-    if arguments[0].dtype not in limits.KERNEL_DTYPES:
+    if not served and arguments[0].dtype not in limits.KERNEL_DTYPES:
         found += limits.unserved(arguments[0])
     if training:
         found += _training_reasons(operator, arguments, implementation)
@@ -116,15 +148,102 @@ def _training_reasons(operator: Operator, arguments: Arguments, implementation: 
     ]
 
 
-@constant_when_traced
-def _ready(operator: str, device: torch.device, training: bool) -> tuple[str, ...]:
-    """The implementations "auto" tries that have the kernel and can run on the device at all."""
-    place = device.type, device.index
+def _candidates(operator: Operator, arguments: Arguments, training: bool) -> tuple[str, ...]:
+    """The implementations "auto" tries, the fastest first."""
+    x, name = arguments[0], operator.name
+    device, dtype = x.device, x.dtype
+    found = _of_any(name, device, dtype, training)
+    if found is not None:
+        return found
+    sizes = operator.sizes(*arguments)
+    found = _of_sizes(name, device, dtype, training, sizes)
+    if found is not None:
+        return found
+    return _of_rows(name, device, dtype, training, sizes, *_buckets(operator, x))
+
+
+@verdicts.known
+def _of_any(
+    operator: str, device: torch.device, dtype: torch.dtype, training: bool
+) -> tuple[str, ...] | None:
+    """Those for calls of any size; None where the sizes decide. Kernels serve their dtype."""
+    if dtype not in limits.KERNEL_DTYPES:
+        return ()
+    found = verdicts.of_any(operator, device, dtype, training)
+    return None if found is None else _there(operator, device, found)
+
+
+@verdicts.known
+def _of_sizes(
+    operator: str, device: torch.device, dtype: torch.dtype, training: bool, sizes: Sizes
+) -> tuple[str, ...] | None:
+    """Those for calls of these sizes; None where rows or tokens decide."""
+    found = verdicts.of_sizes(operator, device, dtype, training, sizes)
+    return None if found is None else _there(operator, device, found)
+
+
+@verdicts.known
+def _of_rows(
+    operator: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    training: bool,
+    sizes: Sizes,
+    rows: int | None,
+    tokens: int | None,
+) -> tuple[str, ...]:
+    """Those for calls of so many rows and tokens, in powers of two; None where these are open."""
+    found = verdicts.of_rows(operator, device, dtype, training, sizes, rows, tokens)
+    return _there(operator, device, found)
+
+
+def _there(operator: str, device: torch.device, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the implementations that have the kernel and can run on the device at all."""
     return tuple(
         name
-        for name in measured.implementations(f"{operator}_bwd" if training else operator, *place)
-        if operator in registry.KERNELS[name] and not environment(name, *place)
+        for name in names
+        if operator in registry.KERNELS[name] and not environment(name, device.type, device.index)
     )
+
+
+def ahead(operator: Operator, x: Tensor, sizes: Callable[[], Sizes]) -> tuple[str, ...]:
+    """The implementations "auto" tries in inference that are faster than the operator's rival, too.
+
+    x: the first argument; sizes: `Operator.sizes` of the call, asked for where they decide.
+    """
+    name, device, dtype = operator.name, x.device, x.dtype
+    found = _ahead_of_any(name, device, dtype)
+    if found is not None:
+        return found
+    return _ahead_of_rows(name, device, dtype, sizes(), *_buckets(operator, x))
+
+
+@verdicts.known
+def _ahead_of_any(
+    operator: str, device: torch.device, dtype: torch.dtype
+) -> tuple[str, ...] | None:
+    found = verdicts.of_any(operator, device, dtype, False, verdicts.ahead)
+    return None if found is None else _there(operator, device, found)
+
+
+@verdicts.known
+def _ahead_of_rows(
+    operator: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sizes,
+    rows: int | None,
+    tokens: int | None,
+) -> tuple[str, ...]:
+    asked = operator, device, dtype, False, sizes, rows, tokens
+    return _there(operator, device, verdicts.of_rows(*asked, verdicts.ahead))
+
+
+def _buckets(operator: Operator, x: Tensor) -> tuple[int | None, int | None]:
+    """Of rows and tokens; None where a trace leaves them open, and comparing would close them."""
+    if torch.compiler.is_dynamo_compiling() or type(x.numel()) is not int:
+        return None, None
+    return problems.buckets(operator, x)
 
 
 @constant_when_traced
@@ -152,29 +271,25 @@ def environment(implementation: str, device_type: str, index: int | None) -> tup
     return ()
 
 
-def left_to_pytorch(operator: Operator, arguments: Arguments, training: bool) -> str:
-    """Why "auto" asks no kernel to serve this call; "" where it asks those that are measured."""
-    x = arguments[0]
-    if x.is_cuda:
-        scope = measured.scope(x.device.index)
-        return scope.excludes(x) if scope is not None else ""
-    slower = None if training else operator.slower_by_avx2
-    if slower is not None and limits.cpu_isa() == "avx2" and slower(*arguments):
-        return "its C++ kernel by AVX2 is slower"
-    return ""
-
-
 def expected(operator: str, impl: str, device: torch.device) -> str:
-    """What `impl` comes to on `device` for inference on inputs within every kernel's limits."""
+    """What `impl` comes to on `device` for inference on inputs within every kernel's limits.
+
+    Where measurements at some sizes say one thing and at others another, a kernel.
+    """
     candidates: tuple[str, ...] = (impl,)
     if impl == "auto":
-        candidates = measured.implementations(operator, device.type, device.index)
+        candidates = verdicts.any_of(operator, device)
     for name in candidates:
         if name == "reference" or (
             operator in registry.KERNELS[name] and not environment(name, device.type, device.index)
         ):
             return name
     return "reference" if impl == "auto" else f"{impl} (cannot run on {device.type})"
+
+
+def basis_of(problem: Problem, device: torch.device) -> Basis:
+    """What "auto" tries for such a call on a device, and on what evidence."""
+    return verdicts.lookup(verdicts.table_of(device), problem.shape_class)
 
 
 @dataclass(frozen=True)
@@ -184,23 +299,41 @@ class Explanation:
     reasons: implementation -> why it cannot run; empty where it can.
     configurations: where Triton can run, what it would launch in inference, a line a kernel:
         the tile sizes, and on what evidence they were chosen.
-    left: why "auto" leaves the call to the reference whatever could run; "" where it does not.
+    basis: on what evidence "auto" chose.
     """
 
     operator: str
     chosen: str
     reasons: dict[str, list[str]]
     configurations: tuple[str, ...] = ()
-    left: str = ""
+    basis: Basis | None = None
 
     def __str__(self) -> str:
-        why = f" ({self.left})" if self.left else ""
-        lines = [f"{self.operator}: auto runs {self.chosen}{why}"]
+        lines = [f"{self.operator}: auto runs {self.chosen} ({self.basis})"]
+        if self.basis is not None and self.basis.verdict is None:
+            lines[0] = lines[0][:-1] + f"; {verdicts.COMMAND} measures)"
         for name, why_not in self.reasons.items():
-            lines.append(f"  {name:<10} " + ("; ".join(why_not) or "can run"))
+            lines.append(f"  {name:<10} " + ("; ".join(why_not) or "can run") + self._figures(name))
             if name == "triton":
                 lines += [f"    {line}" for line in self.configurations]
+        verdict = None if self.basis is None else self.basis.verdict
+        if verdict is not None and verdict.rival is not None:
+            rival = verdict.rival
+            times = f"{rival.ratio:.2f} times that speed ({rival.low:.2f} to {rival.high:.2f})"
+            lines.append(
+                f"  {rival.name}: {rival.microseconds:.0f} us; {verdict.winner} has {times}"
+            )
         return "\n".join(lines)
+
+    def _figures(self, name: str) -> str:
+        verdict = None if self.basis is None else self.basis.verdict
+        found = None if verdict is None else verdict.candidates.get(name)
+        if isinstance(found, Refused):
+            return f", refused: {found.refused}"
+        if not isinstance(found, Timed):
+            return ""
+        spread = f", {found.ratio:.2f} times PyTorch's speed ({found.low:.2f} to {found.high:.2f})"
+        return f": {found.microseconds:.0f} us" + (spread if name != "reference" else "")
 
 
 def explain(operator: str, *inputs: Any, **options: Any) -> Explanation:
@@ -226,6 +359,6 @@ def explain(operator: str, *inputs: Any, **options: Any) -> Explanation:
         tiles = importlib.import_module(f"{known.public.__module__}.tiles")  # in its folder
         choices = tiles.CHOICES[known.name](*arguments)
         configurations = tuple(f"{config}: {evidence}" for config, evidence in choices)
-    chosen = choose(known, arguments, "auto")
-    left = left_to_pytorch(known, arguments, needs_gradient(arguments))
-    return Explanation(known.name, chosen, why_not, configurations, left)
+    chosen, problem = choose(known, arguments, "auto"), Problem.of(known, arguments)
+    basis = basis_of(problem, arguments[0].device)
+    return Explanation(known.name, chosen, why_not, configurations, basis)

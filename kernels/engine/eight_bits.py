@@ -10,6 +10,7 @@ the floating-point ones.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,6 +43,30 @@ def fake_linear(x: Tensor, weight: Tensor, *_: object) -> Tensor:
 def fake_mlp(x: Tensor, w1: Tensor, b1: object, w2: Tensor, *_: object) -> Tensor:
     """The fake of MLP."""
     return projected(x, w2.shape[0])
+
+
+def linear_sizes(
+    x: object,
+    weight: Tensor,
+    bias: object,
+    norm_weight: object,
+    norm_bias: object,
+    eps: float,
+    gelu: bool,
+    residual: object,
+    gamma: object,
+) -> tuple[int | bool, ...]:
+    """`Operator.sizes` of LINEAR."""
+    width, depth = weight.shape
+    return depth, width, gelu, norm_weight is not None, residual is not None
+
+
+def mlp_sizes(
+    x: object, w1: Tensor, b1: object, w2: object, b2: object, norm_weight: object, *_: object
+) -> tuple[int | bool, ...]:
+    """`Operator.sizes` of MLP."""
+    hidden, width = w1.shape
+    return width, hidden, norm_weight is not None
 
 
 # x wT + bias with x and the weight rounded to 8 bits: all that tells one reference from another.
@@ -81,6 +106,35 @@ def gelu_mlp(
     """The reference of MLP: residual + gamma * (gelu(LN(x) w1T + b1) w2T + b2)."""
     hidden = F.gelu(product(normalised(x, norm_weight, norm_bias, eps), w1, b1))
     return joined(product(hidden, w2, b2), residual, gamma)
+
+
+def plain_linear(norm: Callable[..., Tensor], product: Callable[..., Tensor]) -> Any:
+    """The rival of LINEAR: the same in the arguments' own dtype by these public operators."""
+
+    def rival(
+        x: Tensor, weight: Tensor, bias: Any, norm_weight: Any, norm_bias: Any, eps: float,
+        gelu: bool, residual: Any, gamma: Any,
+    ) -> Tensor:  # fmt: skip
+        if norm_weight is not None:
+            x = norm(x, norm_weight, norm_bias, eps=eps)
+        activation = "gelu" if gelu else None
+        return product(x, weight, bias, activation=activation, residual=residual, gamma=gamma)
+
+    return rival
+
+
+def plain_mlp(norm: Callable[..., Tensor], mlp: Callable[..., Tensor]) -> Any:
+    """The rival of MLP, in the same way."""
+
+    def rival(
+        x: Tensor, w1: Tensor, b1: Any, w2: Tensor, b2: Any, norm_weight: Any, norm_bias: Any,
+        eps: float, residual: Any, gamma: Any,
+    ) -> Tensor:  # fmt: skip
+        if norm_weight is not None:
+            x = norm(x, norm_weight, norm_bias, eps=eps)
+        return mlp(x, w1, b1, w2, b2, residual=residual, gamma=gamma)
+
+    return rival
 
 
 def normalised(

@@ -18,6 +18,11 @@ def no_limits(implementation: str, *arguments: Any) -> list[str]:
     return []
 
 
+def no_sizes(*arguments: Any) -> tuple[Any, ...]:
+    """For operators whose speed against PyTorch's depends on rows and dtype alone."""
+    return ()
+
+
 @dataclass(frozen=True)
 class Operator:
     """One public operator. Its schemas and kernels are in `registry`, under its name.
@@ -32,8 +37,12 @@ class Operator:
         implementation's own `_fwd` and `_bwd` kernels.
     constants: the schema arguments for which those kernels compute no gradient, by position.
     trains_in_fp32: the implementations whose gradients have fp32 kernels alone.
-    slower_by_avx2: (*schema arguments) -> whether, in inference and where AVX2 is all there is, the
-        C++ kernel is slower than PyTorch's: measured, with the figures beside it.
+    sizes: (*schema arguments) -> what of them a measurement's figures depend on beside the first
+        argument's dtype, rows and tokens: widths, heads, options that are set. It reads shapes and
+        dtypes alone, and those of weights where it may: a captured graph leaves others open.
+    by_tokens: whether they depend on the tokens, the first argument's second axis.
+    rival: (*schema arguments) -> the same by other operators, by "auto", where there is such a
+        way: a block by its parts, 8 bits in the arguments' own dtype.
     eight_bits: whether it rounds to 8 bits. Its reference is then the arithmetic itself, and
         neither gradients nor the rule against fp64 are its own.
     """
@@ -44,7 +53,9 @@ class Operator:
     train: Callable[..., Any] | None = None
     constants: dict[int, str] = field(default_factory=dict)
     trains_in_fp32: tuple[str, ...] = ()
-    slower_by_avx2: Callable[..., bool] | None = None
+    sizes: Callable[..., tuple[Any, ...]] = no_sizes
+    by_tokens: bool = False
+    rival: Callable[..., Any] | None = None
     eight_bits: bool = False
     name: str = field(init=False)
 

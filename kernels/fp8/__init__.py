@@ -18,6 +18,9 @@ from deit.kernels.engine.operator import Operator, register
 from deit.kernels.engine.tracing import constant_when_traced
 from deit.kernels.fp8 import reference
 from deit.kernels.fp8 import schema as schema
+from deit.kernels.gelu_mlp import gelu_mlp
+from deit.kernels.layer_norm import layer_norm
+from deit.kernels.linear import linear
 
 CAPABILITY = (8, 9)  # the first with matrix products of e4m3
 
@@ -118,5 +121,23 @@ def _limits(implementation: str, x: Tensor, *_: Any) -> list[str]:
     return list(_too_old(x.device.type, x.device.index)) if implementation == "triton" else []
 
 
-_LINEAR = register(Operator(fp8_linear, reference.fp8_linear, _limits, eight_bits=True))
-_MLP = register(Operator(fp8_gelu_mlp, reference.fp8_gelu_mlp, _limits, eight_bits=True))
+_LINEAR = register(
+    Operator(
+        fp8_linear,
+        reference.fp8_linear,
+        _limits,
+        sizes=eight_bits.linear_sizes,
+        rival=eight_bits.plain_linear(layer_norm, linear),
+        eight_bits=True,
+    )
+)
+_MLP = register(
+    Operator(
+        fp8_gelu_mlp,
+        reference.fp8_gelu_mlp,
+        _limits,
+        sizes=eight_bits.mlp_sizes,
+        rival=eight_bits.plain_mlp(layer_norm, gelu_mlp),
+        eight_bits=True,
+    )
+)

@@ -15,8 +15,13 @@ from torch import Tensor
 
 from deit.kernels.engine import dispatch, eight_bits, validate
 from deit.kernels.engine.operator import Operator, register
+from deit.kernels.gelu_mlp import gelu_mlp
 from deit.kernels.int8 import reference
 from deit.kernels.int8 import schema as schema
+from deit.kernels.layer_norm import layer_norm
+from deit.kernels.linear import linear
+from deit.kernels.vit_block import by_parts, served, vit_block
+from deit.kernels.vit_block.arguments import BlockArguments
 
 
 def int8_linear(
@@ -180,6 +185,51 @@ def _limits(implementation: str, *arguments: Any) -> list[str]:
     return [f"dtype {kind} (fp32 only)" for kind in sorted(kinds, key=str)]
 
 
-_LINEAR = register(Operator(int8_linear, reference.int8_linear, _limits, eight_bits=True))
-_MLP = register(Operator(int8_gelu_mlp, reference.int8_gelu_mlp, _limits, eight_bits=True))
-_BLOCK = register(Operator(int8_vit_block, reference.int8_vit_block, _limits, eight_bits=True))
+def _block_sizes(x: object, norm1_weight: Tensor, *rest: Any) -> tuple[Any, ...]:
+    w1, num_heads = rest[8], rest[14]
+    hidden, width = w1.shape
+    return width, hidden, num_heads
+
+
+def _plain_block(x: Tensor, *rest: Any) -> Tensor:
+    """The rival: the block in its own dtype, whole where that is faster than its parts."""
+    arguments = (x, None, *rest)
+    block = BlockArguments(*arguments)
+    proportions = block.w1.shape[0], block.num_heads
+    if served(x, block.qkv_weight, lambda: proportions):
+        options = block._asdict()
+        return vit_block(**options)[0]
+    return by_parts(*arguments)
+
+
+_LINEAR = register(
+    Operator(
+        int8_linear,
+        reference.int8_linear,
+        _limits,
+        sizes=eight_bits.linear_sizes,
+        rival=eight_bits.plain_linear(layer_norm, linear),
+        eight_bits=True,
+    )
+)
+_MLP = register(
+    Operator(
+        int8_gelu_mlp,
+        reference.int8_gelu_mlp,
+        _limits,
+        sizes=eight_bits.mlp_sizes,
+        rival=eight_bits.plain_mlp(layer_norm, gelu_mlp),
+        eight_bits=True,
+    )
+)
+_BLOCK = register(
+    Operator(
+        int8_vit_block,
+        reference.int8_vit_block,
+        _limits,
+        sizes=_block_sizes,
+        by_tokens=True,
+        rival=_plain_block,
+        eight_bits=True,
+    )
+)

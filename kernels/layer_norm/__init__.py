@@ -156,7 +156,21 @@ def _train_add(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor]:
     return _AddLayerNorm.apply(implementation, *arguments)[:2]
 
 
-_LAYER_NORM = register(Operator(layer_norm, reference.layer_norm, train=_train))
+def _sizes(x: object, weight: Tensor, *_: object) -> tuple[int, ...]:
+    return tuple(weight.shape)
+
+
+def _add_sizes(x: object, residual: object, weight: Tensor, *_: object) -> tuple[int, ...]:
+    return tuple(weight.shape)
+
+
+_LAYER_NORM = register(Operator(layer_norm, reference.layer_norm, train=_train, sizes=_sizes))
 _ADD_LAYER_NORM = register(
-    Operator(add_layer_norm, reference.add_layer_norm, train=_train_add, constants={6: "keep"})
+    Operator(
+        add_layer_norm,
+        reference.add_layer_norm,
+        train=_train_add,
+        constants={6: "keep"},
+        sizes=_add_sizes,
+    )
 )

@@ -191,8 +191,19 @@ def _limits(implementation: str, logits: Tensor, *others: Any) -> list[str]:
     return limits.unserved(*others)  # probabilities and other logits have dtypes of their own
 
 
+def _sizes(logits: Tensor, *_: object) -> tuple[int, ...]:
+    return (int(logits.shape[-1]),)
+
+
 _CROSS_ENTROPY = register(
-    Operator(cross_entropy, reference.cross_entropy, _limits, _train_ce, constants={1: "target"})
+    Operator(
+        cross_entropy,
+        reference.cross_entropy,
+        _limits,
+        _train_ce,
+        constants={1: "target"},
+        sizes=_sizes,
+    )
 )
 _DISTILLATION_LOSS = register(
     Operator(
@@ -201,5 +212,6 @@ _DISTILLATION_LOSS = register(
         _limits,
         _train_distillation,
         constants={1: "target", 2: "teacher_logits"},
+        sizes=_sizes,
     )
 )

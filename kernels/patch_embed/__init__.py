@@ -95,6 +95,17 @@ def _limits(implementation: str, images: Tensor, weight: Tensor, *_: Any) -> lis
     return limits.product_limits(implementation, images, weight.flatten(1))
 
 
+def _sizes(images: object, weight: Tensor, *_: object) -> tuple[int, ...]:
+    return tuple(weight.shape)
+
+
 _PATCH_EMBED = register(
-    Operator(patch_embed, reference.patch_embed, _limits, _train, constants={0: "images"})
+    Operator(
+        patch_embed,
+        reference.patch_embed,
+        _limits,
+        _train,
+        constants={0: "images"},
+        sizes=_sizes,
+    )
 )

@@ -167,6 +167,16 @@ def measure(
     """Every output's errors on one draw; AssertionError for a wrong count, shape or dtype."""
     with torch.no_grad():
         plain, exact = reference(*arguments), reference(*in_fp64(arguments))
+    return compare(kernel_out, plain, exact, name)
+
+
+def compare(
+    kernel_out: Tensor | Sequence[Tensor],
+    plain: Tensor | Sequence[Tensor],
+    exact: Tensor | Sequence[Tensor],
+    name: str = "",
+) -> list[Measured]:
+    """`measure` of results that are there: the kernel's, PyTorch's at its dtype, and fp64's."""
     outputs, plains, exacts = (
         [t] if isinstance(t, Tensor) else list(t) for t in (kernel_out, plain, exact)
     )

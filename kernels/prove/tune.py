@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from deit.kernels.device import tuning
+from deit.kernels.engine import cache_files
 from deit.kernels.prove.tuned import Tuned
 
 NO_TIME = "no time left for"  # begins what `measure` reports where it stops early
@@ -182,7 +183,7 @@ def choose(
         medians[best] * 1e6,
         None if at is None else medians[at] * 1e6,
         len(configs),
-        tuning.now(),
+        cache_files.now(),
     )
     return Outcome(problem.name, config, entry, dropped)
 

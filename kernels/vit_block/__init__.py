@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deit.kernels.attention import TRITON_HEAD_DIMS
-from deit.kernels.engine import autocast, dispatch, limits, measured, validate
+from deit.kernels.attention import TRITON_HEAD_DIMS, attention
+from deit.kernels.engine import autocast, dispatch, limits, validate
 from deit.kernels.engine.derivatives import has_tangent, needs_gradient
 from deit.kernels.engine.operator import Operator, register
+from deit.kernels.gelu_mlp import gelu_mlp
+from deit.kernels.layer_norm import layer_norm
+from deit.kernels.linear import linear
 from deit.kernels.linear.row_stats import row_stats_shape
 from deit.kernels.vit_block import reference
 from deit.kernels.vit_block import schema as schema
@@ -155,12 +158,21 @@ def vit_blocks(x: Tensor, blocks: Sequence[Mapping[str, Any]]) -> Tensor:
     return x
 
 
-def served(x: Tensor, qkv_weight: Tensor) -> bool:
-    """Whether "auto" runs a kernel for `vit_block` in inference on this stream and weight."""
-    kernels = measured.implementations("vit_block", x.device.type, x.device.index)
+def served(x: Tensor, qkv_weight: Tensor, proportions: Callable[[], tuple[int, int]]) -> bool:
+    """Whether "auto" runs a kernel for `vit_block` in inference on this stream and weight, one
+    that is faster than the block's parts.
+
+    proportions: the MLP's hidden channels and the heads, asked for where they decide.
+    """
+    products = autocast.dtype_of(x) or qkv_weight.dtype
+
+    def sizes() -> tuple[Any, ...]:
+        hidden, heads = proportions()
+        return qkv_weight.shape[1], hidden, heads, products
+
+    kernels = dispatch.ahead(_VIT_BLOCK, x, sizes)
     if not kernels == ("cpu",):  # noqa: SIM201 - torch 2.11's Dynamo has no `!=` for tuples
         return bool(kernels)
-    products = autocast.dtype_of(x) or qkv_weight.dtype
     return (
         x.dtype == products
         and x.dtype in limits.KERNEL_DTYPES
@@ -206,4 +218,31 @@ def _limits(implementation: str, *arguments: Any) -> list[str]:
     return found
 
 
-_VIT_BLOCK = register(Operator(vit_block, reference.vit_block, _limits, constants={1: "row_stats"}))
+def _sizes(*arguments: Any) -> tuple[Any, ...]:
+    block = BlockArguments(*arguments)
+    hidden, width = block.w1.shape
+    return width, hidden, block.num_heads, block.qkv_weight.dtype
+
+
+def by_parts(*arguments: Any) -> Tensor:
+    """The block's output by the other operators, as `fuse` runs it where it is not whole."""
+    b = BlockArguments(*arguments)
+    normed = layer_norm(b.x, b.norm1_weight, b.norm1_bias, eps=b.eps)
+    qkv = linear(normed.to(b.qkv_weight.dtype), b.qkv_weight, b.qkv_bias)
+    mixed = attention(qkv, b.num_heads, scale=b.scale, key_bias=b.key_bias)
+    s = linear(mixed, b.proj_weight, b.proj_bias, residual=b.x, gamma=b.gamma1)
+    normed = layer_norm(s, b.norm2_weight, b.norm2_bias, eps=b.eps).to(b.w1.dtype)
+    return gelu_mlp(normed, b.w1, b.b1, b.w2, b.b2, residual=s, gamma=b.gamma2)
+
+
+_VIT_BLOCK = register(
+    Operator(
+        vit_block,
+        reference.vit_block,
+        _limits,
+        constants={1: "row_stats"},
+        sizes=_sizes,
+        by_tokens=True,
+        rival=by_parts,
+    )
+)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from racing import tiny
 
+from deit import fused_vit
 from deit.kernels.engine import dispatch
 from evidence import paper_table
 from race import contenders
@@ -92,3 +93,18 @@ def test_a_teacher_labels_for_the_last_head(arch: str) -> None:
     expected = (cross(heads[0], range(4)) + cross(heads[1], taught)) / 2
     found = contenders.training_loss(base, images, torch.float32, teacher)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_network_is_fused_in_the_mode_and_dtype_that_it_runs_in(
+    train: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(
+        fused_vit,
+        "fuse",
+        lambda module, impl: asked.append((module.training, torch.is_autocast_enabled("cpu"))),
+    )
+    base = contenders.eager(contenders.deit_network("deit_ti", 32), CPU, torch.bfloat16, train)
+    contenders.fused(base, "auto", train, torch.bfloat16)
+    assert asked == [(train, train)]

@@ -261,6 +261,7 @@ def test_nothing_in_fp32_is_made_of_what_its_hash_leaves_out() -> None:
     for device in sources.DEVICES:
         counted = sources.counted(tree, device)
         assert not any(sources.kinds(path) for path in counted)
+        assert not any(path.startswith(sources.TOOLS) for path in counted)
         other = {"cpu": "csrc/cuda/", "cuda": "csrc/cpu/"}[device]
         assert not any(path.startswith(other) for path in counted)
         for name in ("aot", "hazards", "offsets", "launches", "calls"):

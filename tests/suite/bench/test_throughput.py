@@ -201,3 +201,16 @@ def test_schema_names_every_fault(finished: tuple[str, str, list[dict]], tmp_pat
     path.write_text('{"rows": []}')
     with pytest.raises(ValueError, match=r"rows\.json: expected a JSON array"):
         evidence.read([path])
+
+
+def test_measure_is_the_contenders_and_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_DEIT_MEASURE", "never")
+    seen: list[str | None] = []
+    monkeypatch.setattr(
+        throughput, "settle", lambda _: seen.append(os.environ.get("FUSED_DEIT_MEASURE")) or 1 / 0
+    )
+    for given in ([], ["--measure", "now"]):
+        with pytest.raises(ZeroDivisionError):
+            throughput.main(given)
+    assert seen == ["never", "now"]
+    assert os.environ["FUSED_DEIT_MEASURE"] == "never"

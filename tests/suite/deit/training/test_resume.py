@@ -8,13 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import standing
 import torch
 import training
 from training import same
 
+from deit import fused_vit
 from deit.commands.cli import main
 from deit.data.sampling import Plan
-from deit.training import resume
+from deit.fused_vit.calls import calls_of
+from deit.kernels.engine import device_key, native, verdicts
+from deit.training import assemble, resume
 from deit.training.learner import Learner
 from deit.training.resume import FACTS, RULES
 from deit.training.runs import RunFolder
@@ -387,3 +391,73 @@ def test_digests_tell_names_and_labels_apart(data):
     assert first == resume.digest(open_source(str(data), "train"))
     source.labels = np.roll(source.labels, 1)
     assert resume.digest(source) != first
+
+
+# ---- the measurements that a run computes by
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A machine where whatever implementation is named was found to be the fastest."""
+
+    def as_found(winner):
+        standing.forget()
+        network = assemble.network(small("", tmp_path), 3).train()
+        fused_vit.fuse(network, measure="never")
+        problems = [
+            each
+            for training_too in (True, False)
+            for each in calls_of(network, (8, 3, 16, 16), torch.float32, training=training_too)
+        ]
+        key = device_key.device_key(standing.CPU)
+        verdicts.store(key, [standing.found(each, winner) for each in problems])
+        standing.forget()
+
+    with standing.unknown_machine(tmp_path / "cache", "never"):
+        yield as_found
+
+
+@pytest.mark.skipif(bool(native.why_not("cpu")), reason="no C++ library")
+def test_a_resumed_run_computes_by_the_measurements_it_began_with(
+    measured, data, tmp_path, monkeypatch, capfd
+):
+    outs = [tmp_path / name for name in ("whole", "resumed", "other")]
+    measured("cpu")
+    train(small(data, outs[0]))
+    with monkeypatch.context() as patch:
+        killed_at(patch, 2, before="log")
+        with pytest.raises(KeyboardInterrupt):
+            train(small(data, outs[1]))
+    kept = json.loads((outs[1] / "verdicts.json").read_text())
+    assert {one["winner"] for one in kept["verdicts"]} == {"cpu"}
+    measured("reference")
+    train(small(data, outs[2]))
+    assert train(small(data, outs[1]))["finished"]
+    assert same(training.weights(outs[0]), training.weights(outs[1])) == []
+    assert same(training.weights(outs[0]), training.weights(outs[2])) != []
+    assert json.loads((outs[1] / "verdicts.json").read_text()) == kept
+    here = verdicts.in_force(standing.CPU)  # the run's are its own affair
+    assert {one.winner for one in here} == {"reference"}
+    assert "chosen anew" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda kept: kept | {"device": "a Zen 9"}, "verdicts.json is of a Zen 9, this is Acme"),
+        (lambda kept: kept | {"verdicts": 3}, "verdicts.json: verdicts: expected"),
+        (lambda kept: [], "verdicts.json: expected"),
+    ],
+)
+def test_measurements_that_are_not_this_machines_are_said(
+    change, message, measured, data, tmp_path, monkeypatch, capfd
+):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        killed_at(patch, 2, before="log")
+        with pytest.raises(KeyboardInterrupt):
+            train(small(data, out))
+    path = out / "verdicts.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    assert train(small(data, out))["finished"]
+    assert message in capfd.readouterr().err

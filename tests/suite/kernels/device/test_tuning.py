@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from deit.kernels.device import tuning
+from deit.kernels.engine import cache_files
 from deit.kernels.gelu_mlp import tiles as gelu_mlp_tiles
 from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.prove import calls
@@ -42,7 +43,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Test H100")
-    monkeypatch.setattr(tuning, "_driver", lambda: "580.1")
+    monkeypatch.setattr(tuning, "driver", lambda: "580.1")
     forget()
     yield tmp_path / "fused-deit"
     monkeypatch.undo()
@@ -260,7 +261,7 @@ def test_a_file_that_may_not_be_read_is_reported(cache, monkeypatch):
     def refuse(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(tuning.json_files, "read", refuse)
+    monkeypatch.setattr(cache_files.json_files, "read", refuse)
     with pytest.warns(UserWarning, match="Permission denied"):
         assert "Permission denied" in linear_tiles.linear.explain(**LINEAR)[1]
     assert file.exists()

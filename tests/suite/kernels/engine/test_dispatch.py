@@ -7,7 +7,7 @@ import torch
 from schema_calls import CALLS
 
 from deit.kernels import attention, explain, gelu_mlp, layer_norm, linear
-from deit.kernels.engine import dispatch, limits, measured, registry
+from deit.kernels.engine import dispatch, measured, problems, registry
 from deit.kernels.engine.operator import OPERATORS, operator_names
 from deit.kernels.prove import reference
 from deit.kernels.vit_block.arguments import BlockArguments
@@ -134,44 +134,24 @@ def test_torch_func_grad():
     assert grad.shape == (32, 64)
 
 
-def test_an_unproven_gpu_is_announced_and_left_to_pytorch(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 9))
-    measured._warn_unproven.cache_clear()
-    with pytest.warns(UserWarning, match="no kernel has been run and checked on sm_99"):
-        assert measured.implementations("attention", "cuda", 1234) == ()
+def test_a_table_speaks_for_what_was_measured():
+    scope = measured.Scope((torch.bfloat16,), (64,), 3)
+    norm = OPERATORS["layer_norm"]
+
+    def excludes(x, weight=WEIGHT):
+        return scope.excludes(problems.shape_class(norm, (x, weight, None, 1e-6), False))
+
+    assert excludes(X.bfloat16()) == ""  # 2 x 5 rows
+    assert "torch.float32" in excludes(X)
+    assert "a width of 32" in excludes(X[..., :32].bfloat16(), WEIGHT[:32])
+    assert "fewer than 8 rows" in excludes(X[:1].bfloat16())
 
 
-def test_measurements_speak_for_what_was_measured():
-    scope = measured.Scope((torch.bfloat16,), (64,), 10)
-    assert scope.excludes(X.bfloat16()) == ""  # 2 x 5 rows
-    assert "torch.float32" in scope.excludes(X)
-    assert "a width of 32" in scope.excludes(X[..., :32].bfloat16())
-    assert "fewer than 10 rows" in scope.excludes(X[:1].bfloat16())
-
-
-def test_every_scope_belongs_to_measurements():
-    assert measured.SCOPES.keys() <= measured.MEASURED.keys()
-
-
-def test_auto_leaves_calls_outside_the_scope_to_the_reference(monkeypatch):
-    assert explain("layer_norm", X, WEIGHT).left == ""
-    monkeypatch.setattr(dispatch, "left_to_pytorch", lambda *_: "not measured")
-    found = explain("layer_norm", X, WEIGHT)
-    assert found.chosen == "reference"
-    assert str(found).startswith("layer_norm: auto runs reference (not measured)")
-
-
-def test_auto_leaves_products_that_avx2_does_slower_to_pytorch(monkeypatch):
-    weight, wide = torch.randn(64, 64), torch.randn(768, 768)
-    monkeypatch.setattr(limits, "cpu_isa", lambda: "avx512")
-    assert explain("linear", X, weight).left == ""
-    monkeypatch.setattr(limits, "cpu_isa", lambda: "avx2")
-    plain = explain("linear", X, weight)
-    assert (plain.chosen, plain.left) == ("reference", "its C++ kernel by AVX2 is slower")
-    assert explain("linear", X, weight, residual=X).left == ""
-    assert explain("linear", X, weight.requires_grad_()).left == ""  # training was not measured
-    assert explain("gelu_mlp", X, wide[:64, :64], None, wide[:64, :64], None).left == ""
-    assert explain("gelu_mlp", torch.randn(3, 768), wide, None, wide, None).left
+def test_operators_of_the_tables_have_the_kernels():
+    for prior in measured.TABLES:
+        for name, implementations in prior.operators.items():
+            for implementation in implementations:
+                assert name in registry.KERNELS[implementation]
 
 
 def test_autocast_reaches_products_and_not_the_norm():
