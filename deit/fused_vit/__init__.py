@@ -225,6 +225,7 @@ class _Families(NamedTuple):
 # A library's models are there only where the library is: nothing here imports one first.
 _LIBRARIES = {
     "timm.models.vision_transformer": "timm",
+    "timm.models.eva": "eva",
     "torchvision.models.vision_transformer": "torchvision",
     "transformers.models.deit.modeling_deit": "huggingface",
     "transformers.models.vit.modeling_vit": "huggingface",
@@ -238,6 +239,7 @@ _LIBRARIES = {
     "transformers.models.metaclip_2.modeling_metaclip_2": "hf_clip",
     "transformers.models.siglip.modeling_siglip": "hf_clip",
     "transformers.models.siglip2.modeling_siglip2": "hf_clip",
+    "transformers.models.dinov3_vit.modeling_dinov3_vit": "dinov3",
 }
 
 

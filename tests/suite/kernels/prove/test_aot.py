@@ -39,6 +39,7 @@ SUBSET = [
         ("add_layer_norm", "gamma keep fp32", "bf16", 192),
         ("attention", "197 bias", "bf16", 64),
         ("attention", "577", "fp16", 64),
+        ("rotary_attention_bwd", "197 interleaved", "bf16", 64),
         ("linear", "gelu", "bf16", 768),
         ("linear", "fp32 residual", "bf16", 768),
         ("linear", "residual gamma keep", "fp16", 192),
