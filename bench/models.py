@@ -34,11 +34,11 @@ WORDS = ("vit", "deit", "eva", "dino", "siglip", "clip")
 # The vision towers of transformers that are ViTs, by model type.
 TRANSFORMERS = (
     "aimv2_vision_model", "beit", "clip_vision_model", "data2vec-vision", "deit", "dinov2",
-    "dinov2_with_registers", "dinov3_vit", "ijepa", "metaclip_2_vision_model", "pixio",
+    "dinov2_with_registers", "dinov3_vit", "ijepa", "metaclip_2", "pixio",
     "siglip2_vision_model", "siglip_vision_model", "vit", "vit_mae", "vit_msn", "vivit",
 )  # fmt: skip
 VERDICTS = {
-    "whole": "whole: every block runs fused, with its additions in the products",
+    "whole": "whole: every transformer block runs fused, with its additions in the products",
     "in part": "in part: attentions, MLPs or norms run fused, the blocks around them do not",
     "norms": "norms alone: LayerNorms run fused, no attention and no MLP",
     "not": "not: nothing of it is known",
@@ -114,26 +114,31 @@ def judged(library: str, model: nn.Module) -> Kind:
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The transformer blocks, by where the libraries keep them."""
+    """The transformer blocks, by where the libraries keep them; none of a convolutional stem."""
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] in ("blocks", "layers", "layer") and isinstance(
-            module, (nn.Sequential, nn.ModuleList)
-        ):
-            yield from (each for each in module if any(True for _ in each.parameters()))
+        listed = isinstance(module, (nn.Sequential, nn.ModuleList))
+        if listed and name.rpartition(".")[2] in ("blocks", "layers", "layer"):
+            yield from (each for each in module.children() if any(map(_attends, each.modules())))
+
+
+def _attends(module: nn.Module) -> bool:
+    return "Attention" in type(module).__name__
 
 
 def _reason(report: Report) -> str:
-    """The commonest of what was left, apart from products and convolutions by themselves."""
-    kinds: dict[str, str] = {}
+    """The most telling of what was left: products and convolutions alone say nothing."""
     notes: Counter[str] = Counter()
     for row in report.rows:
-        if not row.fused and " alone: " not in row.note:
-            notes[row.note] += 1
-            kinds.setdefault(row.note, row.kind)
-    # What is said of a known class says more than that a class is not known.
-    order = sorted(notes, key=lambda note: (note.endswith("of this class"), -notes[note]))
-    said = [f"{kinds[note]}: {note}" for note in order[:2]]
-    return "; ".join(said) or "convolutions and products alone"
+        if row.name and not row.fused and " alone: " not in row.note:
+            _, apart, unknown = row.note.partition(": no fused form")
+            notes[f"{row.kind}: {'no fused form' + unknown if apart else row.note}"] += 1
+
+    def rank(note: str) -> tuple[bool, bool, int]:
+        kind = note.partition(":")[0]
+        block = any(word in kind for word in ("Block", "Layer", "Attention", "Mlp", "MLP"))
+        return note.endswith("of this class"), not block or "Norm" in kind, -notes[note]
+
+    return min(notes, key=rank, default="convolutions and products alone")
 
 
 def found(only: Sequence[str] = ()) -> dict[Kind, list[str]]:

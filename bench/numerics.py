@@ -107,14 +107,7 @@ def measured(call: Call, impl: str, backward: bool) -> dict[str, oracle.Measured
     kernel = results(call, impl, None, backward)
     plain = results(call, "reference", None, backward)
     exact = results(call, "reference", torch.float64, backward)
-    return {
-        name: oracle.Measured(
-            oracle.errors(got, exact[name]),
-            oracle.errors(plain[name], exact[name]),
-            oracle.floor(got.dtype, exact[name].cpu()),
-        )
-        for name, got in kernel.items()
-    }
+    return {name: oracle.compared(got, plain[name], exact[name]) for name, got in kernel.items()}
 
 
 def compare(draws: Sequence[Call], impl: str, dtype: str, family: str, backward: bool) -> list[Row]:

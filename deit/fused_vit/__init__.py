@@ -2,7 +2,8 @@
 
 `fuse` puts the operators of `deit.kernels` under a model in place, `unfuse` takes them out, and
 `with fused(model):` does both. For `deit.DeiT`, the vision transformers of timm and torchvision,
-Hugging Face's DeiT and ViT, and torch's LayerNorm. `compile_graph` makes a forward one CUDA graph.
+Hugging Face's DeiT, ViT, DINOv2, CLIP, SigLIP and their like, and torch's LayerNorm; docs/models.md
+has them all. `compile_graph` makes a forward one CUDA graph.
 The eight DeiTs with published weights have constructors here that return them fused.
 """
 

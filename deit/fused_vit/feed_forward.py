@@ -18,7 +18,7 @@ class FusedGatedMlp(modules.FeedForward):
     """Over an MLP whose hidden layer is act(gate(x)) * up(x), and may be normalised then."""
 
     OPERATORS = ("linear",)
-    LINEARS = ("gate_proj", "up_proj", "down_proj")
+    LINEARS: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj", "down_proj")
     NORM: ClassVar[str] = ""  # the submodule that normalises the hidden layer, or is an Identity
     NORM_KINDS: ClassVar[tuple[type[nn.LayerNorm], ...]] = (nn.LayerNorm,)
 
@@ -40,7 +40,7 @@ class FusedGatedMlp(modules.FeedForward):
     def gate_and_up(self) -> tuple[Affine, Affine]:
         """Weight and bias of the gate, and of what it multiplies."""
         gate, up = (self._modules[name] for name in self.LINEARS[:2])
-        return (gate.weight, gate.bias), (up.weight, up.bias)  # type: ignore[union-attr, return-value]
+        return (gate.weight, gate.bias), (up.weight, up.bias)
 
     def inner_norm(self) -> Any:
         """Weight, bias and eps of the hidden layer's LayerNorm; None where there is none."""
@@ -52,7 +52,7 @@ class FusedGatedMlp(modules.FeedForward):
     def unsupported(self) -> str | None:
         norm = self._modules.get(self.NORM)
         if isinstance(norm, modules.FusedLayerNorm) or type(norm) in self.NORM_KINDS:
-            reason = modules.FusedLayerNorm.unsupported(norm)  # type: ignore[arg-type]
+            reason = modules.FusedLayerNorm.unsupported(norm)
             if reason is not None:
                 return f"{self.NORM}: {reason}"
         elif norm is not None and type(norm) is not nn.Identity:

@@ -90,6 +90,7 @@ class FusedMlp(modules.FusedMlp):
         activations.GELUActivation: "gelu",
         activations.GELUTanh: "gelu_tanh",
         activations.NewGELUActivation: "gelu_tanh",
+        activations.FastGELUActivation: "gelu_tanh",  # its root of 2 / pi has ten digits
         activations.QuickGELUActivation: "quick_gelu",
         activations.SiLUActivation: "silu",
     }
@@ -101,15 +102,15 @@ class FusedMlp(modules.FusedMlp):
 class FusedLayer(modules.FusedBlock):
     """Over DeiTLayer and ViTLayer. Gradient checkpointing wraps this forward as it does theirs."""
 
-    PARTS = (
+    PARTS: ClassVar[tuple[tuple[str, type[modules.Fused]], ...]] = (
         ("layernorm_before", deit_model.FusedLayerNorm),
         ("attention", FusedAttention),
         ("layernorm_after", deit_model.FusedLayerNorm),
         ("mlp", FusedMlp),
     )
-    SCALES = ()
-    DROP_PATHS = ()
-    DROPOUTS = ("dropout",)
+    SCALES: ClassVar[tuple[str, ...]] = ()
+    DROP_PATHS: ClassVar[tuple[str, ...]] = ()
+    DROPOUTS: ClassVar[tuple[str, ...]] = ("dropout",)
 
     def watched(self, part: nn.Module) -> bool:
         if not modules.hooked(part):

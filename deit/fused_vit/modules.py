@@ -269,7 +269,7 @@ class FeedForward(Fused):
         act = self._modules.get(self.ACTIVATION)
         if type(act) is nn.GELU:
             return {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate)
-        return "silu" if type(act) is nn.SiLU else self.ACTIVATIONS.get(type(act))  # type: ignore[arg-type]
+        return "silu" if type(act) is nn.SiLU else self.ACTIVATIONS.get(type(act))
 
     def unsupported(self) -> str | None:
         if self.activation_name() is None:
@@ -304,7 +304,7 @@ class FeedForward(Fused):
 
     def output(self) -> nn.Linear:
         """The last product."""
-        return self._modules[self.LINEARS[-1]]  # type: ignore[return-value]
+        return self._modules[self.LINEARS[-1]]
 
     def apart(self) -> str | None:
         """Why `vit_block` and the MLPs in 8 bits do not compute it; None where they do."""

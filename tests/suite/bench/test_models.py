@@ -57,9 +57,13 @@ def test_transformers_towers(name, verdict):
 
 
 def test_verdicts():
+    class Attention(torch.nn.Module):
+        pass
+
     class Block(torch.nn.Module):
         def __init__(self):
             super().__init__()
+            self.attn = Attention()
             self.own = torch.nn.Parameter(torch.zeros(3))
 
     class Model(torch.nn.Module):
@@ -69,7 +73,7 @@ def test_verdicts():
             self.parts = torch.nn.ModuleList(parts)
 
     norm, mlp = torch.nn.LayerNorm(8), timm.layers.Mlp(8, 8)
-    reason = "Block: its own own: no fused form of this class"
+    reason = "Block: no fused form of this class"
     assert models.judged("timm", Model()) == models.Kind("timm", "not", "Model", reason)
     assert models.judged("timm", Model(norm)).verdict == "norms"
     assert models.judged("timm", Model(norm, mlp)).verdict == "in part"

@@ -331,6 +331,18 @@ def test_each_has_its_own_activation(kind, name):
     assert notes == [f"by its parts: its MLP's activation is {name}"] * 2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_fast", "gelu_pytorch_tanh", "silu"])
+def test_activations_by_other_names(name):
+    for dtype in (torch.float32, torch.float64):
+        model = make("clip", dtype=dtype, hidden_act=name)
+        want = run(model)
+        fuse(model)
+        assert isinstance(layers(model, "clip")[0], Fused)
+        near = {"atol": 1e-9, "rtol": 1e-9} if dtype == torch.float64 else {}
+        close(run(model), want, **near)
+
+
 def test_an_unknown_activation_is_left_and_named():
     model = make("clip", hidden_act="relu")
     report = fuse(model)
