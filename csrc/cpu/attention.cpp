@@ -15,19 +15,10 @@ void run_attention(AttentionArgs args) {
                });
 }
 
-namespace {
-
-// Rotary positions as the schema gives them, and tensors that keep what `rope` points to alive.
-struct Positions {
-  Tensor sin, cos;
-  int64_t prefix;
-  bool interleaved;
-};
-
-Rope rope_of(Positions& positions, const Tensor& qkv, int64_t heads, int64_t head_dim) {
+Rope rope_of(Positions& positions, const Tensor& x, int64_t heads, int64_t head_dim) {
   Tensor &sin = positions.sin, &cos = positions.cos;
-  const int64_t tokens = qkv.size(1), prefix = positions.prefix, axes = sin.dim();
-  STD_TORCH_CHECK(head_dim % 2 == 0, "qkv: expected an even head dimension; got ", head_dim);
+  const int64_t tokens = x.size(1), prefix = positions.prefix, axes = sin.dim();
+  STD_TORCH_CHECK(head_dim % 2 == 0, "sin and cos: expected an even head dimension; got ", head_dim);
   STD_TORCH_CHECK(prefix >= 0 && prefix <= tokens, "prefix: expected 0 to ", tokens, "; got ",
                   prefix);
   STD_TORCH_CHECK((axes == 2 || (axes == 3 && sin.size(0) == heads)) &&
@@ -35,7 +26,7 @@ Rope rope_of(Positions& positions, const Tensor& qkv, int64_t heads, int64_t hea
                   "sin: expected [N - prefix, d] or [H, N - prefix, d]");
   STD_TORCH_CHECK(same_shape(sin, cos), "cos: expected sin's shape");
   for (Tensor* table : {&sin, &cos}) {
-    STD_TORCH_CHECK(table->device() == qkv.device(), "sin and cos: expected on qkv's device");
+    STD_TORCH_CHECK(table->device() == x.device(), "sin and cos: expected on the input's device");
     scalar_of("sin and cos", *table);
     if (table->scalar_type() != ScalarType::Float) {
       *table = torch::stable::to(*table, ScalarType::Float);
@@ -57,6 +48,8 @@ Rope rope_of(Positions& positions, const Tensor& qkv, int64_t heads, int64_t hea
           positions.interleaved};
 }
 
+namespace {
+
 // What the forward's arguments and the gradient's have in common.
 template <class Args>
 Args described(const Tensor& qkv, int64_t num_heads, double scale, Positions* positions) {
@@ -73,8 +66,10 @@ Args described(const Tensor& qkv, int64_t num_heads, double scale, Positions* po
   return args;
 }
 
-Tensor attend(Tensor qkv, int64_t num_heads, double scale, Optional key_bias,
-              Positions* positions, Tensor* lse) {
+}  // namespace
+
+Tensor attention_of(Tensor qkv, int64_t num_heads, double scale, Optional key_bias, Tensor* lse,
+                    Positions* positions) {
   AttentionArgs args = described<AttentionArgs>(qkv, num_heads, scale, positions);
   Tensor bias_held;
   args.key_bias = parameter("key_bias", key_bias, args.batch * args.tokens, qkv, bias_held);
@@ -92,6 +87,8 @@ Tensor attend(Tensor qkv, int64_t num_heads, double scale, Optional key_bias,
   run_attention(args);
   return out;
 }
+
+namespace {
 
 Tensor differentiate(Tensor dout, Tensor qkv, int64_t num_heads, double scale, Optional key_bias,
                      Positions* positions) {
@@ -123,13 +120,13 @@ Tensor differentiate(Tensor dout, Tensor qkv, int64_t num_heads, double scale, O
 }
 
 Tensor attention(Tensor qkv, int64_t num_heads, double scale, Optional key_bias) {
-  return attend(qkv, num_heads, scale, key_bias, nullptr, nullptr);
+  return attention_of(qkv, num_heads, scale, key_bias, nullptr);
 }
 
 std::tuple<Tensor, Tensor> attention_fwd(Tensor qkv, int64_t num_heads, double scale,
                                          Optional key_bias) {
   Tensor lse;
-  Tensor out = attend(qkv, num_heads, scale, key_bias, nullptr, &lse);
+  Tensor out = attention_of(qkv, num_heads, scale, key_bias, &lse);
   return {out, lse};
 }
 
@@ -141,7 +138,7 @@ Tensor attention_bwd(Tensor dout, Tensor qkv, Tensor /*out*/, Tensor /*lse*/, in
 Tensor rotary_attention(Tensor qkv, int64_t num_heads, double scale, Tensor sin, Tensor cos,
                         int64_t prefix, bool interleaved) {
   Positions positions{sin, cos, prefix, interleaved};
-  return attend(qkv, num_heads, scale, std::nullopt, &positions, nullptr);
+  return attention_of(qkv, num_heads, scale, std::nullopt, nullptr, &positions);
 }
 
 std::tuple<Tensor, Tensor> rotary_attention_fwd(Tensor qkv, int64_t num_heads, double scale,
@@ -149,7 +146,7 @@ std::tuple<Tensor, Tensor> rotary_attention_fwd(Tensor qkv, int64_t num_heads, d
                                                 bool interleaved) {
   Positions positions{sin, cos, prefix, interleaved};
   Tensor lse;
-  Tensor out = attend(qkv, num_heads, scale, std::nullopt, &positions, &lse);
+  Tensor out = attention_of(qkv, num_heads, scale, std::nullopt, &lse, &positions);
   return {out, lse};
 }
 
@@ -161,11 +158,6 @@ Tensor rotary_attention_bwd(Tensor dout, Tensor qkv, Tensor /*out*/, Tensor /*ls
 }
 
 }  // namespace
-
-Tensor attention_of(Tensor qkv, int64_t num_heads, double scale, Optional key_bias, Tensor* lse) {
-  return attend(qkv, num_heads, scale, key_bias, nullptr, lse);
-}
-
 }  // namespace deit
 
 STABLE_TORCH_LIBRARY_IMPL(deit_cpu, CPU, m) {

@@ -81,7 +81,18 @@ struct Statistics {
 };
 
 Tensor layer_norm_of(Tensor x, Tensor weight, Optional bias, double eps, Statistics* saved);
-Tensor attention_of(Tensor qkv, int64_t num_heads, double scale, Optional key_bias, Tensor* lse);
+
+// Rotary positions as the schemas give them, which keep what `rope_of` points to alive.
+struct Positions {
+  Tensor sin, cos;
+  int64_t prefix;
+  bool interleaved;
+};
+
+// Replaces the tables by fp32 ones of equal strides where they are not.
+Rope rope_of(Positions& positions, const Tensor& x, int64_t heads, int64_t head_dim);
+Tensor attention_of(Tensor qkv, int64_t num_heads, double scale, Optional key_bias, Tensor* lse,
+                    Positions* positions = nullptr);
 void run_attention(AttentionArgs args);  // plans it
 
 }  // namespace deit

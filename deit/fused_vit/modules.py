@@ -216,7 +216,7 @@ class FusedLayerNorm(Fused):
 class FusedAttention(SelfAttention, Fused):
     """Over an attention with one qkv projection and an output projection."""
 
-    OPERATORS = ("linear", "attention")
+    OPERATORS: ClassVar[tuple[str, ...]] = ("linear", "attention")
     LINEARS: ClassVar[tuple[str, ...]] = ("qkv", "proj")
 
     def projection(self) -> tuple[Tensor, Tensor | None]:

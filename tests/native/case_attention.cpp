@@ -45,7 +45,8 @@ void fuzz_attention(Random& random, const deit::Kernels& set) {
         set.attention.forward(args, workspace, begin, end);
       });
 
-  const deit::Scalar rounded = args.bf16_products && !args.rope.sin ? deit::Scalar::bf16 : args.type;
+  const bool coarse = args.bf16_products && !args.rope.sin;
+  const deit::Scalar rounded = coarse ? deit::Scalar::bf16 : args.type;
   const std::vector<double> values = qkv.values();
   std::vector<double> p(static_cast<size_t>(args.tokens));
   for (int64_t task = 0; task < args.batch * args.heads * args.tokens; ++task) {

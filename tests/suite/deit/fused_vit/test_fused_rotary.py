@@ -12,6 +12,7 @@ from timm.models import eva
 
 from deit.fused_vit import fuse, fused, unfuse
 from deit.fused_vit.modules import Fused, original_class
+from deit.kernels.engine import native
 
 DINOV3 = {
     "rope_type": "dinov3", "rope_rotate_half": True, "use_rot_pos_emb": True, "init_values": 0.5,
@@ -195,11 +196,33 @@ def test_eight_bits_leave_these_blocks_in_their_dtype():
     same(everything(model), want)
 
 
+@pytest.mark.skipif(bool(native.why_not("cpu")), reason="no C++ library")
+@pytest.mark.parametrize("batch", [2, 8])  # operator by operator, and image by image
+@pytest.mark.parametrize("kind", ["dinov3", "rope, mixed", "rope, apart", "eva without rotation"])
+def test_whole_blocks_have_the_bits_of_their_parts(kind, batch, threads):
+    threads(1)
+    options = {"qkv_fused": False} if "apart" in kind else {}
+    model = make(kind.replace("apart", "mixed"), **options)
+    images = torch.randn(batch, 3, 32, 32)
+    want = everything(model, images)
+    assert "vit_block" not in fuse(model, block="parts").operators
+    parts = everything(model, images)
+    report = fuse(model)
+    assert "whole in inference" in str(report)
+    assert report.operators["vit_block"] == "cpu"
+    found = everything(model, images)
+    assert all(torch.equal(a, b) for a, b in zip(found, parts, strict=True))
+    same(found, want)
+
+
 def test_whole_blocks_are_not_asked_of_kernels_that_do_not_rotate():
-    model = make()
-    want = everything(model)
-    assert "by its parts" in str(fuse(model, block="whole"))
-    same(everything(model), want)
+    for kind, reason in (
+        ("eva02", "no gated MLP"),
+        ("rope, q and k normalised", "no norms within attention"),
+    ):
+        assert f"by its parts: a whole block knows {reason}" in str(fuse(make(kind)))
+    report = fuse(make(), "triton", block="whole")
+    assert "the CPU's whole block alone knows rotary positions" in str(report)
 
 
 def test_autocast_and_half_precision():
