@@ -212,6 +212,19 @@ def test_sums_in_parts(rows, tma):
     oracle.check(out, lambda g, x: g.t() @ x, (g, x))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_mlp_through_each_activation(activation):
+    """The whole backward, whose first product goes through the activation."""
+    x, w1, w2 = _make(2, 17, 48), _make(96, 48, seed=2), _make(48, 96, seed=3)
+    b1, b2, dout = _make(96, seed=4), _make(48, seed=5), _make(2, 17, 48, seed=6)
+    ours = lambda *given: gelu_mlp(*given[:-1], activation=activation, impl="triton")
+    plain = lambda *given: reference.gelu_mlp(*given[:-1], None, None, None, activation)
+    arguments = (x, w1, b1, w2, b2, None)
+    oracle.check(
+        _backward(ours)(dout, *arguments), _backward(plain), (dout, *arguments), name="mlp"
+    )
+
+
 def test_splits_fill_the_device():
     """DeiT-B's products at batch 256 on 132 multiprocessors."""
     for tiles in (18, 54, 72):

@@ -219,13 +219,14 @@ def test_naflex_s_batches_of_many_sizes_are_as_before(naflex):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["clip", "giant", "siglip"])
-def test_8_bits(family):
+@pytest.mark.parametrize("family", ["clip", "giant", "inner norm", "siglip"])
+@pytest.mark.parametrize(("dtype", "near"), [("int8", 0.05), ("fp8", 0.2)])
+def test_8_bits(dtype, near, family):
     model = make(family)
     want = model(IMAGES)
-    fuse(model, dtype="int8")
+    fuse(model, "reference" if dtype == "fp8" else "auto", dtype=dtype)
     error = (model(IMAGES) - want).norm() / want.norm()
-    assert 0 < error < 0.05
+    assert 0 < error < near
 
 
 @torch.no_grad()

@@ -236,7 +236,7 @@ def test_command_line_reports_and_exits_with_zero():
         text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 launches of 3 kernels compiled" in done.stdout
+    assert "6 launches of 6 kernels compiled" in done.stdout
     assert ", 0 with a fault" in done.stdout
     assert " 1 x 8    12%" in done.stdout  # blocks of a multiprocessor, warps, occupancy
     assert "wgmma, cp.async.bulk.tensor" in done.stdout
