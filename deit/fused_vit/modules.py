@@ -382,6 +382,8 @@ class FusedBlock(WholeBlock, Fused):
         for name, kind in self.PARTS:
             part = children.get(name)
             if not isinstance(part, kind):
+                if isinstance(part, Fused):
+                    return f"{name} is a {original_class(part).__name__}, not what a block takes"
                 return f"{name} is a {type(part).__name__} that is not fused"
             reason = part.unsupported()
             if reason is not None:

@@ -35,7 +35,7 @@ def _attention(shipped: Shipped) -> common.Launch:
         rope = (table, table, 5, "interleaved" in shipped.variant)
     if not shipped.operator.endswith("_bwd"):
         config = (
-            attention_tiles.rotary(*known)
+            attention_tiles.rotary_attention(*known)
             if rope
             else attention_tiles.attention(*known, tokens, tma=not spare)
         )
@@ -44,7 +44,7 @@ def _attention(shipped: Shipped) -> common.Launch:
             attention.plan(qkv, heads, 0.125, key_bias, rope=rope, save_lse=lse, config=config)
         )
     bwd_config = (
-        attention_tiles.rotary_bwd(*known)
+        attention_tiles.rotary_attention_bwd(*known)
         if rope
         else attention_tiles.attention_bwd(*known, tokens, tma=not spare)
     )
@@ -69,11 +69,11 @@ def _config_bwd(arch: int, dtype: torch.dtype, size: int) -> object:
 
 
 def _rotary(arch: int, dtype: torch.dtype, size: int) -> object:
-    return attention_tiles.rotary(arch, dtype, size)
+    return attention_tiles.rotary_attention(arch, dtype, size)
 
 
 def _rotary_bwd(arch: int, dtype: torch.dtype, size: int) -> object:
-    return attention_tiles.rotary_bwd(arch, dtype, size)
+    return attention_tiles.rotary_attention_bwd(arch, dtype, size)
 
 
 _KERNEL = functools.partial(

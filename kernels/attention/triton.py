@@ -109,7 +109,7 @@ def plan(
     known = common.architecture(qkv), qkv.dtype, head_dim
     if config is None and rope is None:
         config = attention_tiles.attention(*known, tokens, common.describable(qkv))
-    config = config or attention_tiles.rotary(*known)
+    config = config or attention_tiles.rotary_attention(*known)
     query_blocks = triton.cdiv(tokens, config.block_m)
     arguments = {
         "q_source": qkv_tiles.source(qkv, config.block_m, head_dim, config.tma),

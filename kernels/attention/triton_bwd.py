@@ -92,7 +92,7 @@ def plan(
     known = common.architecture(qkv), qkv.dtype, head_dim
     if config is None and rope is None:
         config = attention_tiles.attention_bwd(*known, qkv.shape[1], common.describable(qkv))
-    config = config or attention_tiles.rotary_bwd(*known)
+    config = config or attention_tiles.rotary_attention_bwd(*known)
     if config.tma and not common.describable(dout):
         dout = dout.contiguous()
     arguments = _inputs(qkv, dout, key_bias, num_heads, scale, config) | {"dqkv": dqkv}

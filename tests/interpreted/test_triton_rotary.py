@@ -75,8 +75,8 @@ def test_every_architectures_configuration(arch, dtype):
         *tables(40, 1, dtype=dtype),
         1,
         interleaved=True,
-        config=attention_tiles.rotary(*known),
-        bwd_config=attention_tiles.rotary_bwd(*known),
+        config=attention_tiles.rotary_attention(*known),
+        bwd_config=attention_tiles.rotary_attention_bwd(*known),
     )
 
 
