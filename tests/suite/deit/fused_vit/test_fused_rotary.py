@@ -217,10 +217,10 @@ def test_whole_blocks_have_the_bits_of_their_parts(kind, batch, threads):
 
 def test_whole_blocks_are_not_asked_of_kernels_that_do_not_rotate():
     for kind, reason in (
-        ("eva02", "no gated MLP"),
-        ("rope, q and k normalised", "no norms within attention"),
+        ("eva02", "its MLP is gated"),
+        ("rope, q and k normalised", "a whole block knows no norms within attention"),
     ):
-        assert f"by its parts: a whole block knows {reason}" in str(fuse(make(kind)))
+        assert f"by its parts: {reason}" in str(fuse(make(kind)))
     report = fuse(make(), "triton", block="whole")
     assert "the CPU's whole block alone knows rotary positions" in str(report)
 
