@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
 
-from deit.fused_vit import feed_forward, huggingface, modules, rotary
+from deit.fused_vit import deit_model, feed_forward, huggingface, modules, rotary
 from deit.fused_vit.attention_interface import any_set
 from deit.fused_vit.rotary import Positions
 from deit.kernels.attention.reference import turned
@@ -95,3 +95,58 @@ class FusedGatedMlp(feed_forward.FusedGatedMlp, dinov3.DINOv3ViTGatedMLP):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
         return super().forward(x)
+
+
+class FusedLayer(rotary.RotaryBlock, dinov3.DINOv3ViTLayer):
+    """transformers' DINOv3ViTLayer with its residual additions in the products' epilogues."""
+
+    PARTS = (
+        ("norm1", deit_model.FusedLayerNorm),
+        ("attention", rotary.RotaryAttention),
+        ("norm2", deit_model.FusedLayerNorm),
+        ("mlp", modules.FeedForward),
+    )
+    SCALES = ("layer_scale1", "layer_scale2")
+    SCALE_KINDS = (dinov3.DINOv3ViTLayerScale,)
+    DROP_PATHS = ("drop_path",)
+    DROP_PATH_KINDS = (nn.Identity, dinov3.Dinov3ViTDropPath)
+    STANDS_FOR = (*SCALE_KINDS, *DROP_PATH_KINDS)
+
+    watched = huggingface.FusedLayer.watched
+
+    def gamma(self, index: int) -> Tensor | None:
+        scale: Any = self._modules[self.SCALES[index]]
+        return scale.lambda1
+
+    def keep(self, index: int, x: Tensor) -> Tensor | None:
+        drop: Any = self._modules["drop_path"]
+        rate = getattr(drop, "drop_prob", 0.0)
+        if rate == 0.0 or not drop.training:
+            return None
+        drawn = torch.rand((x.shape[0], *(1,) * (x.dim() - 1)), dtype=x.dtype, device=x.device)
+        return torch.floor(drawn + (1 - rate)).flatten() / (1 - rate)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        plain = attention_mask is None and not any_set(kwargs)
+        if plain and self.runs_fused(hidden_states):
+            rope = _positions(hidden_states, position_embeddings)
+            attention: Any = self._modules["attention"]
+            if rope is not None and attention.takes(hidden_states, rope):
+                return self.advance(hidden_states, rope=rope)
+        return modules.original_class(self).forward(
+            self, hidden_states, attention_mask, position_embeddings, **kwargs
+        )
+
+
+LEAVES: dict[type[nn.Module], type[modules.Fused]] = {
+    dinov3.DINOv3ViTAttention: FusedAttention,
+    dinov3.DINOv3ViTMLP: FusedMlp,
+    dinov3.DINOv3ViTGatedMLP: FusedGatedMlp,
+}
+BLOCKS: dict[type[nn.Module], type[modules.Fused]] = {dinov3.DINOv3ViTLayer: FusedLayer}

@@ -11,6 +11,7 @@ from deit.fused_vit import eight_bits, modules
 from deit.fused_vit.modules import hooked, unreadable
 from deit.kernels import rotary_attention
 from deit.kernels.engine import autocast
+from deit.kernels.thirds import rotary_vit_block
 
 
 class Positions(NamedTuple):
@@ -149,3 +150,30 @@ class RotaryBlock(modules.FusedBlock):
 
     def apart(self) -> str | None:
         _, attn, _, _ = self.parts()
+        if self.fused_impls.get("vit_block") not in ("auto", "cpu"):
+            return "the CPU's whole block alone knows rotary positions"
+        if any(type(attn._modules.get(name)) not in _NO_NORM for name in attn.NORMS):
+            return "a whole block knows no norms within attention"
+        return super().apart()
+
+    def advance(
+        self,
+        x: Tensor,
+        *,
+        key_bias: Tensor | None = None,
+        rows: int | None = None,
+        rope: Positions | None = None,
+    ) -> Tensor:
+        if self.runs_whole(x):
+            if rope is None:
+                return self.whole(x)[0]
+            whole = rotary_vit_block(x, **self.arguments(), rope=rope)
+            if whole is not None:
+                return whole
+        norm1, attn, norm2, mlp = self.parts()
+        normed, keep = norm1.normalise(x), self.keep(0, x)
+        stream = attn.attend(normed, x, self.gamma(0), keep, key_bias=key_bias, rope=rope)
+        return mlp.feed_forward(norm2.normalise(stream), stream, self.gamma(1), self.keep(1, x))
+
+
+_NO_NORM = (type(None), nn.Identity)
