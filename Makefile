@@ -1,7 +1,7 @@
 # The verbs of development. PYTHON names the interpreter of an environment with '.[test,dev]'.
 PYTHON ?= python
 
-.PHONY: test avx2 lint types sanitize aot gpu bench report
+.PHONY: test avx2 lint types sanitize simulate simulate-all aot gpu bench report
 
 test:
 	$(PYTHON) -m pytest
@@ -24,6 +24,22 @@ types:
 # The C++ kernels on fuzzed shapes under AddressSanitizer, UBSan and ThreadSanitizer.
 sanitize:
 	$(PYTHON) tests/native/sanitize.py
+
+# The Triton kernels on GPUs that ttsem simulates on the CPU: results, bounds and races. `simulate`
+# is CI's part, some 6 minutes of a core; `simulate-all` takes an hour. ttsem's metadata asks for
+# Python 3.12; its code runs on 3.11, so it is unpacked beside. It reads the IR of triton 3.8.
+TTSEM := build/ttsem-0.1.0
+SIMULATED = PYTHONPATH=$(CURDIR)/$(TTSEM):$$PYTHONPATH OMP_NUM_THREADS=1 $(PYTHON) -m pytest \
+    tests/simulated $(SELECT)
+
+simulate: $(TTSEM)
+	DEIT_SIMULATE=slice $(SIMULATED)
+
+simulate-all: $(TTSEM)
+	DEIT_SIMULATE=all $(SIMULATED)
+
+$(TTSEM):
+	$(PYTHON) -m pip install -q --no-deps --ignore-requires-python --target $@ ttsem==0.1.0
 
 # Every pinned Triton configuration, compiled for each GPU architecture, no GPU needed: by the
 # Triton at hand, and for Hopper by the oldest one supported too, unpacked beside it. Ada's own

@@ -102,24 +102,29 @@ def results(call: Call, impl: str, dtype: torch.dtype | None, backward: bool) ->
     return call.results(impl, inputs, cotangent if backward else None)
 
 
-def measured(call: Call, impl: str, backward: bool) -> dict[str, oracle.Measured]:
-    """Every output's and gradient's errors by name."""
+def three(call: Call, impl: str, backward: bool) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Every output and gradient by name: the implementation's, PyTorch's, and in fp64."""
     kernel = results(call, impl, None, backward)
     plain = results(call, "reference", None, backward)
     exact = results(call, "reference", torch.float64, backward)
+    return {name: (got, plain[name], exact[name]) for name, got in kernel.items()}
+
+
+def measured(found: dict[str, tuple[Tensor, Tensor, Tensor]]) -> dict[str, oracle.Measured]:
+    """The errors of what `three` found, by name."""
     return {
         name: oracle.Measured(
-            oracle.errors(got, exact[name]),
-            oracle.errors(plain[name], exact[name]),
-            oracle.floor(got.dtype, exact[name].cpu()),
+            oracle.errors(got, exact),
+            oracle.errors(plain, exact),
+            oracle.floor(got.dtype, exact.cpu()),
         )
-        for name, got in kernel.items()
+        for name, (got, plain, exact) in found.items()
     }
 
 
 def compare(draws: Sequence[Call], impl: str, dtype: str, family: str, backward: bool) -> list[Row]:
     """A row for every output and gradient of one call, pooled over its draws."""
-    found = [measured(call, impl, backward) for call in draws]
+    found = [measured(three(call, impl, backward)) for call in draws]
     rows = []
     for quantity in found[0]:
         m = oracle.pooled([draw[quantity] for draw in found])
