@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from simulator import ops
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from ttsem import ops
 
 aten = torch.ops.aten
 

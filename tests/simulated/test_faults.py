@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+from simulator import sanitize
 from test_operators import LEAN, Case, Size, measure
-from ttsem import sanitize
 
 from deit.kernels.attention import triton as attention
 from deit.kernels.device import common
