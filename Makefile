@@ -1,7 +1,7 @@
 # The verbs of development. PYTHON names the interpreter of an environment with '.[test,dev]'.
 PYTHON ?= python
 
-.PHONY: test avx2 lint types sanitize simulate simulate-all aot gpu bench report
+.PHONY: test avx2 lint types sanitize simulate simulate-all simulated-figures aot gpu bench report
 
 test:
 	$(PYTHON) -m pytest
@@ -29,14 +29,17 @@ sanitize:
 # is CI's part, some 6 minutes of a core; `simulate-all` takes an hour. ttsem's metadata asks for
 # Python 3.12; its code runs on 3.11, so it is unpacked beside. It reads the IR of triton 3.8.
 TTSEM := build/ttsem-0.1.0
-SIMULATED = PYTHONPATH=$(CURDIR)/$(TTSEM):$$PYTHONPATH OMP_NUM_THREADS=1 $(PYTHON) -m pytest \
-    tests/simulated $(SELECT)
+SIMULATED = OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(TTSEM):$(CURDIR)/bench:$(CURDIR)/tests
 
 simulate: $(TTSEM)
-	DEIT_SIMULATE=slice $(SIMULATED)
+	$(SIMULATED) DEIT_SIMULATE=slice $(PYTHON) -m pytest tests/simulated $(SELECT)
 
 simulate-all: $(TTSEM)
-	DEIT_SIMULATE=all $(SIMULATED)
+	$(SIMULATED) DEIT_SIMULATE=all $(PYTHON) -m pytest tests/simulated $(SELECT)
+
+# docs/numerics.md's table of Triton's bf16.
+simulated-figures: $(TTSEM)
+	$(SIMULATED) DEIT_SIMULATE=all $(PYTHON) tests/simulated/figures.py
 
 $(TTSEM):
 	$(PYTHON) -m pip install -q --no-deps --ignore-requires-python --target $@ ttsem==0.1.0
