@@ -26,23 +26,24 @@ sanitize:
 	$(PYTHON) tests/native/sanitize.py
 
 # The Triton kernels on GPUs that ttsem simulates on the CPU: results, bounds and races. `simulate`
-# is CI's part, some 6 minutes of a core; `simulate-all` takes an hour. ttsem's metadata asks for
-# Python 3.12; its code runs on 3.11, so it is unpacked beside. It reads the IR of triton 3.8.
-TTSEM := build/ttsem-0.1.0
-SIMULATED = OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(TTSEM):$(CURDIR)/bench:$(CURDIR)/tests
+# is CI's part; `simulate-all` takes about two hours of a core. ttsem's metadata asks for Python
+# 3.12, and its code runs on 3.11, so it is unpacked beside. It reads the IR of triton 3.8 alone.
+SIMULATORS := build/simulators
+SIMULATED = OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(SIMULATORS):$(CURDIR)/bench:$(CURDIR)/tests
 
-simulate: $(TTSEM)
+simulate: $(SIMULATORS)
 	$(SIMULATED) DEIT_SIMULATE=slice $(PYTHON) -m pytest tests/simulated $(SELECT)
 
-simulate-all: $(TTSEM)
+simulate-all: $(SIMULATORS)
 	$(SIMULATED) DEIT_SIMULATE=all $(PYTHON) -m pytest tests/simulated $(SELECT)
 
 # docs/numerics.md's table of Triton's bf16.
-simulated-figures: $(TTSEM)
+simulated-figures: $(SIMULATORS)
 	$(SIMULATED) DEIT_SIMULATE=all $(PYTHON) tests/simulated/figures.py
 
-$(TTSEM):
-	$(PYTHON) -m pip install -q --no-deps --ignore-requires-python --target $@ ttsem==0.1.0
+$(SIMULATORS):
+	$(PYTHON) -m pip install -q --no-deps --ignore-requires-python --target $@ \
+	    ttsem==0.1.0 mmaemu==0.1.0
 
 # Every pinned Triton configuration, compiled for each GPU architecture, no GPU needed: by the
 # Triton at hand, and for Hopper by the oldest one supported too, unpacked beside it. Ada's own

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 ROUNDS = 15
 # In this order while time lasts. The losses take logits, whatever D.
 WIDTHS = (768, 192, 384)
+ROWS = {"batch": 256, "tokens": 197}
 COMPILED = (768,)  # compiling the reference takes seconds each
 
 
@@ -74,7 +75,7 @@ def _operator(
     from evidence.timing import paired_ratio, spread
     from operators import measure
 
-    sizes = {"batch": 256, "tokens": 197, "dim": dim}
+    sizes = {**ROWS, "dim": dim}
     if context.dry:
         sizes = {"batch": 2, "tokens": 5, "dim": 64}
     dtype = torch.float32 if context.dry else torch.bfloat16

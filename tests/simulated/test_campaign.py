@@ -11,12 +11,16 @@ import time
 import gpu
 import pytest
 import torch
-from qualification import context as contexts
-from qualification import correctness, environment, fp8, robustness
 
+import throughput
 from deit import tune
 from deit.kernels.prove import calls
 from deit.kernels.prove import tune as tuner
+from operators import measure
+from qualification import context as contexts
+from qualification import correctness, environment, fp8, models, robustness, speed
+
+_Options = throughput.Options
 
 
 @pytest.fixture
@@ -94,3 +98,34 @@ def test_tune(arch, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "kept in" in printed
     assert launched.launches > 100
+
+
+def test_speed(stage, monkeypatch):
+    """Races of three operators, forward and backward, captured; without torch.compile."""
+    for name, value in {"ROWS": {"batch": 2, "tokens": 5}, "WIDTHS": (64,), "COMPILED": (),
+                        "ROUNDS": 2}.items():  # fmt: skip
+        monkeypatch.setattr(speed, name, value)
+    monkeypatch.setattr(speed, "measure_ceilings", lambda _: measure.Ceilings(1e12, 1e15, 1, ""))
+    monkeypatch.setattr(measure, "SAMPLE_SECONDS", 1e-3)  # a tick: one pass
+    monkeypatch.setattr(measure, "copies", lambda *_: 1)
+    monkeypatch.setattr(calls, "operators", lambda: ["layer_norm", "attention", "vit_block"])
+    with gpu.cuda() as launched:
+        context = stage("speed")
+        speed.speed(context)
+    _whole(context)
+    assert launched.launches
+
+
+@pytest.mark.parametrize("impl", ["triton", "auto"])
+def test_throughput(impl, stage, monkeypatch):
+    """`bench/throughput.py --device cuda`, its CUDA graph too."""
+    monkeypatch.setattr(throughput, "Options", _brief)
+    with gpu.cuda() as launched:
+        context = stage("throughput", f"deit_ti:{impl}")
+        models.measure(context, "deit_ti", impl)
+    _whole(context)
+    assert launched.launches or impl == "auto"
+
+
+def _brief(**options):
+    return _Options(**{**options, "bs": 1, "img_size": 32, "seconds": 0.01, "budget": 1.0})

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+import simulator
 from simulator import sanitize
 from test_operators import LEAN, Case, Size, measure
 
@@ -106,8 +107,10 @@ def seeded(request: pytest.FixtureRequest) -> Iterator[Fault]:
     source = fault.kernel.src
     assert fault.right in source, "the kernel was rewritten: seed the fault anew"
     fault.kernel._unsafe_update_src(source.replace(fault.right, fault.wrong))
+    simulator.forget()
     yield fault
     fault.kernel._unsafe_update_src(source)
+    simulator.forget()
 
 
 @pytest.mark.parametrize("seeded", FAULTS, indirect=True)
