@@ -32,8 +32,8 @@ ARCHITECTURES = (80, 90, 100, 120)
 
 def why_not() -> str:
     """Why nothing can be simulated here; "" where it can."""
-    if importlib.util.find_spec("ttsem") is None:
-        return f"ttsem {TTSEM} is not installed"
+    if missing := [name for name in ("ttsem", "mmaemu") if not importlib.util.find_spec(name)]:
+        return f"{' and '.join(missing)} not installed"
     if (found := importlib.metadata.version("ttsem")) != TTSEM:
         return f"expected ttsem {TTSEM}, whose gaps are mended here; found {found}"
     if sys.version_info < (3, 11):
