@@ -46,28 +46,22 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Instruction set -> the flags its copy of csrc/cpu/kernels.cpp is compiled with.
 # GCC 12's own AVX-512 headers read `_mm512_undefined_ps` before setting it.
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -Wno-maybe-uninitialized"
-CPU_SETS: dict[str, str] = (
-    {
-        "avx512_bf16": f"{AVX512} -mavx512bf16",
-        "avx512": AVX512,
-        "avx2": "-mavx2 -mfma -mf16c",
-        "portable": "",
-    }
-    if X86
-    else {"portable": ""}
-)
-
+AVX2 = "-mavx2 -mfma -mf16c"
+CPU_SETS: dict[str, str] = {
+    "avx512_bf16": f"{AVX512} -mavx512bf16",
+    "avx512": AVX512,
+    "avx2": AVX2,
+    "portable": "",
+}
 # The same for csrc/cpu/int8_kernels.cpp.
-INT8_SETS: dict[str, str] = (
-    {
-        "avx512vnni": f"{CPU_SETS['avx512']} -mavx512vnni",
-        "avxvnni": f"{CPU_SETS['avx2']} -mavxvnni",
-        "avx2": CPU_SETS["avx2"],
-        "portable": "",
-    }
-    if X86
-    else {"portable": ""}
-)
+INT8_SETS: dict[str, str] = {
+    "avx512vnni": f"{AVX512} -mavx512vnni",
+    "avxvnni": f"{AVX2} -mavxvnni",
+    "avx2": AVX2,
+    "portable": "",
+}
+if not X86:
+    CPU_SETS = INT8_SETS = {"portable": ""}
 
 # Machine code for A100, H100 and B200; PTX of the last for whatever comes after.
 CUDA_CODE = {

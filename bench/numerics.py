@@ -110,21 +110,14 @@ def three(call: Call, impl: str, backward: bool) -> dict[str, tuple[Tensor, Tens
     return {name: (got, plain[name], exact[name]) for name, got in kernel.items()}
 
 
-def measured(found: dict[str, tuple[Tensor, Tensor, Tensor]]) -> dict[str, oracle.Measured]:
-    """The errors of what `three` found, by name."""
-    return {
-        name: oracle.Measured(
-            oracle.errors(got, exact),
-            oracle.errors(plain, exact),
-            oracle.floor(got.dtype, exact.cpu()),
-        )
-        for name, (got, plain, exact) in found.items()
-    }
+def measured(call: Call, impl: str, backward: bool) -> dict[str, oracle.Measured]:
+    """Every output's and gradient's errors by name."""
+    return {name: oracle.compared(*of) for name, of in three(call, impl, backward).items()}
 
 
 def compare(draws: Sequence[Call], impl: str, dtype: str, family: str, backward: bool) -> list[Row]:
     """A row for every output and gradient of one call, pooled over its draws."""
-    found = [measured(three(call, impl, backward)) for call in draws]
+    found = [measured(call, impl, backward) for call in draws]
     rows = []
     for quantity in found[0]:
         m = oracle.pooled([draw[quantity] for draw in found])

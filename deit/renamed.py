@@ -14,34 +14,25 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
+# Where those that kept their own names are now: (package, room in it) -> names.
+_MOVED = {
+    ("deit", "commands"): ("cli", "flags"),
+    ("deit", "data"): ("decoding", "images", "limits"),
+    ("deit", "training"): ("options", "report", "runs", "trackers"),
+    ("deit", "weights"): ("beside", "layouts", "networks", "readers"),
+    ("deit.kernels", "device"): ("tuning",),
+    ("deit.kernels", "engine"): ("dispatch", "json_files", "native", "packing", "validate"),
+    ("deit.kernels", "prove"): ("reference",),
+}
 RENAMED = {
-    f"deit.{old}": f"deit.{new}"
-    for old, new in {
-        "beside": "weights.beside",
-        "cli": "commands.cli",
-        "continuing": "training.resume",
-        "decoding": "data.decoding",
-        "distill": "training.distillation",
-        "evaluate": "training.evaluation",
-        "flags": "commands.flags",
-        "images": "data.images",
-        "layouts": "weights.layouts",
-        "limits": "data.limits",
-        "networks": "weights.networks",
-        "options": "training.options",
-        "readers": "weights.readers",
-        "report": "training.report",
-        "runs": "training.runs",
-        "scale": "training.distributed",
-        "trackers": "training.trackers",
-        "kernels.dispatch": "kernels.engine.dispatch",
-        "kernels.json_files": "kernels.engine.json_files",
-        "kernels.native": "kernels.engine.native",
-        "kernels.packing": "kernels.engine.packing",
-        "kernels.reference": "kernels.prove.reference",
-        "kernels.tuning": "kernels.device.tuning",
-        "kernels.validate": "kernels.engine.validate",
-    }.items()
+    f"{package}.{name}": f"{package}.{room}.{name}"
+    for (package, room), names in _MOVED.items()
+    for name in names
+} | {
+    "deit.continuing": "deit.training.resume",
+    "deit.distill": "deit.training.distillation",
+    "deit.evaluate": "deit.training.evaluation",
+    "deit.scale": "deit.training.distributed",
 }
 
 

@@ -10,12 +10,11 @@ import functools
 import importlib
 import importlib.metadata
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
 from deit.model import Attention
-from peers.peer import HALVES, Built, Peer, Problem, twin
+from peers.peer import FLASH, HALVES, Built, Peer, Problem, on_cuda, twin
 
 Attend = Callable[[Tensor, float], Tensor]
 
@@ -67,22 +66,14 @@ def _build(problem: Problem, load: Callable[[], Attend], distribution: str) -> B
 
 
 def _peer(
-    name: str, load: Callable[[], Attend], package: str, install: str = "", **more: Any
+    name: str, load: Callable[[], Attend], distribution: str, package: str, install: str = ""
 ) -> Peer:
-    build = functools.partial(_build, load=load, distribution=more.get("distribution", name))
-    return Peer(
-        name, f"eager, {name}", build, (package,), install, devices=("cuda",), dtypes=HALVES
-    )
+    build = functools.partial(_build, load=load, distribution=distribution)
+    return on_cuda(name, f"eager, {name}", build, (package,), install, dtypes=HALVES)
 
 
 PEERS = (
-    _peer("xformers", _xformers, "xformers"),
-    _peer("flash-attn", _flash_attn, "flash_attn", "pip install flash-attn --no-build-isolation"),
-    _peer(
-        "flash-attn-3",
-        _flash_attn_3,
-        "flash_attn_interface",
-        "pip install 'git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper'",
-        distribution="flash_attn_3",
-    ),
+    _peer("xformers", _xformers, "xformers", "xformers"),
+    _peer("flash-attn", _flash_attn, "flash-attn", *FLASH[2]),
+    _peer("flash-attn-3", _flash_attn_3, "flash_attn_3", *FLASH[3]),
 )

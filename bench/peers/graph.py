@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 
 from deit.fused_vit import compile_graph, fuse
-from peers.peer import ALL, Built, Peer, Problem, twin
+from peers.peer import ALL, Built, Peer, Problem, on_cuda, twin
 
 
 def _build(problem: Problem, fused: bool) -> Built:
@@ -18,13 +18,9 @@ def _build(problem: Problem, fused: bool) -> Built:
     return Built(compile_graph(module, problem.images), "compile_graph(model, batch)")
 
 
-PEERS = tuple(
-    Peer(
-        f"{name}-graph",
-        f"{name}, one CUDA graph",
-        functools.partial(_build, fused=name == "fused"),
-        devices=("cuda",),
-        dtypes=ALL,
-    )
-    for name in ("fused", "eager")
-)
+def _peer(name: str) -> Peer:
+    build = functools.partial(_build, fused=name == "fused")
+    return on_cuda(f"{name}-graph", f"{name}, one CUDA graph", build, dtypes=ALL)
+
+
+PEERS = (_peer("fused"), _peer("eager"))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import deit
-from peers.peer import ALL, ANYWHERE, Built, Peer, Problem
+from peers.peer import Built, Problem, everywhere
 
 
 def _import(threads: int) -> Any:
@@ -123,15 +123,5 @@ def _build(problem: Problem) -> Built:
     return Built(call, f"jax {jax.__version__}, jit (XLA), attention by {attention}{where}")
 
 
-PEERS = (
-    Peer(
-        "jax",
-        "JAX",
-        _build,
-        ("jax",),
-        "pip install jax, for CUDA 'jax[cuda13]'",
-        devices=ANYWHERE,
-        dtypes=ALL,
-        counted=False,
-    ),
-)
+_INSTALL = "pip install jax, for CUDA 'jax[cuda13]'"
+PEERS = (everywhere("jax", "JAX", _build, ("jax",), _INSTALL, counted=False),)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import io
 import re
@@ -21,7 +22,14 @@ Call = Callable[[Tensor], Tensor]
 FP32 = (torch.float32,)
 HALVES = (torch.float16, torch.bfloat16)
 ALL = (*FP32, *HALVES)
-ANYWHERE = ("cpu", "cuda")
+# FlashAttention's packages by its version, and the commands that install them.
+FLASH = {
+    2: ("flash_attn", "pip install flash-attn --no-build-isolation"),
+    3: (
+        "flash_attn_interface",
+        "pip install 'git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper'",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -128,3 +136,7 @@ class Peer:
         if dtype not in self.dtypes:
             return f"its adapter has no {str(dtype).removeprefix('torch.')}"
         return self.also()
+
+
+everywhere = functools.partial(Peer, devices=("cpu", "cuda"), dtypes=ALL)
+on_cuda = functools.partial(Peer, devices=("cuda",))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from peers.peer import ALL, Built, Peer, Problem, quietly
+from peers.peer import ALL, Built, Problem, on_cuda, quietly
 
 
 def _build(problem: Problem) -> Built:
@@ -26,15 +26,5 @@ def _build(problem: Problem) -> Built:
     return Built(engine, f"torch_tensorrt {torch_tensorrt.__version__}, strongly typed, TF32 off")
 
 
-PEERS = (
-    Peer(
-        "tensorrt",
-        "TensorRT",
-        _build,
-        ("torch_tensorrt",),
-        "pip install torch-tensorrt",
-        devices=("cuda",),
-        dtypes=ALL,
-        counted=False,
-    ),
-)
+_PACKAGE, _INSTALL = ("torch_tensorrt",), "pip install torch-tensorrt"
+PEERS = (on_cuda("tensorrt", "TensorRT", _build, _PACKAGE, _INSTALL, dtypes=ALL, counted=False),)

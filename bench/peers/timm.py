@@ -5,7 +5,7 @@ It has not run on CUDA yet.
 
 from __future__ import annotations
 
-from peers.peer import ALL, ANYWHERE, Built, Peer, Problem, one_headed
+from peers.peer import Built, Problem, everywhere, one_headed
 
 
 def _build(problem: Problem) -> Built:
@@ -27,4 +27,4 @@ def _build(problem: Problem) -> Built:
     return Built(theirs, f"timm {timm.__version__}, eager")
 
 
-PEERS = (Peer("timm", "timm eager", _build, ("timm",), devices=ANYWHERE, dtypes=ALL),)
+PEERS = (everywhere("timm", "timm eager", _build, ("timm",)),)

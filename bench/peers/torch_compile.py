@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from peers.peer import ALL, ANYWHERE, HALVES, Built, Peer, Problem
+from peers.peer import ALL, HALVES, Built, Peer, Problem
 
 
 def _build(problem: Problem, mode: str, backend: SDPBackend | None = None) -> Built:
@@ -43,7 +43,7 @@ def _build(problem: Problem, mode: str, backend: SDPBackend | None = None) -> Bu
 def _peer(
     mode: str,
     backend: SDPBackend | None = None,
-    devices: tuple[str, ...] = ANYWHERE,
+    devices: tuple[str, ...] = ("cpu", "cuda"),
     dtypes: tuple[torch.dtype, ...] = ALL,
 ) -> Peer:
     how = "compiled" + ("" if mode == "default" else f", {mode}")

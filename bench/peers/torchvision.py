@@ -5,7 +5,7 @@ In evaluation its nn.MultiheadAttention takes PyTorch's fused path. It has not r
 
 from __future__ import annotations
 
-from peers.peer import ALL, ANYWHERE, Built, Peer, Problem, one_headed, renamed
+from peers.peer import Built, Problem, everywhere, one_headed, renamed
 
 
 def _build(problem: Problem) -> Built:
@@ -29,8 +29,4 @@ def _build(problem: Problem) -> Built:
     return Built(theirs, f"torchvision {torchvision.__version__}, VisionTransformer, eager")
 
 
-PEERS = (
-    Peer(
-        "torchvision", "torchvision eager", _build, ("torchvision",), devices=ANYWHERE, dtypes=ALL
-    ),
-)
+PEERS = (everywhere("torchvision", "torchvision eager", _build, ("torchvision",)),)

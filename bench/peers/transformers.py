@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 
-from peers.peer import ALL, ANYWHERE, HALVES, Built, Peer, Problem, one_headed, renamed
+from peers.peer import FLASH, HALVES, Built, Peer, Problem, everywhere, on_cuda, one_headed, renamed
 
 
 def _build(problem: Problem, attention: str) -> Built:
@@ -36,31 +36,20 @@ def _build(problem: Problem, attention: str) -> Built:
     return Built(lambda images: theirs(images).logits, about)
 
 
-def _flash(version: int, package: str, install: str) -> Peer:
-    return Peer(
+def _flash(version: int) -> Peer:
+    package, install = FLASH[version]
+    return on_cuda(
         f"transformers-flash{version}",
         f"transformers eager, flash {version}",
         functools.partial(_build, attention=f"flash_attention_{version}"),
         ("transformers", package),
         f"pip install transformers && {install}",
-        devices=("cuda",),
         dtypes=HALVES,
     )
 
 
+_sdpa = functools.partial(_build, attention="sdpa")
 PEERS = (
-    Peer(
-        "transformers",
-        "transformers eager",
-        functools.partial(_build, attention="sdpa"),
-        ("transformers",),
-        devices=ANYWHERE,
-        dtypes=ALL,
-    ),
-    _flash(2, "flash_attn", "pip install flash-attn --no-build-isolation"),
-    _flash(
-        3,
-        "flash_attn_interface",
-        "pip install 'git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper'",
-    ),
+    everywhere("transformers", "transformers eager", _sdpa, ("transformers",)),
+    *map(_flash, FLASH),
 )

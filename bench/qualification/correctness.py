@@ -6,6 +6,10 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
+import torch
+
+import numerics
+from deit.kernels.prove import calls
 from qualification.context import Context
 
 IMPLEMENTATIONS = ("triton", "cuda", "cpu")
@@ -21,8 +25,6 @@ SHAPES = (
 
 def correctness(context: Context) -> None:
     """As a stage: one job an operator and dtype. As a job: that operator's rows."""
-    from deit.kernels.prove import calls
-
     if context.dry:
         check(context, DRY, "fp32", ((1, 5, 64),))
     elif context.job:
@@ -41,8 +43,6 @@ def check(
     context: Context, operators: Sequence[str], dtype: str, shapes: tuple[tuple[int, ...], ...]
 ) -> None:
     """Rows of these operators: the random family at every shape, the others at the first."""
-    import torch
-
     # PyTorch's own error is the yardstick: in fp32 it must be fp32's, also of the convolution.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for operator in operators:
@@ -59,8 +59,6 @@ def plan(
     operator: str, shapes: tuple[tuple[int, ...], ...], dry: bool
 ) -> Iterator[tuple[tuple[int, ...], str]]:
     """Shapes and input families, the most telling first."""
-    from deit.kernels.prove import calls
-
     stated = calls.stated()[operator]
     families = [f for f in calls.FAMILIES if stated.softmax or f != "one_hot"]
     yield from ((shapes[0], family) for family in families[: 1 if dry else None])
@@ -75,9 +73,6 @@ def compare(
     context: Context, impl: str, operator: str, dtype: str, shape: tuple[int, ...], family: str
 ) -> None:
     """One call forward and, where there are kernels for it, backward."""
-    import numerics
-    from deit.kernels.prove import calls
-
     draw = calls.Draw(family, numerics.DTYPES[dtype], context.device)
     call = calls.build(operator, draw, calls.Size(*shape))
     if reasons := call.reasons(impl):

@@ -10,6 +10,12 @@ import functools
 import math
 from typing import Any
 
+import torch
+
+import deit.kernels.fp8
+import numerics
+from deit.kernels.fp8.quantize import GROUP, quantize
+from deit.kernels.prove import calls
 from qualification.context import Context
 
 # Relative L2 distance from the reference. linear: an H100 adds each 128 products with some 14
@@ -22,8 +28,6 @@ SHAPES = ((3, 197, 768), (2, 577, 192), (1, 198, 384), (3, 1, 1024), (0, 197, 19
 
 def fp8(context: Context) -> None:
     """A row a dtype, operator, shape and family of inputs; the quantiser first."""
-    import deit.kernels.fp8
-
     reasons = deit.kernels.fp8.why_not(context.device)
     if reasons:
         context.note(f"fp8: not run, {'; '.join(reasons)}")
@@ -46,11 +50,7 @@ def fp8(context: Context) -> None:
 
 def _rounding(context: Context, dtype: str) -> None:
     """Every scale and every value of the kernel's, against PyTorch's casts."""
-    import torch
-
-    import numerics
     from deit.kernels.fp8 import triton_rows as fp8_rows
-    from deit.kernels.fp8.quantize import GROUP, quantize
 
     generator = torch.Generator(context.device).manual_seed(1)
     x = torch.randn((515, 768), device=context.device, generator=generator)
@@ -74,12 +74,6 @@ def _rounding(context: Context, dtype: str) -> None:
 def _compare(
     context: Context, operator: str, dtype: str, shape: tuple[int, ...], family: str
 ) -> None:
-    import torch
-
-    import deit.kernels
-    import numerics
-    from deit.kernels.prove import calls
-
     draw = calls.Draw(family, numerics.DTYPES[dtype], context.device)
     call = calls.build(operator, draw, calls.Size(*shape), "inference")
     public = getattr(deit.kernels, f"fp8_{operator}")
@@ -110,8 +104,6 @@ def _compare(
 
 def contenders(call: Any, backward: bool) -> dict[str, Any]:
     """The call in e4m3, for a race beside its own dtype: {} where it has no such form."""
-    import deit.kernels
-
     tensor = next(iter(call.inputs.values()))
     if call.operator not in ALLOWED or backward or call.options or not tensor.is_cuda:
         return {}

@@ -8,6 +8,11 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+import deit.kernels
+from deit.kernels.prove import calls, oracle
+from operators import measure
 from qualification.context import Context
 from qualification.environment import find_tool
 
@@ -17,8 +22,6 @@ IMPLEMENTATIONS = ("triton", "cuda")
 
 def robustness(context: Context) -> None:
     """As a stage: one job an operator. As a job: every check on it."""
-    from deit.kernels.prove import calls
-
     if not context.job and not context.dry:
         context.fan_out(calls.operators())
         context.jobs = 2  # each takes up to 30 GB
@@ -39,8 +42,6 @@ def each(
     context: Context, operators: tuple[str, ...], checks: dict[str, Callable[..., None]]
 ) -> None:
     """Run the checks; what passes becomes a row, what does not a failure."""
-    import torch
-
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     for operator in operators:
         for name, check in checks.items():
@@ -55,10 +56,6 @@ def each(
 
 def _call(context: Context, operator: str, number: int = 0) -> Any:
     """bf16 at DeiT-S's width and 198 tokens on a GPU; something tiny in fp32 in a dry run."""
-    import torch
-
-    from deit.kernels.prove import calls
-
     size = calls.Size(2, 6, 64) if context.dry else calls.Size(4, 198, 384)
     dtype = torch.float32 if context.dry else torch.bfloat16
     draw = calls.Draw(dtype=dtype, device=context.device, number=number)
@@ -70,16 +67,12 @@ def evaluate(call: Any, impl: str, inputs: dict[str, Any], backward: bool) -> li
 
     The cotangent is one row expanded over the others, as a sum's gradient is: strides of zero.
     """
-    import torch
-
     generator = torch.Generator().manual_seed(17)
     row = lambda _, t: torch.randn(t.shape[-1:], generator=generator).to(t).expand_as(t)
     return list(call.results(impl, inputs, row if backward else None).values())
 
 
 def _same(context: Context, first: list[Any], other: list[Any], what: str) -> None:
-    import torch
-
     for index, (a, b) in enumerate(zip(first, other, strict=True)):
         if not torch.equal(a, b):
             count = int((a != b).sum())
@@ -97,7 +90,6 @@ def _repeats(context: Context, operator: str, impl: str) -> None:
 
 def _views() -> dict[str, Callable[[Any], Any]]:
     """Layouts with a tensor's own values: what a model's slices and permutes look like."""
-    import torch
 
     def spare(x: Any, axis: int, before: int, after: int) -> Any:
         """x as a slice of a tensor that is longer on one axis, NaN in the rest."""
@@ -123,10 +115,6 @@ def _views() -> dict[str, Callable[[Any], Any]]:
 
 def _layouts(context: Context, operator: str, impl: str) -> None:
     """Every floating-point input in each layout: forward and backward under the error rule."""
-    import torch
-
-    from deit.kernels.prove import oracle
-
     call = _call(context, operator)
     backward = call.differentiable(impl)
     double = {n: t.double() if t.is_floating_point() else t for n, t in call.inputs.items()}
@@ -136,12 +124,11 @@ def _layouts(context: Context, operator: str, impl: str) -> None:
         inputs = {n: view(t) if t.is_floating_point() else t for n, t in call.inputs.items()}
         found = evaluate(call, impl, inputs, backward)
         for index, (ours, theirs, best) in enumerate(zip(found, plain, exact, strict=True)):
-            got, base = oracle.errors(ours, best), oracle.errors(theirs, best)
-            error = oracle.Measured(got, base, oracle.floor(ours.dtype, best.cpu()))
+            error = oracle.compared(ours, theirs, best)
             if error.used > 1:
                 raise AssertionError(
-                    f"{name}: result {index}, errors {got} (PyTorch's {base}), {error.used:.2f} of "
-                    "what the rule allows"
+                    f"{name}: result {index}, errors {error.ours} (PyTorch's {error.theirs}), "
+                    f"{error.used:.2f} of what the rule allows"
                 )
         del found
     if context.device.type == "cuda":
@@ -150,8 +137,6 @@ def _layouts(context: Context, operator: str, impl: str) -> None:
 
 def _stream(context: Context, operator: str, impl: str) -> None:
     """A side stream, behind work that makes the inputs there, gives the default stream's bits."""
-    import torch
-
     call = _call(context, operator)
     backward = call.differentiable(impl)
     expected = evaluate(call, impl, call.inputs, backward)
@@ -167,11 +152,6 @@ def _stream(context: Context, operator: str, impl: str) -> None:
 
 def _graph(context: Context, operator: str, impl: str) -> None:
     """Captured after `warmup`, replayed on other inputs: the bits of a plain call."""
-    import torch
-
-    import deit.kernels
-    from operators import measure
-
     call, other = _call(context, operator), _call(context, operator, number=5)
     run = call.function(impl)
     graph = torch.cuda.CUDAGraph()
@@ -195,11 +175,6 @@ LARGE = {"layer_norm": (197, 768), "add_layer_norm": (197, 768), "attention": (1
 
 def _large(context: Context, operator: str, impl: str) -> None:
     """The first and last samples of a batch past 2**31 elements are those of a batch of two."""
-    import torch
-
-    from deit.kernels.prove import calls
-    from operators import measure
-
     tokens, dim = LARGE[operator]
     largest = {"attention": 3 * tokens * dim, "patch_embed": 3 * 224 * 224}
     batch = 2**31 // largest.get(operator, tokens * dim) + 4
@@ -226,8 +201,6 @@ MEMCHECK = ("--tool", "memcheck", "--error-exitcode", "99",
 
 def sanitizer(context: Context) -> None:
     """compute-sanitizer's memcheck over one small call an operator, forward and backward."""
-    from deit.kernels.prove import calls
-
     if context.job:
         each(context, (context.job,), {"memcheck": _once})
         return
@@ -251,8 +224,6 @@ def sanitizer(context: Context) -> None:
 
 
 def _once(context: Context, operator: str, impl: str) -> None:
-    import torch
-
     call = _call(context, operator)
     evaluate(call, impl, call.inputs, call.differentiable(impl))
     torch.cuda.synchronize()

@@ -6,13 +6,18 @@ operators/measure.py times them; here are the shapes, and what is kept of them.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from deit.kernels.engine.operator import OPERATORS
+from deit.kernels.prove import calls
+from deit.kernels.prove.calls import Call
+from evidence.timing import paired_ratio, spread
+from operators import measure
+from operators.measure import Ceilings, Prepared
+from qualification import fp8
 from qualification.context import Context
-
-if TYPE_CHECKING:
-    from deit.kernels.prove.calls import Call
-    from operators.measure import Ceilings, Prepared
 
 ROUNDS = 15
 # In this order while time lasts. The losses take logits, whatever D.
@@ -23,9 +28,6 @@ COMPILED = (768,)  # compiling the reference takes seconds each
 
 def speed(context: Context) -> None:
     """Rows an operator, direction, width and contender; the most telling first."""
-    from deit.kernels.engine.operator import OPERATORS
-    from deit.kernels.prove import calls
-
     ceilings = measure_ceilings(context)
     for dim in WIDTHS[: 1 if context.dry else None]:
         for backward in (False, True):
@@ -48,10 +50,6 @@ _DRY = ("layer_norm", "attention")
 
 def measure_ceilings(context: Context) -> Ceilings:
     """What the device does at best, kept as a row."""
-    import torch
-
-    from operators import measure
-
     found = measure.measure_ceilings(context.device, torch.bfloat16, small=context.dry)
     context.row(
         ceilings={
@@ -69,12 +67,6 @@ def measure_ceilings(context: Context) -> Ceilings:
 def _operator(
     context: Context, operator: str, dim: int, backward: bool, ceilings: Ceilings
 ) -> None:
-    import torch
-
-    from deit.kernels.prove import calls
-    from evidence.timing import paired_ratio, spread
-    from operators import measure
-
     sizes = {**ROWS, "dim": dim}
     if context.dry:
         sizes = {"batch": 2, "tokens": 5, "dim": 64}
@@ -124,9 +116,6 @@ def _operator(
 
 def _prepared(context: Context, sets: list[Any], dim: int, backward: bool) -> dict[str, Prepared]:
     """The contenders that run; what fails is a failure if it is ours, else a note."""
-    from operators import measure
-    from qualification import fp8
-
     # In a dry run the interpreter's time means nothing, and compiling takes too long.
     ours = ("cpu",) if context.dry else measure.OURS
     compiled = dim in COMPILED and not context.dry

@@ -10,7 +10,6 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
 
 from deit.commands import flags
 from deit.commands.eval import Eval
@@ -25,18 +24,8 @@ from deit.commands.tune import Tune
 BAD_INPUT = 2
 
 
-Command = (
-    Annotated[Info, flags.subcommand("info")]
-    | Annotated[Predict, flags.subcommand("predict")]
-    | Annotated[Train, flags.subcommand("train")]
-    | Annotated[Finetune, flags.subcommand("finetune")]
-    | Annotated[Fixres, flags.subcommand("fixres")]
-    | Annotated[Eval, flags.subcommand("eval")]
-    | Annotated[Report, flags.subcommand("report")]
-    | Annotated[Export, flags.subcommand("export")]
-    | Annotated[ExplainImage, flags.subcommand("explain-image")]
-    | Annotated[Tune, flags.subcommand("tune")]
-)
+# Each is named as its class is: `explain-image`.
+Command = Info | Predict | Train | Finetune | Fixres | Eval | Report | Export | ExplainImage | Tune
 
 
 def _any_name(error: UnicodeError) -> tuple[bytes, int]:

@@ -45,11 +45,6 @@ def arg(**how: Any) -> Any:
     return tyro.conf.arg(**how) if tyro else None
 
 
-def subcommand(name: str) -> Any:
-    """tyro.conf.subcommand, for use in Annotated."""
-    return tyro.conf.subcommand(name) if tyro else None
-
-
 def _may_be_left_out(metavar: str) -> Any:
     """For a flag whose own help says what happens without it."""
     return arg(metavar=metavar, help_behavior_hint="")
@@ -109,7 +104,8 @@ def _made(kind: Any, values: dict[str, Any]) -> Any:
     made = {}
     for field, hint, _ in _fields(kind):
         nested = dataclasses.is_dataclass(hint)
-        made[field.name] = _made(hint, values) if nested else values[field.name]
+        value = _made(hint, values) if nested else values[field.name]
+        made[field.name] = tuple(value) if isinstance(value, list) else value
     return kind(**made)
 
 
@@ -133,7 +129,7 @@ def _add(
     else:
         how |= {"type": hint, "metavar": {Path: "PATH"}.get(hint, hint.__name__.upper())}
     if many:
-        how |= {"nargs": "*", "action": _Tuple}
+        how["nargs"] = "*"
     elif positional and not required:
         how["nargs"] = "?"
     if positional:
@@ -141,13 +137,6 @@ def _add(
     else:
         flag = "--" + field.name.replace("_", "-")
         parser.add_argument(flag, dest=field.name, required=required, **how)
-
-
-class _Tuple(argparse.Action):
-    def __call__(
-        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
-    ) -> None:
-        setattr(namespace, self.dest, tuple(values))
 
 
 def _docstrings(kind: type) -> dict[str, str]:

@@ -27,11 +27,6 @@ class Scores:
     unreadable: int
     images_per_s: float
 
-    @property
-    def best_head(self) -> str:
-        """The head that counts: softmax-sum of a distilled network, another's only head."""
-        return "softmax-sum" if "softmax-sum" in self.top1 else "class"
-
     def text(self) -> str:
         """76.21 % (class), 77.02 % (distillation), ..."""
         return ", ".join(

@@ -94,7 +94,11 @@ def load(
     weights = read(source, entry)
     converted = _converted(weights, prefix, ignore)
     own = _infer(weights, converted)
-    settings = _target(own, arch, distilled, img_size, num_classes, num_heads)
+    given = {
+        "distilled": distilled, "img_size": img_size, "num_classes": num_classes,
+        "num_heads": num_heads,
+    }  # fmt: skip
+    settings = _target(own, arch, {name: v for name, v in given.items() if v is not None})
     if not isinstance(arch, Config):
         settings = replace(settings, eps=own.config.eps, layer_scale=own.config.layer_scale)
     if eps is not None:
@@ -235,23 +239,15 @@ def _infer(weights: Weights, converted: Converted) -> _Own:
     return _Own(own, heads, known)
 
 
-def _target(
-    weights_own: _Own,
-    arch: str | Config | None,
-    distilled: bool | None,
-    img_size: int | None,
-    num_classes: int | None,
-    num_heads: int | None,
-) -> Config:
-    """The network asked for: `arch`, with the weights' own where neither it nor the rest says."""
+def _target(weights_own: _Own, arch: str | Config | None, given: dict[str, Any]) -> Config:
+    """The network asked for: `arch` with what is `given`, else the weights' own."""
     own = weights_own.config
     if isinstance(arch, str):
-        settings = config(arch, distilled=distilled)
-        if img_size is None and not re.search(r"_\d+$", arch):
-            img_size = own.img_size
-        if num_classes is None:
-            num_classes = own.num_classes
-    elif arch is None and num_heads is None and not weights_own.known:
+        settings = config(arch)
+        if not re.search(r"_\d+$", arch):  # which names an image size
+            given.setdefault("img_size", own.img_size)
+        given.setdefault("num_classes", own.num_classes)
+    elif arch is None and "num_heads" not in given and not weights_own.known:
         widths = ", ".join(f"{v.depth} of {v.embed_dim}" for v in VARIANTS.values())
         raise ValueError(
             "num_heads: expected a number, or a deit.Config as arch: nothing here says how many "
@@ -260,13 +256,7 @@ def _target(
         )
     else:
         settings = own if arch is None else arch
-    return replace(
-        settings,
-        num_heads=settings.num_heads if num_heads is None else num_heads,
-        distilled=settings.distilled if distilled is None else distilled,
-        img_size=settings.img_size if img_size is None else img_size,
-        num_classes=settings.num_classes if num_classes is None else num_classes,
-    )
+    return replace(settings, **given)
 
 
 def _fit(

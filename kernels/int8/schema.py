@@ -14,7 +14,8 @@ from deit.kernels.engine.registry import CSRC, define
 from deit.kernels.vit_block.arguments import block_schema
 
 
-def _block(x: Tensor, *_: object) -> Tensor:
+def fake_block(x: Tensor, *_: object) -> Tensor:
+    """The fake of a block in 8-bit integers, however its weights lie."""
     return x.new_empty(x.shape)
 
 
@@ -51,7 +52,7 @@ _PACKED_BLOCK = block_schema(
 
 define("int8_linear", eight_bits.LINEAR, eight_bits.fake_linear, cpu="int8.cpu")
 define("int8_gelu_mlp", eight_bits.MLP, eight_bits.fake_mlp, cpu="int8.cpu")
-define("int8_vit_block", _BLOCK, _block, cpu="int8.cpu")
+define("int8_vit_block", _BLOCK, fake_block, cpu="int8.cpu")
 define(
     "int8_linear_packed",
     "(Tensor x, Tensor packed, Tensor scales, Tensor sums, Tensor? bias, "
@@ -67,4 +68,4 @@ define(
     _packed_mlp,
     cpu=CSRC,
 )
-define("int8_vit_block_packed", _PACKED_BLOCK, _block, cpu=CSRC)
+define("int8_vit_block_packed", _PACKED_BLOCK, fake_block, cpu=CSRC)

@@ -61,44 +61,31 @@ def distillation_loss_fwd(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Teaching:
-    """What distillation adds to cross-entropy; the fields are the operator's own arguments."""
+    """What distillation adds to cross-entropy, in the operator's arguments; by default nothing."""
 
-    teacher: Tensor
-    student: Tensor | None
-    kind: str
-    alpha: float
-    temperature: float
-    kl_reduction: str
+    teacher: Tensor | None = None
+    student: Tensor | None = None
+    kind: str | None = None
+    alpha: float = 0.0
+    temperature: float = 1.0
+    kl_reduction: str = "batchmean"
 
     def arguments(self, classes: int) -> dict[str, Any]:
         """As the kernels take them; `imitation` weighs the imitation's row in the row's loss."""
         hard = self.kind == "hard"
         temperature = 1.0 if hard else self.temperature
         share = classes if self.kl_reduction == "numel" and not hard else 1
-        teacher = common.last_contiguous(self.teacher)
-        student = None if self.student is None else common.last_contiguous(self.student)
-        return {
-            "teacher": teacher,
-            "student": student,
-            "teacher_stride": teacher.stride(0),
-            "student_stride": 0 if student is None else student.stride(0),
+        arguments: dict[str, Any] = {
             "truth": 1.0 - self.alpha,
             "imitation": self.alpha * temperature**2 / share,
             "inverse_temperature": 1.0 / temperature,
             "KIND": self.kind,
         }
-
-
-_NO_TEACHING: dict[str, Any] = {
-    "teacher": None,
-    "student": None,
-    "teacher_stride": 0,
-    "student_stride": 0,
-    "truth": 1.0,
-    "imitation": 0.0,
-    "inverse_temperature": 1.0,
-    "KIND": None,
-}
+        for name, logits in (("teacher", self.teacher), ("student", self.student)):
+            logits = None if logits is None else common.last_contiguous(logits)
+            arguments[name] = logits
+            arguments[f"{name}_stride"] = 0 if logits is None else logits.stride(0)
+        return arguments
 
 
 def row_arguments(
@@ -107,17 +94,16 @@ def row_arguments(
     """What the forward and the backward kernel both take."""
     classes = logits.shape[1]
     logits, target = common.last_contiguous(logits), common.last_contiguous(target)
-    soft = target.is_floating_point()
-    return {
+    return (teaching or Teaching()).arguments(classes) | {
         "logits": logits,
         "target": target,
         "logits_stride": logits.stride(0),
         "target_stride": target.stride(0),
         "classes": classes,
         "smoothing": label_smoothing,
-        "SOFT_TARGET": soft,
+        "SOFT_TARGET": target.is_floating_point(),
         "SMOOTH": label_smoothing > 0,
-    } | (_NO_TEACHING if teaching is None else teaching.arguments(classes))
+    }
 
 
 def _plan_distillation(

@@ -153,6 +153,11 @@ class Measured:
         return max(got / limit if limit else float(got > 0) * 2 for got, limit in allowed)
 
 
+def compared(out: Tensor, plain: Tensor, exact: Tensor) -> Measured:
+    """One output beside PyTorch's at the same dtype, both against the fp64 one."""
+    return Measured(errors(out, exact), errors(plain, exact), floor(out.dtype, exact.cpu()))
+
+
 def measure(
     kernel_out: Tensor | Sequence[Tensor],
     reference: Callable[..., Any],
@@ -171,9 +176,7 @@ def measure(
         assert out.dtype == torch_out.dtype, (
             f"{name}[{index}]: {out.dtype}, expected {torch_out.dtype}"
         )
-        found.append(
-            Measured(errors(out, oracle), errors(torch_out, oracle), floor(out.dtype, oracle))
-        )
+        found.append(compared(out, torch_out, oracle))
     return found
 
 

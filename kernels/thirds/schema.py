@@ -11,6 +11,7 @@ from torch import Tensor
 from deit.kernels.engine.eight_bits import NORM
 from deit.kernels.engine.fakes import projected
 from deit.kernels.engine.registry import CSRC, define
+from deit.kernels.int8 import schema as int8
 from deit.kernels.vit_block import schema as vit_block
 from deit.kernels.vit_block.arguments import block_schema
 
@@ -21,10 +22,6 @@ _CPU = ("cpu",)
 
 def _linear(x: Tensor, first: Tensor, *_: object) -> Tensor:
     return projected(x, 3 * first.shape[0])
-
-
-def _int8_block(x: Tensor, *_: object) -> Tensor:
-    return x.new_empty(x.shape)
 
 
 define(
@@ -51,7 +48,7 @@ define(
 define(
     "int8_vit_block_thirds",
     block_schema("Tensor", row_stats=None, qkv_weight=_QKV),
-    _int8_block,
+    int8.fake_block,
     implementations=_CPU,
     cpu="int8.cpu",
 )
