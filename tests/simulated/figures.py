@@ -16,8 +16,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "numerics.md"
 
 
 def main() -> None:
-    """As `bench/numerics.py --impl triton --dtype bf16 --draws 4 --write`."""
-    settings = numerics.Settings(impl=("triton",), dtype=("bf16",), draws=4)
+    """As `bench/numerics.py --impl triton --dtype bf16 --draws 2 --write`."""
+    settings = numerics.Settings(impl=("triton",), dtype=("bf16",), draws=2)
     with simulator.device(90) as launched:
         rows, _ = numerics.measure(settings, torch.device("cpu"))
     table = numerics.markdown(rows, settings)

@@ -113,6 +113,9 @@ def cuda() -> Iterator[Any]:
             "is_current_stream_capturing": lambda: False,
             "reset_peak_memory_stats": lambda *_: None,
             "max_memory_allocated": lambda *_: 0,
+            "memory_allocated": lambda *_: 0,
+            "memory_reserved": lambda *_: 0,
+            "memory_snapshot": lambda *_: [],
             "_sleep": lambda _: None,
         }.items():
             patch.setattr(torch.cuda, name, stand_in)
