@@ -78,7 +78,7 @@ def test_within_bounds_and_without_races(operator, arch, dtype, note):
             except Exception as error:
                 error.add_note(str(case))
                 raise
-    note(what=f"launch {operator}", dtype=dtype, arch=arch, used=0.0, launches=launched.launches,
+    note(what=operator, dtype=dtype, arch=arch, kernels=len(cases), launches=launched.launches,
          unchecked=launched.races_unchecked)  # fmt: skip
     assert launched.launches >= len(cases)
     assert not launched.races_unchecked
