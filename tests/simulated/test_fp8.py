@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import simulator
@@ -51,13 +50,6 @@ def test_the_quantiser_rounds_as_pytorch(arch, dtype):
     assert not launched.races_unchecked
 
 
-def _in_fp64(call: calls.Call) -> calls.Call:
-    inputs = {name: tensor.double() for name, tensor in call.inputs.items()}
-    weight, bias, eps = call.options.get("norm", (None, None, None))
-    options = {} if weight is None else {"norm": (weight.double(), bias.double(), eps)}
-    return replace(call, inputs=inputs, options=call.options | options)
-
-
 @pytest.mark.parametrize("form", calls.FORMS)
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size.batch}x{size.tokens}x{size.dim}")
 @pytest.mark.parametrize("operator", ALLOWED)
@@ -68,13 +60,11 @@ def test_results_are_the_references(arch, dtype, operator, size, form, note):
     draw = calls.Draw("random", numerics.DTYPES[dtype])
     call = calls.build(f"fp8_{operator}", draw, size, form)
     expected = call.results("reference", call.inputs)["out"].double()
-    exact = _in_fp64(call).results("reference", _in_fp64(call).inputs)["out"]
     with simulator.device(arch) as launched:
         out = call.results("triton", call.inputs)["out"]
     distance = float((out.double() - expected).norm() / expected.norm())
     used = distance / (ALLOWED[operator] + torch.finfo(out.dtype).eps / 2)
-    sqnr = 20 * math.log10(float(exact.norm() / (out.double() - exact).norm()))
-    note(what=call.operator, dtype=dtype, arch=arch, case=f"{size} {form}", used=used, sqnr=sqnr,
+    note(what=call.operator, dtype=dtype, arch=arch, case=f"{size} {form}", used=used,
          launches=launched.launches, unchecked=launched.races_unchecked)  # fmt: skip
     assert launched.launches
     assert not launched.races_unchecked
