@@ -97,7 +97,12 @@ def _properties(_: Any = None) -> Any:
 @contextlib.contextmanager
 def cuda() -> Iterator[Any]:
     """Inside, there is a GPU "cuda:0" of compute capability 9.0; yields what counts launches."""
-    with pytest.MonkeyPatch.context() as patch, simulator.sanitize.session(90) as launched:
+    with (
+        contextlib.ExitStack() as afterwards,
+        pytest.MonkeyPatch.context() as patch,
+        simulator.sanitize.session(90) as launched,
+    ):
+        afterwards.callback(simulator.unstub_torch_cuda)
         patch.setattr(torch, "Generator", _Generator)
         for name, stand_in in {
             "Event": _Event,

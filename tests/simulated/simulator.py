@@ -56,7 +56,8 @@ os.environ["FUSED_DEIT_TUNED"] = "0"  # the pinned configurations, whatever was 
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from ttsem import _fakedriver, harness, memory, ops, sanitize  # noqa: E402
+from ttsem import harness, memory, ops, sanitize  # noqa: E402
+from ttsem._fakedriver import unstub_torch_cuda  # noqa: E402
 
 from deit.kernels.device import common  # noqa: E402
 from deit.kernels.engine import dispatch  # noqa: E402
@@ -81,7 +82,7 @@ def device(arch: int = 90) -> Iterator[Any]:
         with sanitize.session(arch, cuda_is_cpu=False) as launched:
             yield launched
     finally:
-        _fakedriver.unstub_torch_cuda()
+        unstub_torch_cuda()
         torch.use_deterministic_algorithms(filled)
         dispatch.environment, common._INTERPRETED_ARCH = can_run, stood_for
 
