@@ -1,7 +1,7 @@
 # The verbs of development. PYTHON names the interpreter of an environment with '.[test,dev]'.
 PYTHON ?= python
 
-.PHONY: test avx2 lint types sanitize simulate simulate-all simulated-figures aot gpu bench report
+.PHONY: test avx2 lint types sanitize simulate simulate-all simulated-figures aot gpu bench models report
 
 test:
 	$(PYTHON) -m pytest
@@ -70,6 +70,10 @@ gpu:
 
 bench:
 	$(PYTHON) bench/throughput.py --arch deit_b --bs 256
+
+# docs/models.md: what fuse() makes of every ViT of the installed timm and transformers. CHECK=1 compares.
+models:
+	$(PYTHON) bench/models.py $(if $(CHECK),--check,--write)
 
 # The page of everything measured, into build/report.html, and the README's pictures.
 report:

@@ -8,9 +8,10 @@ if __name__ == "kernels":  # found from the repository's root instead of the PyP
     hand_over(__name__, __path__)
 else:
     from deit.kernels.layer_norm import add_layer_norm, layer_norm
-    from deit.kernels.attention import attention
+    from deit.kernels.attention import attention, rotary_attention
     from deit.kernels.linear import linear
     from deit.kernels.gelu_mlp import gelu_mlp
+    from deit.kernels.gelu_mlp.gated import glu_mlp
     from deit.kernels.vit_block import vit_block
     from deit.kernels.patch_embed import patch_embed
     from deit.kernels.losses import cross_entropy, distillation_loss
@@ -30,12 +31,14 @@ __all__ = [
     "fp8_gelu_mlp",
     "fp8_linear",
     "gelu_mlp",
+    "glu_mlp",
     "int8_gelu_mlp",
     "int8_linear",
     "int8_vit_block",
     "layer_norm",
     "linear",
     "patch_embed",
+    "rotary_attention",
     "vit_block",
     "warmup",
 ]

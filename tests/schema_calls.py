@@ -82,7 +82,7 @@ def arguments(name: str, impl: str, **options: Any) -> list[Any]:
     # Every gradient, and in a call without optionals every other one.
     full = options.get("full", True)
     known["wanted"] = [full or i % 2 == 0 for i in range(len(schema(name).returns))]
-    if "prefix" in known:
+    if isinstance(known.get("prefix"), torch.Tensor):
         known["prefix_tokens"] = known["prefix"].shape[1]
     return [known[formal.name] for formal in schema(name).arguments]
 

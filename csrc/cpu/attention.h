@@ -8,6 +8,16 @@
 
 namespace deit {
 
+// Rotary positions (arXiv 2104.09864): a row x of q or k becomes x * cos + turned(x) * sin, where
+// `turned` takes every pair (a, b) of channels to (-b, a). The first `prefix` tokens stay.
+struct Rope {
+  const float* sin;  // null: nothing is rotated
+  const float* cos;  // both [N - prefix, d], or one of these for each head
+  int64_t stride_head, stride_token;  // of both
+  int64_t prefix;
+  bool interleaved;  // pairs are channels (2 i, 2 i + 1), else (i, i + d / 2)
+};
+
 struct AttentionArgs {
   const void* qkv;  // [B, N, 3 * H * d], last axis contiguous
   void* out;        // [B, N, H * d], contiguous
@@ -17,6 +27,7 @@ struct AttentionArgs {
   int64_t batch, tokens, heads, head_dim;
   int64_t stride_batch, stride_token;  // of qkv, in elements
   float scale;
+  Rope rope;
   bool bf16_products;  // round q, k, v and p to bf16 where the set multiplies that faster; fp32 qkv
   int64_t query_tile;  // queries of one task; `tiles` tasks cover N
   int64_t tiles;
@@ -32,6 +43,7 @@ struct AttentionGradientArgs {
   int64_t stride_batch, stride_token;            // of qkv
   int64_t dout_stride_batch, dout_stride_token;  // of dout
   float scale;
+  Rope rope;
   int64_t query_tile;
 };
 

@@ -37,6 +37,7 @@ struct Workspace {
   float* queries;       // [query_tile, d], times scale
   float* scores;        // [query_tile, keys_padded]
   float* out;           // [query_tile, dim_padded]
+  float* turned;        // [kWidth, d] of the keys, where there are rotary positions
   float* end;
 };
 
@@ -49,7 +50,8 @@ DEIT_INLINE Workspace lay_out(const AttentionArgs& args, float* start) {
   w.queries = w.values + args.tokens * w.dim_padded;
   w.scores = w.queries + round_up(args.query_tile * args.head_dim, 16);
   w.out = w.scores + args.query_tile * w.keys_padded;
-  w.end = w.out + args.query_tile * w.dim_padded;
+  w.turned = w.out + args.query_tile * w.dim_padded;
+  w.end = w.turned + (args.rope.sin ? round_up(kWidth * args.head_dim, 16) : 0);
   return w;
 }
 
@@ -152,12 +154,15 @@ DEIT_INLINE void write_out(const float* from, int64_t dim, float factor, T* to) 
   if (k < dim) store_first(to + k, load(from + k) * f, static_cast<int>(dim - k));
 }
 
-// One tile of queries against the packed keys and values.
+#include "attention_rope.inl"
+
+// The tile of `count` queries from `start` on against the packed keys and values of their head.
 template <class T>
-void attend(const AttentionArgs& args, const Workspace& w, const T* queries, int64_t count,
-            const float* key_bias, T* out, float* lse) {
+void attend(const AttentionArgs& args, const Workspace& w, const T* queries, int64_t head,
+            int64_t start, int64_t count, const float* key_bias, T* out, float* lse) {
   const int64_t tokens = args.tokens, dim = args.head_dim;
-  pack(queries, args.stride_token, count, dim, args.scale, w.queries, dim);
+  pack_turned(queries, args.stride_token, start, count, dim, args.scale, args.rope, head,
+              w.queries, dim);
   const int64_t chain = tokens < kFewKeys ? kShortChain : kChain;
   for (int64_t key = 0; key < tokens; key += kPanel) {
     const int64_t left = w.keys_padded - key;
@@ -192,7 +197,12 @@ void attention_typed(const AttentionArgs& args, float* workspace, int64_t begin,
     const int64_t b = head_of_image / args.heads, h = head_of_image % args.heads;
     const T* q = static_cast<const T*>(args.qkv) + b * args.stride_batch + h * args.head_dim;
     if (packed != head_of_image) {
-      pack_keys(q + channels, args.stride_token, args.tokens, args.head_dim, w.keys);
+      if (args.rope.sin) {
+        pack_turned_keys(q + channels, args.stride_token, args.tokens, args.head_dim, args.rope, h,
+                         w.turned, w.keys);
+      } else {
+        pack_keys(q + channels, args.stride_token, args.tokens, args.head_dim, w.keys);
+      }
       pack(q + 2 * channels, args.stride_token, args.tokens, args.head_dim, 1.0f, w.values,
            w.dim_padded);
       packed = head_of_image;
@@ -200,7 +210,8 @@ void attention_typed(const AttentionArgs& args, float* workspace, int64_t begin,
     const int64_t start = task % args.tiles * args.query_tile;
     const int64_t left = args.tokens - start;
     T* out = static_cast<T*>(args.out) + (b * args.tokens + start) * channels + h * args.head_dim;
-    attend(args, w, q + start * args.stride_token, left < args.query_tile ? left : args.query_tile,
+    attend(args, w, q + start * args.stride_token, h, start,
+           left < args.query_tile ? left : args.query_tile,
            args.key_bias ? args.key_bias + b * args.tokens : nullptr, out,
            args.lse ? args.lse + head_of_image * args.tokens + start : nullptr);
   }

@@ -11,7 +11,8 @@ constexpr int64_t kStep = 2 * kWidth;  // elements of a vector of words
 
 // Elsewhere fp32 products serve the same call, more exactly.
 DEIT_INLINE bool in_bf16(const AttentionArgs& args) {
-  return args.bf16_products && args.type == Scalar::f32 && args.head_dim % kStep == 0;
+  return args.bf16_products && args.type == Scalar::f32 && args.head_dim % kStep == 0 &&
+         !args.rope.sin;
 }
 
 struct Bf16Workspace {

@@ -8,6 +8,7 @@
 // with the forward's own softmax rather than from lse: at scores of 100, lse rounded to fp32 would
 // put 4e-6 on every p, and one more pass over a row in L1 is 1 part in 50 of a tile's work.
 // delta is summed from p and dp, which are fp32, rather than from out, which may be half precision.
+// With rotary positions q and k are turned as they are packed, and dq and dk turned back.
 
 struct GradientWorkspace {
   int64_t keys_padded, dim_padded;
@@ -81,11 +82,13 @@ DEIT_INLINE void gradient_of_row(float* scores, float* dp, const float* key_bias
 // One tile of queries: its dq, and its share of dk and dv.
 template <class T>
 void gradient_of_tile(const AttentionGradientArgs& args, const GradientWorkspace& w,
-                      const T* queries, const T* douts, const float* key_bias, int64_t count,
-                      bool first_tile, T* dqueries) {
+                      const T* queries, const T* douts, const float* key_bias, int64_t head,
+                      int64_t start, int64_t count, T* dqueries) {
+  const bool first_tile = start == 0;
   const int64_t tokens = args.tokens, dim = args.head_dim;
   const int64_t keys = w.keys_padded, width = w.dim_padded, panel = dim * kPanel;
-  pack(queries, args.stride_token, count, dim, args.scale, w.queries, width);
+  pack_turned(queries, args.stride_token, start, count, dim, args.scale, args.rope, head, w.queries,
+              width);
   pack(douts, args.dout_stride_token, count, dim, 1.0f, w.douts, width);
   multiply_all<false>(w.queries, width, w.keys_t, kPanel, panel, count, dim, keys, false, w.p,
                       keys);
@@ -101,7 +104,8 @@ void gradient_of_tile(const AttentionGradientArgs& args, const GradientWorkspace
   multiply_all<true>(w.p, keys, w.douts, width, kPanel, tokens, count, width, !first_tile,
                      w.dvalues, width);
   for (int64_t i = 0; i < count; ++i) {
-    write_out(w.dqueries + i * width, dim, 1.0f, dqueries + i * 3 * args.heads * dim);
+    write_turned_back(w.dqueries + i * width, start + i, dim, args.rope, head,
+                      dqueries + i * 3 * args.heads * dim);
   }
 }
 
@@ -116,20 +120,26 @@ void attention_gradient_typed(const AttentionGradientArgs& args, float* workspac
     const T* dout = static_cast<const T*>(args.dout) + b * args.dout_stride_batch + h * dim;
     T* dq = static_cast<T*>(args.dqkv) + b * tokens * 3 * channels + h * dim;
     const T *k = q + channels, *v = k + channels;
-    pack_keys(k, args.stride_token, tokens, dim, w.keys_t);
     pack_keys(v, args.stride_token, tokens, dim, w.values_t);
-    pack(k, args.stride_token, tokens, dim, args.scale, w.keys, w.dim_padded);
+    if (args.rope.sin) {  // through dk's place, which nothing has used yet
+      pack_turned(k, args.stride_token, 0, tokens, dim, 1.0f, args.rope, h, w.dkeys, w.dim_padded);
+      pack_keys(w.dkeys, w.dim_padded, tokens, dim, w.keys_t);
+      pack(w.dkeys, w.dim_padded, tokens, dim, args.scale, w.keys, w.dim_padded);
+    } else {
+      pack_keys(k, args.stride_token, tokens, dim, w.keys_t);
+      pack(k, args.stride_token, tokens, dim, args.scale, w.keys, w.dim_padded);
+    }
     for (int64_t start = 0; start < tokens; start += args.query_tile) {
       const int64_t left = tokens - start;
       gradient_of_tile(args, w, q + start * args.stride_token,
                        dout + start * args.dout_stride_token,
-                       args.key_bias ? args.key_bias + b * tokens : nullptr,
-                       left < args.query_tile ? left : args.query_tile, start == 0,
+                       args.key_bias ? args.key_bias + b * tokens : nullptr, h, start,
+                       left < args.query_tile ? left : args.query_tile,
                        dq + start * 3 * channels);
     }
     for (int64_t i = 0; i < tokens; ++i) {
       T* row = dq + i * 3 * channels;
-      write_out(w.dkeys + i * w.dim_padded, dim, 1.0f, row + channels);
+      write_turned_back(w.dkeys + i * w.dim_padded, i, dim, args.rope, h, row + channels);
       write_out(w.dvalues + i * w.dim_padded, dim, 1.0f, row + 2 * channels);
     }
   }

@@ -34,12 +34,12 @@ void run_mlp(ProductArgs first, ProductArgs second, int64_t block, int64_t rows)
 
 Tensor gelu_mlp_of(const Tensor& x, const Tensor& w1, const Optional& b1, const Tensor& w2,
                    const Optional& b2, const Optional& residual, const Optional& gamma,
-                   const Optional& keep) {
+                   const Optional& keep, Activation activation) {
   Product first(x, w1, b1);
   const int64_t rows = first.args.rows, block = std::min(rows, kMlpRows);
   Tensor hidden = torch::stable::new_empty(x, {block, first.args.width});
   Product second(hidden, w2, b2);
-  first.args.activation = Activation::gelu;
+  first.args.activation = activation;
   first.args.out = hidden.mutable_data_ptr();
   second.args.rows = rows;
   second.add_epilogue(x, residual, gamma, keep);
@@ -50,15 +50,21 @@ Tensor gelu_mlp_of(const Tensor& x, const Tensor& w1, const Optional& b1, const 
 
 namespace {
 
+// The schema's name of the activation: none is the exact GELU, which costs a call no string.
+Activation activation_of_mlp(const std::optional<std::string>& name) {
+  return name.has_value() ? activation_of(name) : Activation::gelu;
+}
+
 Tensor gelu_mlp(Tensor x, Tensor w1, Optional b1, Tensor w2, Optional b2, Optional residual,
-                Optional gamma, Optional keep) {
-  return gelu_mlp_of(x, w1, b1, w2, b2, residual, gamma, keep);
+                Optional gamma, Optional keep, std::optional<std::string> activation) {
+  return gelu_mlp_of(x, w1, b1, w2, b2, residual, gamma, keep, activation_of_mlp(activation));
 }
 
 // Both products on a tile of rows at a time: the activated hidden layer never leaves the cache.
 std::tuple<Tensor, Tensor, Tensor> gelu_mlp_fwd(Tensor x, Tensor w1, Optional b1, Tensor w2,
                                                 Optional b2, Optional residual, Optional gamma,
-                                                Optional keep) {
+                                                Optional keep,
+                                                std::optional<std::string> activation) {
   check_linear(x, w1, "w1");
   STD_TORCH_CHECK(w2.dim() == 2 && w2.size(1) == w1.size(0) && w2.size(1) > 0,
                   "w2: expected [D', M] with M > 0 the rows of w1");
@@ -70,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> gelu_mlp_fwd(Tensor x, Tensor w1, Optional b1
   Epilogue epilogues[2];
   TrainingProductArgs first = product_of(x, hidden_width, hidden);
   epilogues[0].describe(x, hidden_width, b1, std::nullopt, std::nullopt, std::nullopt, first);
-  first.activation = Activation::gelu;
+  first.activation = activation_of_mlp(activation);
   first.affine = first.out;
   first.out = nullptr;
   TrainingProductArgs second = product_of(hidden, width, out);
@@ -86,7 +92,8 @@ std::tuple<Tensor, Tensor, Tensor> gelu_mlp_fwd(Tensor x, Tensor w1, Optional b1
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gelu_mlp_bwd(
     Tensor dout, Optional x, Tensor w1, Tensor w2, Tensor hidden, Optional affine, Optional gamma,
-    Optional keep, std::optional<std::vector<bool>> wanted) {
+    Optional keep, std::optional<std::vector<bool>> wanted,
+    std::optional<std::string> activation) {
   const Wanted wants(wanted, 6);
   check_gradient(hidden, x, w1, "w1", "hidden: expected [.., M] with M the rows of w1");
   check_gradient(dout, hidden, w2, "w2");
@@ -101,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gelu_mlp_bwd(
     TrainingProductArgs args = product_of(g, w2.size(1), dhidden);
     args.hidden = floats(hidden);
     args.activated = wants[3] ? mutable_floats(activated) : nullptr;
-    args.activation = Activation::gelu;
+    args.activation = activation_of_mlp(activation);
     const Buffer packed = pack_operand(args, fp32("w2", w2), false);
     run_product(args);
   }

@@ -64,9 +64,13 @@ inline const float* parameter(const char* name, const Optional& value, int64_t n
 
 inline Activation activation_of(const std::optional<std::string>& name) {
   if (!name.has_value()) return Activation::none;
-  STD_TORCH_CHECK(*name == "gelu" || *name == "gelu_tanh",
-                  "activation: expected None, 'gelu' or 'gelu_tanh'; got ", name->c_str());
-  return *name == "gelu" ? Activation::gelu : Activation::gelu_tanh;
+  if (*name == "gelu") return Activation::gelu;
+  if (*name == "gelu_tanh") return Activation::gelu_tanh;
+  if (*name == "quick_gelu") return Activation::quick_gelu;
+  STD_TORCH_CHECK(*name == "silu",
+                  "activation: expected None, 'gelu', 'gelu_tanh', 'quick_gelu' or 'silu'; got ",
+                  name->c_str());
+  return Activation::silu;
 }
 
 // What vit_block.cpp and int8_vit_block.cpp call of the operators. A LayerNorm's forward in
@@ -77,7 +81,18 @@ struct Statistics {
 };
 
 Tensor layer_norm_of(Tensor x, Tensor weight, Optional bias, double eps, Statistics* saved);
-Tensor attention_of(Tensor qkv, int64_t num_heads, double scale, Optional key_bias, Tensor* lse);
+
+// Rotary positions as the schemas give them, which keep what `rope_of` points to alive.
+struct Positions {
+  Tensor sin, cos;
+  int64_t prefix;
+  bool interleaved;
+};
+
+// Replaces the tables by fp32 ones of equal strides where they are not.
+Rope rope_of(Positions& positions, const Tensor& x, int64_t heads, int64_t head_dim);
+Tensor attention_of(Tensor qkv, int64_t num_heads, double scale, Optional key_bias, Tensor* lse,
+                    Positions* positions = nullptr);
 void run_attention(AttentionArgs args);  // plans it
 
 }  // namespace deit

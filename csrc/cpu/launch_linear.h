@@ -21,7 +21,7 @@ Tensor linear_of_thirds(const Tensor& x, const Tensor& weight, const std::vector
 Tensor gelu_mlp_of(const Tensor& x, const Tensor& w1, const Optional& b1,
                    const Tensor& w2, const Optional& b2,
                    const Optional& residual, const Optional& gamma,
-                   const Optional& keep);
+                   const Optional& keep, Activation activation = Activation::gelu);
 
 // For training alone, all of which is in fp32.
 inline const float* floats(const Tensor& tensor) {

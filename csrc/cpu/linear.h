@@ -9,7 +9,7 @@
 
 namespace deit {
 
-enum class Activation : int { none, gelu, gelu_tanh };
+enum class Activation : int { none, gelu, gelu_tanh, quick_gelu, silu };
 
 // out = residual + keep * gamma * act(x wT + bias). Matrices are contiguous. `depth` counts words:
 // one fp32 input, or two of bf16.
@@ -48,7 +48,7 @@ struct PackArgs {
 // out = epilogue(a b), a task one tile of rows. The epilogue of the forward is
 //     affine = a b + bias        out = residual + keep * gamma * activation(affine)
 // and with `hidden`, of the hidden layer's gradient
-//     out = a b * gelu'(hidden)      activated = gelu(hidden)
+//     out = a b * activation'(hidden)      activated = activation(hidden)
 struct TrainingProductArgs {
   const TrainingProductArgs* before;  // the product whose out, kept in cache by tiles, is a; or null
   const float* a;             // [rows, depth], row stride lda; null where there is one before

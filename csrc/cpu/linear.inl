@@ -104,8 +104,7 @@ void finish_rows(const ProductArgs& args, const Tile& tile, const float* sums) {
     for (int v = 0; v < kVectors; ++v) {
       Vec y = load(sums + r * kCols + v * kWidth);
       if (bias) y = y + load_columns<kWhole>(bias, v, tile.columns);
-      if (kActivation == Activation::gelu) y = gelu(y);
-      if (kActivation == Activation::gelu_tanh) y = gelu_tanh(y);
+      y = activate<kActivation>(y);
       if (gamma) y = y * load_columns<kWhole>(gamma, v, tile.columns);
       if (args.keep) y = y * broadcast(keep);
       if (residual) y = load_columns<kWhole>(residual, v, tile.columns) + y;
@@ -121,6 +120,9 @@ DEIT_INLINE void finish_as(const ProductArgs& args, const Tile& tile, const floa
     case Activation::gelu: return finish_rows<Out, Activation::gelu, kWhole>(args, tile, sums);
     case Activation::gelu_tanh:
       return finish_rows<Out, Activation::gelu_tanh, kWhole>(args, tile, sums);
+    case Activation::quick_gelu:
+      return finish_rows<Out, Activation::quick_gelu, kWhole>(args, tile, sums);
+    case Activation::silu: return finish_rows<Out, Activation::silu, kWhole>(args, tile, sums);
   }
 }
 

@@ -112,9 +112,9 @@ void output_gradient(const OutputGradientArgs& args, int64_t begin, int64_t end)
         Vec g = args.gamma ? dy * load_lanes(args.gamma + j, lanes) : dy;
         Vec y = args.affine ? load_lanes(args.affine + at + j, lanes) : dy;
         if (args.activation != Activation::none) {
-          const Activated gelu = gelu_with_slope(y, args.activation);
-          y = gelu.value;
-          g = g * gelu.slope;
+          const Activated found = activate_with_slope(y, args.activation);
+          y = found.value;
+          g = g * found.slope;
         }
         if (sums) add_exactly(sums + j, sums + channels + j, dy * y, lanes);
         if (args.g) store_lanes(args.g + at + j, g, lanes);

@@ -58,13 +58,14 @@ DEIT_INLINE void finish(const TrainingProductArgs& p, const float* sums, int64_t
     each_vector(columns, [&](int64_t j, int lanes) __attribute__((always_inline)) {
       Vec y = load(sums + j);
       if (p.hidden) {
-        const Activated gelu = gelu_with_slope(load_lanes(p.hidden + at + j, lanes), p.activation);
-        if (p.activated) store_lanes(p.activated + at + j, gelu.value, lanes);
-        return store_lanes(p.out + at + j, y * gelu.slope, lanes);
+        const Vec hidden = load_lanes(p.hidden + at + j, lanes);
+        const Activated found = activate_with_slope(hidden, p.activation);
+        if (p.activated) store_lanes(p.activated + at + j, found.value, lanes);
+        return store_lanes(p.out + at + j, y * found.slope, lanes);
       }
       if (p.bias) y = y + load_lanes(p.bias + column + j, lanes);
       if (p.affine) store_lanes(p.affine + at + j, y, lanes);
-      if (p.activation != Activation::none) y = gelu_with_slope(y, p.activation).value;
+      if (p.activation != Activation::none) y = activate_with_slope(y, p.activation).value;
       if (p.gamma) y = y * load_lanes(p.gamma + column + j, lanes);
       if (p.keep) y = y * kept;
       if (p.residual) y = load_lanes(p.residual + at + j, lanes) + y;

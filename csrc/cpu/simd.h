@@ -42,6 +42,8 @@ DEIT_INLINE float largest(Vec a) { return _mm512_reduce_max_ps(a); }
 DEIT_INLINE Vec first(Vec a, int n) {
   return _mm512_maskz_mov_ps(static_cast<__mmask16>((1u << n) - 1u), a);
 }
+// Neighbours change places: lanes 1, 0, 3, 2, ...
+DEIT_INLINE Vec swap_pairs(Vec a) { return _mm512_permute_ps(a, 0xb1); }
 
 DEIT_INLINE Vec load(const BF16* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -150,6 +152,7 @@ DEIT_INLINE Vec first(Vec a, int n) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane)));
 }
+DEIT_INLINE Vec swap_pairs(Vec a) { return _mm256_permute_ps(a, 0xb1); }
 
 DEIT_INLINE Vec load(const BF16* p) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -240,6 +243,7 @@ DEIT_INLINE Vec first(Vec a, int n) {
   for (int i = n; i < kWidth; ++i) a[i] = 0.0f;
   return a;
 }
+DEIT_INLINE Vec swap_pairs(Vec a) { return Vec{a[1], a[0], a[3], a[2]}; }
 
 DEIT_INLINE uint32_t bits_of(float a) {
   uint32_t bits;

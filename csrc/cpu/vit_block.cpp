@@ -37,6 +37,7 @@ struct Block {
   Optional key_bias;
   int64_t heads;
   double scale, eps;
+  std::optional<Positions> positions{};
 };
 
 bool image_by_image(const Block& block, const Tensor& x) {
@@ -53,7 +54,9 @@ Tensor by_operator(const Block& block, const Tensor& x) {
   const auto& [norm1, norm2] = block.norms;
   const Tensor normed = layer_norm_of(x, norm1.weight, norm1.bias, block.eps, nullptr);
   const Tensor qkv = linear_of_thirds(normed, block.qkv.weight, block.qkv.others, block.qkv.bias);
-  const Tensor mixed = attention_of(qkv, block.heads, block.scale, block.key_bias, nullptr);
+  std::optional<Positions> positions = block.positions;
+  const Tensor mixed = attention_of(qkv, block.heads, block.scale, block.key_bias, nullptr,
+                                    positions ? &*positions : nullptr);
   const Tensor stream = linear_of(mixed, block.proj.weight, block.proj.bias, Activation::none, x,
                                   block.proj.gamma, std::nullopt);
   const Tensor second = layer_norm_of(stream, norm2.weight, norm2.bias, block.eps, nullptr);
@@ -64,7 +67,8 @@ Tensor by_operator(const Block& block, const Tensor& x) {
 // What the images' kernel reads, and the tensors that its pointers point into.
 class Description {
  public:
-  Description(const Block& block, const Tensor& x) : x_(torch::stable::contiguous(x)) {
+  Description(const Block& block, const Tensor& x)
+      : x_(torch::stable::contiguous(x)), positions_(block.positions) {
     args.x = x_.const_data_ptr();
     const int64_t channels = x.size(2);
     for (int i = 0; i < 2; ++i) {
@@ -84,6 +88,7 @@ class Description {
     attention.scale = static_cast<float>(block.scale);
     attention.key_bias =
         parameter("key_bias", block.key_bias, x.size(0) * x.size(1), x, hold());
+    if (positions_) attention.rope = rope_of(*positions_, x, block.heads, attention.head_dim);
     kernels().attention.plan(attention);
     describe(block.qkv, args.qkv);
     describe(block.proj, args.proj);
@@ -136,6 +141,7 @@ class Description {
   }
 
   Tensor x_;
+  std::optional<Positions> positions_;
   std::vector<Tensor> held_ = std::vector<Tensor>(17);
   Tensor thirds_[2];
   size_t count_ = 0;
@@ -231,10 +237,33 @@ std::tuple<Tensor, Tensor> vit_block_thirds(
              x);
 }
 
+// With rotary positions; k_weight and v_weight are there where the weight lies in thirds.
+std::tuple<Tensor, Tensor> vit_block_rotary(
+    Tensor x, Tensor norm1_weight, Optional norm1_bias, Tensor q_weight, Optional k_weight,
+    Optional v_weight, Optional qkv_bias, Tensor proj_weight, Optional proj_bias, Optional gamma1,
+    Tensor norm2_weight, Optional norm2_bias, Tensor w1, Optional b1, Tensor w2, Optional b2,
+    Optional gamma2, Tensor sin, Tensor cos, int64_t prefix, bool interleaved, int64_t num_heads,
+    double scale, double eps) {
+  Layer qkv{q_weight, qkv_bias, std::nullopt};
+  if (k_weight.has_value() && v_weight.has_value()) qkv.others = {*k_weight, *v_weight};
+  return run({{{norm1_weight, norm1_bias}, {norm2_weight, norm2_bias}},
+              qkv,
+              {proj_weight, proj_bias, gamma1},
+              {w1, b1, std::nullopt},
+              {w2, b2, gamma2},
+              std::nullopt,
+              num_heads,
+              scale,
+              eps,
+              Positions{sin, cos, prefix, interleaved}},
+             x);
+}
+
 }  // namespace
 }  // namespace deit
 
 STABLE_TORCH_LIBRARY_IMPL(deit_cpu, CPU, m) {
   m.impl("vit_block", TORCH_BOX(&deit::vit_block));
   m.impl("vit_block_thirds", TORCH_BOX(&deit::vit_block_thirds));
+  m.impl("vit_block_rotary", TORCH_BOX(&deit::vit_block_rotary));
 }

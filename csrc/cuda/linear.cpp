@@ -106,8 +106,9 @@ Tensor linear(Tensor x, Tensor weight, Optional bias, std::optional<std::string>
 }
 
 Tensor gelu_mlp(Tensor x, Tensor w1, Optional b1, Tensor w2, Optional b2, Optional residual,
-                Optional gamma, Optional keep) {
-  const Tensor hidden = run_linear(x, w1, b1, Activation::gelu, {}, {}, {});
+                Optional gamma, Optional keep, std::optional<std::string> activation) {
+  const Activation kind = activation.has_value() ? activation_of(activation) : Activation::gelu;
+  const Tensor hidden = run_linear(x, w1, b1, kind, {}, {}, {});
   return run_linear(hidden, w2, b2, Activation::none, residual, gamma, keep);
 }
 

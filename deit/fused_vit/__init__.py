@@ -2,7 +2,8 @@
 
 `fuse` puts the operators of `deit.kernels` under a model in place, `unfuse` takes them out, and
 `with fused(model):` does both. For `deit.DeiT`, the vision transformers of timm and torchvision,
-Hugging Face's DeiT and ViT, and torch's LayerNorm. `compile_graph` makes a forward one CUDA graph.
+Hugging Face's DeiT, ViT, DINOv2, CLIP, SigLIP and their like, and torch's LayerNorm; docs/models.md
+has them all. `compile_graph` makes a forward one CUDA graph.
 The eight DeiTs with published weights have constructors here that return them fused.
 """
 
@@ -225,9 +226,21 @@ class _Families(NamedTuple):
 # A library's models are there only where the library is: nothing here imports one first.
 _LIBRARIES = {
     "timm.models.vision_transformer": "timm",
+    "timm.models.eva": "eva",
     "torchvision.models.vision_transformer": "torchvision",
     "transformers.models.deit.modeling_deit": "huggingface",
     "transformers.models.vit.modeling_vit": "huggingface",
+    "transformers.models.dinov2.modeling_dinov2": "hf_dinov2",
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers": "hf_dinov2",
+    "transformers.models.ijepa.modeling_ijepa": "hf_vit",
+    "transformers.models.vit_mae.modeling_vit_mae": "hf_vit",
+    "transformers.models.vit_msn.modeling_vit_msn": "hf_vit",
+    "transformers.models.vivit.modeling_vivit": "hf_vit",
+    "transformers.models.clip.modeling_clip": "hf_clip",
+    "transformers.models.metaclip_2.modeling_metaclip_2": "hf_clip",
+    "transformers.models.siglip.modeling_siglip": "hf_clip",
+    "transformers.models.siglip2.modeling_siglip2": "hf_clip",
+    "transformers.models.dinov3_vit.modeling_dinov3_vit": "dinov3",
 }
 
 

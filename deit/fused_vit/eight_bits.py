@@ -7,6 +7,7 @@ patch embedding and the heads. The parameters stay too: the 8-bit weights are co
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +123,13 @@ def advance(kind: Kind, block: Any, x: Tensor, key_bias: Tensor | None, rows: in
         if whole in impls and block.apart() is None:
             return kind.block(x, **block.arguments(whole), key_bias=key_bias)
     stream = _attended(kind, block, x, key_bias, rows)
+    norm, gamma = (norm2.weight, norm2.bias, norm2.eps), block.gamma(1)
+    if mlp.apart() is not None:  # its products one by one
+        product = functools.partial(kind.linear, impl=impls[kind.linear.__name__])
+        hidden = mlp.hidden(lambda weight, bias: product(stream, weight, bias, norm=norm))
+        last = mlp.output()
+        hidden = hidden.to(stream.dtype)  # autocast's, if it is on
+        return product(hidden, last.weight, last.bias, residual=stream, gamma=gamma)
     fc1, fc2 = (mlp._modules[name] for name in mlp.LINEARS)
     return kind.mlp(
         stream,
@@ -129,9 +137,9 @@ def advance(kind: Kind, block: Any, x: Tensor, key_bias: Tensor | None, rows: in
         fc1.bias,
         fc2.weight,
         fc2.bias,
-        norm=(norm2.weight, norm2.bias, norm2.eps),
+        norm=norm,
         residual=stream,
-        gamma=block.gamma(1),
+        gamma=gamma,
         impl=impls[kind.mlp.__name__],
     )
 

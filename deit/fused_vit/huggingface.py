@@ -1,17 +1,19 @@
 """Fused classes for Hugging Face's DeiT and ViT, as transformers 5 lays them out.
 
-Imported only where transformers' models are in use already. q, k and v are three Linears there, and
-are read where they lie (`deit.kernels.thirds`): no copy is kept that a write could miss.
+hf_vit.py, hf_dinov2.py and hf_clip.py have those of others, made of the same mix-ins. Imported only
+where transformers' models are in use already. q, k and v are three Linears there, and are read
+where they lie (`deit.kernels.thirds`): no copy is kept that a write could miss.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import Any, ClassVar
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.activations import GELUActivation
+from transformers import activations
 from transformers.models.deit import modeling_deit
 from transformers.models.vit import modeling_vit
 
@@ -25,9 +27,10 @@ except ImportError:  # before 5: refused below
 
 
 class FusedAttention(modules.FusedAttention):
-    """Over DeiTAttention and ViTAttention."""
+    """Over DeiTAttention, ViTAttention and others' of their form."""
 
     LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+    SCALE, DROPOUT = "scaling", "attention_dropout"  # the names of these two attributes
 
     def projection(self) -> tuple[Any, Any]:
         children = self._modules
@@ -37,7 +40,7 @@ class FusedAttention(modules.FusedAttention):
 
     def geometry(self) -> tuple[int, float]:
         # The original cuts heads by their width alone: there are as many as fit the projection.
-        return self.width() // self.head_dim, self.scaling
+        return self.width() // self.head_dim, getattr(self, self.SCALE)
 
     def width(self) -> int:
         return modules.weight_of(self._modules["q_proj"]).shape[0]
@@ -57,8 +60,9 @@ class FusedAttention(modules.FusedAttention):
         return None
 
     def interrupted(self) -> str | None:
-        if self.training and self.attention_dropout > 0.0:
-            return f"attention drops {self.attention_dropout} in training"
+        rate = getattr(self, self.DROPOUT)
+        if self.training and rate > 0.0:
+            return f"attention drops {rate} in training"
         return super().interrupted()
 
     def forward(  # type: ignore[override]
@@ -79,14 +83,17 @@ class FusedAttention(modules.FusedAttention):
 
 
 class FusedMlp(modules.FusedMlp):
-    """Over DeiTMLP and ViTMLP."""
+    """Over DeiTMLP, ViTMLP and others' of their form."""
 
     ACTIVATION = "activation_fn"
-    STANDS_FOR = (nn.GELU, GELUActivation)
-
-    @staticmethod
-    def exact_gelu(act: object) -> bool:
-        return modules.FusedMlp.exact_gelu(act) or type(act) is GELUActivation
+    ACTIVATIONS: ClassVar[dict[type[nn.Module], str]] = {
+        activations.GELUActivation: "gelu",
+        activations.GELUTanh: "gelu_tanh",
+        activations.NewGELUActivation: "gelu_tanh",
+        activations.FastGELUActivation: "gelu_tanh",  # its root of 2 / pi has ten digits
+        activations.QuickGELUActivation: "quick_gelu",
+        activations.SiLUActivation: "silu",
+    }
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
         return super().forward(hidden_states)
@@ -95,15 +102,15 @@ class FusedMlp(modules.FusedMlp):
 class FusedLayer(modules.FusedBlock):
     """Over DeiTLayer and ViTLayer. Gradient checkpointing wraps this forward as it does theirs."""
 
-    PARTS = (
+    PARTS: ClassVar[tuple[tuple[str, type[modules.Fused]], ...]] = (
         ("layernorm_before", deit_model.FusedLayerNorm),
         ("attention", FusedAttention),
         ("layernorm_after", deit_model.FusedLayerNorm),
         ("mlp", FusedMlp),
     )
-    SCALES = ()
-    DROP_PATHS = ()
-    DROPOUTS = ("dropout",)
+    SCALES: ClassVar[tuple[str, ...]] = ()
+    DROP_PATHS: ClassVar[tuple[str, ...]] = ()
+    DROPOUTS: ClassVar[tuple[str, ...]] = ("dropout",)
 
     def watched(self, part: nn.Module) -> bool:
         if not modules.hooked(part):
@@ -144,6 +151,31 @@ def _bias(x: Tensor, mask: Any) -> Any:
     return bias.to(x.dtype) if bias.dtype not in (x.dtype, torch.float32) else bias
 
 
+def served(layer: type[nn.Module], attention: type[nn.Module], refused: dict[Any, str]) -> bool:
+    """Whether a layer and its attention are called as in transformers 5; else `refused` says so.
+
+    Before 5 other arguments came where the attention mask does, and outputs were tuples.
+    """
+    wanted = ["self", "hidden_states", "attention_mask", "kwargs"]
+    if all(
+        list(inspect.signature(each.forward).parameters) == wanted for each in (layer, attention)
+    ):
+        return True
+    refused[layer] = _OTHERWISE
+    return False
+
+
+def over(
+    original: type[nn.Module], kind: type[modules.Fused], names: dict[str, Any]
+) -> type[modules.Fused]:
+    """`kind` mixed over `original`, put into `names`, a module's own, where pickles look for it."""
+    name = f"Fused{original.__name__}"
+    about = f"transformers' {original.__name__} on `deit.kernels`."
+    names[name] = type(name, (kind, original), {"__module__": names["__name__"], "__doc__": about})
+    return names[name]
+
+
+_OTHERWISE = f"transformers {transformers.__version__} lays it out otherwise (5 or later is served)"
 _CURRENT = all(hasattr(modeling_deit, name) for name in ("DeiTAttention", "DeiTMLP", "DeiTLayer"))
 LEAVES: dict[type[nn.Module], type[modules.Fused]] = {}
 BLOCKS: dict[type[nn.Module], type[modules.Fused]] = {}
@@ -178,7 +210,4 @@ if _CURRENT:
     BLOCKS |= {modeling_deit.DeiTLayer: FusedDeiTLayer, modeling_vit.ViTLayer: FusedViTLayer}
 else:
     # Before 5 head_mask comes where the attention mask does and is multiplied after softmax.
-    _reason = (
-        f"transformers {transformers.__version__} lays it out otherwise (5 or later is served)"
-    )
-    REFUSED |= {modeling_deit.DeiTLayer: _reason, modeling_vit.ViTLayer: _reason}
+    REFUSED |= {modeling_deit.DeiTLayer: _OTHERWISE, modeling_vit.ViTLayer: _OTHERWISE}

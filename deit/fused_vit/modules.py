@@ -8,6 +8,7 @@ dropout in training, a mask, a replaced layer), the original forward runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from deit.fused_vit import eight_bits, monkeypatches, swapping
 from deit.fused_vit.self_attention import SelfAttention
 from deit.fused_vit.whole_block import WholeBlock
 from deit.kernels import gelu_mlp, layer_norm
+from deit.kernels.linear.reference import activate
 
 # What a kernel may read, and what torch.export traces with in its place. Not DTensor and the like.
 PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
@@ -214,7 +216,7 @@ class FusedLayerNorm(Fused):
 class FusedAttention(SelfAttention, Fused):
     """Over an attention with one qkv projection and an output projection."""
 
-    OPERATORS = ("linear", "attention")
+    OPERATORS: ClassVar[tuple[str, ...]] = ("linear", "attention")
     LINEARS: ClassVar[tuple[str, ...]] = ("qkv", "proj")
 
     def projection(self) -> tuple[Tensor, Tensor | None]:
@@ -247,23 +249,32 @@ class FusedAttention(SelfAttention, Fused):
         return self.attend(x)
 
 
-class FusedMlp(Fused):
-    """Over an MLP of two linear layers with an exact GELU between."""
+class FeedForward(Fused):
+    """What follows the second norm of a block; FusedMlp, or feed_forward.py's gated one."""
 
-    OPERATORS = ("gelu_mlp",)
-    LINEARS = ("fc1", "fc2")
-    STANDS_FOR: ClassVar[tuple[type[nn.Module], ...]] = (nn.GELU,)
-    ACTIVATION: ClassVar[str] = ""  # the submodule that must be an exact GELU, if there is one
+    ACTIVATION: ClassVar[str] = ""  # the submodule that is the activation; "": the exact GELU
+    # A library's own classes of activations, by `linear`'s name for them.
+    ACTIVATIONS: ClassVar[dict[type[nn.Module], str]] = {}
+    STANDS_FOR: ClassVar[tuple[type[nn.Module], ...]] = (nn.GELU, nn.SiLU)
 
-    @staticmethod
-    def exact_gelu(act: object) -> bool:
-        """Whether `act` computes GELU by erf."""
-        return type(act) is nn.GELU and act.approximate == "none"
+    @classmethod
+    def _stand_for(cls, original: Any) -> None:
+        cls.STANDS_FOR = (*cls.STANDS_FOR, *cls.ACTIVATIONS)
+        super()._stand_for(original)
+
+    def activation_name(self) -> str | None:
+        """`linear`'s name of the activation; None for one that it does not have."""
+        if not self.ACTIVATION:
+            return "gelu"
+        act = self._modules.get(self.ACTIVATION)
+        if type(act) is nn.GELU:
+            return {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate)
+        return "silu" if type(act) is nn.SiLU else self.ACTIVATIONS.get(type(act))
 
     def unsupported(self) -> str | None:
-        act = self._modules.get(self.ACTIVATION)
-        if self.ACTIVATION and not self.exact_gelu(act):
-            return f"its activation is {act}, not the exact GELU"
+        if self.activation_name() is None:
+            act = self._modules.get(self.ACTIVATION)
+            return f"its activation is {act}, not GELU, QuickGELU or SiLU"
         return super().unsupported()
 
     def interrupted(self) -> str | None:
@@ -284,7 +295,44 @@ class FusedMlp(Fused):
         gamma: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> Tensor:
-        """residual + keep * gamma * fc2(gelu(fc1(x)))."""
+        """residual + keep * gamma * mlp(x)."""
+        raise NotImplementedError
+
+    def hidden(self, project: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+        """The hidden layer [..., M] as the last product reads it; `project`: x by weight, bias."""
+        raise NotImplementedError
+
+    def output(self) -> nn.Linear:
+        """The last product."""
+        return self._modules[self.LINEARS[-1]]
+
+    def apart(self) -> str | None:
+        """Why `vit_block` and the MLPs in 8 bits do not compute it; None where they do."""
+        raise NotImplementedError
+
+
+class FusedMlp(FeedForward):
+    """Over an MLP of two linear layers with an activation between."""
+
+    OPERATORS = ("gelu_mlp",)
+    LINEARS = ("fc1", "fc2")
+
+    def apart(self) -> str | None:
+        activation = self.activation_name()
+        return None if activation == "gelu" else f"its MLP's activation is {activation}"
+
+    def hidden(self, project: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+        fc1: Any = self._modules[self.LINEARS[0]]
+        return activate(project(fc1.weight, fc1.bias), self.activation_name())
+
+    def feed_forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        gamma: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """residual + keep * gamma * fc2(act(fc1(x)))."""
         fc1, fc2 = (self._modules[name] for name in self.LINEARS)
         return gelu_mlp(
             x,
@@ -292,6 +340,7 @@ class FusedMlp(Fused):
             fc1.bias,
             fc2.weight,
             fc2.bias,
+            activation=self.activation_name(),  # type: ignore[arg-type]
             residual=residual,
             gamma=gamma,
             keep=keep,
@@ -308,7 +357,7 @@ class FusedBlock(WholeBlock, Fused):
         ("norm1", FusedLayerNorm),
         ("attn", FusedAttention),
         ("norm2", FusedLayerNorm),
-        ("mlp", FusedMlp),
+        ("mlp", FeedForward),
     )
     SCALES: ClassVar[tuple[str, ...]] = ("ls1", "ls2")
     DROP_PATHS: ClassVar[tuple[str, ...]] = ("drop_path1", "drop_path2")
@@ -333,6 +382,8 @@ class FusedBlock(WholeBlock, Fused):
         for name, kind in self.PARTS:
             part = children.get(name)
             if not isinstance(part, kind):
+                if isinstance(part, Fused):
+                    return f"{name} is a {original_class(part).__name__}, not what a block takes"
                 return f"{name} is a {type(part).__name__} that is not fused"
             reason = part.unsupported()
             if reason is not None:

@@ -47,17 +47,18 @@ class SelfAttention:
         keep: Tensor | None = None,
         *,
         key_bias: Tensor | None = None,
+        rope: Any = None,
         rows: int | None = None,
     ) -> Tensor:
-        """residual + keep * gamma * proj(attention(qkv(x))), of the first `rows` tokens or all."""
+        """residual + keep * gamma * proj(attention(qkv(x))), of the first `rows` tokens or all.
+
+        rope: the rotary positions of a `RotaryAttention`.
+        """
         impls = self.fused_impls
         weight, bias = self.projection()
-        heads, scale = self.geometry()
         if rows is None:
             packed = thirds.linear(x, weight, bias, impl=impls["linear"])
-            mixed = attention(
-                packed, heads, scale=scale, key_bias=key_bias, impl=impls["attention"]
-            )
+            mixed = self.mix(packed, key_bias, rope)
         else:
             mixed = self.mix_prefix(x, rows, weight, bias)
         proj = self.output()
@@ -70,6 +71,12 @@ class SelfAttention:
             keep=keep,
             impl=impls["linear"],
         )
+
+    def mix(self, packed: Tensor, key_bias: Tensor | None = None, rope: Any = None) -> Tensor:
+        """Attention of the packed projection, [B, N, 3 * D'] -> [B, N, D']."""
+        heads, scale = self.geometry()
+        impl = self.fused_impls["attention"]
+        return attention(packed, heads, scale=scale, key_bias=key_bias, impl=impl)
 
     def mix_prefix(
         self,

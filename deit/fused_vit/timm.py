@@ -6,10 +6,10 @@ from typing import Any
 
 import timm.layers
 import torch
-from timm.models import deit, vision_transformer
+from timm.models import beit, deit, vision_transformer, vision_transformer_relpos
 from torch import Tensor, nn
 
-from deit.fused_vit import modules
+from deit.fused_vit import feed_forward, modules
 from deit.fused_vit.embedding import ImageEmbedding
 from deit.fused_vit.last_block import PrefixOnly
 from deit.fused_vit.modules import hooked
@@ -47,17 +47,54 @@ class FusedAttention(Masked, modules.FusedAttention, vision_transformer.Attentio
         return super().unsupported()
 
 
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    timm.layers.activations.GELU: "gelu",
+    timm.layers.activations.GELUTanh: "gelu_tanh",
+    timm.layers.activations.QuickGELU: "quick_gelu",
+}
+
+
 class FusedMlp(modules.FusedMlp, timm.layers.Mlp):
     """timm's Mlp on `deit.kernels.gelu_mlp`."""
 
     IDENTITIES = ("norm",)
     DROPOUTS = ("drop1", "drop2")
     ACTIVATION = "act"
-    STANDS_FOR = (nn.GELU, timm.layers.activations.GELU)
+    ACTIVATIONS = _ACTIVATIONS
 
-    @staticmethod
-    def exact_gelu(act: object) -> bool:
-        return modules.FusedMlp.exact_gelu(act) or type(act) is timm.layers.activations.GELU
+
+class FusedSwiGLU(feed_forward.FusedGatedMlp, timm.layers.SwiGLU):
+    """timm's SwiGLU, gate and value apart, on `deit.kernels.glu_mlp`."""
+
+    LINEARS = ("fc1_g", "fc1_x", "fc2")
+    DROPOUTS = ("drop1", "drop2")
+    ACTIVATION = "act"
+    ACTIVATIONS = _ACTIVATIONS
+    NORM = "norm"
+    NORM_KINDS = (nn.LayerNorm, timm.layers.LayerNorm)
+
+
+class FusedGluMlp(feed_forward.FusedGatedMlp, timm.layers.GluMlp):
+    """timm's GluMlp (SwiGLUPacked), gate and value in one weight, on `deit.kernels.glu_mlp`."""
+
+    LINEARS = ("fc1", "fc2")
+    DROPOUTS = ("drop1", "drop2")
+    ACTIVATION = "act"
+    ACTIVATIONS = _ACTIVATIONS
+    NORM = "norm"
+    NORM_KINDS = (nn.LayerNorm, timm.layers.LayerNorm)
+
+    def gate_and_up(self) -> tuple[feed_forward.Affine, feed_forward.Affine]:
+        packed: Any = self._modules["fc1"]
+        first, last = packed.weight.chunk(2)
+        first_bias, last_bias = (None, None) if packed.bias is None else packed.bias.chunk(2)
+        halves = (first, first_bias), (last, last_bias)
+        return halves[::-1] if self.gate_last else halves
+
+    def unsupported(self) -> str | None:
+        if self.chunk_dim != -1:
+            return "it is of convolutions"
+        return super().unsupported()
 
 
 class FusedBlock(Masked, modules.FusedBlock, vision_transformer.Block):
@@ -164,8 +201,21 @@ LEAVES: dict[type[nn.Module], type[modules.Fused]] = {
     timm.layers.LayerNorm: FusedLayerNorm,
     vision_transformer.Attention: FusedAttention,
     timm.layers.Mlp: FusedMlp,
+    timm.layers.SwiGLU: FusedSwiGLU,
+    timm.layers.GluMlp: FusedGluMlp,
 }
 BLOCKS: dict[type[nn.Module], type[modules.Fused]] = {vision_transformer.Block: FusedBlock}
+_PAIRS = "its attention adds a bias for every pair of positions"
+REFUSED: dict[type[nn.Module], str] = {
+    beit.Attention: _PAIRS,
+    beit.Block: _PAIRS,
+    vision_transformer_relpos.RelPosAttention: _PAIRS,
+    vision_transformer_relpos.RelPosBlock: _PAIRS,
+    vision_transformer_relpos.ResPostRelPosBlock: _PAIRS,
+    vision_transformer.ParallelScalingBlock: "its attention and its MLP share a norm and a product",
+    vision_transformer.ParallelThingsBlock: "its attentions and its MLPs run side by side",
+    vision_transformer.ResPostBlock: "its norms come after its branches",
+}
 ROOTS: dict[type[nn.Module], type[modules.Fused]] = {
     vision_transformer.VisionTransformer: FusedVisionTransformer,
     deit.VisionTransformerDistilled: FusedVisionTransformerDistilled,

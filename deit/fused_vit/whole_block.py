@@ -46,13 +46,13 @@ class WholeBlock:
 
     def apart(self) -> str | None:
         """Why neither `vit_block` nor `int8_vit_block` computes this block; None where one does."""
-        norm1, attn, norm2, _ = self.parts()
+        norm1, attn, norm2, mlp = self.parts()
         if norm1.eps != norm2.eps:
             return f"its norms' eps differ, {norm1.eps} and {norm2.eps}"
         width, channels = attn.width(), norm1.weight.shape[0]
         if width != channels:
             return f"its heads are {width} wide together, its tokens {channels}"
-        return None
+        return mlp.apart()
 
     def runs_whole(self, x: Tensor) -> bool:
         """Whether `vit_block` takes this call: inference, nothing dropped, nothing recorded."""

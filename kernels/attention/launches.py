@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit.kernels.attention import reference
+from deit.kernels.attention import TRITON_ROTARY_HEAD_DIMS, reference
 from deit.kernels.attention import tiles as attention_tiles
 from deit.kernels.attention import triton as attention
 from deit.kernels.attention import triton_bwd as attention_bwd
@@ -29,12 +29,24 @@ def _attention(shipped: Shipped) -> common.Launch:
     qkv = empty(shipped.batch, tokens, 3 * heads * shipped.size + spare, dtype=dtype)
     key_bias = empty(shipped.batch, tokens) if "bias" in shipped.variant else None
     qkv = qkv[..., : 3 * heads * shipped.size]
-    if shipped.operator != "attention_bwd":
-        config = attention_tiles.attention(shipped.arch, dtype, shipped.size, tokens, tma=not spare)
-        lse = shipped.operator == "attention_fwd"
-        return first(attention.plan(qkv, heads, 0.125, key_bias, save_lse=lse, config=config))
-    bwd_config = attention_tiles.attention_bwd(
-        shipped.arch, dtype, shipped.size, tokens, tma=not spare
+    rope, known = None, (shipped.arch, dtype, shipped.size)
+    if shipped.operator.startswith("rotary_"):
+        table = empty(tokens - 5, 2 * shipped.size)[:, : shipped.size]
+        rope = (table, table, 5, "interleaved" in shipped.variant)
+    if not shipped.operator.endswith("_bwd"):
+        config = (
+            attention_tiles.rotary_attention(*known)
+            if rope
+            else attention_tiles.attention(*known, tokens, tma=not spare)
+        )
+        lse = shipped.operator.endswith("_fwd")
+        return first(
+            attention.plan(qkv, heads, 0.125, key_bias, rope=rope, save_lse=lse, config=config)
+        )
+    bwd_config = (
+        attention_tiles.rotary_attention_bwd(*known)
+        if rope
+        else attention_tiles.attention_bwd(*known, tokens, tma=not spare)
     )
     if shipped.variant == "delta":
         bwd_config = dataclasses.replace(bwd_config, whole_head=False)
@@ -43,7 +55,7 @@ def _attention(shipped: Shipped) -> common.Launch:
         empty(shipped.batch, heads, tokens),
     )
     _, launches = attention_bwd.plan(
-        out, qkv, out, row_lse, heads, 0.125, key_bias, config=bwd_config
+        out, qkv, out, row_lse, heads, 0.125, key_bias, rope=rope, config=bwd_config
     )
     return launches[0 if shipped.variant == "delta" else -1]
 
@@ -54,6 +66,14 @@ def _config(arch: int, dtype: torch.dtype, size: int) -> object:
 
 def _config_bwd(arch: int, dtype: torch.dtype, size: int) -> object:
     return attention_tiles.attention_bwd(arch, dtype, size, TOKENS)
+
+
+def _rotary(arch: int, dtype: torch.dtype, size: int) -> object:
+    return attention_tiles.rotary_attention(arch, dtype, size)
+
+
+def _rotary_bwd(arch: int, dtype: torch.dtype, size: int) -> object:
+    return attention_tiles.rotary_attention_bwd(arch, dtype, size)
 
 
 _KERNEL = functools.partial(
@@ -69,6 +89,18 @@ KERNELS = {
     "attention_bwd": _KERNEL(
         ("197", "197 bias", "577", "577 bias", "unaligned", "delta"), _config_bwd
     ),
+}
+_ROTARY_KERNEL = functools.partial(
+    Kernel,
+    ("197", "197 interleaved"),
+    build=_attention,
+    sizes=TRITON_ROTARY_HEAD_DIMS,
+    descriptors=False,
+)
+KERNELS |= {
+    "rotary_attention": _ROTARY_KERNEL(_rotary),
+    "rotary_attention_fwd": _ROTARY_KERNEL(_rotary),
+    "rotary_attention_bwd": _ROTARY_KERNEL(_rotary_bwd),
 }
 
 

@@ -98,6 +98,37 @@ class AttentionBwdConfig(Configuration):
             )
 
 
+@dataclass(frozen=True)
+class RotaryConfig(AttentionConfig):
+    """The same with rotary positions, which are read by pointers."""
+
+    def rules(self, arguments: Arguments) -> list[str]:
+        if self.tma or not self.online:
+            return ["rotary positions need online softmax without tma"]
+        return super().rules(arguments)
+
+    @classmethod
+    def space(cls, arguments: Arguments, pinned: Any) -> Iterator[RotaryConfig]:
+        for block_m, block_n, warps in itertools.product((64, 32), (32, 16, 64), (4, 8)):
+            for stages in (2, 3):
+                yield cls(block_m, block_n, True, tma=False, num_warps=warps, num_stages=stages)
+
+
+@dataclass(frozen=True)
+class RotaryBwdConfig(AttentionBwdConfig):
+    """The same of the backward."""
+
+    def rules(self, arguments: Arguments) -> list[str]:
+        if self.tma or self.whole_head:
+            return ["rotary positions need blocks of a head without tma"]
+        return super().rules(arguments)
+
+    @classmethod
+    def space(cls, arguments: Arguments, pinned: Any) -> Iterator[RotaryBwdConfig]:
+        for resident, passing, warps in itertools.product((64, 32), (32, 16, 64), (4, 8)):
+            yield replace(pinned, resident=resident, passing=passing, num_warps=warps)
+
+
 @tunable(AttentionConfig)
 def attention(
     arch: int, dtype: torch.dtype, head_dim: int, tokens: int, tma: bool = True
@@ -171,6 +202,27 @@ def attention_bwd(
     return AttentionBwdConfig(64, 32, False, tma=tma, num_warps=4 if tma else 8, num_stages=2)
 
 
+@tunable(RotaryConfig)
+def rotary_attention(arch: int, dtype: torch.dtype, head_dim: int) -> RotaryConfig:
+    """Tables and the other channels of pairs take as much room as keys do, so fewer keys pass at a
+    time. None of it has run on a GPU."""
+    if dtype == torch.float32:
+        return RotaryConfig(32, 16, True, tma=False, num_warps=8, num_stages=2)
+    stages = 3 if head_dim == 32 else 2  # of 32 channels two spill 8 bytes on sm_100
+    return RotaryConfig(64, 32, True, tma=False, num_warps=4, num_stages=stages)
+
+
+@tunable(RotaryBwdConfig)
+def rotary_attention_bwd(arch: int, dtype: torch.dtype, head_dim: int) -> RotaryBwdConfig:
+    """Larger tiles spill 8 to 100 bytes."""
+    if dtype == torch.float32:
+        resident = 32 if head_dim == 32 else 16
+        return RotaryBwdConfig(resident, 16, False, tma=False, num_warps=8, num_stages=2)
+    wide = arch in (90, 100) or head_dim == 32
+    resident, warps = (64, 8) if wide else (32, 4)
+    return RotaryBwdConfig(resident, 32, False, tma=False, num_warps=warps, num_stages=2)
+
+
 def choose(qkv: Tensor, num_heads: int, *_: Any) -> Choice:
     """What attends within qkv."""
     tokens, head_dim = qkv.shape[1], qkv.shape[-1] // (3 * num_heads)
@@ -178,4 +230,10 @@ def choose(qkv: Tensor, num_heads: int, *_: Any) -> Choice:
     return [attention.explain(common.architecture(qkv), qkv.dtype, head_dim, tokens, tma)]
 
 
-CHOICES: Choices = {"attention": choose}
+def choose_rotary(qkv: Tensor, num_heads: int, *_: Any) -> Choice:
+    """The same with rotary positions."""
+    head_dim = qkv.shape[-1] // (3 * num_heads)
+    return [rotary_attention.explain(common.architecture(qkv), qkv.dtype, head_dim)]
+
+
+CHOICES: Choices = {"attention": choose, "rotary_attention": choose_rotary}

@@ -6,6 +6,9 @@ Elsewhere softmax is online (arXiv 1805.02867; the tiling of arXiv 2205.14135). 
 and sums are fp32; the probabilities are rounded to qkv's dtype for the second product, as
 PyTorch's fused kernels do. A query with no key left (all scores -inf) gives zeros, as PyTorch's.
 
+With rotary positions q and k are turned as they are loaded, by pointers: a descriptor cannot read
+the other channel of a pair, so softmax is online there.
+
 For training both also save the log of each query's sum of exponentials. They then keep scores in
 natural units: where one key takes everything, lse is its score to the bit, and the backward's
 exp(score - lse) is 1. Through units of log2, which inference uses to spare a product a score,
@@ -51,16 +54,49 @@ def attention_fwd(
     return out, lse
 
 
+@launching.kept
+def rotary_attention(
+    qkv: Tensor,
+    num_heads: int,
+    scale: float,
+    *rope: Any,
+    config: attention_tiles.AttentionConfig | None = None,
+) -> Tensor:
+    """`deit.kernels.rotary_attention` on Triton; copies the tables where their last axes are not
+    contiguous or their other strides differ."""
+    planned = plan(qkv, num_heads, scale, None, rope=rope, config=config)
+    return common.written(planned, qkv)[0]
+
+
+@launching.kept
+def rotary_attention_fwd(
+    qkv: Tensor,
+    num_heads: int,
+    scale: float,
+    *rope: Any,
+    config: attention_tiles.AttentionConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(`rotary_attention`, lse), as `attention_fwd`."""
+    planned = plan(qkv, num_heads, scale, None, rope=rope, save_lse=True, config=config)
+    out, lse = common.written(planned, qkv)
+    assert lse is not None
+    return out, lse
+
+
 def plan(
     qkv: Tensor,
     num_heads: int,
     scale: float,
     key_bias: Tensor | None,
     *,
+    rope: Any = None,
     save_lse: bool = False,
     config: attention_tiles.AttentionConfig | None = None,
 ) -> tuple[tuple[Tensor, Tensor | None], common.Launch | None]:
-    """(out, lse or None), unwritten, and the launch that writes them; None for an empty output."""
+    """(out, lse or None), unwritten, and the launch that writes them; None for an empty output.
+
+    rope: (sin, cos, prefix, interleaved), or None.
+    """
     batch, tokens, channels = qkv.shape
     head_dim = channels // (3 * num_heads)
     out = torch.empty((batch, tokens, channels // 3), dtype=qkv.dtype, device=qkv.device)
@@ -70,9 +106,10 @@ def plan(
     if out.numel() == 0:
         return (out, lse), None
     qkv = common.last_contiguous(qkv)
-    config = config or attention_tiles.attention(
-        common.architecture(qkv), qkv.dtype, head_dim, tokens, common.describable(qkv)
-    )
+    known = common.architecture(qkv), qkv.dtype, head_dim
+    if config is None and rope is None:
+        config = attention_tiles.attention(*known, tokens, common.describable(qkv))
+    config = config or attention_tiles.rotary_attention(*known)
     query_blocks = triton.cdiv(tokens, config.block_m)
     arguments = {
         "q_source": qkv_tiles.source(qkv, config.block_m, head_dim, config.tma),
@@ -95,6 +132,7 @@ def plan(
         "PRECISION": common.precision(qkv.dtype),
     }
     if config.online:
+        arguments |= qkv_tiles.rope_arguments(rope)
         kernel, programs = _online_kernel, query_blocks
     else:
         # A program takes every query of its head, unless that leaves multiprocessors idle.
@@ -235,6 +273,11 @@ def _online_kernel(
     bias_b,
     bias_n,
     scale,
+    sin,
+    cos,
+    rope_h,
+    rope_n,
+    prefix,
     programs,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -242,6 +285,7 @@ def _online_kernel(
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):
     batch_head = tl.program_id(0) // programs
     batch, head = batch_head // num_heads, batch_head % num_heads
@@ -250,6 +294,10 @@ def _online_kernel(
     q = qkv_tiles.load(
         q_source, batch, m0, channel, tokens, stride_b, stride_n, BLOCK_M, HEAD_DIM, BLOCK_D, TMA
     )
+    q = qkv_tiles.turned(
+        q, q_source, batch, head, m0, channel, tokens, stride_b, stride_n, sin, cos, rope_h, rope_n,
+        prefix, INTERLEAVED, BLOCK_M, HEAD_DIM, BLOCK_D,
+    )  # fmt: skip
     maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     y = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -267,6 +315,10 @@ def _online_kernel(
             BLOCK_D,
             TMA,
         )
+        k = qkv_tiles.turned(
+            k, kv_source, batch, head, n0, width + channel, tokens, stride_b, stride_n, sin, cos,
+            rope_h, rope_n, prefix, INTERLEAVED, BLOCK_N, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
         bias = qkv_tiles.key_bias(key_bias, batch, n0, tokens, bias_b, bias_n, BLOCK_N)
         scores = _scores(q, k, bias, scale, lse, PRECISION)
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))

@@ -52,6 +52,22 @@ def attention_bwd(
     return common.written(plan(dout, qkv, *rest, config=config), qkv)
 
 
+@launching.kept
+def rotary_attention_bwd(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    scale: float,
+    *rope: Any,
+    config: attention_tiles.AttentionBwdConfig | None = None,
+) -> Tensor:
+    """`attention_bwd`, of `rotary_attention_fwd`; the tables have no gradient."""
+    planned = plan(dout, qkv, out, lse, num_heads, scale, None, rope=rope, config=config)
+    return common.written(planned, qkv)
+
+
 def plan(
     dout: Tensor,
     qkv: Tensor,
@@ -61,22 +77,29 @@ def plan(
     scale: float,
     key_bias: Tensor | None,
     *,
+    rope: Any = None,
     config: attention_tiles.AttentionBwdConfig | None = None,
 ) -> tuple[Tensor, list[common.Launch]]:
-    """dqkv, unwritten, and the launches that write it, in order; none for an empty one."""
+    """dqkv, unwritten, and the launches that write it, in order; none for an empty one.
+
+    rope: (sin, cos, prefix, interleaved), or None.
+    """
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if dqkv.numel() == 0:
         return dqkv, []
     head_dim = qkv.shape[-1] // (3 * num_heads)
     qkv, dout, out = common.last_contiguous(qkv), common.last_contiguous(dout), out.contiguous()
-    config = config or attention_tiles.attention_bwd(
-        common.architecture(qkv), qkv.dtype, head_dim, qkv.shape[1], common.describable(qkv)
-    )
+    known = common.architecture(qkv), qkv.dtype, head_dim
+    if config is None and rope is None:
+        config = attention_tiles.attention_bwd(*known, qkv.shape[1], common.describable(qkv))
+    config = config or attention_tiles.rotary_attention_bwd(*known)
     if config.tma and not common.describable(dout):
         dout = dout.contiguous()
     arguments = _inputs(qkv, dout, key_bias, num_heads, scale, config) | {"dqkv": dqkv}
-    plan_form = _plan_whole_head if config.whole_head else _plan_split
-    return dqkv, plan_form(arguments, dout, out, lse.contiguous(), config)
+    lse = lse.contiguous()
+    if config.whole_head:
+        return dqkv, _plan_whole_head(arguments, dout, out, lse, config)
+    return dqkv, _plan_split(arguments | qkv_tiles.rope_arguments(rope), dout, out, lse, config)
 
 
 def _inputs(
@@ -203,8 +226,9 @@ def _load_delta(delta, batch_head, token, tokens, BLOCK: tl.constexpr):
 def _split_kernel(
     qkv_resident, qkv_passing, dout_resident, dout_passing, key_bias, lse, delta, dqkv,
     tokens, num_heads, qkv_b, qkv_n, dout_b, dout_n, bias_b, bias_n, scale, blocks,
+    sin, cos, rope_h, rope_n, prefix,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, RESIDENT: tl.constexpr, PASSING: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """The first `blocks` programs of a head take its keys, the others its queries."""
     batch_head = tl.program_id(0) // (2 * blocks)
@@ -214,14 +238,16 @@ def _split_kernel(
             True, qkv_resident, qkv_resident, qkv_passing, dout_passing, key_bias, lse, delta,
             dqkv, batch_head, block * RESIDENT, tokens, num_heads, qkv_b, qkv_n, qkv_b, qkv_n,
             dout_b, dout_n, bias_b, bias_n, scale,
-            HEAD_DIM, BLOCK_D, RESIDENT, PASSING, TMA, PRECISION,
+            sin, cos, rope_h, rope_n, prefix,
+            HEAD_DIM, BLOCK_D, RESIDENT, PASSING, TMA, PRECISION, INTERLEAVED,
         )  # fmt: skip
     else:
         _block(
             False, qkv_resident, dout_resident, qkv_passing, qkv_passing, key_bias, lse, delta,
             dqkv, batch_head, (block - blocks) * RESIDENT, tokens, num_heads, qkv_b, qkv_n,
             dout_b, dout_n, qkv_b, qkv_n, bias_b, bias_n, scale,
-            HEAD_DIM, BLOCK_D, RESIDENT, PASSING, TMA, PRECISION,
+            sin, cos, rope_h, rope_n, prefix,
+            HEAD_DIM, BLOCK_D, RESIDENT, PASSING, TMA, PRECISION, INTERLEAVED,
         )  # fmt: skip
 
 
@@ -229,14 +255,16 @@ def _split_kernel(
 def _block(
     KEYS: tl.constexpr, a_source, da_source, b_source, db_source, key_bias, lse, delta, dqkv,
     batch_head, a0, tokens, num_heads, qkv_b, qkv_n, da_b, da_n, db_b, db_n, bias_b, bias_n, scale,
+    sin, cos, rope_h, rope_n, prefix,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, RESIDENT: tl.constexpr, PASSING: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of RESIDENT keys (KEYS), or dq of RESIDENT queries.
 
     One loop serves both. Let (a, da) be what stays and (b, db) what passes: they are (k, v) and
     (q, dout), or the other way round. Then scores are a bT, dp is da dbT, and the gradient of a is
-    ds b. For keys this leaves scores, p and ds transposed, and dv is p db.
+    ds b. For keys this leaves scores, p and ds transposed, and dv is p db. Rotary positions turn a
+    and b as they are loaded, and the gradient of a back.
     """
     batch, head = batch_head // num_heads, batch_head % num_heads
     width, channel = num_heads * HEAD_DIM, head * HEAD_DIM
@@ -248,6 +276,10 @@ def _block(
     a = qkv_tiles.load(
         a_source, batch, a0, a_at, tokens, qkv_b, qkv_n, RESIDENT, HEAD_DIM, BLOCK_D, TMA
     )
+    a = qkv_tiles.turned(
+        a, a_source, batch, head, a0, a_at, tokens, qkv_b, qkv_n, sin, cos, rope_h, rope_n, prefix,
+        INTERLEAVED, RESIDENT, HEAD_DIM, BLOCK_D,
+    )  # fmt: skip
     da = qkv_tiles.load(
         da_source, batch, a0, da_at, tokens, da_b, da_n, RESIDENT, HEAD_DIM, BLOCK_D, TMA
     )
@@ -262,6 +294,10 @@ def _block(
         b = qkv_tiles.load(
             b_source, batch, b0, b_at, tokens, qkv_b, qkv_n, PASSING, HEAD_DIM, BLOCK_D, TMA
         )
+        b = qkv_tiles.turned(
+            b, b_source, batch, head, b0, b_at, tokens, qkv_b, qkv_n, sin, cos, rope_h, rope_n,
+            prefix, INTERLEAVED, PASSING, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
         db = qkv_tiles.load(
             db_source, batch, b0, db_at, tokens, db_b, db_n, PASSING, HEAD_DIM, BLOCK_D, TMA
         )
@@ -277,7 +313,10 @@ def _block(
             bias = qkv_tiles.key_bias(key_bias, batch, b0, tokens, bias_b, bias_n, PASSING)[None, :]
             ds = tl.exp(scores + bias - a_lse) * (dp - a_delta)
         gradient = tl.dot(ds.to(b.dtype), b, gradient, input_precision=PRECISION)
-    qkv_tiles.store(dqkv, gradient * scale, batch, a0, a_at, tokens, 3 * width, HEAD_DIM)
+    gradient = qkv_tiles.turned_back(
+        gradient * scale, head, a0, tokens, sin, cos, rope_h, rope_n, prefix, INTERLEAVED, HEAD_DIM
+    )
+    qkv_tiles.store(dqkv, gradient, batch, a0, a_at, tokens, 3 * width, HEAD_DIM)
     if KEYS:
         qkv_tiles.store(dqkv, dv, batch, a0, da_at, tokens, 3 * width, HEAD_DIM)
 

@@ -46,6 +46,98 @@ def load(
     return tile
 
 
+def rope_arguments(
+    rope: tuple[Tensor, Tensor, int, bool] | None,
+) -> dict[str, object]:
+    """What the kernels take for rotary positions: (sin, cos, prefix, interleaved), or for none.
+
+    The tables are [N - prefix, d] or [H, N - prefix, d], of the same strides.
+    """
+    if rope is None:
+        return dict.fromkeys(("sin", "cos", "rope_h", "rope_n", "prefix", "INTERLEAVED"))
+    sin, cos, prefix, interleaved = rope
+    sin, cos = common.last_contiguous(sin), common.last_contiguous(cos)
+    if sin.stride() != cos.stride():
+        sin, cos = sin.contiguous(), cos.contiguous()
+    return {
+        "sin": sin,
+        "cos": cos,
+        "rope_h": sin.stride(0) if sin.dim() == 3 else 0,
+        "rope_n": sin.stride(-2),
+        "prefix": prefix,
+        "INTERLEAVED": int(interleaved),
+    }
+
+
+@triton.jit
+def _partner(cols, HEAD_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The other channel of each one's pair, and whether a channel is its pair's first."""
+    if INTERLEAVED:
+        first = cols % 2 == 0
+        other = tl.where(first, cols + 1, cols - 1)
+    else:
+        first = cols < HEAD_DIM // 2
+        other = tl.where(first, cols + HEAD_DIM // 2, cols - HEAD_DIM // 2)
+    return other, first
+
+
+@triton.jit
+def _tables(sin, cos, head, token, tokens, rope_h, rope_n, prefix, BLOCK: tl.constexpr,
+            HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """sin and cos [BLOCK, BLOCK_D] of a head from a token on, in fp32, and which rows turn."""
+    rows = token + tl.arange(0, BLOCK)
+    cols = tl.arange(0, BLOCK_D)
+    turns = (rows >= prefix) & (rows < tokens)
+    at = head.to(tl.int64) * rope_h + (rows - prefix).to(tl.int64)[:, None] * rope_n
+    mask = turns[:, None] & (cols < HEAD_DIM)[None, :]
+    sines = tl.load(sin + at + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    cosines = tl.load(cos + at + cols[None, :], mask=mask, other=1.0).to(tl.float32)
+    return sines, cosines, turns[:, None]
+
+
+@triton.jit
+def turned(tile, source, batch, head, token, channel, tokens, stride_b, stride_n, sin, cos, rope_h,
+           rope_n, prefix, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+           BLOCK_D: tl.constexpr):  # fmt: skip
+    """What `load` read from there by pointers, with rotary positions where there are any.
+
+    The other channel of every pair is read from the source again, where it is in L1 by now.
+    """
+    if sin is not None:
+        rows = token + tl.arange(0, BLOCK)
+        cols = tl.arange(0, BLOCK_D)
+        other, first = _partner(cols, HEAD_DIM, INTERLEAVED)
+        at = batch.to(tl.int64) * stride_b + rows.to(tl.int64)[:, None] * stride_n
+        mask = (rows < tokens)[:, None] & (cols < HEAD_DIM)[None, :]
+        pair = tl.load(source + at + (channel + other)[None, :], mask=mask, other=0.0)
+        pair = tl.where(first[None, :], -pair.to(tl.float32), pair.to(tl.float32))
+        sines, cosines, turns = _tables(
+            sin, cos, head, token, tokens, rope_h, rope_n, prefix, BLOCK, HEAD_DIM, BLOCK_D
+        )
+        y = tile.to(tl.float32) * cosines + pair * sines
+        tile = tl.where(turns, y.to(tile.dtype), tile)
+    return tile
+
+
+@triton.jit
+def turned_back(gradient, head, token, tokens, sin, cos, rope_h, rope_n, prefix,
+                INTERLEAVED: tl.constexpr, HEAD_DIM: tl.constexpr):  # fmt: skip
+    """The gradient of what `turned` read from that of what it gave, [BLOCK, BLOCK_D] in fp32."""
+    if sin is not None:
+        sines, cosines, turns = _tables(
+            sin, cos, head, token, tokens, rope_h, rope_n, prefix, gradient.shape[0], HEAD_DIM,
+            gradient.shape[1],
+        )  # fmt: skip
+        other, first = _partner(tl.arange(0, gradient.shape[1]), HEAD_DIM, INTERLEAVED)
+        # A column past the head's channels may take any; they are not stored.
+        places = tl.maximum(0, tl.minimum(other, gradient.shape[1] - 1))
+        at = tl.broadcast_to(places[None, :], gradient.shape)
+        pair = tl.gather(gradient * sines, at, 1)
+        y = gradient * cosines + tl.where(first[None, :], pair, -pair)
+        gradient = tl.where(turns, y, gradient)
+    return gradient
+
+
 @triton.jit
 def key_bias(bias, batch, token, tokens, bias_b, bias_n, BLOCK: tl.constexpr):
     """What is added to the scores of BLOCK keys: -inf past the last token."""

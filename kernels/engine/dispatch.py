@@ -28,7 +28,7 @@ IMPLEMENTATIONS = ("reference", *registry.NAMESPACES)
 def run(operator: Operator, arguments: Arguments, impl: str) -> Any:
     """Execute `operator` on prepared `arguments` by the implementation that `impl` names."""
     if impl is PREPARE:
-        return arguments
+        return operator, arguments
     return run_chosen(operator, arguments, choose(operator, arguments, impl))
 
 
@@ -219,14 +219,13 @@ def explain(operator: str, *inputs: Any, **options: Any) -> Explanation:
     if operator not in OPERATORS:
         raise ValueError(f"operator: expected one of {', '.join(OPERATORS)}; got {operator!r}")
     options.pop("impl", None)
-    known = OPERATORS[operator]
-    arguments = known.prepare(*inputs, **options)
+    known, arguments = OPERATORS[operator].served_by(*inputs, **options)
     why_not = {name: reasons(known, arguments, name) for name in IMPLEMENTATIONS}
     configurations: tuple[str, ...] = ()
     if not why_not["triton"]:
         tiles = importlib.import_module(f"{known.public.__module__}.tiles")  # in its folder
-        choices = tiles.CHOICES[operator](*arguments)
+        choices = tiles.CHOICES[known.name](*arguments)
         configurations = tuple(f"{config}: {evidence}" for config, evidence in choices)
     chosen = choose(known, arguments, "auto")
     left = left_to_pytorch(known, arguments, needs_gradient(arguments))
-    return Explanation(operator, chosen, why_not, configurations, left)
+    return Explanation(known.name, chosen, why_not, configurations, left)

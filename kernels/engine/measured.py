@@ -25,16 +25,20 @@ MEASURED: dict[str, dict[str, tuple[str, ...]]] = {
     # add_layer_norm: fp32 2.1 / 1.9 / 1.6, bf16 1.8 / 2.0 / 2.2, fp16 1.9 / 2.0 / 2.3. At B = 64
     # and D = 768 fp32 LayerNorm is bound by memory: 1.0. linear and gelu_mlp: docs/performance.md;
     # bf16, over PyTorch, N = 197 to 788: qkv 1.0 to 1.2, proj 1.1 to 1.5, MLP 1.06 to 1.13.
+    # rotary_attention on a Zen 4, beside other work, 6 heads of 64, N = 201: fp32 2.7 (B = 8), with
+    # its gradient (B = 4, medians of 12) fp32 2.4, bf16 2.1.
     "cpu": {
         "layer_norm": ("cpu",),
         "add_layer_norm": ("cpu",),
         "attention": ("cpu",),
+        "rotary_attention": ("cpu",),
         "linear": ("cpu",),
         "gelu_mlp": ("cpu",),
         "patch_embed": ("cpu",),
         # Forward and backward against autograd of the same: docs/performance.md, CPU training.
         "add_layer_norm_bwd": ("cpu",),
         "attention_bwd": ("cpu",),
+        "rotary_attention_bwd": ("cpu",),
         "gelu_mlp_bwd": ("cpu",),
         "layer_norm_bwd": ("cpu",),
         "linear_bwd": ("cpu",),

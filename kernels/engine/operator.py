@@ -8,7 +8,8 @@ from typing import Any
 
 Arguments = tuple[Any, ...]
 
-# Given in the place of `impl`, it makes an operator return the schema's arguments and run nothing.
+# Given in the place of `impl`, it makes a public function run nothing and return the operator that
+# would, and its schema's arguments.
 PREPARE: Any = object()
 
 
@@ -52,6 +53,11 @@ class Operator:
 
     def prepare(self, *inputs: Any, **options: Any) -> Arguments:
         """The public arguments -> the schema's, validated; raises what `public` raises."""
+        return self.served_by(*inputs, **options)[1]
+
+    def served_by(self, *inputs: Any, **options: Any) -> tuple[Operator, Arguments]:
+        """What a call comes to, and its arguments: this operator, or another where an option asks
+        for that (attention with rotary positions). Raises what `public` raises."""
         return self.public(*inputs, **options, impl=PREPARE)
 
 

@@ -1,4 +1,4 @@
-"""The transformer's feed-forward block: two linear layers with an exact GELU between."""
+"""The transformer's feed-forward block: two linear layers with GELU or its like between."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from deit.kernels.engine.operator import Operator, register
 from deit.kernels.engine.registry import COMPILED
 from deit.kernels.gelu_mlp import reference
 from deit.kernels.gelu_mlp import schema as schema
+from deit.kernels.linear import check_activation
 from deit.kernels.linear import cuda as hopper
 from deit.kernels.linear import train as train_linear
 
@@ -27,17 +28,19 @@ def gelu_mlp(
     w2: Tensor,
     b2: Tensor | None,
     *,
+    activation: str = "gelu",
     residual: Tensor | None = None,
     gamma: Tensor | None = None,
     keep: Tensor | None = None,
     recompute: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """residual + keep * gamma * (gelu(x @ w1.T + b1) @ w2.T + b2), GELU exact (by erf).
+    """residual + keep * gamma * (act(x @ w1.T + b1) @ w2.T + b2), act GELU or its like.
 
     Args:
         x: [..., D].
         w1: [M, D], b1: [M] or None, w2: [D', M], b2: [D'] or None, in x's dtype.
+        activation: "gelu" (exact, by erf), "gelu_tanh", "quick_gelu" or "silu", as for `linear`.
         residual: [..., D'], in x's dtype or fp32, or None.
         gamma: [D'], LayerScale (arXiv 2103.17239), or None for 1.
         keep: [B] for x [B, ..., D], stochastic depth's factor for each sample, or None for 1.
@@ -69,7 +72,11 @@ def gelu_mlp(
         ("b2", b2, (width,)),
     )
     validate.epilogue(x, width, residual, gamma, keep)
-    arguments = (x, w1, b1, w2, b2, residual, gamma, keep)
+    named = None  # the exact GELU: without a string to hand over
+    if activation != "gelu":
+        check_activation(activation)
+        named = activation
+    arguments = (x, w1, b1, w2, b2, residual, gamma, keep, named)
     operator = _RECOMPUTED if recompute and needs_gradient(arguments) else _GELU_MLP
     return dispatch.run(operator, arguments, impl)
 
@@ -78,16 +85,16 @@ def _limits(
     implementation: str, x: Tensor, w1: Tensor, b1: object, w2: Tensor, *rest: Any
 ) -> list[str]:
     if implementation == "cuda":
-        _, residual, _, keep = rest
-        return hopper.limits(x, w1, w2, residual=residual, keep=keep)
+        _, residual, _, keep, activation = rest
+        return hopper.limits(x, w1, w2, activation=activation, residual=residual, keep=keep)
     return limits.product_limits(implementation, x, w1, w2)
 
 
 class _GeluMlp(torch.autograd.Function):
     """Differentiates by an implementation's `gelu_mlp_fwd` and `gelu_mlp_bwd`.
 
-    The hidden layer is kept as it was before GELU, [..., M] in x's dtype. Where it is to be
-    recomputed, the forward keeps no more than fc2's output, and that only for gamma's gradient,
+    The hidden layer is kept as it was before its activation, [..., M] in x's dtype. Where it is to
+    be recomputed, the forward keeps no more than fc2's output, and that only for gamma's gradient,
     and the backward calls `linear` for the hidden layer again: the same kernel on the same input.
     """
 
@@ -98,18 +105,19 @@ class _GeluMlp(torch.autograd.Function):
         kernels = COMPILED[implementation]
         if not recompute:
             return kernels["gelu_mlp_fwd"](*arguments)
-        x, w1, b1, w2, b2, residual, gamma, keep = arguments
+        x, w1, b1, w2, b2, residual, gamma, keep, activation = arguments
         if gamma is None:  # in one kernel, where the implementation has that
             return kernels["gelu_mlp"](*arguments), x.new_empty(0), x.new_empty(0)
-        activated = kernels["linear"](x, w1, b1, "gelu", None, None, None)
+        activated = kernels["linear"](x, w1, b1, activation or "gelu", None, None, None)
         out, affine = kernels["linear_fwd"](activated, w2, b2, None, residual, gamma, keep)
         return out, x.new_empty(0), affine
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.implementation, ctx.recompute, x, w1, b1, w2, _, _, gamma, keep = inputs
+        ctx.implementation, ctx.recompute, x, w1, b1, w2, _, _, gamma, keep, activation = inputs
+        ctx.activation = activation
         _, hidden, affine = output
-        *_, of_w1, _, _, _, _, of_gamma, _ = ctx.needs_input_grad
+        *_, of_w1, _, _, _, _, of_gamma, _, _ = ctx.needs_input_grad
         kept_x, kept_b1 = x if of_w1 or ctx.recompute else None, b1 if ctx.recompute else None
         kept_affine = affine if of_gamma else None
         ctx.save_for_backward(kept_x, w1, kept_b1, w2, hidden, kept_affine, gamma, keep)
@@ -120,14 +128,16 @@ class _GeluMlp(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         kernels = COMPILED[ctx.implementation]
         x, w1, b1, w2, hidden, affine, gamma, keep = ctx.saved_tensors
+        activation, through, rest = ctx.activation, kernels["gelu_mlp_bwd"], (affine, gamma, keep)
 
         def backward(wanted: list[bool]) -> tuple[Tensor, ...]:
             if not ctx.recompute:
-                return kernels["gelu_mlp_bwd"](dout, x, w1, w2, hidden, affine, gamma, keep, wanted)
+                return through(dout, x, w1, w2, hidden, *rest, wanted, activation)
             first = any(wanted[:3])
-            found = kernels["linear"](x, w1, b1, None if first else "gelu", None, None, None)
+            between = None if first else activation or "gelu"
+            found = kernels["linear"](x, w1, b1, between, None, None, None)
             if first:
-                return kernels["gelu_mlp_bwd"](dout, x, w1, w2, found, affine, gamma, keep, wanted)
+                return through(dout, x, w1, w2, found, *rest, wanted, activation)
             second = [False, *wanted[3:]]
             parts = kernels["linear_bwd"](dout, found, w2, affine, None, gamma, keep, second)
             return (*parts[:1] * 3, *parts[1:])
@@ -138,14 +148,16 @@ class _GeluMlp(torch.autograd.Function):
 
 
 def _train(implementation: str, *arguments: Any, recompute: bool = False) -> Tensor:
-    x, w1, b1, w2, b2, residual, gamma, keep = arguments
+    x, w1, b1, w2, b2, residual, gamma, keep, activation = arguments
     if not recompute and not needs_gradient((x, w1, b1)):
         # What lies before the second product is as constant as an input.
-        hidden = COMPILED[implementation]["linear"](x, w1, b1, "gelu", None, None, None)
+        between = activation or "gelu"
+        hidden = COMPILED[implementation]["linear"](x, w1, b1, between, None, None, None)
         return train_linear(implementation, hidden, w2, b2, None, residual, gamma, keep)
     if residual is x:  # torch.compile traces no autograd.Function given one tensor twice
         residual = x.view_as(x)
-    return _GeluMlp.apply(implementation, recompute, x, w1, b1, w2, b2, residual, gamma, keep)[0]
+    rest = (w2, b2, residual, gamma, keep, activation)
+    return _GeluMlp.apply(implementation, recompute, x, w1, b1, *rest)[0]
 
 
 def _train_recomputing(implementation: str, *arguments: Any) -> Tensor:

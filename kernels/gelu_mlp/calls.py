@@ -16,7 +16,8 @@ def _gelu_mlp(draw: Draw, size: Size, form: str) -> Call:
     }
     gradients = tuple(name for name in inputs if name != "keep")
     flops = 4.0 * size.batch * size.tokens * inputs["w1"].numel()
-    return Call("gelu_mlp", inputs, {}, gradients, (flops, 2 * flops))
+    options = {"activation": "quick_gelu"} if form == "every" else {}
+    return Call("gelu_mlp", inputs, options, gradients, (flops, 2 * flops))
 
 
 CALLS = {"gelu_mlp": Stated(_gelu_mlp, (Part("gelu_mlp + residual", lambda depth: depth),))}

@@ -10,6 +10,7 @@ from torch import Tensor
 from deit.kernels.device import common
 from deit.kernels.gelu_mlp import tiles as gelu_mlp_tiles
 from deit.kernels.gelu_mlp import triton as gelu_mlp
+from deit.kernels.linear import ACTIVATIONS
 from deit.kernels.linear import triton as linear
 from deit.kernels.prove.launches import TOKENS, Kernel, Shipped, empty, epilogue, first
 from deit.kernels.prove.tuned import Terms, Tuned
@@ -22,11 +23,14 @@ def _gelu_mlp(shipped: Shipped) -> common.Launch:
     w2, b2 = empty(dim, 4 * dim, dtype=dtype), empty(dim, dtype=dtype)
     config = gelu_mlp_tiles.gelu_mlp(shipped.arch, dtype, dim)
     assert config is not None  # `shipped` leaves these out
-    return first(gelu_mlp.plan(x, w1, b1, w2, b2, *epilogue(shipped, x.shape), config=config))
+    activation = next((word for word in shipped.variant.split() if word in ACTIVATIONS), "gelu")
+    rest = (*epilogue(shipped, x.shape), activation)
+    return first(gelu_mlp.plan(x, w1, b1, w2, b2, *rest, config=config))
 
 
 KERNELS = {
-    "gelu_mlp": Kernel(("residual", "residual gamma keep", "fp32 residual"),
+    "gelu_mlp": Kernel(("residual", "residual gamma keep", "fp32 residual",
+                        *(f"{name} residual" for name in ACTIVATIONS[1:])),
                        gelu_mlp_tiles.gelu_mlp, _gelu_mlp, tiled=True),
 }  # fmt: skip
 
@@ -37,7 +41,8 @@ def tuned(at: Terms) -> Iterator[Tuned]:
     def run(x: Tensor, w1: Tensor, b1: Any, w2: Tensor, b2: Any, *rest: Any, config: Any) -> Tensor:
         if config is not None:
             return gelu_mlp.gelu_mlp(x, w1, b1, w2, b2, *rest, config=config)
-        hidden = linear.linear(x, w1, b1, "gelu", None, None, None)
-        return linear.linear(hidden, w2, b2, None, *rest)
+        *epilogue, activation = rest
+        hidden = linear.linear(x, w1, b1, activation or "gelu", None, None, None)
+        return linear.linear(hidden, w2, b2, None, *epilogue)
 
     yield at.of_call("gelu_mlp", {"dim": at.size.dim}, run)

@@ -1,4 +1,7 @@
-"""Schemas and fakes of the MLP; what its training saves and reads again is as for `linear`."""
+"""Schemas and fakes of the MLP; what its training saves and reads again is as for `linear`.
+
+An activation of None is the exact GELU: a call of the usual kind hands no string over.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ def _fwd(
     residual: Tensor | None,
     gamma: Tensor | None,
     keep: object,
+    activation: object = None,
 ) -> tuple[Tensor, ...]:
     rows, width = x.shape[:-1], w2.shape[0]
     affine = x.new_empty(0 if gamma is None else (*rows, width))
@@ -41,6 +45,7 @@ def _bwd(
     gamma: Tensor | None,
     keep: Tensor | None,
     wanted: Sequence[bool] | None = None,
+    activation: str | None = None,
 ) -> tuple[Tensor, ...]:
     db1, db2 = w1.new_empty(w1.shape[0]), w2.new_empty(w2.shape[0])
     dx, dw1, dw2 = through(hidden, w1), like(w1, w1), like(w2, w2)
@@ -49,7 +54,7 @@ def _bwd(
 
 _INPUTS = (
     "Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual, Tensor? gamma, "
-    "Tensor? keep"
+    "Tensor? keep, str? activation=None"
 )
 _FORWARD, _BACKWARD = "gelu_mlp.triton", "gelu_mlp.triton_bwd"
 
@@ -64,8 +69,8 @@ define(
 define(
     "gelu_mlp_bwd",
     "(Tensor dout, Tensor? x, Tensor w1, Tensor w2, Tensor hidden, Tensor? affine, "
-    "Tensor? gamma, Tensor? keep, bool[]? wanted=None) -> (Tensor dx, Tensor dw1, Tensor db1, "
-    "Tensor dw2, Tensor db2, Tensor dgamma)",
+    "Tensor? gamma, Tensor? keep, bool[]? wanted=None, str? activation=None) -> "
+    "(Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor dgamma)",
     _bwd,
     cpu=CSRC,
     triton=_BACKWARD,

@@ -8,8 +8,6 @@ times one, so D is held as three chunks. Elsewhere the MLP is two launches of `l
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -29,7 +27,11 @@ def gelu_mlp(
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
-    *epilogue: Any,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    activation: str | None = None,
+    *,
     config: gelu_mlp_tiles.MlpConfig | None = None,
 ) -> Tensor:
     """`deit.kernels.gelu_mlp` on Triton; strides, and the epilogue, as for `linear`.
@@ -37,26 +39,36 @@ def gelu_mlp(
     The one-kernel form runs where `gelu_mlp_tiles.gelu_mlp` has an entry (or `config` is given) and
     the tensors are what its descriptors can take: `single_kernel` says.
     """
+    epilogue, activation = (residual, gamma, keep), activation or "gelu"
     if config is None:
         config = gelu_mlp_tiles.gelu_mlp(common.architecture(x), x.dtype, x.shape[-1])
     if config is not None:
-        planned = plan(x, w1, b1, w2, b2, *epilogue, config=config)
+        planned = plan(x, w1, b1, w2, b2, *epilogue, activation, config=config)
         if planned is not None:
             return common.written(planned, x)
-    hidden = linear_module.linear(x, w1, b1, "gelu", None, None, None)
+    hidden = linear_module.linear(x, w1, b1, activation, None, None, None)
     return linear_module.linear(hidden, w2, b2, None, *epilogue)
 
 
 @launching.kept
 def gelu_mlp_fwd(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *epilogue: Any
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    activation: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`gelu_mlp`, the hidden layer before GELU, and fc2's output where gamma is given, else empty.
+    """`gelu_mlp`, the hidden layer before its activation, and fc2's output for gamma, else empty.
 
     Two products: the one-kernel form never has the hidden layer in memory, and here it must be.
     """
-    activated, hidden = linear_module.linear_fwd(x, w1, b1, "gelu", None, None, None)
-    out, affine = linear_module.linear_fwd(activated, w2, b2, None, *epilogue)
+    first = activation or "gelu"
+    activated, hidden = linear_module.linear_fwd(x, w1, b1, first, None, None, None)
+    out, affine = linear_module.linear_fwd(activated, w2, b2, None, residual, gamma, keep)
     return out, hidden, affine
 
 
@@ -69,6 +81,7 @@ def plan(
     residual: Tensor | None,
     gamma: Tensor | None,
     keep: Tensor | None,
+    activation: str = "gelu",
     *,
     norm: statistics.Norm | None = None,
     row_stats: Tensor | None = None,
@@ -109,6 +122,7 @@ def plan(
         "rows": rows.shape[0],
         "hidden": hidden,
         "inner": x_view.shape[1],
+        "ACTIVATION": activation,
         "CHUNK": config.chunk,
         "BLOCK_M": config.block_m,
         "BLOCK_H": config.block_h,
@@ -179,6 +193,7 @@ def _gelu_mlp_kernel(
     residual_outer,
     residual_inner,
     rows_per_sample,
+    ACTIVATION: tl.constexpr,
     PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -211,8 +226,8 @@ def _gelu_mlp_kernel(
             if b1 is not None:
                 at = h0 + tl.arange(0, BLOCK_H)
                 h += tl.load(b1 + at, mask=at < hidden, other=0.0).to(tl.float32)[None, :]
-            # Channels past the last are gelu(0) = 0, and meet zeros of w2.
-            p = common.gelu_into(w2, h, True).to(w2.dtype)
+            # Channels past the last are act(0) = 0, and meet zeros of w2.
+            p = common.activate(w2, h, ACTIVATION, True).to(w2.dtype)
             acc0 = tl.dot(p, w2.load([0, h0]).T, acc0)
             acc1 = tl.dot(p, w2.load([CHUNK, h0]).T, acc1)
             acc2 = tl.dot(p, w2.load([2 * CHUNK, h0]).T, acc2)

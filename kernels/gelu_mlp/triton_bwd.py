@@ -1,4 +1,4 @@
-"""Backward of `gelu_mlp`: one elementwise pass and four products, the first through GELU."""
+"""Backward of `gelu_mlp`: one elementwise pass, four products, the first through its activation."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ def gelu_mlp_bwd(
     gamma: Tensor | None,
     keep: Tensor | None,
     wanted: Sequence[bool] | None = None,
+    activation: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dw1, db1, dw2, db2, dgamma), each as its forward argument.
 
     Those not `wanted` are empty, and so is dgamma without gamma. Four products and one elementwise
-    pass. The first product's epilogue goes through GELU: it reads hidden, and writes the gradient
-    there, gelu(hidden), and db1's partial sums.
+    pass. The first product's epilogue goes through the activation: it reads hidden, and writes the
+    gradient there, act(hidden), and db1's partial sums.
     """
     of_x, of_w1, of_b1, of_w2, of_b2, of_gamma = wanted or (True,) * 6
     through = of_x or of_w1 or of_b1 or of_w2
@@ -38,8 +39,13 @@ def gelu_mlp_bwd(
     if not through:
         return dx, dw1, db1, dw2, db2, dgamma
     rows, channels = g2.shape[0], w1.shape[0]
-    g1, activated, db1 = products.gelu_input_gradient(
-        g2, w2, hidden.reshape(rows, channels).contiguous(), of_weight=of_w2, of_bias=of_b1
+    g1, activated, db1 = products.hidden_gradient(
+        g2,
+        w2,
+        hidden.reshape(rows, channels).contiguous(),
+        activation or "gelu",
+        of_weight=of_w2,
+        of_bias=of_b1,
     )
     if of_w2:
         dw2 = products.weight_gradient(g2, activated)

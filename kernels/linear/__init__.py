@@ -1,4 +1,4 @@
-"""A linear layer with bias, GELU, LayerScale, stochastic depth and residual as its epilogue."""
+"""A linear layer; bias, activation, LayerScale, stochastic depth and residual its epilogue."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deit.kernels.linear import cuda as hopper
 from deit.kernels.linear import reference
 from deit.kernels.linear import schema as schema
 
-ACTIVATIONS = (None, "gelu", "gelu_tanh")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
 
 
 def linear(
@@ -35,8 +35,9 @@ def linear(
     Args:
         x: [..., K].
         weight: [M, K] and bias: [M] or None, in x's dtype.
-        activation: None, "gelu" (exact, by erf: what every DeiT checkpoint expects) or
-            "gelu_tanh" (the approximation).
+        activation: None, "gelu" (exact, by erf: what every DeiT checkpoint expects), "gelu_tanh"
+            (its approximation: SigLIP), "quick_gelu" (y * sigmoid(1.702 * y): CLIP) or "silu"
+            (y * sigmoid(y)).
         residual: [..., M], in x's dtype or fp32, or None.
         gamma: [M], LayerScale (arXiv 2103.17239), or None for 1.
         keep: [B] for x [B, ..., K], stochastic depth's factor for each sample, or None for 1.
@@ -54,17 +55,26 @@ def linear(
     width = validate.rows("weight", weight)
     x, weight, bias = autocast.cast(x, weight, bias)
     validate.parameters(x, ("weight", weight, (width, x.shape[-1])), ("bias", bias, (width,)))
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected None, 'gelu' or 'gelu_tanh'; got {activation!r}")
+    if activation is not None:
+        check_activation(activation, "None or ")
     validate.epilogue(x, width, residual, gamma, keep)
     arguments = (x, weight, bias, activation, residual, gamma, keep)
     return dispatch.run(_LINEAR, arguments, impl)
 
 
+def check_activation(activation: object, before: str = "") -> None:
+    """Raise ValueError unless `activation` is the name of one; `before`: what else is expected."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation: expected {before}one of {', '.join(map(repr, ACTIVATIONS))}; "
+            f"got {activation!r}"
+        )
+
+
 def _limits(implementation: str, x: Tensor, weight: Tensor, *rest: Any) -> list[str]:
     if implementation == "cuda":
-        _, _, residual, _, keep = rest
-        return hopper.limits(x, weight, residual=residual, keep=keep)
+        _, activation, residual, _, keep = rest
+        return hopper.limits(x, weight, activation=activation, residual=residual, keep=keep)
     return limits.product_limits(implementation, x, weight)
 
 

@@ -8,7 +8,13 @@ from torch import Tensor
 from deit.kernels.engine.tracing import constant_when_traced
 
 
-def limits(x: Tensor, *weights: Tensor, residual: Tensor | None, keep: Tensor | None) -> list[str]:
+def limits(
+    x: Tensor,
+    *weights: Tensor,
+    activation: str | None,
+    residual: Tensor | None,
+    keep: Tensor | None,
+) -> list[str]:
     """Why they cannot multiply x [..., K] by these [M, K] weights, with such an epilogue."""
     found = []
     major, minor = _capability(x.device.type, x.device.index)
@@ -23,6 +29,8 @@ def limits(x: Tensor, *weights: Tensor, residual: Tensor | None, keep: Tensor | 
             break
     if residual is not None and residual.dtype != x.dtype:
         found.append(f"a residual in {residual.dtype} (x's dtype is served)")
+    if activation not in (None, "gelu", "gelu_tanh"):
+        found.append(f"activation {activation!r} (its epilogue has GELU, by erf and by tanh)")
     if keep is not None:
         found.append("keep (its epilogue has no stochastic depth)")
     return found

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deit.kernels.device import common
+from deit.kernels.linear import ACTIVATIONS
 from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton as linear
 from deit.kernels.linear import triton_bwd as linear_bwd
@@ -19,6 +20,11 @@ from deit.kernels.linear import triton_gradients as products
 from deit.kernels.prove import calls
 from deit.kernels.prove.launches import TOKENS, Kernel, Shipped, empty, epilogue, first, square
 from deit.kernels.prove.tuned import Terms, Tuned, gradients
+
+
+def _activation(shipped: Shipped) -> str | None:
+    """The one that a variant begins with, or ends with behind "through"."""
+    return next((word for word in shipped.variant.split() if word in ACTIVATIONS), None)
 
 
 def _linear(shipped: Shipped) -> common.Launch:
@@ -29,7 +35,7 @@ def _linear(shipped: Shipped) -> common.Launch:
     elif shipped.variant == "token slice":
         x = empty(shipped.batch, TOKENS + 1, dim, dtype=dtype)[:, 1:]
     weight, bias = empty(dim, dim, dtype=dtype), empty(dim, dtype=dtype)
-    activation = shipped.variant.split()[0] if shipped.variant.startswith("gelu") else None
+    activation = _activation(shipped)
     options = epilogue(shipped, x.shape)
     config = linear_tiles.linear(shipped.arch, dtype, dim, dim)
     affine = empty(*x.shape, dtype=dtype) if shipped.operator == "linear_fwd" else None
@@ -42,7 +48,7 @@ def _output_gradient(shipped: Shipped) -> common.Launch:
         shipped.batch, TOKENS, dim, dtype=torch.float32 if "fp32" in shipped.variant else dtype
     )
     affine = empty(*dout.shape, dtype=dtype)
-    activation = shipped.variant.split()[0] if shipped.variant.startswith("gelu") else None
+    activation = _activation(shipped)
     _, gamma, keep = epilogue(shipped, dout.shape)
     return first(linear_bwd.plan(dout, dtype, affine, activation, gamma, keep))
 
@@ -55,10 +61,17 @@ def _spaced(shipped: Shipped) -> Tensor:
 
 
 def _input_gradient(shipped: Shipped) -> common.Launch:
-    g, dtype, gelu = _spaced(shipped), shipped.torch_dtype, "gelu" in shipped.variant
-    weight, hidden = empty(shipped.size, shipped.size, dtype=dtype), empty(*g.shape, dtype=dtype)
-    config = linear_tiles.input_gradient(shipped.arch, dtype, shipped.size, shipped.size, gelu=gelu)
-    return first(products.plan_input_gradient(g, weight, hidden if gelu else None, config=config))
+    g, dtype, size, activation = (
+        _spaced(shipped),
+        shipped.torch_dtype,
+        shipped.size,
+        _activation(shipped),
+    )
+    weight, through = empty(size, size, dtype=dtype), activation is not None
+    hidden = empty(*g.shape, dtype=dtype) if through else None
+    config = linear_tiles.input_gradient(shipped.arch, dtype, size, size, gelu=through)
+    activation = activation or "gelu"
+    return first(products.plan_input_gradient(g, weight, hidden, activation, config=config))
 
 
 def _weight_gradient(shipped: Shipped) -> common.Launch:
@@ -79,17 +92,17 @@ def _both(arch: int, dtype: torch.dtype, size: int) -> object:
 
 KERNELS = {
     "linear": Kernel(
-        ("bias", "gelu", "gelu_tanh", "residual", "residual gamma keep", "fp32 residual",
+        ("bias", *ACTIVATIONS, "residual", "residual gamma keep", "fp32 residual",
          "unaligned", "token slice"), square(linear_tiles.linear), _linear, tiled=True),
-    "linear_fwd": Kernel(("gelu", "gelu_tanh", "fp32 residual gamma keep", "gelu unaligned"),
+    "linear_fwd": Kernel((*ACTIVATIONS, "fp32 residual gamma keep", "gelu unaligned"),
                          square(linear_tiles.linear), _linear, tiled=True),
     # The three kernels of linear's and gelu_mlp's backward.
     "output_gradient": Kernel(
-        ("sums only", "gelu", "gelu_tanh gamma keep", "fp32 gamma keep"),
+        ("sums only", "gelu", "gelu_tanh gamma keep", "quick_gelu", "silu", "fp32 gamma keep"),
         lambda arch, dtype, size: linear_tiles.output_gradient(size),
         _output_gradient, tiled=True, products=False),
-    "input_gradient": Kernel(("plain", "through gelu", "unaligned", "through gelu unaligned"),
-                             _both, _input_gradient, tiled=True),
+    "input_gradient": Kernel(("plain", *(f"through {name}" for name in ACTIVATIONS), "unaligned",
+                              "through gelu unaligned"), _both, _input_gradient, tiled=True),
     "weight_gradient": Kernel(("plain", "one part", "unaligned", "token slice"),
                               square(linear_tiles.weight_gradient), _weight_gradient, tiled=True),
 }  # fmt: skip
@@ -131,7 +144,7 @@ def _tuned_input(at: Terms, width: int, depth: int, gelu: bool) -> Tuned:
         g, weight, *hidden = t
         g = g.view(rows, depth)
         if gelu:
-            found = products.gelu_input_gradient(g, weight, hidden[0].view(rows, width),
+            found = products.hidden_gradient(g, weight, hidden[0].view(rows, width),
                                                  config=config)  # fmt: skip
             return list(found[:2])
         return [products.input_gradient(g, weight, config=config)]

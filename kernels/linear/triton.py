@@ -1,9 +1,9 @@
-"""A linear layer whose bias, GELU, LayerScale, stochastic depth and residual are its epilogue.
+"""A linear layer; bias, activation, LayerScale, stochastic depth and residual are its epilogue.
 
 A persistent kernel: one program a multiprocessor walks the output tiles, numbered in groups
 that reuse x and weight in L2. Operands come by tensor descriptors (TMA) on Hopper and later,
 by pointers elsewhere and for addresses or strides that descriptors cannot take. The epilogue
-works on the fp32 accumulator; PyTorch rounds to x's dtype before GELU and before the residual.
+works on the fp32 accumulator; PyTorch rounds to x's dtype before the activation and the residual.
 
 For a whole block (vit_block/triton.py) the same kernel also writes its output's row statistics.
 """
@@ -189,10 +189,7 @@ def epilogue(
         acc += tl.load(bias + col, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     if affine is not None:
         common.store_tile(affine, acc, m0, n0, rows, width, TMA)
-    if ACTIVATION == "gelu":
-        acc = common.gelu_into(out, acc, TMA)
-    elif ACTIVATION == "gelu_tanh":
-        acc = common.gelu_tanh(acc)
+    acc = common.activate(out, acc, ACTIVATION, TMA)
     added = None
     if residual is not None:
         at = common.row_offsets(row, inner, residual_outer, residual_inner)

@@ -184,11 +184,7 @@ def _output_gradient_kernel(
             d *= factor.to(tl.float32)[:, None]
         if affine is not None:
             value = tl.load(affine + at, mask=mask, other=0.0).to(tl.float32)
-            slope = 1.0
-            if ACTIVATION == "gelu":
-                value, slope = common.gelu_and_slope(affine, value, False)
-            elif ACTIVATION == "gelu_tanh":
-                value, slope = common.gelu_tanh_and_slope(value)
+            value, slope = common.activate_and_slope(affine, value, ACTIVATION, False)
             if dgamma is not None:
                 gamma_sum += d * value
             if gamma is not None:

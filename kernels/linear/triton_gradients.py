@@ -30,29 +30,30 @@ def input_gradient(
     return out
 
 
-def gelu_input_gradient(
+def hidden_gradient(
     g: Tensor,
     weight: Tensor,
     hidden: Tensor,
+    activation: str = "gelu",
     *,
     of_weight: bool = True,
     of_bias: bool = True,
     config: linear_tiles.LinearConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Through gelu too: d = (g @ weight) * gelu'(hidden), gelu(hidden), and d's column sums.
+    """Through act too: d = (g @ weight) * act'(hidden), act(hidden), and d's column sums.
 
     hidden [T, K] contiguous in g's dtype, as both matrices that come back; the sums are [K]. The
     second is for the gradient of `weight`, the third for that of the bias before hidden: empty
     where those are not asked for.
 
-    gelu(hidden), which dW2 needs, is written here since gelu' has its erf already: that costs
+    act(hidden), which dW2 needs, is written here since act' has its erf already: that costs
     the write, T * K elements (310 MB for DeiT-B at batch 256, 0.10 ms at 3 TB/s). Computed as
     dW2's operand is loaded, it would be computed once a block of dW2's rows, 6 times at D = 768,
     and pass through registers on its way to the matrix unit: some 25 instructions * 6 * T * K is
     0.8 ms of an H100's plain cores.
     """
     (out, activated, parts), launch = plan_input_gradient(
-        g, weight, hidden, of_weight=of_weight, of_bias=of_bias, config=config
+        g, weight, hidden, activation, of_weight=of_weight, of_bias=of_bias, config=config
     )
     activated = g.new_empty(0) if activated is None else activated
     total = g.new_empty(weight.shape[1] if of_bias else 0)
@@ -97,15 +98,16 @@ def plan_input_gradient(
     g: Tensor,
     weight: Tensor,
     hidden: Tensor | None = None,
+    activation: str = "gelu",
     *,
     of_weight: bool = True,
     of_bias: bool = True,
     config: linear_tiles.LinearConfig | None = None,
 ) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], common.Launch | None]:
-    """(out, gelu(hidden), partial column sums), unwritten, and the launch that writes them.
+    """(out, act(hidden), partial column sums), unwritten, and the launch that writes them.
 
     The last two are None without hidden and where they are not asked for, as in
-    `gelu_input_gradient`; the launch is None where there is nothing to sum.
+    `hidden_gradient`; the launch is None where there is nothing to sum.
     """
     (rows, depth), width = g.shape, weight.shape[1]
     config = config or linear_tiles.input_gradient(
@@ -128,7 +130,8 @@ def plan_input_gradient(
     columns = 128 if whole else 32
     if hidden is not None:  # 64 columns on sm_90: half the waits for tiles of hidden
         wide = config.tma and config.num_warps == 8 and common.architecture(g) == 90
-        columns = 64 if wide else 32
+        # 64 columns of the others spill 8 bytes in sm_100's tile.
+        columns = 64 if wide and activation in ("gelu", "gelu_tanh") else 32
     epilogues = config.epilogues(columns)
     operands: dict[str, Any] = {
         "g": g,
@@ -152,6 +155,7 @@ def plan_input_gradient(
         "depth": depth,
         "g_stride": g.stride(0),
         "weight_stride": weight.stride(0),
+        "ACTIVATION": activation,
         **_constants(config, g.dtype, epilogues),
     }
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n)
@@ -234,10 +238,20 @@ def _constants(
 
 
 @triton.jit
-def _through_gelu(
-    acc, hidden, activated, column_sums, m0, n0, tile_row, rows, width, TMA: tl.constexpr
+def _through_activation(
+    acc,
+    hidden,
+    activated,
+    column_sums,
+    m0,
+    n0,
+    tile_row,
+    rows,
+    width,
+    ACTIVATION: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """Multiply by gelu'(hidden); write gelu(hidden) and the product's column sums, if asked."""
+    """Multiply by act'(hidden); write act(hidden) and the product's column sums, if asked."""
     col = n0 + tl.arange(0, acc.shape[1])
     if TMA:
         h = hidden.load([m0, n0])
@@ -245,7 +259,7 @@ def _through_gelu(
         row = m0 + tl.arange(0, acc.shape[0])
         at = row.to(tl.int64)[:, None] * width + col[None, :]
         h = tl.load(hidden + at, mask=(row < rows)[:, None] & (col < width)[None, :], other=0.0)
-    value, slope = common.gelu_and_slope(hidden, h.to(tl.float32), TMA)
+    value, slope = common.activate_and_slope(hidden, h.to(tl.float32), ACTIVATION, TMA)
     if activated is not None:
         common.store_tile(activated, value, m0, n0, rows, width, TMA)
     acc *= slope
@@ -268,6 +282,7 @@ def _input_gradient_kernel(
     depth,
     g_stride,
     weight_stride,
+    ACTIVATION: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
@@ -306,8 +321,18 @@ def _input_gradient_kernel(
             n = n0 + part * (BLOCK_N // EPILOGUES)
             d = parts[part]
             if hidden is not None:
-                d = _through_gelu(
-                    d, hidden, activated, column_sums, m0, n, m0 // BLOCK_M, rows, width, TMA
+                d = _through_activation(
+                    d,
+                    hidden,
+                    activated,
+                    column_sums,
+                    m0,
+                    n,
+                    m0 // BLOCK_M,
+                    rows,
+                    width,
+                    ACTIVATION,
+                    TMA,
                 )
             common.store_tile(out, d, m0, n, rows, width, TMA)
 

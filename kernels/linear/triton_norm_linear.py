@@ -150,10 +150,7 @@ def _panel_kernel(
             if bias is not None:
                 col = n0 + tl.arange(0, BLOCK_N)
                 acc += tl.load(bias + col, mask=col < width, other=0.0).to(tl.float32)[None, :]
-            if ACTIVATION == "gelu":
-                acc = common.gelu_into(out, acc, True)
-            elif ACTIVATION == "gelu_tanh":
-                acc = common.gelu_tanh(acc)
+            acc = common.activate(out, acc, ACTIVATION, True)
             out.store([m0, n0], acc.to(out.dtype))
         x0, x1, x2 = statistics.chunks(
             x,

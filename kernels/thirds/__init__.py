@@ -59,6 +59,37 @@ def vit_block(
     return joined_vit_block(x, qkv_weight=qkv_weight, qkv_bias=joined, impl=impl, **rest)
 
 
+def rotary_vit_block(
+    x: Tensor,
+    *,
+    qkv_weight: Weight,
+    qkv_bias: Bias,
+    rope: tuple[Tensor, Tensor, int, bool],
+    impl: str,
+    **rest: Any,
+) -> Tensor | None:
+    """`deit.kernels.vit_block` with rotary positions in inference; None where `impl` stands for
+    another kernel than the CPU's, which alone has them.
+
+    rope: (sin, cos, prefix, interleaved), as `deit.kernels.rotary_attention` takes them.
+    """
+    given, name = {"qkv_bias": _joined(qkv_bias), **rest}, "qkv_weight"
+    weights: tuple[Tensor | None, ...]
+    if isinstance(qkv_weight, tuple):
+        weights = qkv_weight
+        call = _by_thirds("vit_block", name, x, qkv_weight, qkv_bias, given, impl)
+    else:
+        weights = (qkv_weight, None, None)
+        call = OPERATORS["vit_block"].prepare(x, qkv_weight=qkv_weight, **given)
+        if dispatch.choose(OPERATORS["vit_block"], call, impl) != "cpu":
+            return None
+    if call is None or has_tangent(rope):
+        return None
+    x, _, norm_weight, norm_bias, _, *between, _, heads, scale, eps = call
+    kernel = COMPILED["cpu"]["vit_block_rotary"]
+    return kernel(x, norm_weight, norm_bias, *weights, *between, *rope, heads, scale, eps)[0]
+
+
 def int8_linear(
     x: Tensor, weight: Weight, bias: Bias, *, norm: Any = None, impl: str, **rest: Any
 ) -> Tensor:

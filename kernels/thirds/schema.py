@@ -38,6 +38,19 @@ define(
     implementations=_CPU,
     cpu=CSRC,
 )
+# With rotary positions the weight may lie in one tensor, too.
+define(
+    "vit_block_rotary",
+    block_schema(
+        "(Tensor, Tensor)",
+        row_stats=None,
+        qkv_weight="Tensor q_weight, Tensor? k_weight, Tensor? v_weight",
+        key_bias="Tensor sin, Tensor cos, int prefix, bool interleaved",
+    ),
+    vit_block.fake,
+    implementations=_CPU,
+    cpu=CSRC,
+)
 define(
     "int8_linear_thirds",
     f"(Tensor x, {_WEIGHTS}, Tensor? bias, {NORM}) -> Tensor",

@@ -12,6 +12,7 @@ from deit.kernels.device import chips
 from deit.kernels.engine import registry
 from deit.kernels.gelu_mlp import tiles as gelu_mlp_tiles
 from deit.kernels.gelu_mlp import triton as mlp_implementation
+from deit.kernels.linear import ACTIVATIONS
 from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton as implementation
 from deit.kernels.prove import oracle, reference
@@ -49,7 +50,7 @@ def _check_mlp(*arguments, config=None):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", oracle.FAMILIES)
-@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 def test_error_rule(activation, family, dtype):
     x = oracle.make(family, (3, 17, 192), dtype)
     _check(x, _weight(128, 192, dtype), _vector(128, dtype), activation, None, None, None)
@@ -153,10 +154,10 @@ def test_nan_stays_in_its_row():
     assert out.isnan().any(1).nonzero().flatten().tolist() == [130]
 
 
-def test_gelu_far_from_zero():
-    """Both GELUs at arguments of +-200, where a careless exp overflows."""
+def test_activations_far_from_zero():
+    """All at arguments of +-200, where a careless exp overflows."""
     x = torch.linspace(-200, 200, 64).reshape(4, 16)
-    for activation in ("gelu", "gelu_tanh"):
+    for activation in ACTIVATIONS:
         out = _check(x, torch.eye(16), None, activation, None, None, None)
         assert out.isfinite().all()
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from deit.kernels import gelu_mlp, linear
 from deit.kernels.device import chips
 from deit.kernels.engine import registry
+from deit.kernels.linear import ACTIVATIONS
 from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton_bwd as linear_bwd
 from deit.kernels.linear import triton_gradients as products
@@ -89,7 +90,7 @@ def _check_mlp(dout, *arguments, ours=_mlp):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 @pytest.mark.parametrize("full", [False, True])
 def test_linear(full, activation, dtype):
     x, weight = _make(3, 23, 48, dtype=dtype), _make(80, 48, dtype=dtype, seed=2)
@@ -187,7 +188,7 @@ def test_every_architectures_configuration(arch):
         out = products.weight_gradient(g, x, config=config)
         oracle.check(out, lambda g, x: g.t() @ x, (g, x))
         config = linear_tiles.input_gradient(arch, g.dtype, width, 96, gelu=True)
-        got = products.gelu_input_gradient(g, weight, x, config=config)
+        got = products.hidden_gradient(g, weight, x, config=config)
 
         def plain(g, weight, h):
             leaf = h.detach().requires_grad_()
@@ -211,6 +212,19 @@ def test_sums_in_parts(rows, tma):
     oracle.check(out, lambda g, x: g.t() @ x, (g, x))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_mlp_through_each_activation(activation):
+    """The whole backward, whose first product goes through the activation."""
+    x, w1, w2 = _make(2, 17, 48), _make(96, 48, seed=2), _make(48, 96, seed=3)
+    b1, b2, dout = _make(96, seed=4), _make(48, seed=5), _make(2, 17, 48, seed=6)
+    ours = lambda *given: gelu_mlp(*given[:-1], activation=activation, impl="triton")
+    plain = lambda *given: reference.gelu_mlp(*given[:-1], None, None, None, activation)
+    arguments = (x, w1, b1, w2, b2, None)
+    oracle.check(
+        _backward(ours)(dout, *arguments), _backward(plain), (dout, *arguments), name="mlp"
+    )
+
+
 def test_splits_fill_the_device():
     """DeiT-B's products at batch 256 on 132 multiprocessors."""
     for tiles in (18, 54, 72):
@@ -222,9 +236,9 @@ def test_splits_fill_the_device():
 
 
 def test_gradient_far_from_zero():
-    """Both slopes at arguments of +-200, where a careless exp overflows."""
+    """All slopes at arguments of +-200, where a careless exp overflows."""
     x = torch.linspace(-200, 200, 64).reshape(4, 16)
-    for activation in ("gelu", "gelu_tanh"):
+    for activation in ACTIVATIONS:
         got = _check_linear(torch.ones(4, 16), x, torch.eye(16), None, activation, None, None, None)
         assert got[1].isfinite().all()
 

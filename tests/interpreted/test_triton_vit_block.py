@@ -12,6 +12,7 @@ from deit.kernels import explain, vit_block
 from deit.kernels.device import chips, common
 from deit.kernels.engine import registry
 from deit.kernels.gelu_mlp import tiles as gelu_mlp_tiles
+from deit.kernels.linear import ACTIVATIONS
 from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton_norm_linear as folded_implementation
 from deit.kernels.linear import triton_row_stats as statistics
@@ -255,7 +256,7 @@ def test_the_forms_of_the_mlp(dtype, single):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch", [1, 7])
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_panel_split_among_programs(activation, batch, dtype):
     """More panels than programs, and so few that their columns are split among programs."""
     draw = Draw(dtype, dim=48)

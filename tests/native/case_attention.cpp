@@ -1,6 +1,7 @@
-// attention: padded rows, tokens before images, masked keys, products in bf16.
+// attention: padded rows, tokens before images, masked keys, products in bf16, rotary positions.
 #include "cases.h"
 #include "fence.h"
+#include "tables.h"
 
 namespace fuzz {
 
@@ -11,6 +12,8 @@ void fuzz_attention(Random& random, const deit::Kernels& set) {
   args.heads = random.between(1, 3);
   args.tokens = random.chance(0.1) ? random.size(300) : random.size(70);
   args.head_dim = random.chance(0.3) ? 64 : random.size(80);
+  const bool turned = random.chance(0.4);
+  if (turned) args.head_dim = (args.head_dim + 1) / 2 * 2;
   args.bf16_products = args.type == deit::Scalar::f32 && random.chance(0.5);
   args.scale = 0.25f / std::sqrt(static_cast<float>(args.head_dim));
   const int64_t channels = args.heads * args.head_dim, gap = random.size(20) - 1;
@@ -34,13 +37,16 @@ void fuzz_attention(Random& random, const deit::Kernels& set) {
   args.qkv = qkv.memory.data();
   args.out = out.memory.data();
   args.key_bias = bias.data;
+  Tables tables(turned, args.tokens, args.heads, args.head_dim, random);
+  args.rope = tables.rope;
   set.attention.plan(args);
   run(args.batch * args.heads * args.tiles, set.attention.workspace(args), {&out}, random,
       [&](float* workspace, int64_t begin, int64_t end) {
         set.attention.forward(args, workspace, begin, end);
       });
 
-  const deit::Scalar rounded = args.bf16_products ? deit::Scalar::bf16 : args.type;
+  const bool coarse = args.bf16_products && !args.rope.sin;
+  const deit::Scalar rounded = coarse ? deit::Scalar::bf16 : args.type;
   const std::vector<double> values = qkv.values();
   std::vector<double> p(static_cast<size_t>(args.tokens));
   for (int64_t task = 0; task < args.batch * args.heads * args.tokens; ++task) {
@@ -54,7 +60,9 @@ void fuzz_attention(Random& random, const deit::Kernels& set) {
     for (int64_t key = 0; key < args.tokens; ++key) {
       double score = bias.at(b * args.tokens + key, 0.0);
       for (int64_t i = 0; i < args.head_dim; ++i) {
-        score += at(query, 0, i) * at(key, 1, i) * static_cast<double>(args.scale);
+        const double q = tables.turned(h, query, i, [&](int64_t c) { return at(query, 0, c); });
+        const double k = tables.turned(h, key, i, [&](int64_t c) { return at(key, 1, c); });
+        score += q * k * static_cast<double>(args.scale);
       }
       p[static_cast<size_t>(key)] = score;
       largest = std::max(largest, score);

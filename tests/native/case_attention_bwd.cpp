@@ -1,6 +1,7 @@
-// The gradient of attention.
+// The gradient of attention, with rotary positions or without.
 #include "cases.h"
 #include "fence.h"
+#include "tables.h"
 
 namespace fuzz {
 namespace {
@@ -75,6 +76,8 @@ void fuzz_attention_gradient(Random& random, const deit::Kernels& set) {
   args.heads = random.between(1, 3);
   args.tokens = tiled ? random.between(97, 220) : random.size(70);
   args.head_dim = tiled ? random.size(40) : random.chance(0.3) ? 64 : random.size(80);
+  const bool turned = random.chance(0.4);
+  if (turned) args.head_dim = (args.head_dim + 1) / 2 * 2;
   args.scale = 0.25f / std::sqrt(static_cast<float>(args.head_dim));
   const int64_t channels = args.heads * args.head_dim, rows = args.batch * args.tokens;
   Strided qkv({args.batch, args.tokens}, 3 * channels, args.type, random);
@@ -88,6 +91,8 @@ void fuzz_attention_gradient(Random& random, const deit::Kernels& set) {
   args.stride_batch = qkv.rows.strides[0], args.stride_token = qkv.rows.strides[1];
   args.dout_stride_batch = dout.rows.strides[0], args.dout_stride_token = dout.rows.strides[1];
   args.key_bias = bias.data;
+  Tables tables(turned, args.tokens, args.heads, args.head_dim, random);
+  args.rope = tables.rope;
   set.attention.plan_gradient(args);
   run(args.batch * args.heads, set.attention.gradient_workspace(args), {&dqkv}, random,
       [&](float* workspace, int64_t begin, int64_t end) {
@@ -101,7 +106,23 @@ void fuzz_attention_gradient(Random& random, const deit::Kernels& set) {
     };
     Head head{args.tokens, args.head_dim, of(qkv, 0), of(qkv, 1), of(qkv, 2), of(dout, 0), {}, {}};
     for (int64_t n = 0; n < args.tokens; ++n) head.bias.push_back(bias.at(b * args.tokens + n, 0));
+    const int64_t h = task % args.heads, d = args.head_dim;
+    for (std::vector<double>* x : {&head.q, &head.k}) {
+      const std::vector<double> before = *x;
+      for (int64_t i = 0; i < args.tokens * d; ++i) {
+        const double* row = before.data() + i / d * d;
+        (*x)[static_cast<size_t>(i)] =
+            tables.turned(h, i / d, i % d, [&](int64_t c) { return row[c]; });
+      }
+    }
     head.differentiate(static_cast<double>(args.scale));
+    for (int64_t n = 0; n < args.tokens * 2; ++n) {  // dq and dk of every token
+      double* row = head.dqkv.data() + (n / 2 * 3 + n % 2) * d;
+      const std::vector<double> before(row, row + d);
+      for (int64_t i = 0; i < d; ++i) {
+        row[i] = tables.turned_back(h, n / 2, i, before);
+      }
+    }
     for (int64_t i = 0; i < args.tokens * 3 * args.head_dim; ++i) {
       const int64_t n = i / args.head_dim, c = i % args.head_dim;  // n: of [N, 3]
       const int64_t index = (b * args.tokens * 3 + n) * channels + column + c;

@@ -1,6 +1,7 @@
 // The products of inference in fp32 and bf16 with everything that may follow them.
 #include "cases.h"
 #include "fence.h"
+#include "linear.h"
 
 namespace fuzz {
 
@@ -8,7 +9,7 @@ void fuzz_product(Random& random, const deit::Kernels& set) {
   deit::ProductArgs args{};
   args.type = random.chance(0.5) ? deit::Scalar::bf16 : deit::Scalar::f32;
   args.out_type = random.chance(0.5) ? args.type : deit::Scalar::f32;
-  args.activation = static_cast<deit::Activation>(random.between(0, 2));
+  args.activation = any_activation(random);
   const int64_t samples = random.between(1, 4), each = random.size(random.chance(0.1) ? 400 : 40);
   args.rows = samples * each;
   args.depth = random.chance(0.1) ? random.size(600) : random.size(100);
@@ -63,10 +64,7 @@ void fuzz_product(Random& random, const deit::Kernels& set) {
     for (int64_t k = 0; k < inputs; ++k) {
       y += a[static_cast<size_t>(row * inputs + k)] * b[static_cast<size_t>(n * inputs + k)];
     }
-    if (args.activation == deit::Activation::gelu) y *= 0.5 * std::erfc(-y * std::sqrt(0.5));
-    if (args.activation == deit::Activation::gelu_tanh) {
-      y *= 0.5 * (1.0 + std::tanh(std::sqrt(2.0 / M_PI) * (y + 0.044715 * y * y * y)));
-    }
+    y = activated(y, args.activation).value;
     y *= gamma.at(n, 1.0) * keep.at(row / each, 1.0);
     near("out", i, out.at(i), y + (add ? residual.at(i) : 0.0), args.out_type);
   }

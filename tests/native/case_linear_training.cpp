@@ -78,8 +78,7 @@ struct Product {
     args.bias = bias.data, args.gamma = gamma.data, args.keep = keep.data;
     args.residual = residual.data, args.hidden = hidden.data;
     args.rows_per_sample = each;
-    args.activation = gradient ? static_cast<Activation>(random.between(1, 2))
-                               : any_activation(random);
+    args.activation = any_activation(random, gradient ? Activation::gelu : Activation::none);
     if (last) args.out = out.memory.floats();
     if (affine.memory.bytes()) args.affine = affine.memory.floats();
     if (activated_hidden.memory.bytes()) args.activated = activated_hidden.memory.floats();

@@ -1,6 +1,8 @@
-// A whole block of one image after another on packed weights, and the statistics of its rows.
+// A whole block of one image after another on packed weights, and the statistics of its rows;
+// with rotary positions or without.
 #include "cases.h"
 #include "fence.h"
+#include "tables.h"
 
 namespace fuzz {
 
@@ -87,7 +89,7 @@ struct Norm {
 };
 
 Values attend(const Values& qkv, const deit::AttentionArgs& args, Parameter& bias,
-              int64_t first_token) {
+              const Tables& tables, int64_t first_token) {
   const int64_t dim = args.head_dim, channels = args.heads * dim;
   Values out(static_cast<size_t>(args.tokens * channels)), p(static_cast<size_t>(args.tokens));
   const auto at = [&](int64_t token, int64_t column) {
@@ -99,7 +101,10 @@ Values attend(const Values& qkv, const deit::AttentionArgs& args, Parameter& bia
     for (int64_t key = 0; key < args.tokens; ++key) {
       double score = bias.at(first_token + key, 0.0);
       for (int64_t i = 0; i < dim; ++i) {
-        score += at(query, h + i) * at(key, channels + h + i) * static_cast<double>(args.scale);
+        const auto q = [&](int64_t c) { return at(query, h + c); };
+        const auto k = [&](int64_t c) { return at(key, channels + h + c); };
+        score += tables.turned(h / dim, query, i, q) * tables.turned(h / dim, key, i, k) *
+                 static_cast<double>(args.scale);
       }
       most = std::max(most, p[static_cast<size_t>(key)] = score);
     }
@@ -124,13 +129,16 @@ void fuzz_block(Random& random, const deit::Kernels& set) {
   const int64_t word = attention.type == deit::Scalar::bf16 ? 2 : 1;
   attention.batch = 1;
   attention.heads = random.between(1, 3);
-  attention.head_dim = random.size(30) * word;
+  const bool turned = random.chance(0.3);
+  attention.head_dim = random.size(30) * (turned ? 2 : word);
   attention.tokens = random.size(20);
   const int64_t images = random.between(1, 3), tokens = attention.tokens;
   const int64_t channels = attention.heads * attention.head_dim;
   const int64_t hidden = (random.chance(0.2) ? random.size(450) : random.size(90)) * word;
   attention.scale = 0.25f;
   attention.stride_token = 3 * channels;
+  Tables tables(turned, tokens, attention.heads, attention.head_dim, random);
+  attention.rope = tables.rope;
   set.attention.plan(attention);
   Norm norm1(channels, random, args.norm[0]), norm2(channels, random, args.norm[1]);
   Layer qkv(3 * channels, channels, false, args, random, set, args.qkv);
@@ -156,8 +164,9 @@ void fuzz_block(Random& random, const deit::Kernels& set) {
   for (int64_t image = 0; image < images; ++image) {
     const int64_t first = image * tokens * channels;
     Values s(all.begin() + first, all.begin() + first + tokens * channels);
-    const Values branch = proj(attend(qkv(norm1(s), tokens), attention, key_bias, image * tokens),
-                               tokens);
+    const Values mixed =
+        attend(qkv(norm1(s), tokens), attention, key_bias, tables, image * tokens);
+    const Values branch = proj(mixed, tokens);
     for (size_t i = 0; i < s.size(); ++i) s[i] += branch[i];
     Values h = fc1(norm2(s), tokens);
     for (double& each : h) each *= 0.5 * std::erfc(-each * std::sqrt(0.5));

@@ -21,13 +21,19 @@ inline Activated activated(double x, Activation activation) {
     const double cdf = 0.5 * std::erfc(-x * std::sqrt(0.5));
     return {x * cdf, cdf + x * std::exp(-0.5 * x * x) / std::sqrt(2.0 * M_PI)};
   }
+  if (activation == Activation::quick_gelu || activation == Activation::silu) {
+    const double factor = activation == Activation::silu ? 1.0 : 1.702;
+    const double s = 1.0 / (1.0 + std::exp(-factor * x));
+    return {x * s, s + factor * x * s * (1.0 - s)};
+  }
   const double root = std::sqrt(2.0 / M_PI), t = std::tanh(root * (x + 0.044715 * x * x * x));
   const double dz = root * (1.0 + 3.0 * 0.044715 * x * x);
   return {0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * dz};
 }
 
-inline Activation any_activation(Random& random) {
-  return static_cast<Activation>(random.between(0, 2));
+inline Activation any_activation(Random& random, Activation first = Activation::none) {
+  constexpr Activation last = Activation::silu;
+  return static_cast<Activation>(random.between(static_cast<int>(first), static_cast<int>(last)));
 }
 
 // The row stride of a Strided with one leading axis.

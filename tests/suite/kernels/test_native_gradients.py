@@ -12,6 +12,7 @@ from layers import feed_forward, keep_of, layer
 
 from deit.kernels import add_layer_norm, attention, gelu_mlp, layer_norm, linear
 from deit.kernels.engine import native, registry
+from deit.kernels.linear import ACTIVATIONS
 from deit.kernels.prove import oracle
 
 pytestmark = pytest.mark.skipif(
@@ -193,7 +194,7 @@ def draws_of(inputs, *shape, family):
 
 
 @pytest.mark.parametrize("family", oracle.FAMILIES)
-@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 def test_linear(base_isa, activation, family):
     draws, dout = draws_of(layer, 3, 67, 192, 100, family=family)
     check_draws(project(activation, keep_of(3)), draws, [dout])
@@ -233,12 +234,12 @@ def test_linear_of_any_number_of_tokens(tokens):
     check(project("gelu", keep_of(3)), arguments, [dout])
 
 
-def mlp(keep=None, *, recompute=False):
+def mlp(keep=None, *, recompute=False, activation="gelu"):
     def call(x, w1, b1, w2, b2, residual, gamma, *, impl):
         kept = keep if keep is None else keep.to(x.dtype)
         return gelu_mlp(
-            x, w1, b1, w2, b2, residual=residual, gamma=gamma, keep=kept, recompute=recompute,
-            impl=impl,
+            x, w1, b1, w2, b2, activation=activation, residual=residual, gamma=gamma, keep=kept,
+            recompute=recompute, impl=impl,
         )  # fmt: skip
 
     return call
@@ -253,6 +254,20 @@ def test_gelu_mlp(base_isa, recompute, family):
     check_draws(mlp(recompute=recompute), with_biases, [dout])
     bare = [(x, w1, None, w2, None, None, None) for x, w1, _, w2, *_ in draws]
     check_draws(mlp(keep_of(3), recompute=recompute), bare, [dout])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gelu_mlp_by_other_activations(base_isa, recompute, activation):
+    *arguments, dout = feed_forward(3, 101, 192, 196)
+    check(mlp(keep_of(3), recompute=recompute, activation=activation), arguments, [dout])
+    call = mlp(recompute=recompute, activation=activation)
+    first, rest = arguments[:3], arguments[3:]
+
+    def behind_a_frozen_layer(*later, impl):
+        return call(*(t.to(later[0].dtype) for t in first), *later, impl=impl)
+
+    check(behind_a_frozen_layer, rest, [dout])
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 198, 577])
@@ -272,7 +287,7 @@ def test_gelu_at_its_edges(base_isa):
     assert error[small].max() < 2e-6
     assert error.max() < 2e-5
     edges = torch.tensor([[torch.inf], [-torch.inf], [torch.nan]])
-    for name in ("gelu", "gelu_tanh"):
+    for name in ACTIVATIONS:
         out, affine = OPS["linear_fwd"](edges, one, zero, name, None, None, None)
         assert torch.equal(affine.nan_to_num(1.0), edges.nan_to_num(1.0))
         assert out.flatten()[0] == torch.inf

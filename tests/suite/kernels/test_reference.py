@@ -72,6 +72,12 @@ def test_linear_and_mlp_by_their_formulas():
     torch.testing.assert_close(reference.gelu_mlp(x, w1, b1, w2, b2, residual, gamma, keep), want)
     tanh = reference.linear(x, w1, b1, "gelu_tanh", None, None, None)
     assert 0 < (tanh - hidden).abs().max() < 1e-2  # the approximation is another function
+    affine = x @ w1.T + b1
+    for name, factor in (("quick_gelu", 1.702), ("silu", 1.0)):
+        hidden = affine / (1 + torch.exp(-factor * affine))
+        torch.testing.assert_close(reference.linear(x, w1, b1, name, None, None, None), hidden)
+        found = reference.gelu_mlp(x, w1, b1, w2, b2, None, None, None, name)
+        torch.testing.assert_close(found, hidden @ w2.T + b2)
 
 
 def test_patch_embed_by_its_formula():
@@ -103,6 +109,7 @@ def every(operator):
 # Only the reference differentiates by keep and by a probability target.
 DIFFERENTIATED = {name: every(name) for name in operator_names(eight_bits=False)} | {
     "linear by tanh": (leaf(2, 3, 4), leaf(5, 4), leaf(5), "gelu_tanh", None, None, None),
+    "linear by SiLU": (leaf(2, 3, 4), leaf(5, 4), leaf(5), "silu", None, None, None),
     "cross_entropy by probabilities": (leaf(3, 5), leaf(3, 5), 0.1),
     "distillation_loss by hard labels": (
         leaf(3, 5), leaf(3, 5), fp64(3, 5), leaf(3, 5), "hard", 0.3, 2.0, 0.1, "numel",

@@ -154,7 +154,8 @@ def test_an_older_layout_is_refused_with_a_reason(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"), [({"hidden_act": "gelu_new"}, "not the exact GELU"), ({}, "q_proj is a")]
+    ("options", "reason"),
+    [({"hidden_act": "relu"}, "not GELU, QuickGELU or SiLU"), ({}, "q_proj is a")],
 )
 def test_what_cannot_be_fused_is_named(options, reason):
     class Adapted(nn.Linear):

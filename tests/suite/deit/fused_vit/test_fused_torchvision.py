@@ -126,7 +126,7 @@ def other_activation(layer):
     [
         (other_keys, "adds keys of its own"),
         (separate_projections, "no packed in_proj_weight"),
-        (other_activation, "not the exact GELU"),
+        (other_activation, "not GELU, QuickGELU or SiLU"),
     ],
 )
 def test_what_differs_is_left_and_named(change, reason):

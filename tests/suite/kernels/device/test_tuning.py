@@ -26,6 +26,8 @@ SIZES = {
     "input_gradient": {"width": 768, "depth": 192, "gelu": True},
     "fp8_product": {"width": 768, "depth": 256},
     "patch_embed_bwd": {"dim": 192},
+    "rotary_attention": {"head_dim": 64},
+    "rotary_attention_bwd": {"head_dim": 64},
 }
 LINEAR = {"arch": 90, "dtype": torch.bfloat16, "width": 768, "depth": 768}
 ENTRY = "linear(arch=90, dtype=bfloat16, width=768, depth=768)"

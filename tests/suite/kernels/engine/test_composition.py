@@ -140,7 +140,7 @@ def test_a_transform_is_refused_by_a_named_kernel(name):
         torch.vmap(lambda x: run(x, *rest))(first[None])
 
 
-PRODUCTS = ("attention", "linear", "gelu_mlp", "patch_embed", "vit_block")
+PRODUCTS = ("attention", "rotary_attention", "linear", "gelu_mlp", "patch_embed", "vit_block")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -210,10 +210,13 @@ def test_what_hoppers_products_refuse_is_said(name, gpu, autocast_to_half, monke
     with pytest.raises(NotImplementedError, match=r"a residual in torch\.float32.*keep"):
         run(*(t.to("cuda:1") for t in tensors))
     x, weight = (torch.empty(4, 20, device="cuda:1", dtype=torch.float16) for _ in range(2))
-    found = hopper.limits(x, weight, residual=None, keep=None)
-    assert found == ["a weight of 4 x 20 (multiples of 8 are copied)"]
+    found = hopper.limits(x, weight, activation="silu", residual=None, keep=None)
+    assert found[0] == "a weight of 4 x 20 (multiples of 8 are copied)"
+    assert found[1:] == ["activation 'silu' (its epilogue has GELU, by erf and by tanh)"]
     monkeypatch.setattr(hopper, "_capability", lambda *_: (8, 0))
-    found = hopper.limits(x.float()[:, :8], weight[:, :16], residual=None, keep=None)
+    found = hopper.limits(
+        x.float()[:, :8], weight[:, :16], activation="gelu", residual=None, keep=None
+    )
     assert "this GPU has 8.0" in found[0]
     assert "torch.float32" in found[1]
 

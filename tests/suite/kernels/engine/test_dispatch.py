@@ -244,7 +244,12 @@ BAD = {
     "activation": (
         lambda: linear(X, torch.randn(3, 64), activation="relu"),
         ValueError,
-        "activation: expected None, 'gelu' or 'gelu_tanh'; got 'relu'",
+        "activation: expected None or one of 'gelu', .*'silu'; got 'relu'",
+    ),
+    "activation of an MLP": (
+        lambda: gelu_mlp(X, torch.randn(3, 64), None, torch.randn(64, 3), None, activation=None),
+        ValueError,
+        "activation: expected one of 'gelu', .*'silu'; got None",
     ),
     "eps": (lambda: layer_norm(X, WEIGHT, eps=-1.0), ValueError, "eps: expected a number >= 0"),
 }

@@ -5,6 +5,7 @@ import torch
 
 from deit.kernels import explain, gelu_mlp, linear
 from deit.kernels.engine import limits, native, registry
+from deit.kernels.linear import ACTIVATIONS
 from deit.kernels.prove import oracle, reference
 
 pytestmark = pytest.mark.skipif(
@@ -34,7 +35,7 @@ def epilogue(kind, shape, dtype):
 
 @pytest.mark.parametrize("family", oracle.FAMILIES)
 @pytest.mark.parametrize("kind", ["none", "residual", "all", "fp32"])
-@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 def test_linear(isa, family, kind, activation):
     for dtype in DTYPES:
         x = oracle.make(family, (3, 17, 96), dtype)
@@ -84,6 +85,11 @@ def test_gelu_mlp(isa, kind, tokens):
         arguments = (x, *weights(80, 64, dtype), *weights(64, 80, dtype, seed=5))
         arguments += epilogue(kind, (3, tokens, 64), dtype)
         oracle.check(OPS["gelu_mlp"](*arguments), reference.gelu_mlp, arguments)
+        exact = OPS["gelu_mlp"](*arguments)
+        assert torch.equal(OPS["gelu_mlp"](*arguments, "gelu"), exact)
+        for activation in ACTIVATIONS[1:]:
+            by_name = (*arguments, activation)
+            oracle.check(OPS["gelu_mlp"](*by_name), reference.gelu_mlp, by_name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,8 +101,8 @@ def test_a_deit_s_sizes(dtype):
     oracle.check(OPS["linear"](*arguments), reference.linear, arguments)
 
 
-@pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])
-def test_gelu_over_its_whole_range(isa, name):
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_over_its_whole_range(isa, name):
     # A product with the identity is the activation alone. The error is relative to it.
     for low, high in ((-12.0, 12.0), (-0.01, 0.01), (-1e-30, 1e-30)):
         x = torch.linspace(low, high, 4097)[:, None]

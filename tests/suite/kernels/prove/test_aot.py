@@ -39,10 +39,13 @@ SUBSET = [
         ("add_layer_norm", "gamma keep fp32", "bf16", 192),
         ("attention", "197 bias", "bf16", 64),
         ("attention", "577", "fp16", 64),
+        ("rotary_attention_bwd", "197 interleaved", "bf16", 64),
         ("linear", "gelu", "bf16", 768),
         ("linear", "fp32 residual", "bf16", 768),
         ("linear", "residual gamma keep", "fp16", 192),
         ("linear", "gelu", "fp32", 192),
+        ("linear", "quick_gelu", "bf16", 768),
+        ("linear", "silu", "fp32", 192),
         ("gelu_mlp", "residual gamma keep", "bf16", 192),
         ("layer_norm_bwd", "plain", "bf16", 768),
         ("add_layer_norm_bwd", "gamma keep fp32", "bf16", 768),
@@ -233,7 +236,7 @@ def test_command_line_reports_and_exits_with_zero():
         text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 launches of 3 kernels compiled" in done.stdout
+    assert "6 launches of 6 kernels compiled" in done.stdout
     assert ", 0 with a fault" in done.stdout
     assert " 1 x 8    12%" in done.stdout  # blocks of a multiprocessor, warps, occupancy
     assert "wgmma, cp.async.bulk.tensor" in done.stdout
