@@ -1,7 +1,7 @@
 # The verbs of development. PYTHON names the interpreter of an environment with '.[test,dev]'.
 PYTHON ?= python
 
-.PHONY: test avx2 clusters lint types sanitize aot gpu bench models report
+.PHONY: test avx2 clusters lint types sanitize aot gpu bench models report simulate simulate-all simulated-figures
 
 test:
 	$(PYTHON) -m pytest
@@ -30,6 +30,26 @@ types:
 # The C++ kernels on fuzzed shapes under AddressSanitizer, UBSan and ThreadSanitizer.
 sanitize:
 	$(PYTHON) tests/native/sanitize.py
+
+# The Triton kernels on GPUs that ttsem simulates on the CPU: results, bounds and races. `simulate`
+# is CI's part; `simulate-all` takes about two hours of a core. ttsem's metadata asks for Python
+# 3.12, and its code runs on 3.11, so it is unpacked beside. It reads the IR of triton 3.8 alone.
+SIMULATORS := build/simulators
+SIMULATED = OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(SIMULATORS):$(CURDIR)/bench:$(CURDIR)/tests
+
+simulate: $(SIMULATORS)
+	$(SIMULATED) DEIT_SIMULATE=slice $(PYTHON) -m pytest tests/simulated $(SELECT)
+
+simulate-all: $(SIMULATORS)
+	$(SIMULATED) DEIT_SIMULATE=all $(PYTHON) -m pytest tests/simulated $(SELECT)
+
+# docs/numerics.md's table of Triton's bf16.
+simulated-figures: $(SIMULATORS)
+	$(SIMULATED) DEIT_SIMULATE=all $(PYTHON) tests/simulated/figures.py
+
+$(SIMULATORS):
+	$(PYTHON) -m pip install -q --no-deps --ignore-requires-python --target $@ \
+	    ttsem==0.1.0 mmaemu==0.1.0
 
 # Every pinned Triton configuration, compiled for each GPU architecture, no GPU needed: by the
 # Triton at hand, and for Hopper by the oldest one supported too, unpacked beside it. Ada's own

@@ -22,6 +22,7 @@ from qualification.context import Context
 ROUNDS = 15
 # In this order while time lasts. The losses take logits, whatever D.
 WIDTHS = (768, 192, 384)
+ROWS = {"batch": 256, "tokens": 197}
 COMPILED = (768,)  # compiling the reference takes seconds each
 
 
@@ -66,7 +67,7 @@ def measure_ceilings(context: Context) -> Ceilings:
 def _operator(
     context: Context, operator: str, dim: int, backward: bool, ceilings: Ceilings
 ) -> None:
-    sizes = {"batch": 256, "tokens": 197, "dim": dim}
+    sizes = {**ROWS, "dim": dim}
     if context.dry:
         sizes = {"batch": 2, "tokens": 5, "dim": 64}
     dtype = torch.float32 if context.dry else torch.bfloat16

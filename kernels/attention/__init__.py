@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from deit.kernels.attention import reference
 from deit.kernels.attention import schema as schema
-from deit.kernels.engine import autocast, dispatch, limits, validate
+from deit.kernels.engine import autocast, dispatch, validate
 from deit.kernels.engine.operator import Operator, register
 from deit.kernels.engine.registry import COMPILED
 
@@ -155,20 +155,18 @@ def _tables(rope: Any, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _limits(implementation: str, qkv: Tensor, num_heads: int, *_: Any) -> list[str]:
-    found = limits.interpreter_limits(implementation, qkv)
     head_dim = qkv.shape[-1] // (3 * num_heads)
     if implementation == "triton" and head_dim not in TRITON_HEAD_DIMS:
-        found.append(f"head dimension {head_dim} (served: {TRITON_HEAD_DIMS})")
-    return found
+        return [f"head dimension {head_dim} (served: {TRITON_HEAD_DIMS})"]
+    return []
 
 
 def _rotary_limits(implementation: str, qkv: Tensor, num_heads: int, *_: Any) -> list[str]:
-    found = limits.interpreter_limits(implementation, qkv)
     head_dim = qkv.shape[-1] // (3 * num_heads)
     if implementation == "triton" and head_dim not in TRITON_ROTARY_HEAD_DIMS:
         served = f"with rotary positions {TRITON_ROTARY_HEAD_DIMS}"
-        found.append(f"head dimension {head_dim} (served: {served})")
-    return found
+        return [f"head dimension {head_dim} (served: {served})"]
+    return []
 
 
 class _Attention(torch.autograd.Function):

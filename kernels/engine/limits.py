@@ -19,17 +19,10 @@ def unserved(*arguments: Any) -> list[str]:
     return [f"dtype {d} (fp32, fp16 and bf16 are served)" for d in dtypes if d not in KERNEL_DTYPES]
 
 
-def interpreter_limits(implementation: str, x: Tensor, *_: Any) -> list[str]:
-    """For operators with a matrix product: Triton's interpreter gets bf16 `tl.dot` wrong."""
-    if implementation == "triton" and x.dtype == torch.bfloat16 and not x.is_cuda:
-        return ["Triton's interpreter computes bf16 matrix products wrongly (triton#11584)"]
-    return []
-
-
 def product_limits(implementation: str, x: Tensor, *weights: Tensor) -> list[str]:
     """For operators that are matrix products of x [..., K] and weights [M, K]."""
     if implementation != "cpu":
-        return interpreter_limits(implementation, x)
+        return []
     isa, dtype, found = cpu_isa(), x.dtype, []
     if isa == "portable":
         found.append("no AVX2 here, and PyTorch's products are faster than the portable ones")

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deit.kernels.device import common
+from deit.kernels.device.interpreter import interpreted
 from deit.kernels.fp8 import tiles as fp8_tiles
 from deit.kernels.fp8 import triton_rows as fp8_rows
 from deit.kernels.fp8.quantize import GROUP
@@ -118,7 +119,7 @@ def _launch(
         "depth": depth,
         "TMA": config.tma,
         "OUT_TMA": out_tma,
-        "ROUNDS_FIRST": fp8_rows.rounds_first(out),
+        "ROUNDS_FIRST": interpreted(),
         "GROUP": config.group,
         "PARTS": parts,
         "BLOCK_M": config.block_m,

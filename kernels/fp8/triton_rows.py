@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deit.kernels.device import common
+from deit.kernels.device.interpreter import interpreted
 from deit.kernels.fp8.quantize import E4M3, GROUP
 from deit.kernels.layer_norm import tiles as layer_norm_tiles
 from deit.kernels.layer_norm import triton as layer_norm
@@ -45,16 +46,6 @@ def empty(rows: int, depth: int, device: torch.device) -> Rows:
     )
 
 
-def rounds_first(tensor: Tensor) -> bool:
-    """Whether the kernels round to e4m3's values before they cast: in Triton's interpreter.
-
-    The interpreter's own cast takes ties away from zero, loses the carry into an exponent and cuts
-    off what lies below the least normal number. It is right for numbers that are e4m3's already.
-    The GPU's cast rounds to nearest even, as PyTorch's does, and needs no help.
-    """
-    return tensor.device.type == "cpu"
-
-
 def plan(
     x: Tensor, norm: Norm | None, *, config: layer_norm_tiles.LayerNormConfig | None = None
 ) -> tuple[Rows, common.Launch | None]:
@@ -73,7 +64,7 @@ def plan(
         "eps": float(eps),
         "out": out.e4m3,
         "scales": out.scales,
-        "ROUNDS_FIRST": rounds_first(x),
+        "ROUNDS_FIRST": interpreted(),
         "ROWS": config.rows,
         "BLOCK_D": max(GROUP, triton.next_power_of_2(dim)),
     }
@@ -95,6 +86,10 @@ def _on_grid(y):
 @triton.jit
 def quantise(values, ROUNDS_FIRST: tl.constexpr):
     """[M, C, 128] in fp32 -> e4m3 of that shape and scales [M, C], as quantize.quantize has it.
+
+    ROUNDS_FIRST: in Triton's interpreter, whose own cast takes ties away from zero, loses the carry
+    into an exponent and cuts off what lies below the least normal number. It is right for numbers
+    that are e4m3's already. A GPU's cast rounds to nearest even, as PyTorch's does.
 
     It works on the bits. The largest is taken as an integer, which keeps NaN. 448 is 1.75 * 2**8,
     so a number with more than .75 behind its leading one carries into the exponent.

@@ -12,7 +12,7 @@ from deit.kernels.device import chips
 from deit.kernels.engine import registry
 from deit.kernels.prove import oracle, reference
 
-DTYPES = (torch.float32, torch.float16)  # the interpreter's bf16 products are wrong
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def make_qkv(batch, tokens, heads=3, head_dim=64, dtype=torch.float16, family="random"):
@@ -144,10 +144,3 @@ def test_through_the_public_function():
     assert explain("attention", qkv, 3, key_bias=bias).reasons["triton"] == []
     out = attention(qkv, 3, key_bias=bias, impl="triton")
     oracle.check(out, reference.attention, (qkv, 3, 64**-0.5, bias))
-
-
-def test_bf16_is_refused_in_the_interpreter():
-    qkv = make_qkv(1, 17, dtype=torch.bfloat16)
-    assert any("bf16" in reason for reason in explain("attention", qkv, 3).reasons["triton"])
-    with pytest.raises(NotImplementedError, match="bf16"):
-        attention(qkv, 3, impl="triton")

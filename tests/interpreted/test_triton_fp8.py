@@ -1,7 +1,7 @@
 """Products in e4m3 on Triton against their reference, in the interpreter.
 
 The interpreter's product of e4m3 is right: it multiplies in fp16, which holds e4m3, and adds in
-fp32. Its cast to e4m3 is not, so here the kernels round first (`fp8_rows.rounds_first`).
+fp32. Its cast to e4m3 is not, so here the kernels round first (`ROUNDS_FIRST`).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _cast_kernel(x, out, ROUNDS_FIRST: tl.constexpr):
 
 
 def test_rounding_first_is_pytorchs_cast():
-    """And the interpreter's own cast is not: where this stops failing, `rounds_first` may go."""
+    """And the interpreter's own cast is not: where this stops failing, `ROUNDS_FIRST` may go."""
     x = torch.cat([torch.linspace(-448, 448, 300), torch.logspace(-4, 2.6, 212)])
     expected = x.to(E4M3).float()
     for rounds_first in (True, False):
@@ -86,8 +86,7 @@ def test_rows_are_the_quantisers_to_the_bit(dim, dtype):
     x = oracle.make("outlier", (21, dim), dtype) * torch.logspace(-2, 2, 21)[:, None].to(dtype)
     x[1] = 0.0
     x[2, dim // 2], x[3, -1], x[4, 0] = torch.nan, torch.inf, -torch.inf
-    if dtype != torch.bfloat16:  # whose denormals the interpreter reads wrongly
-        x[5] *= torch.finfo(dtype).tiny
+    x[5] *= torch.finfo(dtype).tiny
     x[6] = 448.0 * 2.0 ** torch.randint(-9, 7, (dim,)).to(dtype)
     rows, launch = fp8_rows.plan(x, None)
     launch.run(x)

@@ -17,7 +17,7 @@ from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton as implementation
 from deit.kernels.prove import oracle, reference
 
-DTYPES = (torch.float32, torch.float16)  # the interpreter's bf16 products are wrong
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _weight(out_features, in_features, dtype=torch.float16, seed=11):
@@ -232,11 +232,3 @@ def test_through_the_public_functions():
         reference.gelu_mlp,
         (x, w1, None, w2, None, x, None, keep),
     )
-
-
-def test_bf16_is_refused_in_the_interpreter():
-    x, weight = oracle.make("random", (5, 64), torch.bfloat16), _weight(64, 64, torch.bfloat16)
-    with pytest.raises(NotImplementedError, match="bf16"):
-        linear(x, weight, impl="triton")
-    with pytest.raises(NotImplementedError, match="bf16"):
-        gelu_mlp(x, weight, None, weight, None, impl="triton")

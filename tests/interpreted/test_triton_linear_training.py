@@ -21,7 +21,7 @@ from deit.kernels.linear import triton_bwd as linear_bwd
 from deit.kernels.linear import triton_gradients as products
 from deit.kernels.prove import oracle, reference
 
-DTYPES = (torch.float32, torch.float16)  # the interpreter's bf16 products are wrong
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _make(*shape, dtype=torch.float16, seed=1, family="random"):

@@ -1,7 +1,7 @@
 """patch_embed on Triton, values and gradients, in the interpreter.
 
-Its bf16 products are wrong there, so fp32 and fp16. It has 3 multiprocessors: the sum over
-patches is split for 6 programs, as far as there are rows for them.
+It has 3 multiprocessors: the sum over patches is split for 6 programs, as far as there are rows for
+them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from deit.kernels import explain, patch_embed
 from deit.kernels.engine import registry
 from deit.kernels.prove import oracle
 
-DTYPES = (torch.float32, torch.float16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _make(batch, patches, dim, *, patch=(16, 16), channels=3, prefix=1, dtype=torch.float16,

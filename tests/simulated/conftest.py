@@ -1,0 +1,42 @@
+"""Shows what was simulated: the largest share of the rule by kernel, dtype and GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_ROWS: list[dict[str, Any]] = []
+
+
+@pytest.fixture
+def note() -> Callable[..., None]:
+    """Adds a row to what is shown at the end."""
+    return lambda **row: _ROWS.append(row)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if not _ROWS:
+        return
+    terminalreporter.section("simulated: largest error, as a share of what the rule allows")
+    table: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for row in filter(lambda row: "used" in row, _ROWS):
+        cells = table.setdefault((row["what"], row["dtype"]), {})
+        cells.setdefault(row["arch"], []).append(row["used"])
+    archs = sorted({arch for cells in table.values() for arch in cells})
+    line = "{:<22}{:<6}".format
+    terminalreporter.write_line(line("", "") + "".join(f"{f'sm_{arch}':>9}" for arch in archs))
+    for key, cells in sorted(table.items()):
+        figures = (f"{max(cells[arch]):>9.2f}" if arch in cells else " " * 9 for arch in archs)
+        terminalreporter.write_line(line(*key) + "".join(figures))
+    launches = sum(row["launches"] for row in _ROWS)
+    unchecked = sum(row["unchecked"] for row in _ROWS)
+    terminalreporter.write_line(
+        f"{len(_ROWS)} cases, {launches} launches, {unchecked} of them not searched for races"
+    )
+    if place := os.environ.get("DEIT_SIMULATED"):
+        Path(place).write_text(json.dumps(_ROWS, indent=1))
