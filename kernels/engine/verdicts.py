@@ -365,6 +365,7 @@ def of_any(
     return found.pop() if len(found) == 1 else None
 
 
+@known
 def any_of(operator: str, device: torch.device) -> tuple[str, ...]:
     """Those that are ahead in inference at some sizes, those of the most measurements first."""
     table = table_of(device)

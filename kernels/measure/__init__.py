@@ -81,7 +81,7 @@ def measure(
     ordered = sorted(classes.values(), key=_first)
     found: list[Verdict] = []
     try:
-        for verdict in _Session(ordered, device, budget, report).run():
+        for verdict in _Session(ordered, device, budget, report).verdicts():
             found.append(verdict)
             report(described(verdict))
     finally:
@@ -134,7 +134,7 @@ class _Session:
     found: list[Any] = field(default_factory=list)
     ended: str = ""
 
-    def run(self) -> Iterator[Verdict]:
+    def verdicts(self) -> Iterator[Verdict]:
         """The verdicts, as they come."""
         end = time.monotonic() + self.budget
         left, late = dict(enumerate(self.problems)), 0

@@ -38,6 +38,7 @@ NORM = (W, W, 1e-6)
 BLOCK = (X, W, W, make(576, 192, seed=7) / 14, None, make(192, 192, seed=8) / 14, W, W, W, W,
          FC1, None, FC2, W, None)  # fmt: skip
 THIRDS = tuple(make(192, 192, seed=seed) / 14 for seed in (9, 10, 11))
+TABLES = make(196, 64, seed=11).sin(), make(196, 64, seed=11).cos()
 BLOCK_THIRDS = (*BLOCK[:3], *THIRDS, *BLOCK[4:])
 
 
@@ -58,6 +59,9 @@ EIGHT_BITS_AND_THIRDS: dict[str, Call] = {
     "int8_gelu_mlp_packed": lambda: OPS["int8_gelu_mlp"](X, FC1, None, FC2, W, *NORM, X, W),
     "int8_vit_block": lambda: OPS["int8_vit_block"](*BLOCK, None, 3, 0.125, 1e-6),
     "int8_vit_block_packed": lambda: OPS["int8_vit_block"](*BLOCK, X[:, :, 0], 3, 0.125, 1e-6),
+    "vit_block_rotary": lambda: OPS["vit_block_rotary"](
+        *BLOCK[:4], None, None, *BLOCK[4:], *TABLES, 1, False, 3, 0.125, 1e-6
+    ),
     "linear_thirds": lambda: OPS["linear_thirds"](X, *THIRDS, None),
     "vit_block_thirds": lambda: OPS["vit_block_thirds"](*BLOCK_THIRDS, None, 3, 0.125, 1e-6),
     "int8_linear_thirds": lambda: OPS["int8_linear_thirds"](X, *THIRDS, None, *NORM),

@@ -190,7 +190,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(whole, data, tmp_path, mo
     assert max(losses(before)) == 8  # it trained to its end
     listing = set(after.split("update")[0].split())
     parts = {f"{disk}:", f"{disk}/run:", f"{disk}/run/checkpoints:", "run", "checkpoints"}
-    assert listing - parts == {"00000003", "log.jsonl", "run.json"}
+    assert listing - parts == {"00000003", "log.jsonl", "run.json", "verdicts.json"}
     assert "going on after update 3" in done.stderr
     assert after.endswith("exit 0\n"), done.stderr
     assert same(training.weights(whole[0]), training.weights(kept)) == []
