@@ -32,7 +32,7 @@ sanitize:
 	$(PYTHON) tests/native/sanitize.py
 
 # The Triton kernels on GPUs that ttsem simulates on the CPU: results, bounds and races. `simulate`
-# is CI's part; `simulate-all` takes about two hours of a core. ttsem's metadata asks for Python
+# takes some eight minutes; `simulate-all` takes about two hours of a core. ttsem's metadata asks for Python
 # 3.12, and its code runs on 3.11, so it is unpacked beside. It reads the IR of triton 3.8 alone.
 SIMULATORS := build/simulators
 SIMULATED = OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(SIMULATORS):$(CURDIR)/bench:$(CURDIR)/tests
