@@ -110,7 +110,8 @@ def _verdicts(options: Options, device: torch.device, seconds: float) -> None:
         print(f"kept in {verdicts.path(key)}")
     if options.prior is not None:
         write_prior(options.prior, key, found)
-        print(f"a prior of {len(found)} calls in {options.prior}")
+        undecided = sum(one.undecided for one in found)
+        print(f"a prior of {len(found) - undecided} calls in {options.prior}; {undecided} undecided")
 
 
 def calls_to_measure(options: Options, device: torch.device) -> list[Problem]:
@@ -150,8 +151,8 @@ def _calls(
 
 def write_prior(path: Path, key: device_key.DeviceKey, found: Sequence[Verdict]) -> None:
     """Verdicts as a file that ships: one of kernels/engine/priors/ is read by every process on a
-    device of its kind."""
-    document = measured.document(key, [one.plain() for one in found])
+    device of its kind. What a busy machine left undecided is left out."""
+    document = measured.document(key, [one.plain() for one in found if not one.undecided])
     path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -183,8 +183,8 @@ class _Plan:
             for course in self.races:
                 kept = f"{course.name}, {chosen}"
                 outcome = None if self.asked.how == "now" else known.get(kept)
-                if outcome is None and self._ready(say):
-                    outcome = self._race(course, kept, say)
+                if (outcome is None or outcome.lapsed) and self._ready(say):
+                    outcome = self._race(course, kept, say) or outcome
                 if outcome is not None:
                     found[course.name] = outcome
         return found

@@ -163,7 +163,7 @@ def evidence(
             table = verdicts.table_of(device)
             measured = [v for v in verdicts.in_force(device) if v.problem.operator == operator]
             sources = [verdicts.HERE if v.device == key else _shipped(table) for v in measured]
-            sources = sources or [_shipped(table)]
+            sources = sources or [_shipped(table, operator)]
         ratios, other = [one.ratio for one in measured], "PyTorch's speed"
         if OPERATORS[operator].eight_bits:  # PyTorch has none: its own dtype is what it replaces
             ratios = [one.rival.ratio for one in measured if one.rival is not None]
@@ -177,8 +177,10 @@ def evidence(
     return found
 
 
-def _shipped(table: verdicts.Table) -> str:
-    return f"shipped for {table.label}" if table.label else verdicts.NOT_MEASURED
+def _shipped(table: verdicts.Table, operator: str = "") -> str:
+    if table.prior is None or operator in table.prior.unmeasured:
+        return verdicts.NOT_MEASURED
+    return f"shipped for {table.label}"
 
 
 def _owns_parameters(module: nn.Module) -> bool:

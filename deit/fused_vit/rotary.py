@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from deit.fused_vit import eight_bits, modules
 from deit.fused_vit.modules import hooked, unreadable
 from deit.kernels import rotary_attention
-from deit.kernels.engine import autocast
+from deit.kernels.engine import autocast, dispatch
 from deit.kernels.thirds import rotary_vit_block
 
 
@@ -149,12 +149,16 @@ class RotaryBlock(modules.FusedBlock):
         return super().remark()
 
     def apart(self) -> str | None:
-        _, attn, _, _ = self.parts()
-        if self.fused_impls.get("vit_block") not in ("auto", "cpu"):
+        norm, attn, _, _ = self.parts()
+        impl = self.fused_impls.get("vit_block")
+        if impl not in ("auto", "cpu"):
             return "the CPU's whole block alone knows rotary positions"
         if any(type(attn._modules.get(name)) not in _NO_NORM for name in attn.NORMS):
             return "a whole block knows no norms within attention"
-        return super().apart()
+        # What is known of vit_block was measured without a rotation.
+        known = dispatch.expected("rotary_attention", impl, norm.weight.device)
+        unknown = "no rotary_attention kernel is measured on this device"
+        return super().apart() or (unknown if known == "reference" else None)
 
     def advance(
         self,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from deit.fused_vit import calls, racing, swapping
 from deit.fused_vit.modules import Fused
 from deit.fused_vit.racing import Lap
-from deit.kernels.engine import autocast, cache_files, device_key
+from deit.kernels.engine import autocast, cache_files, device_key, verdicts
 from deit.kernels.engine.cache_files import File
 from deit.kernels.engine.json_files import Fields
 from deit.kernels.engine.problems import Problem, dtype_name
@@ -55,6 +55,13 @@ class Outcome:
     def kept(self) -> bool:
         """Whether the network is faster fused."""
         return not self.fused.refused and self.fused.verdict == "faster"
+
+    @property
+    def lapsed(self) -> bool:
+        """Whether it was left undecided, and too long ago to stand; never in a run's folder."""
+        lap = self.fused
+        undecided = not (lap.refused or _alone) and verdicts.noisy(lap.low, lap.high)
+        return undecided and verdicts.lapsed(self.date)
 
     def __str__(self) -> str:
         lap, was = self.fused, self.laps[0]

@@ -51,7 +51,8 @@ class Prior:
 
     operators: operator, or operator_bwd for its training -> implementations, the fastest first;
     where it is left out, PyTorch's was the fastest or none was measured. scope: the calls that the
-    table speaks for; None: any. file: verdicts instead of a table.
+    table speaks for; None: any. unmeasured: operators of which it says nothing. file: verdicts
+    instead of a table.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class Prior:
     capability: tuple[int, int] | None = None
     operators: dict[str, tuple[str, ...]] = field(default_factory=dict)
     scope: Scope | None = None
+    unmeasured: tuple[str, ...] = ()
     file: Path | None = None
 
     @property
@@ -86,6 +88,8 @@ class Prior:
         if self.file is not None:
             return (), "its sizes are not among those shipped"
         why_not = self.scope.excludes(shape, open_rows=open_rows) if self.scope else ""
+        if shape.operator in self.unmeasured:
+            why_not = f"{shape.operator} was not measured here"
         if why_not:
             return (), why_not
         return self._named(shape.operator, shape.training), ""
@@ -111,8 +115,6 @@ TABLES = (
     # add_layer_norm: fp32 2.1 / 1.9 / 1.6, bf16 1.8 / 2.0 / 2.2, fp16 1.9 / 2.0 / 2.3. At B = 64
     # and D = 768 fp32 LayerNorm is bound by memory: 1.0. linear and gelu_mlp: docs/performance.md;
     # bf16, over PyTorch, N = 197 to 788: qkv 1.0 to 1.2, proj 1.1 to 1.5, MLP 1.06 to 1.13.
-    # rotary_attention was timed on a Zen 4 alone, beside other work, 6 heads of 64, N = 201: fp32
-    # 2.7 (B = 8), with its gradient (B = 4, medians of 12) fp32 2.4, bf16 2.1.
     Prior(
         "cpu",
         "AMD",
@@ -122,14 +124,12 @@ TABLES = (
             "layer_norm": ("cpu",),
             "add_layer_norm": ("cpu",),
             "attention": ("cpu",),
-            "rotary_attention": ("cpu",),
             "linear": ("cpu",),
             "gelu_mlp": ("cpu",),
             "patch_embed": ("cpu",),
             # Forward and backward against autograd of the same: docs/performance.md, CPU training.
             "add_layer_norm_bwd": ("cpu",),
             "attention_bwd": ("cpu",),
-            "rotary_attention_bwd": ("cpu",),
             "gelu_mlp_bwd": ("cpu",),
             "layer_norm_bwd": ("cpu",),
             "linear_bwd": ("cpu",),
@@ -138,6 +138,7 @@ TABLES = (
             "int8_gelu_mlp": ("cpu",),
             "int8_vit_block": ("cpu",),
         },
+        unmeasured=("rotary_attention",),
     ),
     # An H100, torch 2.11, bf16, 256 images of 197 tokens, D = 192 / 384 / 768, inputs rotated past
     # L2, CUDA graphs. The products were held to fp64 at up to 50,432 rows and repeated bit for bit.

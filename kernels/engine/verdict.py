@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from deit.kernels.engine import registry
@@ -12,6 +13,28 @@ from deit.kernels.engine.problems import Problem, ShapeClass
 
 LONGEST = 1e9  # microseconds that a call may have taken
 MOST = 1e9  # of a ratio
+
+
+# An undecided measurement stands for so long: a job of many short processes on a busy machine
+# measures once an hour, and not at every start.
+AGAIN = timedelta(hours=1)
+MARGIN = 0.02  # by which a candidate must be faster to displace another
+NOISE = 0.1  # the width of an interval of speeds beyond which a machine was not quiet
+
+
+def noisy(low: float, high: float) -> bool:
+    """Whether an interval of speeds leaves open who is faster, for want of quiet and not of a
+    difference: quiet ones are about 0.02 wide, beside a busy core some reach from 0.8 to 2.5."""
+    return low <= 1 / (1 - MARGIN) < high and high - low > NOISE
+
+
+def lapsed(date: str) -> bool:
+    """Whether an undecided measurement of this date is to be made again."""
+    try:
+        age = datetime.now(timezone.utc) - datetime.fromisoformat(date)
+    except (ValueError, TypeError):  # a date that this package did not write
+        return True
+    return not timedelta(0) <= age <= AGAIN
 
 
 @dataclass(frozen=True)
@@ -78,6 +101,12 @@ class Verdict:
         """The winner's speed in PyTorch's."""
         found = self.candidates.get(self.winner)
         return found.ratio if isinstance(found, Timed) else 1.0
+
+    @property
+    def undecided(self) -> bool:
+        """Whether PyTorch's operators run only because too much else ran while it was measured."""
+        timed = [one for one in self.candidates.values() if isinstance(one, Timed)]
+        return not self.order and any(noisy(one.low, one.high) for one in timed)
 
     def plain(self) -> dict[str, Any]:
         """As JSON."""

@@ -25,15 +25,17 @@ from deit.kernels.engine.cache_files import File
 from deit.kernels.engine.device_key import DeviceKey
 from deit.kernels.engine.operator import OPERATORS
 from deit.kernels.engine.problems import ShapeClass, Sizes
+from deit.kernels.engine.verdict import MARGIN as MARGIN
 from deit.kernels.engine.verdict import Refused as Refused
 from deit.kernels.engine.verdict import Rival as Rival
 from deit.kernels.engine.verdict import Timed as Timed
 from deit.kernels.engine.verdict import Verdict as Verdict
+from deit.kernels.engine.verdict import lapsed as lapsed
+from deit.kernels.engine.verdict import noisy as noisy
 from deit.kernels.engine.verdict import revive_all as revive_all
 
 SCHEMA = 1
 PREFIX = "verdicts-"
-MARGIN = 0.02  # by which a candidate must be faster to displace another
 NEAR = 1  # powers of two of rows or tokens within which a class counts as measured
 COMMAND = "fuse(model, measure='now') or `deit tune`"
 
@@ -320,10 +322,16 @@ def _nearest(measured_at: ShapeClass, asked: ShapeClass) -> tuple[float, int, in
 
 
 def speaks(table: Table, shape: ShapeClass) -> bool:
-    """Whether something known stands for a class, measured at about as many rows and tokens."""
+    """Whether something known stands for a class, measured at about as many rows and tokens.
+
+    What was left undecided here lapses, but not what a run or another process has given.
+    """
     basis = lookup(table, shape)
     if basis.verdict is None:
         return basis.known
+    here = basis.evidence == HERE and not _alone
+    if here and basis.verdict.undecided and lapsed(basis.verdict.date):
+        return False
     at = basis.verdict.shape_class
     return max(abs(at.rows - shape.rows), abs((at.tokens or 0) - (shape.tokens or 0))) <= NEAR
 

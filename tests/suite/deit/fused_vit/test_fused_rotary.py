@@ -205,9 +205,9 @@ def test_whole_blocks_have_the_bits_of_their_parts(kind, batch, threads):
     model = make(kind.replace("apart", "mixed"), **options)
     images = torch.randn(batch, 3, 32, 32)
     want = everything(model, images)
-    assert "vit_block" not in fuse(model, block="parts").operators
+    assert "vit_block" not in fuse(model, "cpu", block="parts").operators
     parts = everything(model, images)
-    report = fuse(model)
+    report = fuse(model, "cpu", block="whole")
     assert "whole in inference" in str(report)
     assert report.operators["vit_block"] == "cpu"
     found = everything(model, images)
@@ -221,6 +221,10 @@ def test_whole_blocks_are_not_asked_of_kernels_that_do_not_rotate():
         ("rope, q and k normalised", "a whole block knows no norms within attention"),
     ):
         assert f"by its parts: {reason}" in str(fuse(make(kind)))
+    # The device that tests pretend to run on has a table that says nothing of rotary_attention.
+    report = fuse(make())
+    assert "no rotary_attention kernel is measured on this device" in str(report)
+    assert report.evidence["rotary_attention"].source.startswith("not measured")
     report = fuse(make(), "triton", block="whole")
     assert "the CPU's whole block alone knows rotary positions" in str(report)
 

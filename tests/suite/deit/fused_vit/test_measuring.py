@@ -1,6 +1,7 @@
 """When fuse() measures, and what comes of it."""
 
 import copy
+import dataclasses
 import io
 import json
 import logging
@@ -234,6 +235,20 @@ def test_a_model_that_is_not_faster_stays_as_it_was(asked, unknown):
     assert fuse(model).fused == []
     assert fuse(model, impl="cpu").fused  # by name it is asked for
     assert fuse(copy.deepcopy(model), measure="never").fused
+
+
+def test_a_race_that_a_busy_machine_left_undecided_is_run_again_in_an_hour(asked, unknown):
+    found = outcome(1.01)
+    lap = dataclasses.replace(found.fused, low=0.8, high=2.5)
+    wide = dataclasses.replace(found, laps=(found.laps[0], lap))
+    old = dataclasses.replace(wide, date="2026-01-01T00:00:00+00:00")
+    for first, second in ((old, True), (wide, False)):
+        race = iter((first, outcome(1.5)))
+        unknown.setattr(whole_models, "race", lambda *_, race=race, **__: next(race))
+        model = make("ours")
+        assert fuse(model, measure="now").fused == []
+        standing.forget()
+        assert bool(fuse(model).fused) == second
 
 
 def test_a_race_of_other_choices_counts_no_more(asked, unknown):

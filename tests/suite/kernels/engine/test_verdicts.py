@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deit.kernels import attention, explain, layer_norm, linear, measure
-from deit.kernels.engine import device_key, dispatch, measured, native, verdicts
+from deit.kernels.engine import cache_files, device_key, dispatch, measured, native, verdicts
 from deit.kernels.engine.json_files import Fields
 from deit.kernels.engine.operator import OPERATORS
 from deit.kernels.engine.problems import Problem, TensorSpec
@@ -418,6 +418,21 @@ def test_missing_is_what_nothing_speaks_for(unknown):
     verdicts.use([verdict(problem(8))])
     near, far, wide = problem(16), problem(1024), problem(8, width=32)
     assert measure.missing([problem(8), near, far, far, wide], CPU) == [far, wide]
+
+
+@pytest.mark.parametrize(
+    ("interval", "again"), [((0.8, 2.5), True), ((0.98, 1.04), False), ((0.7, 1.01), False)]
+)
+def test_what_a_busy_machine_left_undecided_is_asked_again_in_an_hour(unknown, interval, again):
+    """A near tie of a quiet machine stands, and so does what a run's folder gives."""
+    undecided = verdict(problem(8), "reference", 1.1)
+    undecided.candidates["cpu"] = Timed(18.0, 1.0, *interval, 0.5)
+    verdicts.store(unknown, [undecided])
+    assert measure.missing([problem(8)], CPU) == ([problem(8)] if again else [])
+    verdicts.store(unknown, [dataclasses.replace(undecided, date=cache_files.now())])
+    assert measure.missing([problem(8)], CPU) == []
+    verdicts.use([undecided], alone=True)
+    assert measure.missing([problem(8)], CPU) == []
 
 
 def test_missing_is_nothing_where_a_table_speaks():
