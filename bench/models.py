@@ -26,7 +26,8 @@ from torch import nn
 
 from deit.commands import flags
 from deit.fused_vit import fuse
-from deit.fused_vit.modules import Fused, FusedBlock
+from deit.fused_vit.blocks import FusedBlock
+from deit.fused_vit.modules import Fused
 from deit.fused_vit.report import Report
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "models.md"

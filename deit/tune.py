@@ -111,7 +111,9 @@ def _verdicts(options: Options, device: torch.device, seconds: float) -> None:
     if options.prior is not None:
         write_prior(options.prior, key, found)
         undecided = sum(one.undecided for one in found)
-        print(f"a prior of {len(found) - undecided} calls in {options.prior}; {undecided} undecided")
+        print(
+            f"a prior of {len(found) - undecided} calls in {options.prior}; {undecided} undecided"
+        )
 
 
 def calls_to_measure(options: Options, device: torch.device) -> list[Problem]:

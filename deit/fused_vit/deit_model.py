@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from deit import model
-from deit.fused_vit import modules
+from deit.fused_vit import blocks, feed_forward, modules
 from deit.fused_vit.embedding import ImageEmbedding
 from deit.fused_vit.last_block import PrefixOnly
 
@@ -18,11 +18,11 @@ class FusedAttention(modules.FusedAttention, model.Attention):
     """deit.model.Attention on `deit.kernels.linear` and `attention`."""
 
 
-class FusedMlp(modules.FusedMlp, model.Mlp):
+class FusedMlp(feed_forward.FusedMlp, model.Mlp):
     """deit.model.Mlp on `deit.kernels.gelu_mlp`."""
 
 
-class FusedBlock(modules.FusedBlock, model.Block):
+class FusedBlock(blocks.FusedBlock, model.Block):
     """deit.model.Block with its residual additions in the products' epilogues."""
 
     DROP_PATHS = ("drop_path",)

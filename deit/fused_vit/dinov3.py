@@ -104,7 +104,7 @@ class FusedLayer(rotary.RotaryBlock, dinov3.DINOv3ViTLayer):
         ("norm1", deit_model.FusedLayerNorm),
         ("attention", rotary.RotaryAttention),
         ("norm2", deit_model.FusedLayerNorm),
-        ("mlp", modules.FeedForward),
+        ("mlp", feed_forward.FeedForward),
     )
     SCALES = ("layer_scale1", "layer_scale2")
     SCALE_KINDS = (dinov3.DINOv3ViTLayerScale,)

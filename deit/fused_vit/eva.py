@@ -13,7 +13,7 @@ from timm.layers import pos_embed_sincos
 from timm.models import eva
 from torch import Tensor, nn
 
-from deit.fused_vit import modules, rotary
+from deit.fused_vit import feed_forward, modules, rotary
 from deit.fused_vit import timm as timm_models
 from deit.fused_vit.rotary import Positions
 from deit.kernels.attention.reference import turned
@@ -109,7 +109,7 @@ class FusedBlock(rotary.RotaryBlock, eva.EvaBlock):
         ("norm1", modules.FusedLayerNorm),
         ("attn", rotary.RotaryAttention),
         ("norm2", modules.FusedLayerNorm),
-        ("mlp", modules.FeedForward),
+        ("mlp", feed_forward.FeedForward),
     )
     DROP_PATH_KINDS = (nn.Identity, timm.layers.DropPath)
     STANDS_FOR = DROP_PATH_KINDS

@@ -1,4 +1,4 @@
-"""The gated MLP of a block (SwiGLU and its like), as a mix-in over the class it replaces."""
+"""What follows the second norm of a block: an MLP, or a gated one (SwiGLU and its like)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,113 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from deit.fused_vit import modules
-from deit.kernels import glu_mlp, layer_norm
+from deit.fused_vit.modules import Fused, FusedLayerNorm, hooked
+from deit.kernels import gelu_mlp, glu_mlp, layer_norm
 from deit.kernels.linear.reference import activate
 
 Affine = tuple[Tensor, Tensor | None]  # weight and bias
 
 
-class FusedGatedMlp(modules.FeedForward):
+class FeedForward(Fused):
+    """What follows the second norm of a block: FusedMlp or FusedGatedMlp."""
+
+    ACTIVATION: ClassVar[str] = ""  # the submodule that is the activation; "": the exact GELU
+    # A library's own classes of activations, by `linear`'s name for them.
+    ACTIVATIONS: ClassVar[dict[type[nn.Module], str]] = {}
+    STANDS_FOR: ClassVar[tuple[type[nn.Module], ...]] = (nn.GELU, nn.SiLU)
+
+    @classmethod
+    def _stand_for(cls, original: Any) -> None:
+        cls.STANDS_FOR = (*cls.STANDS_FOR, *cls.ACTIVATIONS)
+        super()._stand_for(original)
+
+    def activation_name(self) -> str | None:
+        """`linear`'s name of the activation; None for one that it does not have."""
+        if not self.ACTIVATION:
+            return "gelu"
+        act = self._modules.get(self.ACTIVATION)
+        if type(act) is nn.GELU:
+            return {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate)
+        return "silu" if type(act) is nn.SiLU else self.ACTIVATIONS.get(type(act))
+
+    def unsupported(self) -> str | None:
+        if self.activation_name() is None:
+            act = self._modules.get(self.ACTIVATION)
+            return f"its activation is {act}, not GELU, QuickGELU or SiLU"
+        return super().unsupported()
+
+    def interrupted(self) -> str | None:
+        act = self._modules.get(self.ACTIVATION)
+        if act is not None and hooked(act):
+            return f"{self.ACTIVATION} has a hook"
+        return super().interrupted()
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
+        if not self.runs_fused(x):
+            return super().forward(x)  # type: ignore[misc]
+        return self.feed_forward(x)
+
+    def feed_forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        gamma: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """residual + keep * gamma * mlp(x)."""
+        raise NotImplementedError
+
+    def hidden(self, project: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+        """The hidden layer [..., M] as the last product reads it; `project`: x by weight, bias."""
+        raise NotImplementedError
+
+    def output(self) -> nn.Linear:
+        """The last product."""
+        return self._modules[self.LINEARS[-1]]
+
+    def apart(self) -> str | None:
+        """Why `vit_block` and the MLPs in 8 bits do not compute it; None where they do."""
+        raise NotImplementedError
+
+
+class FusedMlp(FeedForward):
+    """Over an MLP of two linear layers with an activation between."""
+
+    OPERATORS = ("gelu_mlp",)
+    LINEARS = ("fc1", "fc2")
+
+    def apart(self) -> str | None:
+        activation = self.activation_name()
+        return None if activation == "gelu" else f"its MLP's activation is {activation}"
+
+    def hidden(self, project: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+        fc1: Any = self._modules[self.LINEARS[0]]
+        return activate(project(fc1.weight, fc1.bias), self.activation_name())
+
+    def feed_forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        gamma: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """residual + keep * gamma * fc2(act(fc1(x)))."""
+        fc1, fc2 = (self._modules[name] for name in self.LINEARS)
+        return gelu_mlp(
+            x,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias,
+            activation=self.activation_name(),  # type: ignore[arg-type]
+            residual=residual,
+            gamma=gamma,
+            keep=keep,
+            impl=self.fused_impls["gelu_mlp"],
+        )
+
+
+class FusedGatedMlp(FeedForward):
     """Over an MLP whose hidden layer is act(gate(x)) * up(x), and may be normalised then."""
 
     OPERATORS = ("linear",)
@@ -51,8 +150,8 @@ class FusedGatedMlp(modules.FeedForward):
 
     def unsupported(self) -> str | None:
         norm = self._modules.get(self.NORM)
-        if isinstance(norm, modules.FusedLayerNorm) or type(norm) in self.NORM_KINDS:
-            reason = modules.FusedLayerNorm.unsupported(norm)
+        if isinstance(norm, FusedLayerNorm) or type(norm) in self.NORM_KINDS:
+            reason = FusedLayerNorm.unsupported(norm)
             if reason is not None:
                 return f"{self.NORM}: {reason}"
         elif norm is not None and type(norm) is not nn.Identity:
@@ -61,7 +160,7 @@ class FusedGatedMlp(modules.FeedForward):
 
     def interrupted(self) -> str | None:
         norm = self._modules.get(self.NORM)
-        if norm is not None and modules.hooked(norm):
+        if norm is not None and hooked(norm):
             return f"{self.NORM} has a hook"
         return super().interrupted()
 

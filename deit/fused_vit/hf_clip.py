@@ -12,7 +12,7 @@ from transformers.models.metaclip_2 import modeling_metaclip_2
 from transformers.models.siglip import modeling_siglip
 from transformers.models.siglip2 import modeling_siglip2
 
-from deit.fused_vit import deit_model, huggingface, modules
+from deit.fused_vit import deit_model, feed_forward, huggingface, modules
 
 
 class FusedAttention(huggingface.FusedAttention):
@@ -29,7 +29,7 @@ class FusedLayer(huggingface.FusedLayer):
         ("layer_norm1", deit_model.FusedLayerNorm),
         ("self_attn", FusedAttention),
         ("layer_norm2", deit_model.FusedLayerNorm),
-        ("mlp", modules.FeedForward),
+        ("mlp", feed_forward.FeedForward),
     )
     DROPOUTS = ()
 

@@ -30,7 +30,7 @@ class FusedLayer(huggingface.FusedLayer):
         ("norm1", deit_model.FusedLayerNorm),
         ("attention", huggingface.FusedAttention),
         ("norm2", deit_model.FusedLayerNorm),
-        ("mlp", modules.FeedForward),
+        ("mlp", feed_forward.FeedForward),
     )
     SCALES = ("layer_scale1", "layer_scale2")
     DROP_PATHS = ("drop_path",)

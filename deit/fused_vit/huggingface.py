@@ -17,7 +17,7 @@ from transformers import activations
 from transformers.models.deit import modeling_deit
 from transformers.models.vit import modeling_vit
 
-from deit.fused_vit import deit_model, modules
+from deit.fused_vit import blocks, deit_model, feed_forward, modules
 from deit.fused_vit.attention_interface import any_set, as_key_bias
 
 try:
@@ -82,7 +82,7 @@ class FusedAttention(modules.FusedAttention):
         return self.attend(hidden_states, key_bias=bias), None
 
 
-class FusedMlp(modules.FusedMlp):
+class FusedMlp(feed_forward.FusedMlp):
     """Over DeiTMLP, ViTMLP and others' of their form."""
 
     ACTIVATION = "activation_fn"
@@ -99,7 +99,7 @@ class FusedMlp(modules.FusedMlp):
         return super().forward(hidden_states)
 
 
-class FusedLayer(modules.FusedBlock):
+class FusedLayer(blocks.FusedBlock):
     """Over DeiTLayer and ViTLayer. Gradient checkpointing wraps this forward as it does theirs."""
 
     PARTS: ClassVar[tuple[tuple[str, type[modules.Fused]], ...]] = (

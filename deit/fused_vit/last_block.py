@@ -13,7 +13,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from deit.fused_vit.modules import Fused, FusedBlock, hooked
+from deit.fused_vit.blocks import FusedBlock
+from deit.fused_vit.modules import Fused, hooked
 from deit.kernels.vit_block import vit_blocks
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deit.fused_vit import eight_bits, modules
+from deit.fused_vit import blocks, eight_bits, modules
 from deit.fused_vit.modules import hooked, unreadable
 from deit.kernels import rotary_attention
 from deit.kernels.engine import autocast, dispatch
@@ -133,7 +133,7 @@ class RotaryAttention(modules.FusedAttention):
         return torch.cat([x.to(packed.dtype).flatten(2) for x in (*parts, split[2])], dim=-1)
 
 
-class RotaryBlock(modules.FusedBlock):
+class RotaryBlock(blocks.FusedBlock):
     """Over a pre-norm block whose attention is a RotaryAttention."""
 
     SCALES: ClassVar[tuple[str, ...]] = ()

@@ -9,7 +9,7 @@ import torch
 from timm.models import beit, deit, vision_transformer, vision_transformer_relpos
 from torch import Tensor, nn
 
-from deit.fused_vit import feed_forward, modules
+from deit.fused_vit import blocks, feed_forward, modules
 from deit.fused_vit.embedding import ImageEmbedding
 from deit.fused_vit.last_block import PrefixOnly
 from deit.fused_vit.modules import hooked
@@ -54,7 +54,7 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
 }
 
 
-class FusedMlp(modules.FusedMlp, timm.layers.Mlp):
+class FusedMlp(feed_forward.FusedMlp, timm.layers.Mlp):
     """timm's Mlp on `deit.kernels.gelu_mlp`."""
 
     IDENTITIES = ("norm",)
@@ -97,7 +97,7 @@ class FusedGluMlp(feed_forward.FusedGatedMlp, timm.layers.GluMlp):
         return super().unsupported()
 
 
-class FusedBlock(Masked, modules.FusedBlock, vision_transformer.Block):
+class FusedBlock(Masked, blocks.FusedBlock, vision_transformer.Block):
     """timm's Block with its residual additions in the products' epilogues."""
 
     SCALE_KINDS = (nn.Identity, vision_transformer.LayerScale)

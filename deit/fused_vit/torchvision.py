@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torchvision.models import vision_transformer
 
-from deit.fused_vit import deit_model, modules
+from deit.fused_vit import blocks, deit_model, feed_forward, modules
 from deit.fused_vit.self_attention import SelfAttention
 
 
-class FusedMlp(modules.FusedMlp, vision_transformer.MLPBlock):
+class FusedMlp(feed_forward.FusedMlp, vision_transformer.MLPBlock):
     """torchvision's MLPBlock, a Sequential, on `deit.kernels.gelu_mlp`."""
 
     LINEARS = ("0", "3")
@@ -29,7 +29,7 @@ class FusedMlp(modules.FusedMlp, vision_transformer.MLPBlock):
         return super().unsupported()
 
 
-class FusedEncoderBlock(SelfAttention, modules.FusedBlock, vision_transformer.EncoderBlock):
+class FusedEncoderBlock(SelfAttention, blocks.FusedBlock, vision_transformer.EncoderBlock):
     """torchvision's EncoderBlock with its residual additions in the products' epilogues."""
 
     PARTS = (

@@ -19,7 +19,7 @@ from training import same
 
 from deit import load
 from deit.commands.cli import main
-from deit.fused_vit.modules import FusedBlock
+from deit.fused_vit.blocks import FusedBlock
 from deit.recipes import recipe
 from deit.training import assemble, distillation, trainer
 from deit.training.options import Shape
