@@ -32,8 +32,9 @@ sanitize:
 	$(PYTHON) tests/native/sanitize.py
 
 # The Triton kernels on GPUs that ttsem simulates on the CPU: results, bounds and races. `simulate`
-# takes some eight minutes; `simulate-all` takes about two hours of a core. ttsem's metadata asks for Python
-# 3.12, and its code runs on 3.11, so it is unpacked beside. It reads the IR of triton 3.8 alone.
+# is CI's part, 5.5 minutes on two cores of a Zen 4; `simulate-all` was never run as one. ttsem's
+# metadata asks for Python 3.12, and its code runs on 3.11, so it is unpacked beside. It reads the IR
+# of triton 3.8 alone.
 SIMULATORS := build/simulators
 SIMULATED = OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(SIMULATORS):$(CURDIR)/bench:$(CURDIR)/tests
 

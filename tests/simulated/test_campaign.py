@@ -6,6 +6,7 @@ would stop a stage in its first minutes, and no time is measured.
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import gpu
@@ -15,6 +16,7 @@ import torch
 
 import throughput
 from deit import tune
+from deit.fused_vit import calls as fused_calls
 from deit.kernels.prove import calls
 from deit.kernels.prove import tune as tuner
 from evidence import devices
@@ -96,9 +98,14 @@ def test_tune(arch, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tuner, "FLUSH_BYTES", 1 << 10)
     monkeypatch.setattr(tuner, "FIRST_ROUNDS", 1)
     monkeypatch.setattr(tuner, "ROUNDS", 2)
-    options = tune.Options((arch,), "bf16", 1, 32, True, (), 2, 600.0, 1, "cuda")
+    measured = []  # another process would measure, which knows no simulated GPU
+    monkeypatch.setattr(tune.measure, "measure", lambda found, *_, **__: measured.extend(found))
+    # A pretended device has no generator to keep.
+    monkeypatch.setattr(fused_calls, "same_generators", lambda _: contextlib.nullcontext())
+    options = tune.Options((arch,), ("bf16",), 1, 32, True, (), 2, 600.0, 1, "cuda")
     with gpu.cuda() as launched:
         assert tune.run(options) == 0
+    assert {problem.training for problem in measured} == {False, True}
     printed = capsys.readouterr().out
     assert "kept in" in printed
     assert launched.launches > 100
