@@ -47,7 +47,7 @@ def verdict(of, winner="cpu", ratio=2.0, **changes):
         "triton": Refused("ended with SIGSEGV"),
     }
     return dataclasses.replace(
-        Verdict(of, winner, candidates, "2026-11-26T10:00:00+00:00", str(key),
+        Verdict(of, winner, candidates, "2026-01-31T10:00:00+00:00", str(key),
                 device_key.versions("cpu"), order),
         **changes,
     )  # fmt: skip
@@ -233,7 +233,7 @@ def test_a_file_of_priors_speaks_for_its_kind_of_processor(unknown, monkeypatch,
     try:
         assert (chosen(8), chosen(1024)) == ("cpu", "reference")
         text = str(explain("layer_norm", torch.randn(8, 64), torch.ones(64)))
-        assert "auto runs cpu (shipped for Acme family 1, AVX2 2026-11-26: 2.00 times" in text
+        assert "auto runs cpu (shipped for Acme family 1, AVX2 2026-01-31: 2.00 times" in text
         assert measure.missing([problem(8), problem(8, width=32)], CPU) == [problem(8, width=32)]
         verdicts.use([verdict(problem(8), "reference")])  # what was measured here stands above
         assert chosen(8) == "reference"
