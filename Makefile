@@ -1,10 +1,33 @@
 # The verbs of development. PYTHON names the interpreter of an environment with '.[test,dev]'.
 PYTHON ?= python
 
-.PHONY: test avx2 clusters lint types sanitize aot gpu bench models report simulate simulate-all simulated-figures
+.PHONY: test oldest avx2 clusters lint types sanitize aot gpu bench models report simulate simulate-all simulated-figures
 
 test:
 	$(PYTHON) -m pytest
+
+# The same in the oldest environment promised, made by name: torch 2.11, Triton 3.6, Python 3.12 and
+# transformers 5.17, without tyro, which the command `deit` alone needs. It builds the C++ library in
+# place, against torch 2.11: what is built so runs on any later torch. OLDEST_PYTHON names another
+# interpreter, SELECT a part of the tests.
+OLDEST := build/oldest
+OLDEST_TRITON := 3.6.0
+OLDEST_PYTHON ?= $(shell for python in python3.12 \
+    "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12.*/bin/python3.12; \
+    do "$$python" -c "" 2>/dev/null && echo "$$python" && break; done)
+
+oldest: $(OLDEST)/made
+	$(OLDEST)/bin/python -m pytest $(SELECT)
+
+$(OLDEST)/made: pyproject.toml
+	@test -n "$(OLDEST_PYTHON)" || { echo "make oldest: expected Python 3.12, as python3.12 on PATH\
+	 or one of pyenv; found none. OLDEST_PYTHON=PATH names another" >&2; exit 2; }
+	$(OLDEST_PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q torch==2.11.0 triton==$(OLDEST_TRITON) \
+	    torchvision==0.26.0 "transformers==5.17.*" ninja "setuptools>=77"
+	$(OLDEST)/bin/python -m pip install -q --no-build-isolation -e ".[test]"
+	$(OLDEST)/bin/python -m pip uninstall -q -y tyro
+	touch $@
 
 # What the C++ kernels' tests find on a processor without AVX-512, on any.
 avx2:
@@ -55,7 +78,6 @@ $(SIMULATORS):
 # Every pinned Triton configuration, compiled for each GPU architecture, no GPU needed: by the
 # Triton at hand, and for Hopper by the oldest one supported too, unpacked beside it. Ada's own
 # configurations are those of the products in e4m3, which it is the first to have.
-OLDEST_TRITON := 3.6.0
 OLDEST_TREE := build/triton-$(OLDEST_TRITON)
 
 aot: $(OLDEST_TREE)

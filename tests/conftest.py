@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 
@@ -33,6 +34,8 @@ def pytest_configure() -> None:
     """
     os.environ["FUSED_DEIT_DEVICE_KEY"] = PRETENDED
     os.environ["FUSED_DEIT_MEASURE"] = "never"
+    if importlib.util.find_spec("tyro") is None:
+        _without_tyro()
     limit = os.environ.get("DEIT_TEST_ISA")
     if limit is None:
         return
@@ -40,6 +43,13 @@ def pytest_configure() -> None:
 
     native.select_cpu_isa = _limited(native.select_cpu_isa, SETS, limit)
     native.select_cpu_int8_isa = _limited(native.select_cpu_int8_isa, INT8_SETS, limit)
+
+
+def _without_tyro() -> None:
+    """A test that calls the command `deit` is skipped where it needs tyro."""
+    from deit.commands import flags
+
+    flags.cli = lambda *_, **__: pytest.skip("tyro is not installed")
 
 
 def _selected(name: str) -> Iterator[str]:

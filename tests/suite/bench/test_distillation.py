@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tyro
 
 import distillation
 import evidence
 import report
+from deit.commands import flags
 from deit.commands.cli import Command
 from page import distillation as drawing
 from studies import outcomes
@@ -19,7 +19,7 @@ OPTIONS = distillation.Options(out=Path("runs"), seeds=2, images=100, epochs=4)
 
 def parsed(run):
     arguments = [run.verb, *run.flags, "--out", f"runs/{run.name}"]
-    return tyro.cli(Command, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+    return flags.cli(Command, arguments)
 
 
 def test_every_run_is_a_command_that_builds_on_earlier_ones():

@@ -91,6 +91,7 @@ def test_pieces_that_are_missing_are_made_and_no_others(whole, model, photos, tm
 
 def test_killed_at_any_time_it_goes_on_to_the_same_bytes(whole, weights, photos, tmp_path):
     """SIGKILL, again and again, each time a little later; workers go with it."""
+    pytest.importorskip("tyro", reason="tyro is not installed")
     out = tmp_path / "out"
     command = [sys.executable, "-m", "deit", "embed", str(photos), "--weights", str(weights),
                "--out", str(out), "--rows", "8", "--batch-size", "4", "--workers", "2"]  # fmt: skip

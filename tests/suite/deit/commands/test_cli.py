@@ -9,13 +9,14 @@ from dataclasses import MISSING
 from pathlib import Path
 
 import pytest
-import tyro
 
 from deit import settings
-from deit.commands import cli
+from deit.commands import cli, flags
 from deit.commands.train import Fixres, Train
 from deit.recipes import RECIPES, recipe
 from deit.training.options import Options
+
+pytest.importorskip("tyro", reason="tyro is not installed")
 
 
 def python(*arguments, **environment):
@@ -78,8 +79,8 @@ def test_help_names_a_settings_value_in_every_recipe(capsys):
 
 
 def test_flags_change_the_recipe_and_nothing_else():
-    flags = "--data x --out y --recipe deit3 --lr 1e-3 --ema None --betas 0.8 0.9 --depth 2"
-    command = tyro.cli(Train, args=flags.split(), config=(tyro.conf.OmitArgPrefixes,))
+    words = "--data x --out y --recipe deit3 --lr 1e-3 --ema None --betas 0.8 0.9 --depth 2"
+    command = flags.cli(Train, words.split())
     options = command.options()
     assert options.recipe == recipe("deit3", lr=1e-3, ema=None, betas=(0.8, 0.9))
     assert options.shape.changes() == {"depth": 2}
