@@ -67,7 +67,7 @@ simulate: $(SIMULATORS)
 simulate-all: $(SIMULATORS)
 	$(SIMULATED) DEIT_SIMULATE=all $(PYTHON) -m pytest tests/simulated $(SELECT)
 
-# docs/numerics.md's table of Triton's bf16.
+# docs/numerics.md's tables of Triton's bf16 and e4m3.
 simulated-figures: $(SIMULATORS)
 	$(SIMULATED) DEIT_SIMULATE=all $(PYTHON) tests/simulated/figures.py
 
