@@ -1,21 +1,25 @@
 """torch.cuda on the simulated GPU, for programs that are written for one: what they ask it.
 
 Tensors lie on the CPU and say `cuda`. Streams are one, events tick at each record, and a CUDA
-graph is the launches that it saw, which a replay makes again. The CUDA library's kernels are not
-there: nothing simulates them.
+graph is the operations and launches that it saw, which a replay makes again. The CUDA library's
+kernels are not there: nothing simulates them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import simulator
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
 from deit.kernels.device import common
@@ -64,27 +68,58 @@ class _Stream(contextlib.nullcontext[Any]):
     def wait_stream(self, _: Any) -> None: ...
 
 
+class _Recorder(TorchDispatchMode):
+    """Notes PyTorch's operations in `steps`, and says whether one of them is running."""
+
+    def __init__(self, steps: list[Callable[[], object]]) -> None:
+        super().__init__()
+        self.steps, self.inside = steps, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.inside = True
+        try:
+            made = func(*args, **(kwargs or {}))
+        finally:
+            self.inside = False
+        self.steps.append(functools.partial(_again, func, args, kwargs or {}, made))
+        return made
+
+
+def _again(func: Any, args: Any, kwargs: Any, made: Any) -> None:
+    """The operation on what its tensors hold now, into the tensors that it made at first."""
+    fresh = tree_leaves(func(*args, **kwargs))
+    for kept, new in zip(tree_leaves(made), fresh, strict=True):
+        if isinstance(kept, Tensor) and _memory(kept) != _memory(new):  # of a view it is the same
+            kept.copy_(new)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
 class _Graph:
-    """The launches of a capture."""
+    """The operations and launches of a capture."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        self.launches: list[tuple[Any, ...]] = []
+        self.steps: list[Callable[[], object]] = []
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
-        run = JITFunction.run
+        run, recorder = JITFunction.run, _Recorder(self.steps)
 
         def noted(kernel: Any, *arguments: Any, **options: Any) -> Any:
-            self.launches.append((run, kernel, arguments, options))
+            if not recorder.inside:
+                self.steps.append(functools.partial(run, kernel, *arguments, **options))
             return run(kernel, *arguments, **options)
 
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, recorder:
             patch.setattr(JITFunction, "run", noted)
             yield
 
     def replay(self) -> None:
-        for run, kernel, arguments, options in self.launches:
-            run(kernel, *arguments, **options)
+        with torch.no_grad():
+            for step in self.steps:
+                step()
 
 
 def _properties(_: Any = None) -> Any:
