@@ -1,4 +1,4 @@
-"""bench/everything.py's list for a GPU, rehearsed on a simulated one: each kind of job, and the page.
+"""bench/everything.py's list for a GPU on a simulated one: each kind of job, and the page.
 
 Networks are few and small, and clocks tick; the code is what a GPU gets. What is compiled is left
 out: a compiler cannot be told that the tensors are a GPU's.
@@ -50,7 +50,8 @@ def brief(monkeypatch, tmp_path):
     parse, plan, largest = flags.parse, planning.plan_rounds, planning.largest_that_fits
     small = SMALL | {report.Options: {"out": tmp_path / "page.html"}}
     change = monkeypatch.setattr
-    change(flags, "parse", lambda kind, *how: replace(parse(kind, *how), **small.get(kind, {})))
+    brief = lambda kind, *how: replace(parse(kind, *how), **small.get(kind, {}))
+    change(flags, "parse", brief)
     change(everything, "subprocess", types.SimpleNamespace(run=_run))
     change(everything, "JOBS", {"cuda": tuple(JOBS.values())})
     change(scaling, "POINTS", POINTS)
