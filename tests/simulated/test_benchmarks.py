@@ -50,8 +50,8 @@ def brief(monkeypatch, tmp_path):
     parse, plan, largest = flags.parse, planning.plan_rounds, planning.largest_that_fits
     small = SMALL | {report.Options: {"out": tmp_path / "page.html"}}
     change = monkeypatch.setattr
-    brief = lambda kind, *how: replace(parse(kind, *how), **small.get(kind, {}))
-    change(flags, "parse", brief)
+    smaller = lambda kind, *how: replace(parse(kind, *how), **small.get(kind, {}))
+    change(flags, "parse", smaller)
     change(everything, "subprocess", types.SimpleNamespace(run=_run))
     change(everything, "JOBS", {"cuda": tuple(JOBS.values())})
     change(scaling, "POINTS", POINTS)
