@@ -154,14 +154,15 @@ def _bias(x: Tensor, mask: Any) -> Any:
 def served(layer: type[nn.Module], attention: type[nn.Module], refused: dict[Any, str]) -> bool:
     """Whether a layer and its attention are called as in transformers 5; else `refused` says so.
 
-    Before 5 other arguments came where the attention mask does, and outputs were tuples.
+    Before 5 other arguments came where the attention mask does, and outputs were tuples. A family
+    may have kept its earlier form in 5: DINOv2's of 5.17 takes no mask, that of 5.24 does.
     """
     wanted = ["self", "hidden_states", "attention_mask", "kwargs"]
     if all(
         list(inspect.signature(each.forward).parameters) == wanted for each in (layer, attention)
     ):
         return True
-    refused[layer] = _OTHERWISE
+    refused[layer] = f"{_OTHERWISE} (5.24 is served)"
     return False
 
 
@@ -175,7 +176,7 @@ def over(
     return names[name]
 
 
-_OTHERWISE = f"transformers {transformers.__version__} lays it out otherwise (5 or later is served)"
+_OTHERWISE = f"transformers {transformers.__version__} lays it out otherwise"
 _CURRENT = all(hasattr(modeling_deit, name) for name in ("DeiTAttention", "DeiTMLP", "DeiTLayer"))
 LEAVES: dict[type[nn.Module], type[modules.Fused]] = {}
 BLOCKS: dict[type[nn.Module], type[modules.Fused]] = {}
@@ -210,4 +211,5 @@ if _CURRENT:
     BLOCKS |= {modeling_deit.DeiTLayer: FusedDeiTLayer, modeling_vit.ViTLayer: FusedViTLayer}
 else:
     # Before 5 head_mask comes where the attention mask does and is multiplied after softmax.
-    REFUSED |= {modeling_deit.DeiTLayer: _OTHERWISE, modeling_vit.ViTLayer: _OTHERWISE}
+    _why = f"{_OTHERWISE} (5 or later is served)"
+    REFUSED |= {modeling_deit.DeiTLayer: _why, modeling_vit.ViTLayer: _why}

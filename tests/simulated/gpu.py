@@ -67,6 +67,9 @@ class _Stream(contextlib.nullcontext[Any]):
 
     def wait_stream(self, _: Any) -> None: ...
 
+    def is_capturing(self) -> bool:
+        return False
+
 
 class _Recorder(TorchDispatchMode):
     """Notes PyTorch's operations in `steps`, and says whether one of them is running."""
@@ -159,6 +162,8 @@ def cuda() -> Iterator[Any]:
             "_sleep": lambda _: None,
         }.items():
             patch.setattr(torch.cuda, name, stand_in)
+        patch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+        patch.setattr(torch.accelerator, "current_stream", lambda *_: _Stream())  # AdamW asks it
         why_not = native.why_not
         patch.setattr(
             native, "why_not", lambda k: ("it is not simulated",) if k == "cuda" else why_not(k)
