@@ -17,6 +17,7 @@
 
 #include <algorithm>
 
+#include "activations.h"
 #include "hopper.h"
 #include "linear.h"
 #include "wgmma.h"
@@ -67,37 +68,14 @@ struct Pair<__half> {
   static __device__ inline type of(float a, float b) { return __floats2half2_rn(a, b); }
 };
 
-__device__ inline float exp2_approximate(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// x * Phi(x), by Phi(-|x|) = exp(-x^2 / 2) * R(|x|) with R a polynomial on [0, 5], relative error
-// 1.2e-4; as in kernels/device/common.py, whose reasons hold here. NaN stays NaN.
-__device__ inline float gelu(float x) {
-  const float a = fminf(fabsf(x), 5.0f), root = 0.8493218002880191f * x;
-  float ratio = fmaf(5.790430350316456e-06f, a, -0.0001453153818147257f);
-  ratio = fmaf(ratio, a, 0.0015831056516617537f);
-  ratio = fmaf(ratio, a, -0.009921562857925892f);
-  ratio = fmaf(ratio, a, 0.04025886952877045f);
-  ratio = fmaf(ratio, a, -0.11416839063167572f);
-  ratio = fmaf(ratio, a, 0.24129194021224976f);
-  ratio = fmaf(ratio, a, -0.3972645103931427f);
-  ratio = fmaf(ratio, a, 0.4999416470527649f);
-  float positive;
-  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(positive) : "f"(x));
-  return fmaf(-a * exp2_approximate(-root * root), ratio, positive);
-}
-
 __device__ inline float gelu_tanh(float x) {
   const float v = -2.302208198144325f * fmaf(0.044715f * x * x, x, x);  // -2u log2(e)
-  return __fdividef(x, 1.0f + exp2_approximate(v));
+  return __fdividef(x, 1.0f + gpu::exp2(v));
 }
 
 template <Activation A>
 __device__ inline float activate(float x) {
-  if constexpr (A == Activation::gelu) return gelu(x);
+  if constexpr (A == Activation::gelu) return gelu_of_half(x);
   if constexpr (A == Activation::gelu_tanh) return gelu_tanh(x);
   return x;
 }
@@ -330,8 +308,8 @@ cudaError_t launch(const LinearArgs& args, Scalar type, cudaStream_t stream) {
   const int64_t tiles = pairs * ((args.width + Width - 1) / Width);
   const int clusters = static_cast<int>(std::min<int64_t>(tiles, processors / kCluster));
   const Epilogue<T> epilogue{
-      static_cast<const T*>(args.bias), static_cast<const T*>(args.gamma),
-      static_cast<const T*>(args.residual), args.residual_stride};
+      static_cast<const T*>(args.bias), static_cast<const T*>(args.gamma.data),
+      static_cast<const T*>(args.residual.data), args.residual_stride};
   kernel<<<clusters * kCluster, kThreads, kSharedBytes<Width>, stream>>>(
       maps, epilogue, static_cast<int>(args.rows), static_cast<int>(args.width),
       static_cast<int>(args.depth));
@@ -340,7 +318,7 @@ cudaError_t launch(const LinearArgs& args, Scalar type, cudaStream_t stream) {
 
 template <typename T, int Width>
 cudaError_t by_epilogue(const LinearArgs& args, Scalar type, cudaStream_t stream) {
-  const bool residual = args.residual != nullptr;
+  const bool residual = args.residual.data != nullptr;
   switch (args.activation) {
     case Activation::gelu:
       return residual ? launch<T, Width, Activation::gelu, true>(args, type, stream)
@@ -364,9 +342,18 @@ cudaError_t by_width(const LinearArgs& args, Scalar type, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t launch_linear(const LinearArgs& args, Scalar type, cudaStream_t stream) {
-  if (type == Scalar::f16) return by_width<__half>(args, type, stream);
-  return by_width<__nv_bfloat16>(args, type, stream);
+bool hopper_takes(const LinearArgs& args, Scalar type) {
+  const bool known = args.activation == Activation::none || args.activation == Activation::gelu ||
+                     args.activation == Activation::gelu_tanh;
+  return type != Scalar::f32 && known && args.keep.data == nullptr && !args.gamma.fp32 &&
+         !args.residual.fp32 && args.width % 8 == 0 && args.depth % 8 == 0 && args.depth > 0;
+}
+
+const char* launch_linear_hopper(const LinearArgs& args, Scalar type, void* to) {
+  const auto stream = static_cast<cudaStream_t>(to);
+  const cudaError_t error = type == Scalar::f16 ? by_width<__half>(args, type, stream)
+                                                : by_width<__nv_bfloat16>(args, type, stream);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace deit
