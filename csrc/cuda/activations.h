@@ -2,6 +2,8 @@
 // precision a few units of fp32 do not count, and the approximate exponential serves.
 #pragma once
 
+#include <cmath>
+
 #include "device.h"
 #include "epilogue.h"
 

@@ -12,6 +12,8 @@
 // alike. So scores are kept as they are, and only differences are made powers of two.
 #include "attention.h"
 
+#include <cmath>
+
 #include "tiles.h"
 
 namespace deit {
@@ -39,8 +41,6 @@ struct Head {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-__device__ __forceinline__ float infinity() { return __builtin_huge_valf(); }
-
 // A head's rows from `first` on into shared memory, zeros behind the last and beside the head.
 template <class T, int kDim, int kRows>
 __device__ __forceinline__ void bring(const Matrix<T>& rows, int first, char* to) {
@@ -64,7 +64,7 @@ struct Softmax {
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int below = 0; below < 2; ++below) {
-      maximum[below] = -infinity();
+      maximum[below] = -INFINITY;
       total[below] = 0.0f;
     }
 #pragma unroll
@@ -89,7 +89,7 @@ struct Softmax {
       largest = fmaxf(largest, gpu::shuffle_xor(largest, 1));
       largest = fmaxf(largest, gpu::shuffle_xor(largest, 2));
       // Where all keys so far have a bias of -inf, their exponentials are 0 and not NaN.
-      const float base = largest == -infinity() ? 0.0f : largest;
+      const float base = largest == -INFINITY ? 0.0f : largest;
       const float factor = gpu::exp2((maximum[below] - base) * kLog2E);
       maximum[below] = largest;
       float sum = 0.0f;
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_consta
 #pragma unroll
       for (int right = 0; right < 2; ++right) {
         const int key = from + 8 * tile + 2 * (lane % 4) + right;
-        float bias = key < args.tokens ? 0.0f : -infinity();
+        float bias = key < args.tokens ? 0.0f : -INFINITY;
         if (args.key_bias.data != nullptr && key < args.tokens) {
           const int64_t at = sample * args.tokens + key;
           bias = args.key_bias.fp32
