@@ -125,6 +125,7 @@ struct Settings {
   int processors = 4;
   std::string dropped;      // a barrier, "file:line" or "all", that nobody waits at
   bool transposed = false;  // load_matrices exchanges its second matrix and its third
+  bool withheld = false;    // shared memory has 16 bytes less than was asked for
   bool unmasked = false;    // copies bring 16 bytes whatever they were asked for
   std::map<std::string, int64_t> barriers;  // those met, and by how many blocks
   int64_t products = 0, copies = 0, blocks = 0;
