@@ -21,12 +21,13 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 constexpr int kQueries = 16 * kWarps;
-template <class T>
-constexpr int kKeys = sizeof(T) == 2 ? 64 : 32;
+// Of a tile: as many as leave a thread the registers for its part of the output.
+template <class T, int kDim>
+constexpr int kKeys = (sizeof(T) == 2 ? 64 : 32) * 64 / kDim;
 template <class T, int kDim>
 constexpr int kRowChunks = kDim / kChunk<T>;
 template <class T, int kDim>
-constexpr int kSharedBytes = (kQueries + 2 * kKeys<T>) * kDim * static_cast<int>(sizeof(T));
+constexpr int kSharedBytes = (kQueries + 2 * kKeys<T, kDim>) * kDim * static_cast<int>(sizeof(T));
 
 template <class T>
 struct Head {
@@ -57,7 +58,7 @@ __device__ __forceinline__ void bring(const Matrix<T>& rows, int first, char* to
 // has them.
 template <class T, int kDim>
 struct Softmax {
-  static constexpr int kTiles = kKeys<T> / 8;
+  static constexpr int kTiles = kKeys<T, kDim> / 8;
   float maximum[2], total[2];
   float out[kDim / 8][4];
 
@@ -160,9 +161,9 @@ struct Softmax {
 // A warp's queries: in registers as factors of the matrix units, in fp32 where they were brought.
 template <class T, int kDim>
 struct Queries {
-  static constexpr int kTiles = kKeys<T> / 8, kChunks = kRowChunks<T, kDim>;
+  static constexpr int kTiles = kKeys<T, kDim> / 8, kChunks = kRowChunks<T, kDim>;
   uint32_t a[sizeof(T) == 2 ? kDim / 16 : 1][4];
-  const char* rows;
+  const char* rows = nullptr;
 
   __device__ __forceinline__ void read(const char* queries) {
     rows = queries;
@@ -222,11 +223,12 @@ struct Queries {
 };
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_constant__ Head<T> args) {
-  constexpr int kTiles = kKeys<T> / 8;
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kDim == 64 ? 3 : 2)
+    attention_kernel(const __grid_constant__ Head<T> args) {
+  constexpr int kTiles = kKeys<T, kDim> / 8;
   char* const queries = gpu::shared_memory();
   char* const keys = queries + kQueries * kDim * sizeof(T);
-  char* const values = keys + kKeys<T> * kDim * sizeof(T);
+  char* const values = keys + kKeys<T, kDim> * kDim * sizeof(T);
   const int lane = gpu::thread() % kWarp, warp = gpu::thread() / kWarp;
   const int across = (args.tokens + kQueries - 1) / kQueries;
   const int first = gpu::block() % across * kQueries;
@@ -240,15 +242,15 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_consta
   const Matrix<T> k = part(1), v = part(2);
 
   bring<T, kDim, kQueries>(part(0), first, queries);
-  bring<T, kDim, kKeys<T>>(k, 0, keys);
+  bring<T, kDim, kKeys<T, kDim>>(k, 0, keys);
   gpu::copies_commit();
   Queries<T, kDim> q;
   Softmax<T, kDim> softmax;
   softmax.clear();
-  for (int from = 0; from < args.tokens; from += kKeys<T>) {
+  for (int from = 0; from < args.tokens; from += kKeys<T, kDim>) {
     gpu::copies_wait<0>();
     gpu::block_barrier();  // the keys are there, and the values before them were read
-    bring<T, kDim, kKeys<T>>(v, from, values);
+    bring<T, kDim, kKeys<T, kDim>>(v, from, values);
     gpu::copies_commit();
     if (from == 0) q.read(queries);
     float scores[kTiles][4];
@@ -275,7 +277,7 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_consta
     softmax.take(scores);
     gpu::copies_wait<0>();
     gpu::block_barrier();  // the values are there, and the keys were read
-    if (from + kKeys<T> < args.tokens) bring<T, kDim, kKeys<T>>(k, from + kKeys<T>, keys);
+    if (from + kKeys<T, kDim> < args.tokens) bring<T, kDim, kKeys<T, kDim>>(k, from + kKeys<T, kDim>, keys);
     gpu::copies_commit();
     softmax.add(scores, values);
   }

@@ -64,7 +64,8 @@ def _dynamic(name: str) -> int:
         return 4 * 64 * (down * high * 16 + across * 32)
     if head := re.search(r"attention_kernel<(\w+), (\d+)>", name):
         size = _FLOAT[head[1]]
-        return (64 + 2 * (64 if size == 2 else 32)) * int(head[2]) * size
+        keys = (64 if size == 2 else 32) * 64 // int(head[2])
+        return (64 + 2 * keys) * int(head[2]) * size
     if wide := re.search(r"linear_kernel<\w+, (\d+),", name):
         return 1024 + 4 * (128 + int(wide[1])) * 128 + 4 * 64 * 128 + 2 * 4 * 8
     return 0

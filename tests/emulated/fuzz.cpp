@@ -40,10 +40,15 @@ struct Vector {
   deit::Values values;
 };
 
+// A size, half the time of whole chunks of 16 bytes.
+int64_t size(int64_t most, Random& random) {
+  return random.chance(0.5) ? 8 * random.between(1, most / 8) : random.size(most);
+}
+
 // [rows, columns], `stride` numbers from row to row, the gaps NaN.
 struct Grid {
   Grid(int64_t rows, int64_t columns, Scalar type, Random& random)
-      : stride(random.chance(0.05) ? 0 : columns + (random.chance(0.5) ? random.size(9) : 0)),
+      : stride(random.chance(0.05) ? 0 : columns + (random.chance(0.5) ? size(24, random) : 0)),
         elements((rows - 1) * stride + columns, type, random) {
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t i = 0; i < columns; ++i) elements.randomise(row * stride + i, random);
@@ -73,7 +78,7 @@ double activated(deit::Activation activation, double x) {
 
 void fuzz_linear(Random& random) {
   const int64_t samples = random.between(1, 3), rows = samples * random.size(45);
-  const int64_t width = random.size(90), depth = random.chance(0.02) ? 0 : random.size(110);
+  const int64_t width = size(90, random), depth = random.chance(0.02) ? 0 : size(110, random);
   const Scalar type = random.type();
   const bool residual = random.chance(0.5);
   const Scalar to = residual && random.chance(0.5) ? Scalar::f32 : type;
@@ -105,8 +110,7 @@ void fuzz_linear(Random& random) {
 
 void fuzz_attention(Random& random) {
   const int64_t batch = random.between(1, 2), heads = random.between(1, 2);
-  const int64_t tokens = random.size(150), dim = random.chance(0.7) ? random.size(64)
-                                                                    : random.size(128);
+  const int64_t tokens = random.size(150), dim = size(random.chance(0.7) ? 64 : 128, random);
   const Scalar type = random.type();
   Grid qkv(batch * tokens, 3 * heads * dim, type, random);
   Vector key_bias(batch * tokens, 0.5, type, true, random);
@@ -165,7 +169,7 @@ void fuzz_patch_embed(Random& random) {
   args.batch = random.between(1, 3), args.channels = random.between(1, 3);
   args.high = random.size(9), args.wide = random.chance(0.5) ? 8 : random.size(9);
   args.down = random.between(1, 4), args.across = random.between(1, 4);
-  args.before = random.between(0, 2), args.width = random.size(80);
+  args.before = random.between(0, 2), args.width = size(80, random);
   const int64_t patches = args.down * args.across, tokens = args.before + patches;
   const int64_t depth = args.channels * args.high * args.wide;
   const int64_t sizes[] = {args.batch, args.channels, args.down * args.high,
