@@ -46,7 +46,7 @@ constexpr float kLog2E = 1.4426950408889634f;
 template <class T, int kDim, int kRows>
 __device__ __forceinline__ void bring(const Matrix<T>& rows, int first, char* to) {
   constexpr int kChunks = kRowChunks<T, kDim>;
-#pragma unroll 4
+#pragma unroll 1
   for (int at = gpu::thread(); at < kRows * kChunks; at += kThreads) {
     const int row = at / kChunks, chunk = at % kChunks;
     rows.bring(to + place<kChunks>(row, chunk), first + row, chunk * kChunk<T>);
@@ -197,7 +197,7 @@ struct Queries {
       }
     } else {
       const int row = gpu::thread() / kWarp * 16 + lane / 4;
-#pragma unroll 4
+#pragma unroll 1
       for (int chunk = 0; chunk < kChunks; ++chunk) {
         float q[2][4];
         load(reinterpret_cast<const float*>(rows + place<kChunks>(row, chunk)), q[0]);
