@@ -16,8 +16,7 @@ from deit.kernels.engine.operator import Operator, register
 from deit.kernels.engine.registry import COMPILED
 from deit.kernels.gelu_mlp import reference
 from deit.kernels.gelu_mlp import schema as schema
-from deit.kernels.linear import check_activation
-from deit.kernels.linear import cuda
+from deit.kernels.linear import check_activation, cuda
 from deit.kernels.linear import train as train_linear
 
 

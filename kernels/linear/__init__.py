@@ -12,8 +12,7 @@ from deit.kernels.engine import autocast, dispatch, limits, validate
 from deit.kernels.engine.derivatives import gradients
 from deit.kernels.engine.operator import Operator, register
 from deit.kernels.engine.registry import COMPILED
-from deit.kernels.linear import cuda
-from deit.kernels.linear import reference
+from deit.kernels.linear import cuda, reference
 from deit.kernels.linear import schema as schema
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu")

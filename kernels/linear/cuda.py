@@ -16,8 +16,8 @@ def unmeasured(
     gamma: Tensor | None,
     keep: Tensor | None,
 ) -> bool:
-    """Whether a call goes to the kernel for every GPU (csrc/cuda/linear.cu) where the figures of its
-    class are of Hopper's own (linear_hopper.cu, whose `hopper_takes` this is)."""
+    """Whether a call goes to the kernel for every GPU (csrc/cuda/linear.cu) where the figures of
+    its class are of Hopper's own (linear_hopper.cu, whose `hopper_takes` this is)."""
     if limits.capability(x.device.type, x.device.index) != (9, 0) or x.dtype == torch.float32:
         return False
     return not (

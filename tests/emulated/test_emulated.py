@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from emulated import build
+from native import sanitize
 
 from deit.kernels import explain, linear
 from deit.kernels.engine import dispatch, limits
@@ -11,8 +15,6 @@ from deit.kernels.engine.operator import OPERATORS
 from deit.kernels.linear import ACTIVATIONS
 from deit.kernels.prove import calls, oracle
 from deit.kernels.prove.calls import Draw, Size
-from emulated import build
-from native import sanitize
 
 OPERATORS_HERE = ("layer_norm", "add_layer_norm", "linear", "gelu_mlp", "attention", "patch_embed")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -24,7 +26,9 @@ ODD = Size(1, 67, 34, heads=2, hidden=37, width=35, side=2, patch=7)
 
 @pytest.fixture(scope="session")
 def library():
-    torch.ops.load_library(build.library(sanitize.load_setup(), sanitize.ROOT / "build" / "emulated"))
+    torch.ops.load_library(
+        build.library(sanitize.load_setup(), sanitize.ROOT / "build" / "emulated")
+    )
 
 
 @pytest.fixture
@@ -37,13 +41,17 @@ def emulated(library, monkeypatch):
     monkeypatch.setattr(limits, "capability", lambda *_: (8, 0))
 
 
+def run(operator, *arguments):
+    return dispatch.run(operator, arguments, "cuda")
+
+
 def check(name, size, form, families, dtype):
     """The rule over draws of each family: small results have few roundings to compare."""
     for family in families:
         draws = [calls.build(name, Draw(family, dtype, number=n), size, form) for n in range(3)]
         served = [OPERATORS[name].served_by(**d.inputs, **d.options) for d in draws]
         operator = served[0][0]
-        kernel = lambda *arguments: dispatch.run(operator, arguments, "cuda")
+        kernel = functools.partial(run, operator)
         oracle.check_draws(kernel, operator.reference, [arguments for _, arguments in served],
                            name=f"{name} {family}")  # fmt: skip
 
@@ -67,7 +75,7 @@ def test_activations(dtype, emulated):
 
 
 def test_wide_heads_and_padding(emulated):
-    """Heads of 65 to 128 channels; samples whose keys all have a bias of -inf, or fp32's smallest."""
+    """Heads of 65 to 128 channels; samples whose keys all have a bias of -inf, or the smallest."""
     qkv = oracle.packed("random", 3, 20, 1, 88, torch.bfloat16)
     key_bias = torch.zeros(3, 20)
     key_bias[0], key_bias[1] = -torch.inf, torch.finfo(torch.float32).min

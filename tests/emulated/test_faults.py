@@ -7,7 +7,6 @@ import shlex
 import subprocess
 
 import pytest
-
 from native import sanitize
 
 

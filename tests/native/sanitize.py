@@ -2,8 +2,8 @@
 
 Builds two drivers twice, under AddressSanitizer with UndefinedBehaviorSanitizer and under
 ThreadSanitizer: fuzz.cpp with the CPU's kernels, by setup.py's own sources, instruction sets and
-flags; and tests/emulated/fuzz.cpp with the CUDA kernels on emulator.h. Before the kernels run, each sanitizer is set off on purpose: one that stays silent fails
-the check.
+flags; and tests/emulated/fuzz.cpp with the CUDA kernels on emulator.h. Before the kernels run, each
+sanitizer is set off on purpose: one that stays silent fails the check.
 """
 
 from __future__ import annotations

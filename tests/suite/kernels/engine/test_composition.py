@@ -205,7 +205,8 @@ def test_autocast_on_cuda(name, impl, gpu, autocast_to_half):
 def test_what_hoppers_own_products_do_not_take_is_unmeasured(monkeypatch):
     """Figures of an H100 are of its own kernel; "auto" gives them no other call."""
     x, weight = torch.empty(4, 16).half(), torch.empty(8, 16).half()
-    options = {"activation": "gelu", "residual": torch.empty(4, 8).half(), "gamma": None, "keep": None}
+    residual = torch.empty(4, 8).half()
+    options = {"activation": "gelu", "residual": residual, "gamma": None, "keep": None}
     others = (
         {"residual": torch.empty(4, 8)}, {"gamma": torch.empty(8)}, {"keep": torch.empty(4)},
         {"activation": "silu"},
