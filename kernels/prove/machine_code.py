@@ -2,9 +2,10 @@
 
     python -m deit.kernels.prove.machine_code [LIBRARY]
 
-No GPU is needed. The exit status is 1 if a kernel spills a register, asks for more shared memory
-than the least of its architecture's GPUs has, or lacks the matrix instructions meant for it (HMMA
-of mma.sync, HGMMA of wgmma; ldmatrix and cp.async beside mma.sync). Nothing is proved about values.
+No GPU is needed, and without a library built here there is nothing to read. The exit status is 1 if
+a kernel spills a register, asks for more shared memory than the least of its architecture's GPUs
+has, or lacks the matrix instructions meant for it (HMMA of mma.sync, HGMMA of wgmma; ldmatrix and
+cp.async beside mma.sync). Nothing is proved about values.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import triton
 from deit.kernels.engine.native import FOLDER, LIBRARIES
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+BUILT = FOLDER / LIBRARIES["cuda"]
 _FLOAT = {"float": 4, "__half": 2, "__nv_bfloat16": 2}
 # Instructions that are looked for: the matrix units', and what feeds them.
 _UNITS = ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG")
@@ -126,11 +128,11 @@ def short(name: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; 1 if any kernel has a fault, or there is no library."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("library", nargs="?", type=Path, default=FOLDER / LIBRARIES["cuda"])
+    parser.add_argument("library", nargs="?", type=Path, default=BUILT)
     library = parser.parse_args(arguments).library
     if not library.is_file():
         print(f"{library}: not there; `deit info` says why the CUDA library was not built")
-        return 1
+        return int(library != BUILT)
     kernels = read(library)
     print(f"{'arch':<8}{'kernel':<66}{'regs':>5}{'spills':>7}{'shared':>8}  units")
     for k in kernels:
