@@ -10,8 +10,6 @@
 // behind which its own slot is full, and the slot of the step before is read by nobody.
 #pragma once
 
-#include <type_traits>
-
 #include "activations.h"
 #include "epilogue.h"
 #include "tiles.h"
