@@ -7,7 +7,7 @@ test:
 	$(PYTHON) -m pytest
 
 # The same in the oldest environment promised, made by name: torch 2.11, Triton 3.6, Python 3.12 and
-# transformers 5.17, without tyro, which the command `deit` alone needs. It builds the C++ library in
+# transformers 5.17, without tyro, which the command `deit` alone needs (5.6 GB). It builds the C++ library in
 # place, against torch 2.11: what is built so runs on any later torch. OLDEST_PYTHON names another
 # interpreter, SELECT a part of the tests.
 OLDEST := build/oldest

@@ -6,6 +6,7 @@ out: a compiler cannot be told that the tensors are a GPU's.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import types
@@ -75,8 +76,8 @@ def brief(monkeypatch, tmp_path):
     change(table5, "peak", _peak)
     change(devices.Peak, "measure", _measure_peak)
     change(devices, "gpu_query", lambda *_: "1.0")
-    ticks = itertools.count()
-    change(race, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks), sleep=lambda _: None))
+    ticks = functools.partial(next, itertools.count())
+    change(race, "time", types.SimpleNamespace(perf_counter=ticks, sleep=lambda _: None))
     change(race, "LATENCY_SECONDS", 0.005)
     change(planning, "LEAST_ROUNDS", planning.LEAST_KEPT)
     change(planning, "plan_rounds", lambda times, _, left: plan(times, 1e-3, left))
