@@ -118,13 +118,14 @@ def advance(kind: Kind, block: Any, x: Tensor, key_bias: Tensor | None, rows: in
         )
     _, _, norm2, mlp = block.parts()
     impls = block.fused_impls
-    if kind.block is not None and rows is None:
+    as_mlp = mlp.apart() is None and mlp.activation_name() == "gelu"
+    if kind.block is not None and rows is None and as_mlp:
         whole = kind.block.__name__
         if whole in impls and block.apart() is None:
             return kind.block(x, **block.arguments(whole), key_bias=key_bias)
     stream = _attended(kind, block, x, key_bias, rows)
     norm, gamma = (norm2.weight, norm2.bias, norm2.eps), block.gamma(1)
-    if mlp.apart() is not None:  # its products one by one
+    if not as_mlp:  # its products one by one
         product = functools.partial(kind.linear, impl=impls[kind.linear.__name__])
         hidden = mlp.hidden(lambda weight, bias: product(stream, weight, bias, norm=norm))
         last = mlp.output()

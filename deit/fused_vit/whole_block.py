@@ -45,7 +45,7 @@ class WholeBlock:
         return None
 
     def apart(self) -> str | None:
-        """Why neither `vit_block` nor `int8_vit_block` computes this block; None where one does."""
+        """Why `vit_block` does not compute this block; None where it does."""
         norm1, attn, norm2, mlp = self.parts()
         if norm1.eps != norm2.eps:
             return f"its norms' eps differ, {norm1.eps} and {norm2.eps}"
@@ -88,7 +88,10 @@ class WholeBlock:
         qkv_weight, qkv_bias = attn.projection()
         proj, (heads, scale) = attn.output(), attn.geometry()
         fc1, fc2 = (mlp._modules[name] for name in mlp.LINEARS)
+        # In 8 bits there is the exact GELU alone.
+        named = {"activation": mlp.activation_name()} if operator == "vit_block" else {}
         return {
+            **named,
             "norm1_weight": norm1.weight,
             "norm1_bias": norm1.bias,
             "qkv_weight": qkv_weight,

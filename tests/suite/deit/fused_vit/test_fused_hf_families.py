@@ -325,10 +325,16 @@ def test_8_bits(kind):
 @pytest.mark.parametrize(("kind", "name"), ACTIVATIONS.items())
 def test_each_has_its_own_activation(kind, name):
     model = make(kind)
-    report = fuse(model)
+    want = run(model)
+    fuse(model, "cpu", block="parts")
     assert layers(model, kind)[0].mlp.activation_name() == name
+    parts = run(model)
+    report = fuse(model, "cpu", block="whole")
     notes = [row.note for row in report.rows if row.kind.endswith("EncoderLayer")]
-    assert notes == [f"by its parts: its MLP's activation is {name}"] * 2
+    assert notes == ["whole in inference"] * 2
+    whole = run(model)
+    close(whole, want)
+    assert all(torch.equal(a, b) for a, b in zip(values(whole), values(parts), strict=True))
 
 
 @torch.no_grad()
