@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from deit.fused_vit.modules import Fused
 from deit.kernels import thirds
 from deit.kernels.engine import dispatch
 from deit.kernels.vit_block import served
@@ -23,7 +24,10 @@ class WholeBlock:
         def __getattr__(self, name: str) -> Any: ...
 
     def operators(self) -> tuple[str, ...]:
-        return (*self.OPERATORS, "vit_block") if self.why_parts() is None else self.OPERATORS
+        parts = (part for part in self.parts() if isinstance(part, Fused))
+        found = dict.fromkeys(op for part in parts for op in part.operators())
+        whole = ("vit_block",) if self.why_parts() is None else ()
+        return (*found, *self.OPERATORS, *whole)
 
     def remark(self) -> str:
         if "vit_block" not in self.fused_impls:
@@ -47,6 +51,8 @@ class WholeBlock:
     def apart(self) -> str | None:
         """Why `vit_block` does not compute this block; None where it does."""
         norm1, attn, norm2, mlp = self.parts()
+        if not (isinstance(norm1, nn.LayerNorm) and isinstance(norm2, nn.LayerNorm)):
+            return "a whole block knows no norm but LayerNorm"
         if norm1.eps != norm2.eps:
             return f"its norms' eps differ, {norm1.eps} and {norm2.eps}"
         width, channels = attn.width(), norm1.weight.shape[0]
