@@ -6,6 +6,7 @@ from typing import Any
 
 import timm.layers
 import torch
+from timm import models
 from timm.models import beit, deit, vision_transformer, vision_transformer_relpos
 from torch import Tensor, nn
 
@@ -258,6 +259,10 @@ REFUSED: dict[type[nn.Module], str] = {
     vision_transformer.ParallelThingsBlock: "its attentions and its MLPs run side by side",
     vision_transformer.ResPostBlock: "its norms come after its branches",
 }
+if hasattr(models, "naflexvit"):
+    REFUSED[models.naflexvit.NaFlexVit] = (
+        "its blocks run fused, in batches of many sizes with use_key_only_attn_mask=True alone"
+    )
 ROOTS: dict[type[nn.Module], type[modules.Fused]] = {
     vision_transformer.VisionTransformer: FusedVisionTransformer,
     deit.VisionTransformerDistilled: FusedVisionTransformerDistilled,

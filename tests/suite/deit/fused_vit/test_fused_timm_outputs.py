@@ -216,6 +216,7 @@ def test_naflex_without_padding_runs_fused(naflex, monkeypatch):
     want = naflex(IMAGES)
     report = fuse(naflex)
     assert "blocks.0" in report.fused
+    assert "in batches of many sizes with use_key_only_attn_mask=True alone" in report.left[""]
     forbid_originals(monkeypatch)
     near(naflex(IMAGES), want)
 
