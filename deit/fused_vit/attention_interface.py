@@ -121,7 +121,7 @@ def as_key_bias(mask: Tensor | None, batch: int, keys: int) -> Tensor | None:
 
 
 def key_bias(x: Any, mask: Any) -> Tensor | None:
-    """The bias of x's tokens that `mask` is, in a dtype that a block takes beside x's; else None."""
+    """The key bias [B, N] of x [B, N, D] that `mask` is, in x's dtype or fp32; else None."""
     if not isinstance(x, Tensor) or x.dim() != 3:
         return None
     return _in_range(as_key_bias(mask, x.shape[0], x.shape[1]), x)

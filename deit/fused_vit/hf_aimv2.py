@@ -49,7 +49,7 @@ if huggingface.served(aimv2.Aimv2EncoderLayer, aimv2.Aimv2Attention, REFUSED):
             return super().forward(x)
 
     class FusedAimv2EncoderLayer(huggingface.FusedLayer, aimv2.Aimv2EncoderLayer):
-        """transformers' Aimv2EncoderLayer with its residual additions in the products' epilogues."""
+        """transformers' Aimv2EncoderLayer, its residual additions in epilogues."""
 
         PARTS = (
             ("rms_norm1", FusedAimv2RMSNorm),

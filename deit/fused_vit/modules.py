@@ -228,7 +228,8 @@ class FusedRmsNorm(FusedNorm):
 
     OPERATORS = ("rms_norm",)
     EPS: ClassVar[str] = "eps"  # the name of its eps
-    WIDENS: ClassVar[bool] = True  # the original's output is in the wider of x's and weight's dtypes
+    # The original's output is in the wider dtype of x's and the weight's, not in x's.
+    WIDENS: ClassVar[bool] = True
 
     def unsupported(self) -> str | None:
         if getattr(self, self.EPS) is None:

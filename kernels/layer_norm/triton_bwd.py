@@ -104,7 +104,8 @@ def plan(
 
     `total` is what was normalised, x the branch that was added, read for dgamma alone. For
     layer_norm, which adds nothing, dtotal is None and dx not `wanted`: the gradient at `total` is
-    the second output. Without a mean it is RMSNorm's. Sums for dweight and dbias are made where either is wanted. None: all.
+    the second output. Sums for dweight and dbias are made where either is wanted. None: all.
+    Without a mean the norm is RMSNorm.
     """
     dim, device = total.shape[-1], total.device
     wanted = wanted or (dtotal is not None, True, True, True, True)

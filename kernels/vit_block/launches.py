@@ -85,11 +85,12 @@ def _norm_mlp(shipped: Shipped) -> common.Launch:
 
 KERNELS = {
     "row_stats": Kernel(("plain",), layer_norm_tiles.layer_norm, _row_stats, products=False),
-    "norm_panel": Kernel(("plain", "fp32 gelu", *ACTIVATIONS[1:]), square(linear_tiles.norm_panel), _norm_panel,
-                         tiled=True),
+    "norm_panel": Kernel(("plain", "fp32 gelu", *ACTIVATIONS[1:]),
+                         square(linear_tiles.norm_panel), _norm_panel, tiled=True),
     "linear_stats": Kernel(("plain", "fp32 gamma", "fp32 gamma unaligned"),
                            square(linear_tiles.linear), _linear_stats, tiled=True),
-    "norm_mlp": Kernel(("plain", "fp32 gamma", *ACTIVATIONS[1:]), gelu_mlp_tiles.gelu_mlp, _norm_mlp, tiled=True),
+    "norm_mlp": Kernel(("plain", "fp32 gamma", *ACTIVATIONS[1:]),
+                       gelu_mlp_tiles.gelu_mlp, _norm_mlp, tiled=True),
 }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """fuse() on timm's ViTs of other families, and everything that they are asked for.
 
-Registers, LayerScale, GELU by tanh, QuickGELU, SwiGLU, RMSNorm; features, intermediate layers, embeddings
-pooled by class token, mean or attention, images of any size, and NaFlex's batches of many sizes.
+Registers, LayerScale, GELU by tanh, QuickGELU, SwiGLU, RMSNorm; features, intermediate layers,
+embeddings pooled by class token, mean or attention, images of any size, and NaFlex's batches of
+many sizes.
 """
 
 from functools import partial
