@@ -24,7 +24,7 @@ class WholeBlock:
         def __getattr__(self, name: str) -> Any: ...
 
     def operators(self) -> tuple[str, ...]:
-        parts = (part for part in self.parts() if isinstance(part, Fused))
+        parts = (part for part in self.parts() if isinstance(part, Fused) and part is not self)
         found = dict.fromkeys(op for part in parts for op in part.operators())
         whole = ("vit_block",) if self.why_parts() is None else ()
         return (*found, *self.OPERATORS, *whole)
