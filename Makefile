@@ -10,7 +10,8 @@ test:
 avx2:
 	DEIT_TEST_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTHON) -m pytest \
 	    tests/suite/kernels/test_native*.py tests/suite/kernels/linear tests/suite/kernels/patch_embed \
-	    tests/suite/kernels/vit_block tests/suite/kernels/int8 tests/suite/kernels/engine/test_dispatch.py \
+	    tests/suite/kernels/vit_block tests/suite/kernels/int8 tests/suite/kernels/layer_norm \
+	    tests/suite/kernels/engine/test_dispatch.py \
 	    tests/suite/deit/fused_vit/test_fused_*.py tests/suite/deit/fused_vit/test_last_block.py \
 	    tests/suite/deit/fused_vit/test_embedding.py
 

@@ -87,8 +87,8 @@ def rotary_vit_block(
         return None
     x, _, norm_weight, norm_bias, _, *between, _, heads, scale, eps, activation = call
     kernel = COMPILED["cpu"]["vit_block_rotary"]
-    rest = (heads, scale, eps, activation)
-    return kernel(x, norm_weight, norm_bias, *weights, *between, *rope, *rest)[0]
+    numbers = (heads, scale, eps, activation)
+    return kernel(x, norm_weight, norm_bias, *weights, *between, *rope, *numbers)[0]
 
 
 def int8_linear(
