@@ -122,10 +122,9 @@ std::tuple<Tensor, Tensor, Tensor> run_layer_norm_gradient(LayerNormGradientArgs
   const Buffer sums = allocate(static_cast<size_t>(sums_rows ? chunks * 2 * low : 0));
   args.sums = sums_rows ? sums.get() : nullptr;
   const LayerNormKernels& set = kernels().layer_norm;
-  over_threads(chunks, std::max<int64_t>(1, kGrain / (kRowChunk * args.channels + 1)),
-               static_cast<size_t>(low), [&](float* workspace, int64_t begin, int64_t end) {
-                 set.gradient(args, workspace, begin, end);
-               });
+  over_threads(
+      chunks, std::max<int64_t>(1, kGrain / (kRowChunk * args.channels + 1)),
+      [&](int64_t begin, int64_t end) { set.gradient(args, begin, end); });
   const auto total_of = [&](bool wanted, int64_t slot, const Optional& like) {
     if (!wanted) return none(weight);
     return sum_of_chunks(args.sums + slot * args.channels, chunks, low, args.channels, *like);

@@ -33,7 +33,7 @@ constexpr int64_t kRowChunk = 64;
 
 // The gradients of LN(total), with dtotal and the branch (x, gamma, keep) where there are any.
 // Partial sums over chunks of rows: [chunks, 2, 3, D] for dweight, dbias and dgamma. Sums that
-// nobody wants are not written, and an output that nobody wants is null.
+// nobody wants stay 0, and an output that nobody wants is null.
 struct LayerNormGradientArgs {
   Rows dout, x, total, dtotal;  // x.data null without dgamma, dtotal.data for a LayerNorm alone
   Scalar x_type;                // of dout, x and dx
@@ -53,8 +53,7 @@ struct LayerNormGradientArgs {
 struct LayerNormKernels {
   size_t (*workspace)(const LayerNormArgs&);  // floats, one range's
   void (*forward)(const LayerNormArgs&, float* workspace, int64_t begin, int64_t end);  // of rows
-  // Of chunks of rows; a workspace has 3 * channels floats.
-  void (*gradient)(const LayerNormGradientArgs&, float* workspace, int64_t begin, int64_t end);
+  void (*gradient)(const LayerNormGradientArgs&, int64_t begin, int64_t end);  // of chunks of rows
 };
 
 }  // namespace deit

@@ -119,7 +119,8 @@ std::tuple<Tensor, Tensor> run_gradient(const Losses& losses, const Tensor& dlos
   Tensor held[2];
   LossGradientArgs args{};
   args.in = in;
-  args.scale = *parameter("dloss", dloss, 1, logits, held[0]) / static_cast<float>(in.batch);
+  args.scale = static_cast<double>(*parameter("dloss", dloss, 1, logits, held[0])) /
+               static_cast<double>(in.batch);
   args.statistics = parameter("statistics", statistics, saved * in.batch, logits, held[1]);
   args.dlogits = of_logits ? dlogits.mutable_data_ptr() : nullptr;
   args.dstudent = of_student ? dstudent.mutable_data_ptr() : nullptr;

@@ -32,8 +32,9 @@ struct LossInputs {
 };
 
 // Rows of the statistics, [3 or 7, B]: of `logits` the pivot, which is their maximum, the sum of
-// exp(x - pivot), and the sum of the smoothed target. With a teacher: the student's pivot and sum
-// at the temperature; the teacher's label for `hard`, else its pivot; its sum.
+// exp(x - pivot), and the sum of the smoothed target over that, which is rounded once. With a
+// teacher: the student's pivot at the temperature, and 1 over its sum; the teacher's label for
+// `hard`, else its pivot; 1 over its sum.
 constexpr int64_t kCrossEntropyStatistics = 3, kDistillationStatistics = 7;
 
 struct LossArgs {
@@ -46,7 +47,7 @@ struct LossArgs {
 struct LossGradientArgs {
   LossInputs in;
   const float* statistics;
-  float scale;
+  double scale;
   void* dlogits;   // [B, C] in logits' dtype, or null
   void* dstudent;  // [B, C] in the student's, or null
 };

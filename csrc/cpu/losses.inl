@@ -200,12 +200,12 @@ void losses(const LossArgs& args, float* workspace, int64_t begin, int64_t end) 
     float* at = args.statistics + i;
     at[0] = truth.pivot;
     at[in.batch] = static_cast<float>(truth.total);
-    at[2 * in.batch] = static_cast<float>(truth.mass);
+    at[2 * in.batch] = static_cast<float>(truth.mass / truth.total);
     if (in.kind == Imitation::none) continue;
     at[3 * in.batch] = imitated.pivot;
-    at[4 * in.batch] = static_cast<float>(imitated.total);
+    at[4 * in.batch] = static_cast<float>(1.0 / imitated.total);
     at[5 * in.batch] = imitated.teacher;
-    at[6 * in.batch] = static_cast<float>(imitated.teacher_total);
+    at[6 * in.batch] = static_cast<float>(1.0 / imitated.teacher_total);
   }
 }
 
@@ -213,7 +213,7 @@ void losses(const LossArgs& args, float* workspace, int64_t begin, int64_t end) 
 DEIT_INLINE void truth_gradient(const LossInputs& in, const LossRow& row, const float* saved,
                                 float* out) {
   const Vec pivot = broadcast(saved[0]), one = broadcast(1.0f);
-  const Vec share = broadcast(saved[2 * in.batch] / saved[in.batch]);
+  const Vec share = broadcast(saved[2 * in.batch]);
   const float kept = static_cast<float>(1.0 - in.smoothing);
   const Vec least = broadcast(static_cast<float>(in.smoothing / static_cast<double>(in.classes)));
   each_vector(in.classes, [&](int64_t i, int lanes) __attribute__((always_inline)) {
@@ -231,8 +231,8 @@ DEIT_INLINE void imitation_gradient(const LossInputs& in, const LossRow& row, co
   const float teacher = saved[5 * in.batch];
   const Vec inverse = broadcast(in.inverse_temperature);
   const Vec pivot = broadcast(saved[3 * in.batch]), teacher_pivot = broadcast(teacher);
-  const Vec share = broadcast(1.0f / saved[4 * in.batch]);
-  const Vec teacher_share = broadcast(1.0f / saved[6 * in.batch]);
+  const Vec share = broadcast(saved[4 * in.batch]);
+  const Vec teacher_share = broadcast(saved[6 * in.batch]);
   each_vector(in.classes, [&](int64_t i, int lanes) __attribute__((always_inline)) {
     Vec p = exp_nonpositive(from_pivot(row.student + i, pivot, inverse, lanes)) * share;
     if (in.kind == Imitation::soft) {
@@ -275,8 +275,8 @@ void loss_gradients(const LossGradientArgs& args, float* workspace, int64_t begi
   const bool one_head = in.student.rows.data == nullptr;  // which then learns from both
   const bool imitates = in.kind != Imitation::none && (one_head ? args.dlogits : args.dstudent);
   const double weight = in.imitation * static_cast<double>(in.inverse_temperature);
-  const float truth_scale = static_cast<float>(static_cast<double>(args.scale) * in.truth);
-  const float teacher_scale = static_cast<float>(static_cast<double>(args.scale) * weight);
+  const float truth_scale = static_cast<float>(args.scale * in.truth);
+  const float teacher_scale = static_cast<float>(args.scale * weight);
   for (int64_t i = begin; i < end; ++i) {
     const LossRow row = loss_row(in, i, workspace);
     const float* saved = args.statistics + i;

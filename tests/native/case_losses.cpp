@@ -81,7 +81,7 @@ void fuzz_losses(Random& random, const deit::Kernels& set) {
 
   Elements dlogits(random.chance(0.8) ? rows * classes : 0, logits.type, random);
   Elements dstudent(own_head && random.chance(0.8) ? rows * classes : 0, student.type, random);
-  deit::LossGradientArgs gradient{in, statistics.memory.floats(), 0.5f, nullptr, nullptr};
+  deit::LossGradientArgs gradient{in, statistics.memory.floats(), 0.5, nullptr, nullptr};
   if (dlogits.memory.bytes()) gradient.dlogits = dlogits.memory.data();
   if (dstudent.memory.bytes()) gradient.dstudent = dstudent.memory.data();
   run(rows, workspace, {&dlogits, &dstudent}, random, [&](float* own, int64_t begin, int64_t end) {
