@@ -1,4 +1,4 @@
-"""Calls of the losses, and logits that are hard on them: for the Triton kernels and the C++ ones."""
+"""Calls of the losses, and logits that are hard on them, for Triton's kernels and the C++ ones."""
 
 from __future__ import annotations
 
