@@ -6,7 +6,7 @@
 //     CE = log(sum exp(x - m)) sum(t') - sum(t' (x - m))
 //
 // so logits around 1000 lose nothing. A row of 1000 classes stays in the first-level cache between
-// its passes. Sums over it are fp32 within a block and fp64 over blocks, and what comes of them is
+// its passes. Sums over it are fp32 for four vectors and fp64 over these, and what comes of them is
 // fp64: a loss is one number, which is rounded once.
 
 constexpr float kInfinity = __builtin_inff();
@@ -55,7 +55,8 @@ DEIT_INLINE Vec from_pivot(const float* x, Vec pivot, Vec inverse_temperature, i
 // totals[k] += the sum over the row of what `terms(i, lanes, term)` puts into term[k].
 template <int N, class Terms>
 DEIT_INLINE void add_over_row(int64_t n, double (&totals)[N], const Terms& terms) {
-  constexpr int64_t kBlock = 16 * kWidth;
+  constexpr int64_t kBlock = 4 * kWidth;  // with 16, d logits of 5000 classes missed the rule
+  double lanes_of[N][kWidth] = {};
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     Vec part[N] = {};
     each_vector(n - begin < kBlock ? n - begin : kBlock, [&](int64_t i, int lanes)
@@ -66,7 +67,16 @@ DEIT_INLINE void add_over_row(int64_t n, double (&totals)[N], const Terms& terms
         part[k] = part[k] + (lanes == kWidth ? term[k] : first(term[k], lanes));
       }
     });
-    for (int k = 0; k < N; ++k) totals[k] += static_cast<double>(sum(part[k]));
+    for (int k = 0; k < N; ++k) {
+      float lanes[kWidth];
+      store(lanes, part[k]);
+      for (int lane = 0; lane < kWidth; ++lane) {
+        lanes_of[k][lane] += static_cast<double>(lanes[lane]);
+      }
+    }
+  }
+  for (int k = 0; k < N; ++k) {
+    for (int lane = 0; lane < kWidth; ++lane) totals[k] += lanes_of[k][lane];
   }
 }
 
