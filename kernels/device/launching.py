@@ -97,8 +97,9 @@ class Kept:
 
     def _first(self, key: tuple[Any, ...], arguments: tuple[Any, ...]) -> Any:
         """The outputs of a call that is not known yet."""
-        while len(self.calls) >= CALLS:
-            self.calls.pop(next(iter(self.calls), ()), None)
+        if len(self.calls) >= CALLS:  # a copy of the keys: other threads add theirs meanwhile
+            for oldest in list(self.calls)[: len(self.calls) - CALLS + 1]:
+                self.calls.pop(oldest, None)
         outputs, self.calls[key] = _watched(self.function, arguments)
         return outputs
 
@@ -138,13 +139,15 @@ _watching = _Watching()
 
 
 def _watched_by_others() -> bool:
-    """Whether somebody asks to see launches or operators, to debug or to transform them."""
-    runtime = knobs.runtime
+    """Whether somebody asks to see launches or operators, to debug, instrument or transform them."""
+    runtime, compilation = knobs.runtime, knobs.compilation
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(
         getattr(enter, "calls", enter)
         or getattr(leave, "calls", leave)
         or runtime.debug
+        or runtime.add_stages_inspection_hook is not None
+        or compilation.instrumentation_mode
         or _watching.call is not None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()

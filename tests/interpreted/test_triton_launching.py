@@ -13,6 +13,7 @@ import triton
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
+import deit.kernels
 from deit.kernels.device import drivers, launching, tuning
 from deit.kernels.engine import registry
 from deit.kernels.linear import tiles as linear_tiles
@@ -142,6 +143,22 @@ def test_a_call_is_repeated_on_its_tensors_device(driver, monkeypatch):
     driver.device = 1
     LINEAR(*PLAIN)
     assert entered == [X.device.index]
+
+
+def test_a_call_is_repeated_on_the_stream_that_is_current_then(driver):
+    for driver.stream in (1, 2, 3):
+        LINEAR(*PLAIN)
+    assert driver.streams == [2, 3]
+
+
+def test_torch_compiles_graph_repeats_the_kept_call(driver):
+    """It is traced by the schema's fake, and runs on plain tensors."""
+    public = lambda x: deit.kernels.linear(x, WEIGHT, BIAS, impl="triton")
+    graph = torch.compile(public, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        found = [graph(X + step) for step in range(3)]
+        assert (len(LINEAR.calls), driver.launched) == (1, 2)
+    same(found, [LINEAR.function(X + step, *PLAIN[1:]) for step in range(3)])
 
 
 def test_tuned_anew_other_configurations_run(driver, monkeypatch):
@@ -276,9 +293,14 @@ def test_what_is_not_plain_runs_as_written(driver, monkeypatch):
             runs_as_written(*PLAIN)
         finally:
             hook.remove(print)
-    with monkeypatch.context() as patch:
-        patch.setattr(triton.knobs.runtime, "debug", True)
-        runs_as_written(*PLAIN)
+    for place, name, value in (
+        (triton.knobs.runtime, "debug", True),
+        (triton.knobs.runtime, "add_stages_inspection_hook", lambda *_: ("", "")),
+        (triton.knobs.compilation, "instrumentation_mode", "some"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value)
+            runs_as_written(*PLAIN)
     with FlopCounterMode(display=False):
         runs_as_written(*PLAIN)
     torch.func.vmap(lambda _: runs_as_written(*PLAIN) or _)(torch.zeros(1))
