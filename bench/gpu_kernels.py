@@ -68,9 +68,7 @@ def main(settings: Settings) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    noted = kernels.of_stages(
-        stages, settings.arch, settings.multiprocessors, forms=settings.forms
-    )
+    noted = kernels.of_stages(stages, settings.arch, settings.multiprocessors, forms=settings.forms)
     cases = list(noted.cases.values())
     print(f"{len(cases)} kernels in {noted.launches} launches, triton {triton.__version__}")
     if settings.list:

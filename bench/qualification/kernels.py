@@ -56,6 +56,10 @@ def _context(stage: str) -> Context:
     return _Meta(stage, Path(), "", False, time.monotonic() + 1e9)
 
 
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device=META)
+
+
 def _evaluate(call: calls.Call, inputs: dict[str, Tensor], backward: bool) -> None:
     call.results("triton", inputs, (lambda _, t: torch.empty_like(t)) if backward else None)
 
@@ -96,7 +100,7 @@ def _robustness(noted: Noted) -> None:
         for name, view in layouts.items():
             inputs = {n: view(t) if t.is_floating_point() else t for n, t in call.inputs.items()}
             noted.operator, noted.variant = operator, f"bf16, {name}"
-            row = lambda _, t: torch.empty(t.shape[-1:], dtype=t.dtype, device=META).expand_as(t)
+            row = lambda _, t: t.new_empty(t.shape[-1:]).expand_as(t)
             call.results("triton", inputs, row if backward else None)
         noted.variant = "bf16, inference"
         _evaluate(call, call.inputs, False)
@@ -150,7 +154,7 @@ def _throughput(noted: Noted) -> None:
         size, before = model.config.img_size, noted.launches
         noted.operator, noted.variant = name, "bf16"
         with torch.inference_mode():
-            model(torch.empty(speed.ROWS["batch"], 3, size, size, dtype=torch.bfloat16, device=META))
+            model(_empty(speed.ROWS["batch"], 3, size, size))
         if noted.launches == before:
             raise RuntimeError(f"{name}: expected its operators to run on the meta device")
 

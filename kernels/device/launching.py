@@ -139,7 +139,7 @@ _watching = _Watching()
 
 
 def _watched_by_others() -> bool:
-    """Whether somebody asks to see launches or operators, to debug, instrument or transform them."""
+    """Whether somebody asks to see launches or operators, to debug or to transform them."""
     runtime, compilation = knobs.runtime, knobs.compilation
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(

@@ -95,9 +95,9 @@ def recording(arch: int, multiprocessors: int = MULTIPROCESSORS) -> Iterator[Not
     with (
         mock.patch.object(dispatch, "environment", environment),
         mock.patch.object(common.Launch, "run", run),
-        mock.patch.object(common, "architecture", lambda tensor: arch),
-        mock.patch.object(common, "multiprocessors", lambda tensor: multiprocessors),
-        mock.patch.object(drivers, "active", lambda: None),
+        mock.patch.object(common, "architecture", return_value=arch),
+        mock.patch.object(common, "multiprocessors", return_value=multiprocessors),
+        mock.patch.object(drivers, "active", return_value=None),
         mock.patch.dict(registry.COMPILED["triton"], functions),
     ):
         yield noted
