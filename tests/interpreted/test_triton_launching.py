@@ -11,11 +11,12 @@ import schema_calls
 import torch
 import triton
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import deit.kernels
 from deit.kernels.device import drivers, launching, tuning
-from deit.kernels.engine import registry
+from deit.kernels.engine import dispatch, registry
 from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton as linear_module
 
@@ -309,6 +310,63 @@ def test_what_is_not_plain_runs_as_written(driver, monkeypatch):
         runs_as_written(*PLAIN)
     LINEAR(*PLAIN)
     assert driver.launched == 2
+
+
+class Named(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def dispatched(monkeypatch):
+    """Notes the schemas that public calls hand to PyTorch's dispatcher."""
+    noted = []
+    for name, overload in registry.COMPILED["triton"].items():
+        watched = lambda *a, name=name, overload=overload: noted.append(name) or overload(*a)
+        monkeypatch.setitem(registry.COMPILED["triton"], name, watched)
+    return noted
+
+
+@pytest.mark.parametrize("name", schema_calls.CALLS)
+def test_a_public_call_is_repeated_past_the_dispatcher(name, driver, dispatched):
+    places, names = schema_calls.CALLS[name]
+    run = lambda: getattr(deit.kernels, name)(*places, **names, impl="triton")
+    with torch.no_grad():
+        first, again = run(), run()
+    assert dispatched == [name]
+    assert driver.launched
+    same(again, first)
+    assert not storages(first) & storages(again)
+
+
+def test_a_call_that_others_see_passes_through_the_dispatcher(driver, dispatched):
+    public = lambda x=X: deit.kernels.linear(x, WEIGHT, BIAS, impl="triton")
+    expected = public(), public()
+    assert dispatched == ["linear"]
+    with torch.profiler.profile() as profile:
+        public()
+    assert "deit_triton::linear" in {event.key for event in profile.key_averages()}
+    with Named():
+        public()
+    torch.jit.trace(public, (X,), check_trace=False)
+    with dispatch.recording() as problems:
+        public()
+    assert [problem.operator for problem in problems] == ["linear"]
+    assert dispatched == ["linear"] * 5
+    trained = public(X.clone().requires_grad_())
+    assert dispatched[-1] == "linear_fwd"
+    assert trained.requires_grad
+    same(public(), expected[0])
+
+
+def test_numbers_that_a_tensor_only_stands_for_are_not_read_in_place(driver, dispatched):
+    """A view that PyTorch negates when it is read, and one of zeros without memory."""
+    public = lambda x: deit.kernels.linear(x, WEIGHT, BIAS, impl="triton")
+    for _ in range(2):
+        public(X)
+    for x, plain in ((torch._neg_view(X), -X), (torch._efficientzerotensor(X.shape), X * 0)):
+        same(public(x), LINEAR.function(plain, *PLAIN[1:]))
+    assert dispatched == ["linear"] * 3
 
 
 def test_the_interpreter_and_unknown_versions_have_no_driver(monkeypatch):
