@@ -10,6 +10,7 @@ import pytest
 import schema_calls
 import torch
 import triton
+from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -126,6 +127,15 @@ def test_the_key_has_all_that_a_call_rests_on(driver, monkeypatch):
     monkeypatch.setattr(drivers, "active", lambda: None)
     for name, arguments in calls.items():
         same(found[name], LINEAR(*arguments))
+
+
+def test_the_key_has_which_gradients_are_wanted(driver):
+    arguments, run = schema_calls.arguments("linear_bwd", "triton"), kept_by("linear_bwd")
+    run.calls = {}
+    (place,) = (i for i, value in enumerate(arguments) if type(value) is list)
+    for wanted in (arguments[place], [not one for one in arguments[place]]):
+        run(*arguments[:place], wanted, *arguments[place + 1 :])
+    assert len(run.calls) == 2
 
 
 def test_the_key_has_the_device(driver):
@@ -356,6 +366,8 @@ def test_a_call_that_others_see_passes_through_the_dispatcher(driver, dispatched
     trained = public(X.clone().requires_grad_())
     assert dispatched[-1] == "linear_fwd"
     assert trained.requires_grad
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="tangent"):
+        public(forward_ad.make_dual(X, X))
     same(public(), expected[0])
 
 
