@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,8 +154,23 @@ def _calls(
 def write_prior(path: Path, key: device_key.DeviceKey, found: Sequence[Verdict]) -> None:
     """Verdicts as a file that ships: one of kernels/engine/priors/ is read by every process on a
     device of its kind. What a busy machine left undecided is left out."""
-    document = measured.document(key, [one.plain() for one in found if not one.undecided])
-    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    document = measured.document(key, [])
+    lines = [_line(one) for one in found if not one.undecided]
+    head = json.dumps(document).removesuffix("]}")  # an entry a line: a change of one is read
+    path.write_text(head + "\n" + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
+
+
+def _line(verdict: Verdict) -> str:
+    """As JSON, its figures to four digits."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: rounded(each) for name, each in value.items()}
+        return float(f"{value:.4g}") if isinstance(value, float) else value
+
+    plain = verdict.plain()
+    figures = {name: rounded(plain[name]) for name in ("candidates", "rival")}
+    return json.dumps(plain | figures, allow_nan=False, separators=(",", ":"))
 
 
 # ---- which configuration of Triton's kernels
