@@ -349,6 +349,14 @@ def test_a_public_call_is_repeated_past_the_dispatcher(name, driver, dispatched)
     assert not storages(first) & storages(again)
 
 
+def test_what_pytorch_leaves_out_of_a_call_is_in_its_key(driver, dispatched):
+    """Trailing arguments at their defaults, which a kernel in Python is not handed."""
+    x, w1, w2 = torch.randn(3, 64), torch.randn(128, 64), torch.randn(64, 128)
+    for _ in range(2):
+        deit.kernels.gelu_mlp(x, w1, None, w2, None, impl="triton")
+    assert dispatched == ["gelu_mlp"]
+
+
 def test_a_call_that_others_see_passes_through_the_dispatcher(driver, dispatched):
     public = lambda x=X: deit.kernels.linear(x, WEIGHT, BIAS, impl="triton")
     expected = public(), public()
@@ -363,6 +371,7 @@ def test_a_call_that_others_see_passes_through_the_dispatcher(driver, dispatched
     with dispatch.recording() as problems:
         public()
     assert [problem.operator for problem in problems] == ["linear"]
+    assert len(dispatched) == 4  # as a call by "auto", it is chosen first
     trained = public(X.clone().requires_grad_())
     assert dispatched[-1] == "linear_fwd"
     assert trained.requires_grad
