@@ -27,7 +27,8 @@ lint:
 types:
 	$(PYTHON) -m mypy -p deit
 
-# The C++ kernels on fuzzed shapes under AddressSanitizer, UBSan and ThreadSanitizer.
+# The C++ kernels, and the CUDA ones on a CPU, on fuzzed shapes under AddressSanitizer, UBSan and
+# ThreadSanitizer.
 sanitize:
 	$(PYTHON) tests/native/sanitize.py
 
@@ -52,13 +53,15 @@ $(SIMULATORS):
 	$(PYTHON) -m pip install -q --no-deps --ignore-requires-python --target $@ \
 	    ttsem==0.1.0 mmaemu==0.1.0
 
-# Every pinned Triton configuration, compiled for each GPU architecture, no GPU needed: by the
+# The machine code of the CUDA library as it was built. Every pinned Triton configuration, compiled
+# for each GPU architecture, no GPU needed: by the
 # Triton at hand, and for Hopper by the oldest one supported too, unpacked beside it. Ada's own
 # configurations are those of the products in e4m3, which it is the first to have.
 OLDEST_TRITON := 3.6.0
 OLDEST_TREE := build/triton-$(OLDEST_TRITON)
 
 aot: $(OLDEST_TREE)
+	$(PYTHON) -m deit.kernels.prove.machine_code
 	FUSED_DEIT_TUNED=0 $(PYTHON) -m deit.kernels.prove.aot
 	FUSED_DEIT_TUNED=0 $(PYTHON) -m deit.kernels.prove.aot --arch 89 \
 	    --operator fp8_rows fp8_product
