@@ -1,7 +1,7 @@
 # The verbs of development. PYTHON names the interpreter of an environment with '.[test,dev]'.
 PYTHON ?= python
 
-.PHONY: test avx2 clusters lint types sanitize aot gpu bench models report simulate simulate-all simulated-figures
+.PHONY: test avx2 clusters lint types sanitize aot gpu gpu-kernels bench models report simulate simulate-all simulated-figures
 
 test:
 	$(PYTHON) -m pytest
@@ -78,6 +78,11 @@ $(OLDEST_TREE):
 OUT ?= build/gpu
 gpu:
 	$(PYTHON) bench/qualify.py --out $(OUT) --only "$(ONLY)"
+
+# For a GPU that is not here: the kernels that `make gpu` will launch, compiled and checked, into
+# build/gpu-kernels, which travels with the checkout. Needs the Python and Triton of that machine.
+gpu-kernels:
+	$(PYTHON) bench/gpu_kernels.py --only "$(ONLY)"
 
 bench:
 	$(PYTHON) bench/throughput.py --arch deit_b --bs 256
