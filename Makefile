@@ -1,7 +1,7 @@
 # The verbs of development. PYTHON names the interpreter of an environment with '.[test,dev]'.
 PYTHON ?= python
 
-.PHONY: test oldest avx2 clusters lint types sanitize aot gpu bench models report simulate simulate-all simulated-figures
+.PHONY: test oldest avx2 clusters lint types sanitize aot gpu gpu-kernels bench models report simulate simulate-all simulated-figures
 
 test:
 	$(PYTHON) -m pytest
@@ -33,7 +33,8 @@ $(OLDEST)/made: pyproject.toml
 avx2:
 	DEIT_TEST_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTHON) -m pytest \
 	    tests/suite/kernels/test_native*.py tests/suite/kernels/linear tests/suite/kernels/patch_embed \
-	    tests/suite/kernels/vit_block tests/suite/kernels/int8 tests/suite/kernels/engine/test_dispatch.py \
+	    tests/suite/kernels/vit_block tests/suite/kernels/int8 tests/suite/kernels/layer_norm \
+	    tests/suite/kernels/engine/test_dispatch.py \
 	    tests/suite/deit/fused_vit/test_fused_*.py tests/suite/deit/fused_vit/test_last_block.py \
 	    tests/suite/deit/fused_vit/test_embedding.py
 
@@ -99,6 +100,11 @@ $(OLDEST_TREE):
 OUT ?= build/gpu
 gpu:
 	$(PYTHON) bench/qualify.py --out $(OUT) --only "$(ONLY)"
+
+# For a GPU that is not here: the kernels that `make gpu` will launch, compiled and checked, into
+# build/gpu-kernels, which travels with the checkout. Needs the Python and Triton of that machine.
+gpu-kernels:
+	$(PYTHON) bench/gpu_kernels.py --only "$(ONLY)"
 
 bench:
 	$(PYTHON) bench/throughput.py --arch deit_b --bs 256
