@@ -1,7 +1,7 @@
 # The verbs of development. PYTHON names the interpreter of an environment with '.[test,dev]'.
 PYTHON ?= python
 
-.PHONY: test avx2 clusters lint types sanitize aot gpu bench models report simulate simulate-all simulated-figures
+.PHONY: test avx2 arm clusters lint types sanitize aot gpu bench models report simulate simulate-all simulated-figures
 
 test:
 	$(PYTHON) -m pytest
@@ -30,6 +30,11 @@ types:
 # The C++ kernels on fuzzed shapes under AddressSanitizer, UBSan and ThreadSanitizer.
 sanitize:
 	$(PYTHON) tests/native/sanitize.py
+
+# The C++ kernels for Arm, fuzzed under an emulator: values only, nothing is timed. Needs Debian's
+# packages g++-aarch64-linux-gnu and qemu-user.
+arm:
+	$(PYTHON) tests/native/arm.py
 
 # The Triton kernels on GPUs that ttsem simulates on the CPU: results, bounds and races. `simulate`
 # is CI's part, 5.5 minutes on two cores of a Zen 4; `simulate-all` was never run as one. ttsem's

@@ -21,6 +21,7 @@ from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+LANES = HERE / "lanes.cpp"  # compiled once per instruction set, as the kernels are
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,28 @@ def load_setup() -> ModuleType:
     return module
 
 
-def compile_driver(setup: ModuleType, build: Build, folder: Path) -> Path:
-    """The driver built with one set of sanitizers; setup.NotBuilt where that fails."""
-    compiler = setup.find_compiler(os.environ)
-    driver = [(f"{source.stem}.o", source, "") for source in sorted(HERE.glob("*.cpp"))]
+def compile_driver(
+    setup: ModuleType,
+    build: Build,
+    folder: Path,
+    compiler: str | None = None,
+    sets: tuple[dict[str, str], dict[str, str]] | None = None,
+) -> Path:
+    """The driver built with one set of sanitizers; setup.NotBuilt where that fails.
+
+    compiler, sets: another processor's, as setup.instruction_sets has them; None for this one's.
+    """
+    compiler = compiler or setup.find_compiler(os.environ)
+    sets = sets or (setup.CPU_SETS, setup.INT8_SETS)
+    sources = sorted(HERE.glob("*.cpp"))
+    driver = [(f"{source.stem}.o", source, "") for source in sources if source != LANES]
+    lanes = [
+        (f"lanes_{isa}.o", LANES, f"-DDEIT_ISA={isa} {flags}") for isa, flags in sets[0].items()
+    ]
+    edges = [*setup.cpu_objects(sets), *driver, *lanes]
     text = setup.ninja_file(
         {"cxx": setup.compile_rule(compiler, f"{setup.CXXFLAGS} {build.flags}")},
-        [(out, "cxx", source, flags) for out, source, flags in [*setup.cpu_objects(), *driver]],
+        [(out, "cxx", source, flags) for out, source, flags in edges],
         f"{compiler} {build.flags} -o $out $in -pthread",
         folder / "fuzz",
     )
