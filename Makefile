@@ -1,7 +1,7 @@
 # The verbs of development. PYTHON names the interpreter of an environment with '.[test,dev]'.
 PYTHON ?= python
 
-.PHONY: test avx2 arm clusters lint types sanitize aot gpu bench models report simulate simulate-all simulated-figures
+.PHONY: test avx2 arm clusters lint types sanitize aot gpu gpu-kernels bench models report simulate simulate-all simulated-figures
 
 test:
 	$(PYTHON) -m pytest
@@ -10,7 +10,8 @@ test:
 avx2:
 	DEIT_TEST_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTHON) -m pytest \
 	    tests/suite/kernels/test_native*.py tests/suite/kernels/linear tests/suite/kernels/patch_embed \
-	    tests/suite/kernels/vit_block tests/suite/kernels/int8 tests/suite/kernels/engine/test_dispatch.py \
+	    tests/suite/kernels/vit_block tests/suite/kernels/int8 tests/suite/kernels/layer_norm \
+	    tests/suite/kernels/engine/test_dispatch.py \
 	    tests/suite/deit/fused_vit/test_fused_*.py tests/suite/deit/fused_vit/test_last_block.py \
 	    tests/suite/deit/fused_vit/test_embedding.py
 
@@ -27,7 +28,8 @@ lint:
 types:
 	$(PYTHON) -m mypy -p deit
 
-# The C++ kernels on fuzzed shapes under AddressSanitizer, UBSan and ThreadSanitizer.
+# The C++ kernels, and the CUDA ones on a CPU, on fuzzed shapes under AddressSanitizer, UBSan and
+# ThreadSanitizer.
 sanitize:
 	$(PYTHON) tests/native/sanitize.py
 
@@ -57,13 +59,15 @@ $(SIMULATORS):
 	$(PYTHON) -m pip install -q --no-deps --ignore-requires-python --target $@ \
 	    ttsem==0.1.0 mmaemu==0.1.0
 
-# Every pinned Triton configuration, compiled for each GPU architecture, no GPU needed: by the
+# The machine code of the CUDA library as it was built. Every pinned Triton configuration, compiled
+# for each GPU architecture, no GPU needed: by the
 # Triton at hand, and for Hopper by the oldest one supported too, unpacked beside it. Ada's own
 # configurations are those of the products in e4m3, which it is the first to have.
 OLDEST_TRITON := 3.6.0
 OLDEST_TREE := build/triton-$(OLDEST_TRITON)
 
 aot: $(OLDEST_TREE)
+	$(PYTHON) -m deit.kernels.prove.machine_code
 	FUSED_DEIT_TUNED=0 $(PYTHON) -m deit.kernels.prove.aot
 	FUSED_DEIT_TUNED=0 $(PYTHON) -m deit.kernels.prove.aot --arch 89 \
 	    --operator fp8_rows fp8_product
@@ -79,6 +83,11 @@ $(OLDEST_TREE):
 OUT ?= build/gpu
 gpu:
 	$(PYTHON) bench/qualify.py --out $(OUT) --only "$(ONLY)"
+
+# For a GPU that is not here: the kernels that `make gpu` will launch, compiled and checked, into
+# build/gpu-kernels, which travels with the checkout. Needs the Python and Triton of that machine.
+gpu-kernels:
+	$(PYTHON) bench/gpu_kernels.py --only "$(ONLY)"
 
 bench:
 	$(PYTHON) bench/throughput.py --arch deit_b --bs 256

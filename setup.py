@@ -215,7 +215,7 @@ def cuda_ninja(compiler: str, nvcc: Path, torch: Torch, target: Path) -> str:
     kernels, launchers = (sorted((CSRC / "cuda").glob(kind)) for kind in ("*.cu", "*.cpp"))
     every = " ".join(f"-gencode {arch}" for arch in CUDA_CODE.values())
     # Hopper's asynchronous units have instructions of their own.
-    hopper = {"linear.cu": f"-gencode {CUDA_CODE['sm_90a']}"}
+    hopper = {"linear_hopper.cu": f"-gencode {CUDA_CODE['sm_90a']}"}
     device = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
     interface = (
         f"-isystem {torch.include} -isystem {home / 'include'} -DUSE_CUDA "

@@ -14,7 +14,7 @@ asks a block and a model before each forward.
 `--gpu` measures the Triton operators instead, in inference: kept calls, as
 kernels/device/launching.py has them, beside what they hand to the driver. Where there is no GPU
 the driver's launch is stubbed, and the rows say so. "whole forward" is a fused DeiT-Ti of 12
-blocks at batch 1, in microseconds too.
+blocks at batch 1, in microseconds too; of what PyTorch computes there a stub makes only the output.
 
 Time is the calling thread's own (CPU time), which a busy machine lengthens little. A figure is the
 median of the rounds, and "over" that of the differences within a round.
@@ -178,7 +178,7 @@ def gpu_rows(wanted: Sequence[tuple[str, Call]], settings: Settings) -> list[Row
 def _triton_rows(
     wanted: Sequence[tuple[str, Call]], device: torch.device, label: str, settings: Settings
 ) -> list[Row]:
-    driver, rows = drivers.active(), []
+    driver, rows = drivers.active(), list[Row]()
     if driver is None:
         raise SystemExit("this version of Triton has no launcher that is known: no call is kept")
     for options, made in wanted:
@@ -193,12 +193,18 @@ def _triton_rows(
             found = timed([call, alone], settings)
         rows.append(row_of(made.operator, options, "inference", label, found, settings))
         del outputs
-    model = deit.create("deit_ti").eval().to(device, torch.float16)
-    fuse(model, "triton", block="parts")
     images = torch.randn(1, 3, 224, 224, device=device, dtype=torch.float16)
+    models = {}
+    for block in ("parts", "whole"):
+        models[block] = deit.create("deit_ti").eval().to(device, torch.float16)
+        fuse(models[block], "triton", block=block)
     with torch.inference_mode():
-        found = timed([lambda: model(images)], settings)
-    return [*rows, row_of("whole forward", "", "inference", label, found, settings)]
+        found = timed([lambda m=model: m(images) for model in models.values()], settings)
+    rows += [
+        row_of("whole forward", f"blocks {block}", "inference", label, [samples], settings)
+        for block, samples in zip(("by parts", "whole"), found, strict=True)
+    ]
+    return rows
 
 
 def timed(forms: Sequence[Callable[[], object]], settings: Settings) -> list[list[float]]:

@@ -27,7 +27,7 @@ from torch import nn
 from deit.commands import flags
 from deit.fused_vit import fuse
 from deit.fused_vit.blocks import FusedBlock
-from deit.fused_vit.modules import Fused
+from deit.fused_vit.modules import Fused, FusedNorm
 from deit.fused_vit.report import Report
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
@@ -41,7 +41,7 @@ TRANSFORMERS = (
 VERDICTS = {
     "whole": "whole: every transformer block runs fused, with its additions in the products",
     "in part": "in part: attentions, MLPs or norms run fused, the blocks around them do not",
-    "norms": "norms alone: LayerNorms run fused, no attention and no MLP",
+    "norms": "norms alone: LayerNorms or RMSNorms run fused, no attention and no MLP",
     "not": "not: nothing of it is known",
 }
 
@@ -103,7 +103,7 @@ def judged(library: str, model: nn.Module) -> Kind:
         report = fuse(model)
     kinds = [module for module in model.modules() if isinstance(module, Fused)]
     blocks = sum(isinstance(module, FusedBlock) for module in kinds)
-    parts = sum(not isinstance(module, (FusedBlock, nn.LayerNorm)) for module in kinds)
+    parts = sum(not isinstance(module, (FusedBlock, FusedNorm)) for module in kinds)
     left = [module for module in _blocks(model) if not isinstance(module, FusedBlock)]
     if blocks and not left:
         verdict = "whole"

@@ -66,6 +66,18 @@ CALLS = {
 MARGIN = 0.9  # of its limit after which a stage starts nothing new; at the limit it is killed
 
 
+def stages_of(only: str) -> list[Stage]:
+    """Those that --only names; all where it names none. Raises ValueError for an unknown name."""
+    given = [name for name in only.split(",") if name]
+    asked = [stage for name in given for stage in CALLS.get(name, (name,))]
+    known = [stage.name for stage in STAGES]
+    if unknown := [name for name in asked if name not in known]:
+        raise ValueError(
+            f"--only: expected stages among {', '.join(known)}; got {', '.join(unknown)}"
+        )
+    return [stage for stage in STAGES if not asked or stage.name in asked]
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     names = ", ".join(stage.name for stage in STAGES)
     calls = "; ".join(f"{name}: {', '.join(stages)}" for name, stages in CALLS.items())
@@ -82,12 +94,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    given = [name for name in options.only.split(",") if name]
-    asked = [stage for name in given for stage in CALLS.get(name, (name,))]
-    unknown = [name for name in asked if name not in [stage.name for stage in STAGES]]
-    if unknown:
-        parser.error(f"--only: expected stages among {names}; got {', '.join(unknown)}")
-    options.stages = [stage for stage in STAGES if not asked or stage.name in asked]
+    try:
+        options.stages = stages_of(options.only)
+    except ValueError as error:
+        parser.error(str(error))
     if options.minutes is None:
         options.minutes = sum(stage.seconds for stage in options.stages) / 60
     if not 0 < options.minutes < math.inf:

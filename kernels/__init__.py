@@ -7,7 +7,7 @@ if __name__ == "kernels":  # found from the repository's root instead of the PyP
 
     hand_over(__name__, __path__)
 else:
-    from deit.kernels.layer_norm import add_layer_norm, layer_norm
+    from deit.kernels.layer_norm import add_layer_norm, layer_norm, rms_norm
     from deit.kernels.attention import attention, rotary_attention
     from deit.kernels.linear import linear
     from deit.kernels.gelu_mlp import gelu_mlp
@@ -38,6 +38,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "patch_embed",
+    "rms_norm",
     "rotary_attention",
     "vit_block",
     "warmup",

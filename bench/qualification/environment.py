@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from qualification import compiled
 from qualification.checkout import ROOT, load_setup
 from qualification.context import Context, facts
 
@@ -48,9 +49,29 @@ def environment(context: Context) -> None:
         tools={tool: bool(find_tool(tool)) for tool in TOOLS},
         nvidia_smi=devices.gpu_query(context.device, GPU_STATE),
     )
+    if not context.dry:
+        _kernels(context)
     given = facts(context)
     context.note(f"{given['device']}, driver {given['driver']}, torch {given['torch']}, "
                  f"triton {given['triton']}, Python {given['python']}")  # fmt: skip
+
+
+def _kernels(context: Context) -> None:
+    """Hand Triton the kernels that were compiled elsewhere (bench/gpu_kernels.py)."""
+    import torch
+    from triton import knobs
+
+    from deit.kernels.device import chips
+
+    if not compiled.FOLDER.is_dir():
+        context.note("no kernels compiled beforehand: each is compiled when it is first launched")
+        return
+    arch = chips.family(*torch.cuda.get_device_capability(context.device))
+    if reason := compiled.why_not(compiled.FOLDER, arch):
+        context.note(f"kernels compiled beforehand are not used: {reason}")
+        return
+    count = compiled.unpack(compiled.FOLDER, Path(knobs.cache.dir))
+    context.note(f"{count} kernels compiled beforehand")
 
 
 def find_tool(name: str) -> str | None:

@@ -173,11 +173,16 @@ LARGE = {"layer_norm": (197, 768), "add_layer_norm": (197, 768), "attention": (1
          "linear": (197, 768), "gelu_mlp": (197, 192), "patch_embed": (196, 192)}  # fmt: skip
 
 
-def _large(context: Context, operator: str, impl: str) -> None:
-    """The first and last samples of a batch past 2**31 elements are those of a batch of two."""
+def large_batch(operator: str) -> int:
+    """Images whose largest tensor is past 2**31 elements."""
     tokens, dim = LARGE[operator]
     largest = {"attention": 3 * tokens * dim, "patch_embed": 3 * 224 * 224}
-    batch = 2**31 // largest.get(operator, tokens * dim) + 4
+    return 2**31 // largest.get(operator, tokens * dim) + 4
+
+
+def _large(context: Context, operator: str, impl: str) -> None:
+    """The first and last samples of a batch past 2**31 elements are those of a batch of two."""
+    (tokens, dim), batch = LARGE[operator], large_batch(operator)
     if torch.cuda.mem_get_info()[0] < 14 * 2**31:  # about six tensors of that size
         context.skip(f"{operator}: not enough free memory for tensors past 2**31 elements")
         return

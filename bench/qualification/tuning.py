@@ -9,6 +9,7 @@ from typing import Any
 from qualification.context import Context
 
 PARTS = 8
+CANDIDATES = 16
 
 
 def tune(context: Context) -> None:
@@ -20,7 +21,7 @@ def tune(context: Context) -> None:
     from deit.kernels.prove import tune as tuner
 
     problems = tune.problems_of(_options(context), context.device)
-    count = 2 if context.dry else 16
+    count = 2 if context.dry else CANDIDATES
     if context.job:
         tuner.warm(problems[int(context.job) :: PARTS], count)
         return

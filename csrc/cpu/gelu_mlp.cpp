@@ -50,11 +50,6 @@ Tensor gelu_mlp_of(const Tensor& x, const Tensor& w1, const Optional& b1, const 
 
 namespace {
 
-// The schema's name of the activation: none is the exact GELU, which costs a call no string.
-Activation activation_of_mlp(const std::optional<std::string>& name) {
-  return name.has_value() ? activation_of(name) : Activation::gelu;
-}
-
 Tensor gelu_mlp(Tensor x, Tensor w1, Optional b1, Tensor w2, Optional b2, Optional residual,
                 Optional gamma, Optional keep, std::optional<std::string> activation) {
   return gelu_mlp_of(x, w1, b1, w2, b2, residual, gamma, keep, activation_of_mlp(activation));

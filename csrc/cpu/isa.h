@@ -13,6 +13,7 @@
 #include "attention.h"
 #include "layer_norm.h"
 #include "linear.h"
+#include "losses.h"
 #include "vit_block.h"
 
 namespace deit {
@@ -27,6 +28,7 @@ struct Kernels {
   ProductKernels product;
   TrainingProductKernels training_product;
   LinearGradientKernels linear_gradient;
+  LossKernels loss;
   BlockKernels block;
 };
 

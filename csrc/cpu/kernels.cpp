@@ -24,6 +24,7 @@ namespace {
 #include "gelu_mlp.inl"
 #include "linear_training.inl"
 #include "linear_bwd.inl"
+#include "losses.inl"
 #include "vit_block.inl"
 // clang-format on
 
@@ -37,6 +38,7 @@ const Kernels DEIT_TABLE(DEIT_ISA) = {
     DEIT_ISA::products::kernels,
     DEIT_ISA::training_product_kernels,
     DEIT_ISA::linear_gradient_kernels,
+    DEIT_ISA::loss_kernels,
     DEIT_ISA::blocks::kernels,
 };
 

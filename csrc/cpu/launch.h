@@ -104,6 +104,11 @@ inline Activation activation_of(const std::optional<std::string>& name) {
   return Activation::silu;
 }
 
+// An MLP's: none is the exact GELU, which costs a call no string.
+inline Activation activation_of_mlp(const std::optional<std::string>& name) {
+  return name.has_value() ? activation_of(name) : Activation::gelu;
+}
+
 // What vit_block.cpp and int8_vit_block.cpp call of the operators. A LayerNorm's forward in
 // training saves fp32 statistics of every row, attention's lse: [B, H, N] in fp32. Both are null in
 // inference.

@@ -1,5 +1,5 @@
-// LayerNorm on the CPU, alone or after a residual addition, in inference and in training: checks,
-// outputs, and the split over threads.
+// LayerNorm on the CPU, alone or after a residual addition, and RMSNorm, in inference and in
+// training: checks, outputs, and the split over threads.
 #include <tuple>
 
 #include "launch_training.h"
@@ -10,9 +10,11 @@ namespace {
 void save_statistics(const Tensor& x, Statistics* saved, LayerNormArgs& args) {
   if (saved == nullptr) return;
   const auto rows = x.sizes().slice(0, x.dim() - 1);
-  saved->mean = torch::stable::new_empty(x, rows, ScalarType::Float);
+  if (!args.rms) {
+    saved->mean = torch::stable::new_empty(x, rows, ScalarType::Float);
+    args.mean = static_cast<float*>(saved->mean.mutable_data_ptr());
+  }
   saved->rstd = torch::stable::new_empty(x, rows, ScalarType::Float);
-  args.mean = static_cast<float*>(saved->mean.mutable_data_ptr());
   args.rstd = static_cast<float*>(saved->rstd.mutable_data_ptr());
 }
 
@@ -24,11 +26,10 @@ void run_layer_norm(const LayerNormArgs& args, int64_t rows) {
   });
 }
 
-}  // namespace
-
-Tensor layer_norm_of(Tensor x, Tensor weight, Optional bias, double eps, Statistics* saved) {
+Tensor norm_of(Tensor x, Tensor weight, Optional bias, double eps, bool rms, Statistics* saved) {
   STD_TORCH_CHECK(x.dim() >= 1, "x: expected rank >= 1");
   LayerNormArgs args{};
+  args.rms = rms;
   args.x_type = args.residual_type = scalar_of("x", x);
   args.channels = x.size(x.dim() - 1);
   args.eps = static_cast<float>(eps);
@@ -42,6 +43,12 @@ Tensor layer_norm_of(Tensor x, Tensor weight, Optional bias, double eps, Statist
   args.out = out.mutable_data_ptr();
   run_layer_norm(args, out.numel() / args.channels);
   return out;
+}
+
+}  // namespace
+
+Tensor layer_norm_of(Tensor x, Tensor weight, Optional bias, double eps, Statistics* saved) {
+  return norm_of(x, weight, bias, eps, false, saved);
 }
 
 namespace {
@@ -86,6 +93,16 @@ std::tuple<Tensor, Tensor> add_layer_norm(Tensor x, Tensor residual, Tensor weig
   return add_layer_norm_of(x, residual, weight, bias, eps, gamma, keep, nullptr);
 }
 
+Tensor rms_norm(Tensor x, Tensor weight, double eps) {
+  return norm_of(x, weight, std::nullopt, eps, true, nullptr);
+}
+
+std::tuple<Tensor, Tensor> rms_norm_fwd(Tensor x, Tensor weight, double eps) {
+  Statistics saved;
+  Tensor out = norm_of(x, weight, std::nullopt, eps, true, &saved);
+  return {out, saved.rstd};
+}
+
 std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(Tensor x, Tensor weight, Optional bias,
                                                   double eps) {
   Statistics saved;
@@ -107,7 +124,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(Tensor x, Tensor r
 std::tuple<Tensor, Tensor, Tensor> run_layer_norm_gradient(LayerNormGradientArgs& args,
                                                            const Tensor& total,
                                                            const Tensor& weight,
-                                                           const Tensor& mean, const Tensor& rstd,
+                                                           const Optional& mean,
+                                                           const Tensor& rstd,
                                                            const Optional& gamma) {
   args.channels = last(total);
   args.rows = args.channels == 0 ? 0 : total.numel() / args.channels;
@@ -133,22 +151,36 @@ std::tuple<Tensor, Tensor, Tensor> run_layer_norm_gradient(LayerNormGradientArgs
           total_of(args.dgamma, 2, gamma)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dout, Tensor x, Tensor weight,
-                                                  Tensor mean, Tensor rstd,
-                                                  std::optional<std::vector<bool>> wanted) {
-  const Wanted wants(wanted, 3);
+// mean: none for RMSNorm.
+std::tuple<Tensor, Tensor, Tensor> norm_bwd(Tensor dout, Tensor x, Tensor weight, Optional mean,
+                                            Tensor rstd, bool wants_x, bool wants_weight,
+                                            bool wants_bias) {
   STD_TORCH_CHECK(same_shape(dout, x), "dout: expected x's shape");
   STD_TORCH_CHECK(dout.scalar_type() == x.scalar_type(), "dout: expected x's dtype");
-  Tensor dx = wants[0] ? torch::stable::new_empty(x, x.sizes()) : none(x);
+  Tensor dx = wants_x ? torch::stable::new_empty(x, x.sizes()) : none(x);
   LayerNormGradientArgs args{};
   args.x_type = args.total_type = scalar_of("x", x);
   args.dout = rows_of(dout);
   args.total = rows_of(x);
-  args.dresidual = wants[0] ? dx.mutable_data_ptr() : nullptr;
-  args.dweight = wants[1];
-  args.dbias = wants[2];
+  args.dresidual = wants_x ? dx.mutable_data_ptr() : nullptr;
+  args.dweight = wants_weight;
+  args.dbias = wants_bias;
   auto [dweight, dbias, _] = run_layer_norm_gradient(args, x, weight, mean, rstd, std::nullopt);
   return {dx, dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(Tensor dout, Tensor x, Tensor weight,
+                                                  Tensor mean, Tensor rstd,
+                                                  std::optional<std::vector<bool>> wanted) {
+  const Wanted wants(wanted, 3);
+  return norm_bwd(dout, x, weight, mean, rstd, wants[0], wants[1], wants[2]);
+}
+
+std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor dout, Tensor x, Tensor weight, Tensor rstd,
+                                        std::optional<std::vector<bool>> wanted) {
+  const Wanted wants(wanted, 2);
+  auto [dx, dweight, _] = norm_bwd(dout, x, weight, std::nullopt, rstd, wants[0], wants[1], false);
+  return {dx, dweight};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
@@ -191,6 +223,9 @@ STABLE_TORCH_LIBRARY_IMPL(deit_cpu, CPU, m) {
   m.impl("layer_norm", TORCH_BOX(&deit::layer_norm));
   m.impl("layer_norm_fwd", TORCH_BOX(&deit::layer_norm_fwd));
   m.impl("layer_norm_bwd", TORCH_BOX(&deit::layer_norm_bwd));
+  m.impl("rms_norm", TORCH_BOX(&deit::rms_norm));
+  m.impl("rms_norm_fwd", TORCH_BOX(&deit::rms_norm_fwd));
+  m.impl("rms_norm_bwd", TORCH_BOX(&deit::rms_norm_bwd));
   m.impl("add_layer_norm", TORCH_BOX(&deit::add_layer_norm));
   m.impl("add_layer_norm_fwd", TORCH_BOX(&deit::add_layer_norm_fwd));
   m.impl("add_layer_norm_bwd", TORCH_BOX(&deit::add_layer_norm_bwd));

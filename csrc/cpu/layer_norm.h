@@ -1,4 +1,5 @@
-// What the launchers of LayerNorm hand to its kernels (layer_norm.inl, layer_norm_bwd.inl).
+// What the launchers of LayerNorm and RMSNorm hand to their kernels (layer_norm.inl,
+// layer_norm_bwd.inl).
 #pragma once
 
 #include <cstddef>
@@ -9,6 +10,7 @@
 namespace deit {
 
 // LN(residual + keep * gamma * x), and LN(x) where `residual.data` is null. Parameters are fp32.
+// With `rms` it is RMSNorm(x) (arXiv 1910.07467): LayerNorm of rows whose mean is taken to be 0.
 struct LayerNormArgs {
   Rows x;
   Rows residual;
@@ -20,11 +22,12 @@ struct LayerNormArgs {
   const float* keep;     // [rows / rows_per_sample] or null
   void* out;             // [rows, D], contiguous
   void* sum;             // [rows, D], contiguous; null where residual.data is
-  float* mean;           // [rows] for training, or null
-  float* rstd;           // [rows]; null where mean is
+  float* mean;           // [rows] for training, or null; null with rms
+  float* rstd;           // [rows] for training, or null
   int64_t channels;
   int64_t rows_per_sample;
   float eps;
+  bool rms;
 };
 
 // Sums over rows are taken in chunks of this many rows. A chunk writes sums of its own, and beside
@@ -39,7 +42,7 @@ struct LayerNormGradientArgs {
   Scalar x_type;                // of dout, x and dx
   Scalar total_type;            // of total, dtotal and dtotal_out
   const float* weight;          // [D]
-  const float* mean;            // [rows]
+  const float* mean;            // [rows]; null for RMSNorm
   const float* rstd;            // [rows]
   const float* gamma;           // [D] or null
   const float* keep;            // [rows / rows_per_sample] or null

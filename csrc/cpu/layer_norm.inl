@@ -1,5 +1,5 @@
-// LayerNorm (arXiv 1607.06450) of a row, alone or after a residual addition. Included by
-// kernels.cpp.
+// LayerNorm (arXiv 1607.06450) of a row, alone or after a residual addition, and RMSNorm. Included
+// by kernels.cpp.
 //
 // A row stays in the first-level cache between its three passes (768 channels: 3 KB), so the
 // two-pass variance costs no memory traffic. Deviations are summed again and their mean taken
@@ -35,11 +35,11 @@ DEIT_INLINE void add_deviation(Vec deviation, Vec& total, Vec& square) {
   square = fma(deviation, deviation, square);
 }
 
-DEIT_INLINE Moments moments(const float* row, int64_t channels, float eps) {
+DEIT_INLINE Moments moments(const float* row, int64_t channels, float eps, bool rms) {
   // Squares are summed block by block: with outlier channels 64 apart, which all meet in one
   // lane, a single chain of 48 additions (portable, 768 channels) was off by 4 ulp.
   constexpr int64_t kBlock = 8 * kChains * kWidth;
-  const float mean = mean_of(row, channels);
+  const float mean = rms ? 0.0f : mean_of(row, channels);
   const Vec center = broadcast(mean);
   Vec total = broadcast(0.0f), square = broadcast(0.0f);
   for (int64_t i = 0; i < channels;) {
@@ -58,7 +58,7 @@ DEIT_INLINE Moments moments(const float* row, int64_t channels, float eps) {
     i = end;
   }
   const float count = static_cast<float>(channels);
-  const float shift = sum(total) / count;
+  const float shift = rms ? 0.0f : sum(total) / count;
   const float variance = sum(square) / count - shift * shift;
   const float spread = variance < 0.0f ? 0.0f : variance;  // NaN stays NaN
   return {mean, shift, 1.0f / __builtin_sqrtf(spread + eps)};
@@ -67,7 +67,7 @@ DEIT_INLINE Moments moments(const float* row, int64_t channels, float eps) {
 template <class Out>
 DEIT_INLINE Moments normalise(const float* row, const LayerNormArgs& args, Out* out) {
   const int64_t channels = args.channels;
-  const Moments m = moments(row, channels, args.eps);
+  const Moments m = moments(row, channels, args.eps, args.rms);
   const Vec mean = broadcast(m.mean), shift = broadcast(m.shift), rstd = broadcast(m.rstd);
   const float* weight = args.weight;
   const float* bias = args.bias;
@@ -89,8 +89,8 @@ DEIT_INLINE Moments normalise(const float* row, const LayerNormArgs& args, Out* 
 
 // For the backward, which measures `shift` again.
 DEIT_INLINE void save(const Moments& m, const LayerNormArgs& args, int64_t row) {
-  if (args.mean == nullptr) return;
-  args.mean[row] = m.mean;
+  if (args.rstd == nullptr) return;
+  if (args.mean) args.mean[row] = m.mean;
   args.rstd[row] = m.rstd;
 }
 

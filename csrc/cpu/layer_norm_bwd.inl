@@ -1,11 +1,12 @@
-// The gradient of LayerNorm, alone or with the residual addition before it. Included by
-// kernels.cpp.
+// The gradient of LayerNorm, alone or with the residual addition before it, and of RMSNorm.
+// Included by kernels.cpp.
 //
 //     xhat = (total - mean) rstd      wdy = weight dout
 //     dtotal += rstd (wdy - mean(wdy) - xhat mean(wdy xhat))      dx = keep gamma dtotal
 //
-// A row stays in L1 between its passes. What rounding left of the mean is measured again and taken
-// off, as in the forward: at mean 1000 and deviation 1 it would put 3e-5 on every xhat.
+// RMSNorm's has neither mean, that of total or that of wdy, in it. A row stays in L1 between its
+// passes. What rounding left of the mean is measured again and taken off, as in the forward: at mean
+// 1000 and deviation 1 it would put 3e-5 on every xhat.
 
 struct RowSums {
   float *weight, *bias, *gamma;  // [D] or null, and what rounding took from each at `low` past it
@@ -16,9 +17,10 @@ template <class X, class R>
 DEIT_INLINE void gradient_of_row(const LayerNormGradientArgs& args, int64_t row, const X* dout,
                                  const R* total, const RowSums& sums) {
   const int64_t channels = args.channels;
-  const Vec mean = broadcast(args.mean[row]), rstd = broadcast(args.rstd[row]);
+  const bool rms = args.mean == nullptr;
+  const Vec mean = broadcast(rms ? 0.0f : args.mean[row]), rstd = broadcast(args.rstd[row]);
   Vec deviation = broadcast(0.0f);
-  each_vector(channels, [&](int64_t j, int lanes) __attribute__((always_inline)) {
+  each_vector(rms ? 0 : channels, [&](int64_t j, int lanes) __attribute__((always_inline)) {
     const Vec d = load_lanes(total + j, lanes) - mean;
     deviation = deviation + (lanes == kWidth ? d : first(d, lanes));
   });
@@ -37,7 +39,7 @@ DEIT_INLINE void gradient_of_row(const LayerNormGradientArgs& args, int64_t row,
     if (sums.bias) add_exactly(sums.bias + j, sums.bias + sums.low + j, dy, lanes);
   });
   if (!args.dresidual && !args.dx && !sums.gamma) return;
-  const Vec mean_plain = broadcast(sum(plain[0] + plain[1]) / count);
+  const Vec mean_plain = broadcast(rms ? 0.0f : sum(plain[0] + plain[1]) / count);
   const Vec mean_along = broadcast(sum(along[0] + along[1]) / count);
   R* out = args.dresidual ? static_cast<R*>(args.dresidual) + row * channels : nullptr;
   const R* dtotal = static_cast<const R*>(args.dtotal.data);

@@ -37,6 +37,7 @@ struct Block {
   Optional key_bias;
   int64_t heads;
   double scale, eps;
+  Activation activation;
   std::optional<Positions> positions{};
 };
 
@@ -61,7 +62,7 @@ Tensor by_operator(const Block& block, const Tensor& x) {
                                   block.proj.gamma, std::nullopt);
   const Tensor second = layer_norm_of(stream, norm2.weight, norm2.bias, block.eps, nullptr);
   return gelu_mlp_of(second, block.fc1.weight, block.fc1.bias, block.fc2.weight, block.fc2.bias,
-                     stream, block.fc2.gamma, std::nullopt);
+                     stream, block.fc2.gamma, std::nullopt, block.activation);
 }
 
 // What the images' kernel reads, and the tensors that its pointers point into.
@@ -94,7 +95,7 @@ class Description {
     describe(block.proj, args.proj);
     describe(block.fc1, args.fc1);
     describe(block.fc2, args.fc2);
-    args.fc1.activation = Activation::gelu;
+    args.fc1.activation = block.activation;
     pack();
   }
   BlockArgs args{};
@@ -207,7 +208,8 @@ std::tuple<Tensor, Tensor> vit_block(
     Tensor x, Optional, Tensor norm1_weight, Optional norm1_bias, Tensor qkv_weight,
     Optional qkv_bias, Tensor proj_weight, Optional proj_bias, Optional gamma1,
     Tensor norm2_weight, Optional norm2_bias, Tensor w1, Optional b1, Tensor w2, Optional b2,
-    Optional gamma2, Optional key_bias, int64_t num_heads, double scale, double eps) {
+    Optional gamma2, Optional key_bias, int64_t num_heads, double scale, double eps,
+    std::optional<std::string> activation) {
   return run({{{norm1_weight, norm1_bias}, {norm2_weight, norm2_bias}},
               {qkv_weight, qkv_bias, std::nullopt},
               {proj_weight, proj_bias, gamma1},
@@ -216,7 +218,8 @@ std::tuple<Tensor, Tensor> vit_block(
               key_bias,
               num_heads,
               scale,
-              eps},
+              eps,
+              activation_of_mlp(activation)},
              x);
 }
 
@@ -224,7 +227,8 @@ std::tuple<Tensor, Tensor> vit_block_thirds(
     Tensor x, Tensor norm1_weight, Optional norm1_bias, Tensor q_weight, Tensor k_weight,
     Tensor v_weight, Optional qkv_bias, Tensor proj_weight, Optional proj_bias, Optional gamma1,
     Tensor norm2_weight, Optional norm2_bias, Tensor w1, Optional b1, Tensor w2, Optional b2,
-    Optional gamma2, Optional key_bias, int64_t num_heads, double scale, double eps) {
+    Optional gamma2, Optional key_bias, int64_t num_heads, double scale, double eps,
+    std::optional<std::string> activation) {
   return run({{{norm1_weight, norm1_bias}, {norm2_weight, norm2_bias}},
               {q_weight, qkv_bias, std::nullopt, {k_weight, v_weight}},
               {proj_weight, proj_bias, gamma1},
@@ -233,7 +237,8 @@ std::tuple<Tensor, Tensor> vit_block_thirds(
               key_bias,
               num_heads,
               scale,
-              eps},
+              eps,
+              activation_of_mlp(activation)},
              x);
 }
 
@@ -243,7 +248,7 @@ std::tuple<Tensor, Tensor> vit_block_rotary(
     Optional v_weight, Optional qkv_bias, Tensor proj_weight, Optional proj_bias, Optional gamma1,
     Tensor norm2_weight, Optional norm2_bias, Tensor w1, Optional b1, Tensor w2, Optional b2,
     Optional gamma2, Tensor sin, Tensor cos, int64_t prefix, bool interleaved, int64_t num_heads,
-    double scale, double eps) {
+    double scale, double eps, std::optional<std::string> activation) {
   Layer qkv{q_weight, qkv_bias, std::nullopt};
   if (k_weight.has_value() && v_weight.has_value()) qkv.others = {*k_weight, *v_weight};
   return run({{{norm1_weight, norm1_bias}, {norm2_weight, norm2_bias}},
@@ -255,6 +260,7 @@ std::tuple<Tensor, Tensor> vit_block_rotary(
               num_heads,
               scale,
               eps,
+              activation_of_mlp(activation),
               Positions{sin, cos, prefix, interleaved}},
              x);
 }

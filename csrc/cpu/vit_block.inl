@@ -1,5 +1,5 @@
 // A whole pre-norm block of one image after another:
-//     s = x + gamma1 * proj(attention(qkv(LN(x))));  out = s + gamma2 * fc2(gelu(fc1(LN(s)))).
+//     s = x + gamma1 * proj(attention(qkv(LN(x))));  out = s + gamma2 * fc2(act(fc1(LN(s)))).
 // Included by kernels.cpp.
 //
 // An image's activations are the thread's own and stay in its second-level cache, or near it: in

@@ -1,38 +1,17 @@
 // LayerNorm on CUDA, alone or after a residual addition: checks, outputs, and the launch on the
 // current stream of the input's device. Asking for that stream needs libtorch_cuda, which is why
 // this is a library of its own.
-#include <cuda_runtime.h>
-
-#include "../common/tensors.h"
-// Stays after the torch headers, which declare the CUDA part of the stable C interface.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-
 #include <tuple>
 
+#include "call.h"
 #include "layer_norm.h"
 
 namespace deit {
 namespace {
 
-Parameter parameter(const char* name, const std::optional<Tensor>& value, int64_t numel,
-                    const Tensor& x, Tensor& holder) {
-  if (!value.has_value()) return {nullptr, false};
-  check_parameter(name, *value, numel, x);
-  const ScalarType type = value->scalar_type();
-  STD_TORCH_CHECK(type == x.scalar_type() || type == ScalarType::Float, name,
-                  ": expected x's dtype or fp32");
-  holder = value->is_contiguous() ? *value : torch::stable::contiguous(*value);
-  return {holder.const_data_ptr(), type == ScalarType::Float};
-}
-
 void run(const LayerNormArgs& args, Scalar residual_type, const Tensor& x) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  launch_layer_norm(args, scalar_of("x", x), residual_type, static_cast<cudaStream_t>(stream));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const Call call(x);
+  queued("layer_norm", launch_layer_norm(args, scalar_of("x", x), residual_type, call.stream));
 }
 
 Tensor layer_norm(Tensor x, Tensor weight, std::optional<Tensor> bias, double eps) {
@@ -41,8 +20,8 @@ Tensor layer_norm(Tensor x, Tensor weight, std::optional<Tensor> bias, double ep
   args.channels = x.size(x.dim() - 1);
   args.eps = static_cast<float>(eps);
   Tensor held[2];
-  args.weight = parameter("weight", weight, args.channels, x, held[0]);
-  args.bias = parameter("bias", bias, args.channels, x, held[1]);
+  args.weight = values("weight", weight, args.channels, x, held[0]);
+  args.bias = values("bias", bias, args.channels, x, held[1]);
   const Scalar type = scalar_of("x", x);
   Tensor out = torch::stable::new_empty(x, x.sizes());
   if (out.numel() == 0) return out;
@@ -64,10 +43,10 @@ std::tuple<Tensor, Tensor> add_layer_norm(Tensor x, Tensor residual, Tensor weig
   args.channels = x.size(x.dim() - 1);
   args.eps = static_cast<float>(eps);
   Tensor held[4];
-  args.weight = parameter("weight", weight, args.channels, x, held[0]);
-  args.bias = parameter("bias", bias, args.channels, x, held[1]);
-  args.gamma = parameter("gamma", gamma, args.channels, x, held[2]);
-  args.keep = parameter("keep", keep, x.size(0), x, held[3]);
+  args.weight = values("weight", weight, args.channels, x, held[0]);
+  args.bias = values("bias", bias, args.channels, x, held[1]);
+  args.gamma = values("gamma", gamma, args.channels, x, held[2]);
+  args.keep = values("keep", keep, x.size(0), x, held[3]);
   Tensor out = torch::stable::new_empty(x, x.sizes());
   Tensor sum = torch::stable::new_empty(residual, residual.sizes());
   if (out.numel() > 0) {
@@ -85,7 +64,7 @@ std::tuple<Tensor, Tensor> add_layer_norm(Tensor x, Tensor residual, Tensor weig
 }  // namespace
 }  // namespace deit
 
-STABLE_TORCH_LIBRARY_IMPL(deit_cuda, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(deit_cuda, DEIT_DEVICE, m) {
   m.impl("layer_norm", TORCH_BOX(&deit::layer_norm));
   m.impl("add_layer_norm", TORCH_BOX(&deit::add_layer_norm));
 }

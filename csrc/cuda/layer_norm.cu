@@ -6,46 +6,16 @@
 // no whole number of vectors, or not aligned to 16 bytes go to `long_row_kernel`.
 #include "layer_norm.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "device.h"
 
 namespace deit {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kWarpsPerBlock = 4;  // rows of one block
 constexpr int kThreads = kWarp * kWarpsPerBlock;
 
-__device__ __forceinline__ float widen(float a) { return a; }
-__device__ __forceinline__ float widen(__half a) { return __half2float(a); }
-__device__ __forceinline__ float widen(__nv_bfloat16 a) { return __bfloat162float(a); }
-__device__ __forceinline__ void narrow(float a, float& to) { to = a; }
-__device__ __forceinline__ void narrow(float a, __half& to) { to = __float2half_rn(a); }
-__device__ __forceinline__ void narrow(float a, __nv_bfloat16& to) { to = __float2bfloat16_rn(a); }
-
-// kCount elements moved by loads and stores of at most 16 bytes.
-template <class T, int kCount>
-struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
-  T lanes[kCount];
-};
-
-template <class T, int kCount>
-__device__ __forceinline__ void load(const T* from, float (&to)[kCount]) {
-  const Pack<T, kCount> pack = *reinterpret_cast<const Pack<T, kCount>*>(from);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) to[i] = widen(pack.lanes[i]);
-}
-
-template <class T, int kCount>
-__device__ __forceinline__ void store(const float (&from)[kCount], T* to) {
-  Pack<T, kCount> pack;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) narrow(from[i], pack.lanes[i]);
-  *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
-}
-
 template <class X, int kCount>
-__device__ __forceinline__ void load(const Parameter& from, int64_t at, float (&to)[kCount]) {
+__device__ __forceinline__ void load_parameter(const Values& from, int64_t at, float (&to)[kCount]) {
   if (from.fp32) {
     load(static_cast<const float*>(from.data) + at, to);
   } else {
@@ -56,7 +26,7 @@ __device__ __forceinline__ void load(const Parameter& from, int64_t at, float (&
 // Xor shuffles: every lane ends with the same sum, added in the same order each time.
 __device__ __forceinline__ float warp_sum(float a) {
 #pragma unroll
-  for (int lane = kWarp / 2; lane > 0; lane /= 2) a += __shfl_xor_sync(0xffffffffu, a, lane);
+  for (int lane = kWarp / 2; lane > 0; lane /= 2) a += gpu::shuffle_xor(a, lane);
   return a;
 }
 
@@ -92,7 +62,7 @@ struct Row {
     sum = static_cast<R*>(args.sum) + row * args.channels;
     if (args.keep.data == nullptr) return;
     float value[1];
-    load<X>(args.keep, row / args.rows_per_sample, value);
+    load_parameter<X>(args.keep, row / args.rows_per_sample, value);
     keep = value[0];
   }
 
@@ -104,7 +74,7 @@ struct Row {
     if (residual == nullptr) return;
     float factor[kCount], base[kCount];
     load(residual + at, base);
-    if (args.gamma.data) load<X>(args.gamma, at, factor);
+    if (args.gamma.data) load_parameter<X>(args.gamma, at, factor);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       float y = values[i] * keep;
@@ -117,11 +87,11 @@ struct Row {
   __device__ __forceinline__ void write(const LayerNormArgs& args, int64_t at, float shift,
                                         float rstd, const float (&deviations)[kCount]) const {
     float y[kCount], factor[kCount];
-    load<X>(args.weight, at, factor);
+    load_parameter<X>(args.weight, at, factor);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) y[i] = (deviations[i] - shift) * rstd * factor[i];
     if (args.bias.data) {
-      load<X>(args.bias, at, factor);
+      load_parameter<X>(args.bias, at, factor);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) y[i] += factor[i];
     }
@@ -138,8 +108,8 @@ __device__ __forceinline__ float rstd_of(float mean_square, float shift, float e
 template <class X, class R, int kCount, int kVectors>
 __global__ void __launch_bounds__(kThreads)
     layer_norm_kernel(const __grid_constant__ LayerNormArgs args) {
-  const int lane = threadIdx.x % kWarp;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
+  const int lane = gpu::thread() % kWarp;
+  const int64_t index = static_cast<int64_t>(gpu::block()) * kWarpsPerBlock + gpu::thread() / kWarp;
   if (index >= args.rows) return;  // a whole warp leaves together: the shuffles stay full
   const Row<X, R> row(args, index);
   const int channels = static_cast<int>(args.channels);
@@ -180,8 +150,8 @@ __global__ void __launch_bounds__(kThreads)
 template <class X, class R>
 __global__ void __launch_bounds__(kThreads)
     long_row_kernel(const __grid_constant__ LayerNormArgs args) {
-  const int lane = threadIdx.x % kWarp;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
+  const int lane = gpu::thread() % kWarp;
+  const int64_t index = static_cast<int64_t>(gpu::block()) * kWarpsPerBlock + gpu::thread() / kWarp;
   if (index >= args.rows) return;
   const Row<X, R> row(args, index);
   float value[1];
@@ -227,13 +197,12 @@ bool vectors_fit(const LayerNormArgs& args) {
 }
 
 template <class X, class R>
-void launch(const LayerNormArgs& args, cudaStream_t stream) {
+const char* launch(const LayerNormArgs& args, void* stream) {
   constexpr int kCount = 16 / sizeof(X);
-  const dim3 grid(static_cast<unsigned>((args.rows + kWarpsPerBlock - 1) / kWarpsPerBlock));
+  const int64_t blocks = (args.rows + kWarpsPerBlock - 1) / kWarpsPerBlock;
   const int64_t vectors = (args.channels / kCount + kWarp - 1) / kWarp;
   if (vectors > 8 || !vectors_fit<X, R>(args)) {
-    long_row_kernel<X, R><<<grid, kThreads, 0, stream>>>(args);
-    return;
+    return gpu::launch(long_row_kernel<X, R>, blocks, kThreads, 0, stream, args);
   }
   // DeiT's widths fill 1, 2, 3 vectors in half precision (192, 384, 768) and 2, 3, 6 in fp32.
   auto kernel = vectors == 1   ? layer_norm_kernel<X, R, kCount, 1>
@@ -242,28 +211,22 @@ void launch(const LayerNormArgs& args, cudaStream_t stream) {
                 : vectors == 4 ? layer_norm_kernel<X, R, kCount, 4>
                 : vectors <= 6 ? layer_norm_kernel<X, R, kCount, 6>
                                : layer_norm_kernel<X, R, kCount, 8>;
-  kernel<<<grid, kThreads, 0, stream>>>(args);
+  return gpu::launch(kernel, blocks, kThreads, 0, stream, args);
 }
 
 template <class X>
-void launch_residual(const LayerNormArgs& args, bool fp32_residual, cudaStream_t stream) {
-  if (fp32_residual) {
-    launch<X, float>(args, stream);
-  } else {
-    launch<X, X>(args, stream);
-  }
+const char* launch_residual(const LayerNormArgs& args, bool fp32_residual, void* stream) {
+  return fp32_residual ? launch<X, float>(args, stream) : launch<X, X>(args, stream);
 }
 
 }  // namespace
 
-void launch_layer_norm(const LayerNormArgs& args, Scalar x_type, Scalar residual_type,
-                       cudaStream_t stream) {
+const char* launch_layer_norm(const LayerNormArgs& args, Scalar x_type, Scalar residual_type,
+                              void* stream) {
   const bool fp32_residual = residual_type == Scalar::f32;
-  switch (x_type) {
-    case Scalar::f32: return launch<float, float>(args, stream);
-    case Scalar::f16: return launch_residual<__half>(args, fp32_residual, stream);
-    case Scalar::bf16: return launch_residual<__nv_bfloat16>(args, fp32_residual, stream);
-  }
+  if (x_type == Scalar::f16) return launch_residual<f16>(args, fp32_residual, stream);
+  if (x_type == Scalar::bf16) return launch_residual<bf16>(args, fp32_residual, stream);
+  return launch<float, float>(args, stream);
 }
 
 }  // namespace deit

@@ -300,6 +300,7 @@ class _Families(NamedTuple):
 _LIBRARIES = {
     "timm.models.vision_transformer": "timm",
     "timm.models.eva": "eva",
+    "timm.models.vitamin": "vitamin",
     "torchvision.models.vision_transformer": "torchvision",
     "transformers.models.deit.modeling_deit": "huggingface",
     "transformers.models.vit.modeling_vit": "huggingface",
@@ -314,6 +315,10 @@ _LIBRARIES = {
     "transformers.models.siglip.modeling_siglip": "hf_clip",
     "transformers.models.siglip2.modeling_siglip2": "hf_clip",
     "transformers.models.dinov3_vit.modeling_dinov3_vit": "dinov3",
+    "transformers.models.aimv2.modeling_aimv2": "hf_aimv2",
+    "transformers.models.pixio.modeling_pixio": "hf_pixio",
+    "transformers.models.beit.modeling_beit": "hf_beit",
+    "transformers.models.data2vec.modeling_data2vec_vision": "hf_beit",
 }
 
 

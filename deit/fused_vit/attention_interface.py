@@ -120,6 +120,13 @@ def as_key_bias(mask: Tensor | None, batch: int, keys: int) -> Tensor | None:
     return row if row.is_floating_point() else None
 
 
+def key_bias(x: Any, mask: Any) -> Tensor | None:
+    """The key bias [B, N] of x [B, N, D] that `mask` is, in x's dtype or fp32; else None."""
+    if not isinstance(x, Tensor) or x.dim() != 3:
+        return None
+    return _in_range(as_key_bias(mask, x.shape[0], x.shape[1]), x)
+
+
 def _in_range(bias: Tensor | None, x: Tensor) -> Tensor | None:
     """`bias` in a dtype that the operator takes beside x's."""
     return bias if bias is None or bias.dtype in (x.dtype, torch.float32) else bias.float()

@@ -11,7 +11,7 @@ from deit.fused_vit.feed_forward import FeedForward
 from deit.fused_vit.modules import (
     Fused,
     FusedAttention,
-    FusedLayerNorm,
+    FusedNorm,
     hooked,
     original_class,
 )
@@ -21,12 +21,12 @@ from deit.fused_vit.whole_block import WholeBlock
 class FusedBlock(WholeBlock, Fused):
     """Over a pre-norm block: both residual additions move into the products' epilogues."""
 
-    OPERATORS = ("layer_norm", "linear", "attention", "gelu_mlp", *eight_bits.OPERATORS)
+    OPERATORS = eight_bits.OPERATORS  # beside those of its parts
     # In the order in which they run: norm, attention, norm, MLP.
     PARTS: ClassVar[tuple[tuple[str, type[Fused]], ...]] = (
-        ("norm1", FusedLayerNorm),
+        ("norm1", FusedNorm),
         ("attn", FusedAttention),
-        ("norm2", FusedLayerNorm),
+        ("norm2", FusedNorm),
         ("mlp", FeedForward),
     )
     SCALES: ClassVar[tuple[str, ...]] = ("ls1", "ls2")

@@ -1,4 +1,4 @@
-"""Fused classes for `deit.model` and for torch's own LayerNorm."""
+"""Fused classes for `deit.model` and for torch's own LayerNorm and RMSNorm."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from deit.fused_vit.last_block import PrefixOnly
 
 class FusedLayerNorm(modules.FusedLayerNorm, nn.LayerNorm):
     """nn.LayerNorm on `deit.kernels.layer_norm`."""
+
+
+class FusedRMSNorm(modules.FusedRmsNorm, nn.RMSNorm):
+    """nn.RMSNorm on `deit.kernels.rms_norm`."""
 
 
 class FusedAttention(modules.FusedAttention, model.Attention):
@@ -58,6 +62,7 @@ class FusedDeiT(ImageEmbedding, PrefixOnly, model.DeiT):
 
 LEAVES: dict[type[nn.Module], type[modules.Fused]] = {
     nn.LayerNorm: FusedLayerNorm,
+    nn.RMSNorm: FusedRMSNorm,
     model.Attention: FusedAttention,
     model.Mlp: FusedMlp,
 }

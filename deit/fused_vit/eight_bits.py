@@ -118,21 +118,24 @@ def advance(kind: Kind, block: Any, x: Tensor, key_bias: Tensor | None, rows: in
         )
     _, _, norm2, mlp = block.parts()
     impls = block.fused_impls
-    if kind.block is not None and rows is None:
+    as_mlp = mlp.apart() is None and mlp.activation_name() == "gelu"
+    if kind.block is not None and rows is None and as_mlp:
         whole = kind.block.__name__
         if whole in impls and block.apart() is None:
             return kind.block(x, **block.arguments(whole), key_bias=key_bias)
     stream = _attended(kind, block, x, key_bias, rows)
-    norm, gamma = (norm2.weight, norm2.bias, norm2.eps), block.gamma(1)
-    if mlp.apart() is not None:  # its products one by one
+    (normed, norm), gamma = _folded(norm2, stream), block.gamma(1)
+    if not as_mlp:  # its products one by one
+        if mlp.FIRST:
+            normed, norm = mlp.entered(norm2.normalise(stream)), None
         product = functools.partial(kind.linear, impl=impls[kind.linear.__name__])
-        hidden = mlp.hidden(lambda weight, bias: product(stream, weight, bias, norm=norm))
+        hidden = mlp.hidden(lambda weight, bias: product(normed, weight, bias, norm=norm))
         last = mlp.output()
         hidden = hidden.to(stream.dtype)  # autocast's, if it is on
         return product(hidden, last.weight, last.bias, residual=stream, gamma=gamma)
     fc1, fc2 = (mlp._modules[name] for name in mlp.LINEARS)
     return kind.mlp(
-        stream,
+        normed,
         fc1.weight,
         fc1.bias,
         fc2.weight,
@@ -144,12 +147,19 @@ def advance(kind: Kind, block: Any, x: Tensor, key_bias: Tensor | None, rows: in
     )
 
 
+def _folded(norm: Any, x: Tensor) -> tuple[Tensor, Any]:
+    """What a product in 8 bits reads, and the LayerNorm that it folds in: of other norms None."""
+    if isinstance(norm, nn.LayerNorm):
+        return x, (norm.weight, norm.bias, norm.eps)
+    return norm.normalise(x), None
+
+
 def _attended(
     kind: Kind, block: Any, x: Tensor, key_bias: Tensor | None, rows: int | None
 ) -> Tensor:
     """The stream after attention: x + gamma * proj(attention(qkv(LN(x)))), its first `rows`."""
     norm1, attn, _, _ = block.parts()
-    norm, impl = (norm1.weight, norm1.bias, norm1.eps), block.fused_impls[kind.linear.__name__]
+    (normed, norm), impl = _folded(norm1, x), block.fused_impls[kind.linear.__name__]
 
     def project(tokens: Tensor, weight: Any, bias: Any) -> Tensor:
         return kind.linear(tokens, weight, bias, norm=norm, impl=impl)
@@ -157,10 +167,10 @@ def _attended(
     weight, bias = attn.projection()
     if rows is None:
         heads, scale = attn.geometry()
-        qkv, named = project(x, weight, bias), block.fused_impls["attention"]
+        qkv, named = project(normed, weight, bias), block.fused_impls["attention"]
         mixed = attention(qkv, heads, scale=scale, key_bias=key_bias, impl=named)
     else:
-        mixed = attn.mix_prefix(x, rows, weight, bias, project)
+        mixed = attn.mix_prefix(normed, rows, weight, bias, project)
     proj = attn.output()
     return kind.linear(
         mixed.to(x.dtype),  # autocast's, if it is on

@@ -106,9 +106,9 @@ class FusedBlock(rotary.RotaryBlock, eva.EvaBlock):
     """timm's EvaBlock with its residual additions in the products' epilogues."""
 
     PARTS = (
-        ("norm1", modules.FusedLayerNorm),
+        ("norm1", modules.FusedNorm),
         ("attn", rotary.RotaryAttention),
-        ("norm2", modules.FusedLayerNorm),
+        ("norm2", modules.FusedNorm),
         ("mlp", feed_forward.FeedForward),
     )
     DROP_PATH_KINDS = (nn.Identity, timm.layers.DropPath)

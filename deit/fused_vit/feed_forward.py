@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from deit.fused_vit.modules import Fused, FusedLayerNorm, hooked
+from deit.fused_vit.modules import Fused, FusedLayerNorm, hooked, norm_unsupported
 from deit.kernels import gelu_mlp, glu_mlp, layer_norm
 from deit.kernels.linear.reference import activate
 
@@ -21,6 +21,7 @@ class FeedForward(Fused):
     # A library's own classes of activations, by `linear`'s name for them.
     ACTIVATIONS: ClassVar[dict[type[nn.Module], str]] = {}
     STANDS_FOR: ClassVar[tuple[type[nn.Module], ...]] = (nn.GELU, nn.SiLU)
+    FIRST: ClassVar[str] = ""  # a norm of its own before the first products, which is called
 
     @classmethod
     def _stand_for(cls, original: Any) -> None:
@@ -63,6 +64,10 @@ class FeedForward(Fused):
         """residual + keep * gamma * mlp(x)."""
         raise NotImplementedError
 
+    def entered(self, x: Tensor) -> Tensor:
+        """x as the first products read it."""
+        return self._modules[self.FIRST](x) if self.FIRST else x
+
     def hidden(self, project: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
         """The hidden layer [..., M] as the last product reads it; `project`: x by weight, bias."""
         raise NotImplementedError
@@ -72,7 +77,7 @@ class FeedForward(Fused):
         return self._modules[self.LINEARS[-1]]
 
     def apart(self) -> str | None:
-        """Why `vit_block` and the MLPs in 8 bits do not compute it; None where they do."""
+        """Why `vit_block` does not compute it; None where it does."""
         raise NotImplementedError
 
 
@@ -83,8 +88,7 @@ class FusedMlp(FeedForward):
     LINEARS = ("fc1", "fc2")
 
     def apart(self) -> str | None:
-        activation = self.activation_name()
-        return None if activation == "gelu" else f"its MLP's activation is {activation}"
+        return None
 
     def hidden(self, project: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
         fc1: Any = self._modules[self.LINEARS[0]]
@@ -151,7 +155,7 @@ class FusedGatedMlp(FeedForward):
     def unsupported(self) -> str | None:
         norm = self._modules.get(self.NORM)
         if isinstance(norm, FusedLayerNorm) or type(norm) in self.NORM_KINDS:
-            reason = FusedLayerNorm.unsupported(norm)
+            reason = norm_unsupported(norm)
             if reason is not None:
                 return f"{self.NORM}: {reason}"
         elif norm is not None and type(norm) is not nn.Identity:
@@ -179,11 +183,11 @@ class FusedGatedMlp(FeedForward):
         gamma: Tensor | None = None,
         keep: Tensor | None = None,
     ) -> Tensor:
-        """residual + keep * gamma * down(norm(act(gate(x)) * up(x)))."""
+        """residual + keep * gamma * down(norm(act(gate(x)) * up(x))), x as it is `entered`."""
         (w_gate, b_gate), (w_up, b_up) = self.gate_and_up()
         down = self.output()
         return glu_mlp(
-            x,
+            self.entered(x),
             w_gate,
             b_gate,
             w_up,

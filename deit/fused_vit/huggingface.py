@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from typing import Any, ClassVar
 
-import torch
 import transformers
 from torch import Tensor, nn
 from transformers import activations
@@ -18,7 +17,7 @@ from transformers.models.deit import modeling_deit
 from transformers.models.vit import modeling_vit
 
 from deit.fused_vit import blocks, deit_model, feed_forward, modules
-from deit.fused_vit.attention_interface import any_set, as_key_bias
+from deit.fused_vit.attention_interface import any_set, key_bias
 
 try:
     from transformers.utils import output_capturing
@@ -143,12 +142,8 @@ def _bias(x: Tensor, mask: Any) -> Any:
     """The key bias that `mask` is, None for no mask, NotImplemented for any other mask."""
     if mask is None:
         return None
-    if not isinstance(x, Tensor) or x.dim() != 3:
-        return NotImplemented
-    bias = as_key_bias(mask, x.shape[0], x.shape[1])
-    if bias is None:
-        return NotImplemented
-    return bias.to(x.dtype) if bias.dtype not in (x.dtype, torch.float32) else bias
+    bias = key_bias(x, mask)
+    return NotImplemented if bias is None else bias
 
 
 def served(layer: type[nn.Module], attention: type[nn.Module], refused: dict[Any, str]) -> bool:

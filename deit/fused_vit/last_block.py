@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from deit.fused_vit.blocks import FusedBlock
-from deit.fused_vit.modules import Fused, hooked
+from deit.fused_vit.modules import Fused, FusedNorm, hooked
 from deit.kernels.vit_block import vit_blocks
 
 
@@ -80,4 +80,4 @@ def _by_row(norm: nn.Module) -> bool:
     """Whether `norm` treats every token by itself."""
     if isinstance(norm, nn.LayerNorm):
         return len(norm.normalized_shape) == 1
-    return type(norm) is nn.Identity
+    return type(norm) is nn.Identity or isinstance(norm, FusedNorm)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from deit.fused_vit import monkeypatches, swapping
 from deit.fused_vit.self_attention import SelfAttention
-from deit.kernels import layer_norm
+from deit.kernels import layer_norm, rms_norm
 
 # What a kernel may read, and what torch.export traces with in its place. Not DTensor and the like.
 PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
@@ -179,23 +179,26 @@ def weight_of(module: Any) -> Any:
     return module.weight if found is None else found
 
 
-class FusedLayerNorm(Fused):
-    """Over nn.LayerNorm."""
+def norm_unsupported(norm: Any) -> str | None:
+    """Why neither `layer_norm` nor `rms_norm` computes a norm; None where one does."""
+    weight = weight_of(norm)
+    if weight is None:
+        return "it has no weight"
+    if weight.dim() != 1:
+        return f"it normalises over {weight.dim()} axes, not the last one"
+    what = unreadable(weight)
+    if what is not None:
+        return f"weight is {what}"
+    if norm.__dict__.get("_fast_norm", False):
+        return "timm's fast_norm is set, which normalises in the autocast dtype"
+    return None
 
-    OPERATORS = ("layer_norm",)
+
+class FusedNorm(Fused):
+    """Over a norm of the last axis: FusedLayerNorm or FusedRmsNorm."""
 
     def unsupported(self) -> str | None:
-        if len(self.normalized_shape) != 1:
-            return f"it normalises over {len(self.normalized_shape)} axes, not the last one"
-        weight = weight_of(self)
-        if weight is None:
-            return "it has no weight"
-        what = unreadable(weight)
-        if what is not None:
-            return f"weight is {what}"
-        if self.__dict__.get("_fast_norm", False):
-            return "timm's fast_norm is set, which normalises in the autocast dtype"
-        return None
+        return norm_unsupported(self)
 
     def forward(self, input: Tensor) -> Tensor:  # [..., D] -> [..., D]
         if self.runs_fused(input):
@@ -207,7 +210,40 @@ class FusedLayerNorm(Fused):
         return super().forward(input)  # type: ignore[misc]
 
     def normalise(self, x: Tensor) -> Tensor:
+        """x after the norm, in x's dtype."""
+        raise NotImplementedError
+
+
+class FusedLayerNorm(FusedNorm):
+    """Over nn.LayerNorm."""
+
+    OPERATORS = ("layer_norm",)
+
+    def normalise(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps, impl=self.fused_impls["layer_norm"])
+
+
+class FusedRmsNorm(FusedNorm):
+    """Over an RMSNorm with a weight and no bias."""
+
+    OPERATORS = ("rms_norm",)
+    EPS: ClassVar[str] = "eps"  # the name of its eps
+    # The original's output is in the wider dtype of x's and the weight's, not in x's.
+    WIDENS: ClassVar[bool] = True
+
+    def unsupported(self) -> str | None:
+        if getattr(self, self.EPS) is None:
+            return "its eps is that of a dtype, which of x's or its sums' depends on torch"
+        return super().unsupported()
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
+        if self.WIDENS and isinstance(x, Tensor) and x.dtype != weight_of(self).dtype:
+            return original_class(self).forward(self, x)
+        return super().forward(x)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        eps, impl = getattr(self, self.EPS), self.fused_impls["rms_norm"]
+        return rms_norm(x, self.weight, eps, impl=impl)
 
 
 class FusedAttention(SelfAttention, Fused):

@@ -75,7 +75,7 @@ class RotaryAttention(modules.FusedAttention):
         for name in self.NORMS[:2]:
             norm = children.get(name)
             known = type(norm) in (type(None), *self.BY_HEAD)
-            if not known and not isinstance(norm, modules.FusedLayerNorm):
+            if not known and not isinstance(norm, modules.FusedNorm):
                 return f"{name} is a {type(norm).__name__}"
         if children.get("gate") is not None:
             return "it gates its output"
@@ -136,11 +136,8 @@ class RotaryAttention(modules.FusedAttention):
 class RotaryBlock(blocks.FusedBlock):
     """Over a pre-norm block whose attention is a RotaryAttention."""
 
+    OPERATORS = ()
     SCALES: ClassVar[tuple[str, ...]] = ()
-
-    def operators(self) -> tuple[str, ...]:
-        found = dict.fromkeys(op for part in self.parts() for op in part.operators())
-        return (*found, "vit_block") if self.why_parts() is None else tuple(found)
 
     def remark(self) -> str:
         kind = eight_bits.asked(self.fused_impls)

@@ -6,10 +6,12 @@ from typing import Any
 
 import timm.layers
 import torch
+from timm import models
 from timm.models import beit, deit, vision_transformer, vision_transformer_relpos
 from torch import Tensor, nn
 
 from deit.fused_vit import blocks, feed_forward, modules
+from deit.fused_vit.attention_interface import key_bias
 from deit.fused_vit.embedding import ImageEmbedding
 from deit.fused_vit.last_block import PrefixOnly
 from deit.fused_vit.modules import hooked
@@ -19,8 +21,35 @@ class FusedLayerNorm(modules.FusedLayerNorm, timm.layers.LayerNorm):
     """timm's LayerNorm on `deit.kernels.layer_norm`."""
 
 
+RMS_NORMS: dict[type[nn.Module], type[modules.Fused]] = {}
+if hasattr(timm.layers, "RmsNorm"):
+
+    class FusedRmsNorm(modules.FusedRmsNorm, timm.layers.RmsNorm):
+        """timm's RmsNorm on `deit.kernels.rms_norm`."""
+
+    RMS_NORMS[timm.layers.RmsNorm] = FusedRmsNorm
+if hasattr(timm.layers, "RmsNormFp32"):
+
+    class FusedRmsNormFp32(modules.FusedRmsNorm, timm.layers.RmsNormFp32):
+        """timm's RmsNormFp32 on `deit.kernels.rms_norm`."""
+
+        WIDENS = False
+
+        def unsupported(self) -> str | None:
+            if modules.weight_of(self) is not None and self.weight.dtype == torch.float64:
+                return "it computes in fp32"
+            return super().unsupported()
+
+    RMS_NORMS[timm.layers.RmsNormFp32] = FusedRmsNormFp32
+
+
 class Masked:
-    """timm's optional mask arguments: a call that uses one takes the original forward."""
+    """timm's optional mask arguments: a mask of keys alone is served, with any other the original
+    forward runs.
+
+    NaFlexVit makes masks of keys with use_key_only_attn_mask. Those that it makes by default tell
+    padded queries from others, too.
+    """
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -31,8 +60,15 @@ class Masked:
         if is_causal is not False:
             given["is_causal"] = is_causal
         if given:
+            bias = None if "is_causal" in given else key_bias(x, attn_mask)
+            if bias is not None and self.runs_fused(x):  # type: ignore[attr-defined]
+                return self.masked(x, bias)
             return modules.original_class(self).forward(self, x, **given)
         return super().forward(x)  # type: ignore[misc]
+
+    def masked(self, x: Tensor, bias: Tensor) -> Tensor:
+        """The fused forward, with `bias` [B, N] added to the keys' scores."""
+        raise NotImplementedError
 
 
 class FusedAttention(Masked, modules.FusedAttention, vision_transformer.Attention):
@@ -46,8 +82,11 @@ class FusedAttention(Masked, modules.FusedAttention, vision_transformer.Attentio
             return "it gates its output"
         return super().unsupported()
 
+    def masked(self, x: Tensor, bias: Tensor) -> Tensor:
+        return self.attend(x, key_bias=bias)
 
-_ACTIVATIONS: dict[type[nn.Module], str] = {
+
+ACTIVATIONS: dict[type[nn.Module], str] = {
     timm.layers.activations.GELU: "gelu",
     timm.layers.activations.GELUTanh: "gelu_tanh",
     timm.layers.activations.QuickGELU: "quick_gelu",
@@ -60,7 +99,7 @@ class FusedMlp(feed_forward.FusedMlp, timm.layers.Mlp):
     IDENTITIES = ("norm",)
     DROPOUTS = ("drop1", "drop2")
     ACTIVATION = "act"
-    ACTIVATIONS = _ACTIVATIONS
+    ACTIVATIONS = ACTIVATIONS
 
 
 class FusedSwiGLU(feed_forward.FusedGatedMlp, timm.layers.SwiGLU):
@@ -69,7 +108,7 @@ class FusedSwiGLU(feed_forward.FusedGatedMlp, timm.layers.SwiGLU):
     LINEARS = ("fc1_g", "fc1_x", "fc2")
     DROPOUTS = ("drop1", "drop2")
     ACTIVATION = "act"
-    ACTIVATIONS = _ACTIVATIONS
+    ACTIVATIONS = ACTIVATIONS
     NORM = "norm"
     NORM_KINDS = (nn.LayerNorm, timm.layers.LayerNorm)
 
@@ -80,7 +119,7 @@ class FusedGluMlp(feed_forward.FusedGatedMlp, timm.layers.GluMlp):
     LINEARS = ("fc1", "fc2")
     DROPOUTS = ("drop1", "drop2")
     ACTIVATION = "act"
-    ACTIVATIONS = _ACTIVATIONS
+    ACTIVATIONS = ACTIVATIONS
     NORM = "norm"
     NORM_KINDS = (nn.LayerNorm, timm.layers.LayerNorm)
 
@@ -103,6 +142,9 @@ class FusedBlock(Masked, blocks.FusedBlock, vision_transformer.Block):
     SCALE_KINDS = (nn.Identity, vision_transformer.LayerScale)
     DROP_PATH_KINDS = (nn.Identity, timm.layers.DropPath)
     STANDS_FOR = (*SCALE_KINDS, *DROP_PATH_KINDS)
+
+    def masked(self, x: Tensor, bias: Tensor) -> Tensor:
+        return self.advance(x, key_bias=bias)
 
     def keep(self, index: int, x: Tensor) -> Tensor | None:
         drop: Any = self._modules[self.DROP_PATHS[index]]
@@ -203,6 +245,7 @@ LEAVES: dict[type[nn.Module], type[modules.Fused]] = {
     timm.layers.Mlp: FusedMlp,
     timm.layers.SwiGLU: FusedSwiGLU,
     timm.layers.GluMlp: FusedGluMlp,
+    **RMS_NORMS,
 }
 BLOCKS: dict[type[nn.Module], type[modules.Fused]] = {vision_transformer.Block: FusedBlock}
 _PAIRS = "its attention adds a bias for every pair of positions"
@@ -216,6 +259,10 @@ REFUSED: dict[type[nn.Module], str] = {
     vision_transformer.ParallelThingsBlock: "its attentions and its MLPs run side by side",
     vision_transformer.ResPostBlock: "its norms come after its branches",
 }
+if hasattr(models, "naflexvit"):
+    REFUSED[models.naflexvit.NaFlexVit] = (
+        "its blocks run fused, in batches of many sizes with use_key_only_attn_mask=True alone"
+    )
 ROOTS: dict[type[nn.Module], type[modules.Fused]] = {
     vision_transformer.VisionTransformer: FusedVisionTransformer,
     deit.VisionTransformerDistilled: FusedVisionTransformerDistilled,

@@ -32,6 +32,7 @@ class FusedMlp(feed_forward.FusedMlp, vision_transformer.MLPBlock):
 class FusedEncoderBlock(SelfAttention, blocks.FusedBlock, vision_transformer.EncoderBlock):
     """torchvision's EncoderBlock with its residual additions in the products' epilogues."""
 
+    OPERATORS = ("linear", "attention", *blocks.FusedBlock.OPERATORS)
     PARTS = (
         ("ln_1", deit_model.FusedLayerNorm),
         ("ln_2", deit_model.FusedLayerNorm),

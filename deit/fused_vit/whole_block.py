@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from deit.fused_vit.modules import Fused
 from deit.kernels import thirds
 from deit.kernels.engine import dispatch
 from deit.kernels.vit_block import served
@@ -23,7 +24,10 @@ class WholeBlock:
         def __getattr__(self, name: str) -> Any: ...
 
     def operators(self) -> tuple[str, ...]:
-        return (*self.OPERATORS, "vit_block") if self.why_parts() is None else self.OPERATORS
+        parts = (part for part in self.parts() if isinstance(part, Fused) and part is not self)
+        found = dict.fromkeys(op for part in parts for op in part.operators())
+        whole = ("vit_block",) if self.why_parts() is None else ()
+        return (*found, *self.OPERATORS, *whole)
 
     def remark(self) -> str:
         if "vit_block" not in self.fused_impls:
@@ -45,8 +49,10 @@ class WholeBlock:
         return None
 
     def apart(self) -> str | None:
-        """Why neither `vit_block` nor `int8_vit_block` computes this block; None where one does."""
+        """Why `vit_block` does not compute this block; None where it does."""
         norm1, attn, norm2, mlp = self.parts()
+        if not (isinstance(norm1, nn.LayerNorm) and isinstance(norm2, nn.LayerNorm)):
+            return "a whole block knows no norm but LayerNorm"
         if norm1.eps != norm2.eps:
             return f"its norms' eps differ, {norm1.eps} and {norm2.eps}"
         width, channels = attn.width(), norm1.weight.shape[0]
@@ -88,7 +94,10 @@ class WholeBlock:
         qkv_weight, qkv_bias = attn.projection()
         proj, (heads, scale) = attn.output(), attn.geometry()
         fc1, fc2 = (mlp._modules[name] for name in mlp.LINEARS)
+        # In 8 bits there is the exact GELU alone.
+        named = {"activation": mlp.activation_name()} if operator == "vit_block" else {}
         return {
+            **named,
             "norm1_weight": norm1.weight,
             "norm1_bias": norm1.bias,
             "qkv_weight": qkv_weight,

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from deit.kernels.attention import reference
 from deit.kernels.attention import schema as schema
-from deit.kernels.engine import autocast, dispatch, validate
+from deit.kernels.engine import autocast, dispatch, limits, validate
 from deit.kernels.engine.operator import Operator, register
 from deit.kernels.engine.registry import COMPILED
 
@@ -19,6 +19,7 @@ from deit.kernels.engine.registry import COMPILED
 TRITON_HEAD_DIMS = (32, 64, 80, 96, 128)
 # With rotary positions wider heads spill registers.
 TRITON_ROTARY_HEAD_DIMS = (32, 64)
+CUDA_WIDEST_HEAD = 128  # csrc/cuda/attention.h
 
 
 def attention(
@@ -158,7 +159,12 @@ def _limits(implementation: str, qkv: Tensor, num_heads: int, *_: Any) -> list[s
     head_dim = qkv.shape[-1] // (3 * num_heads)
     if implementation == "triton" and head_dim not in TRITON_HEAD_DIMS:
         return [f"head dimension {head_dim} (served: {TRITON_HEAD_DIMS})"]
-    return []
+    if implementation != "cuda":
+        return []
+    found = limits.cuda_limits(qkv)
+    if head_dim > CUDA_WIDEST_HEAD:
+        found.append(f"head dimension {head_dim} (served: up to {CUDA_WIDEST_HEAD})")
+    return found
 
 
 def _rotary_limits(implementation: str, qkv: Tensor, num_heads: int, *_: Any) -> list[str]:

@@ -27,15 +27,15 @@ _GEOMETRY = "int num_heads, float scale"
 _FORWARD, _BACKWARD = "attention.triton", "attention.triton_bwd"
 
 
-def _define(name: str, options: str) -> None:
+def _define(name: str, options: str, **kernels: str) -> None:
     inputs = f"Tensor qkv, {_GEOMETRY}, {options}"
     saved = f"Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_GEOMETRY}, {options}"
-    define(name, f"({inputs}) -> Tensor", _attention, cpu=CSRC, triton=_FORWARD)
+    define(name, f"({inputs}) -> Tensor", _attention, cpu=CSRC, triton=_FORWARD, **kernels)
     forward = f"({inputs}) -> (Tensor out, Tensor lse)"
     define(f"{name}_fwd", forward, _fwd, cpu=CSRC, triton=_FORWARD)
     define(f"{name}_bwd", f"({saved}) -> Tensor dqkv", _bwd, cpu=CSRC, triton=_BACKWARD)
 
 
 # Apart, so that a call without rotary positions passes nothing for them.
-_define("attention", "Tensor? key_bias")
+_define("attention", "Tensor? key_bias", cuda=CSRC)
 _define("rotary_attention", "Tensor sin, Tensor cos, int prefix, bool interleaved")

@@ -34,6 +34,11 @@ def run(operator: Operator, arguments: Arguments, impl: str) -> Any:
     """Execute `operator` on prepared `arguments` by the implementation that `impl` names."""
     if impl is PREPARE:
         return operator, arguments
+    # A kept call had no reason not to run, nor has one like it; asking for them takes 1.4 us.
+    if impl == "triton" and _recorded is None and forward_ad._current_level < 0:
+        outputs = None if needs_gradient(arguments) else _again(operator, arguments)
+        if outputs is not None:
+            return outputs
     return run_chosen(operator, arguments, choose(operator, arguments, impl))
 
 
@@ -43,12 +48,26 @@ def run_chosen(operator: Operator, arguments: Arguments, name: str) -> Any:
         if needs_gradient(arguments):
             assert operator.train is not None  # `reasons` has said so otherwise
             return operator.train(name, *arguments)
+        outputs = None if name != "triton" else _again(operator, arguments)
+        if outputs is not None:
+            return outputs
         return registry.COMPILED[name][operator.name](*arguments)
     if autocast.dtype_of(arguments[0]) is not None:
         # `prepare` has cast already; autocast inside would cast again, and LN to fp32 on CUDA.
         with torch.autocast(arguments[0].device.type, enabled=False):
             return operator.reference(*arguments)
     return operator.reference(*arguments)
+
+
+def _again(operator: Operator, arguments: Arguments) -> Any:
+    """What a kept launch returns for a call of Triton's without gradients; None where none does.
+
+    It is not traced: a graph must name the operator.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return None
+    again = registry.AGAIN.get(operator.name)
+    return None if again is None else again(arguments)
 
 
 def choose(operator: Operator, arguments: Arguments, impl: str) -> str:
@@ -62,7 +81,9 @@ def choose(operator: Operator, arguments: Arguments, impl: str) -> str:
     if impl == "auto":
         training = needs_gradient(arguments)
         for candidate in _candidates(operator, arguments, training):
-            if not _refusals(operator, arguments, candidate, training, served=True):
+            if _refusals(operator, arguments, candidate, training, served=True):
+                continue
+            if not operator.unmeasured(candidate, *arguments):
                 return candidate
         return "reference"
     if impl == "reference":

@@ -21,6 +21,8 @@ def unserved(*arguments: Any) -> list[str]:
 
 def product_limits(implementation: str, x: Tensor, *weights: Tensor) -> list[str]:
     """For operators that are matrix products of x [..., K] and weights [M, K]."""
+    if implementation == "cuda":
+        return cuda_limits(x)
     if implementation != "cpu":
         return []
     isa, dtype, found = cpu_isa(), x.dtype, []
@@ -37,6 +39,20 @@ def product_limits(implementation: str, x: Tensor, *weights: Tensor) -> list[str
             found.append("an empty axis")
             break
     return found
+
+
+def cuda_limits(x: Tensor) -> list[str]:
+    """For the CUDA library's kernels that copy asynchronously."""
+    major, minor = capability(x.device.type, x.device.index)
+    if major < 8:
+        return [f"its kernels need compute capability 8.0, this GPU has {major}.{minor}"]
+    return []
+
+
+@constant_when_traced
+def capability(device_type: str, index: int | None) -> tuple[int, int]:
+    """A GPU's compute capability; (0, 0) of any other device."""
+    return torch.cuda.get_device_capability(index) if device_type == "cuda" else (0, 0)
 
 
 @constant_when_traced

@@ -29,6 +29,9 @@ MODULES: dict[str, dict[str, str]] = {implementation: {} for implementation in N
 COMPILED: dict[str, dict[str, torch._ops.OpOverload]] = {name: {} for name in NAMESPACES}
 # schema -> the shapes and dtypes of what it returns, for tracing.
 FAKES: dict[str, Callable[..., object]] = {}
+# schema -> `again` of Triton's kernel, which repeats a call like an earlier one past the dispatcher
+# and returns None where it cannot; of those that were called before.
+AGAIN: dict[str, Callable[[tuple[object, ...]], object]] = {}
 
 
 def define(
@@ -65,19 +68,27 @@ def define(
         if place is not None:
             KERNELS[implementation] |= {name}
         if place is not None and place != CSRC:
-            module = MODULES[implementation][name] = f"deit.kernels.{place}"
+            MODULES[implementation][name] = f"deit.kernels.{place}"
             # The CPU key serves Triton's interpreter; dispatch refuses it otherwise.
             keys = ("CUDA", "CPU") if implementation == "triton" else implementation.upper()
-            torch.library.impl(qualified, keys)(_launcher(module, name))
+            torch.library.impl(qualified, keys)(_launcher(implementation, name))
         namespace = getattr(torch.ops, NAMESPACES[implementation])
         COMPILED[implementation][name] = getattr(namespace, name).default
 
 
-def _launcher(module: str, name: str) -> Callable[..., object]:
+def _launcher(implementation: str, name: str) -> Callable[..., object]:
     """A stand-in that imports the kernel's module on its first call, not before."""
 
     @functools.cache
-    def kernel() -> Callable[..., object]:
-        return getattr(importlib.import_module(module), name)
+    def kernel() -> tuple[Callable[..., object], tuple[object, ...]]:
+        found = getattr(importlib.import_module(MODULES[implementation][name]), name)
+        if hasattr(found, "again"):
+            AGAIN[name] = found.again
+        schema = getattr(getattr(torch.ops, NAMESPACES[implementation]), name).default._schema
+        return found, tuple(each.default_value for each in schema.arguments)
 
-    return lambda *args: kernel()(*args)
+    def launch(*args: object) -> object:
+        function, defaults = kernel()
+        return function(*args, *defaults[len(args) :])  # PyTorch leaves the last ones out
+
+    return launch

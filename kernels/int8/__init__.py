@@ -197,7 +197,7 @@ def _plain_block(x: Tensor, *rest: Any) -> Tensor:
     block = BlockArguments(*arguments)
     proportions = block.w1.shape[0], block.num_heads
     if served(x, block.qkv_weight, lambda: proportions):
-        options = block._asdict()
+        options = block._asdict() | {"activation": "gelu"}
         return vit_block(**options)[0]
     return by_parts(*arguments)
 

@@ -40,7 +40,7 @@ def _weight(name: str) -> str:
     return f"Tensor {name}, Tensor {name}_scales, Tensor {name}_sums"
 
 
-_BLOCK = block_schema("Tensor", row_stats=None)
+_BLOCK = block_schema("Tensor", row_stats=None, activation=None)
 _PACKED_BLOCK = block_schema(
     "Tensor",
     row_stats=None,
@@ -48,6 +48,7 @@ _PACKED_BLOCK = block_schema(
     proj_weight=_weight("proj"),
     w1=_weight("w1"),
     w2=_weight("w2"),
+    activation=None,
 )
 
 define("int8_linear", eight_bits.LINEAR, eight_bits.fake_linear, cpu="int8.cpu")

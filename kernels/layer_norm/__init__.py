@@ -1,4 +1,4 @@
-"""LayerNorm, alone and fused with the residual addition before it."""
+"""LayerNorm, alone and fused with the residual addition before it, and RMSNorm."""
 
 from __future__ import annotations
 
@@ -77,6 +77,27 @@ def add_layer_norm(
     return dispatch.run(_ADD_LAYER_NORM, (x, residual, weight, bias, eps, gamma, keep), impl)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, impl: str = "auto") -> Tensor:
+    """RMSNorm over the last axis (arXiv 1910.07467): x / sqrt(mean(x * x) + eps) * weight.
+
+    Args:
+        x: [..., D], fp32, fp16 or bf16 (fp64 by the reference).
+        weight: [D], in x's dtype or fp32.
+        eps: added to the mean square. timm uses 1e-6 or 1e-5; torch.nn.RMSNorm's default is the
+            machine epsilon of x's dtype.
+        impl: "auto", "reference", "cpu" or "triton".
+
+    Returns:
+        [..., D] in x's dtype. The mean square is fp32 whatever the dtype, also under autocast,
+        which leaves x as it is.
+
+    Raises:
+        As `layer_norm`.
+    """
+    eps = _check(x, weight, None, eps)
+    return dispatch.run(_RMS_NORM, (x, weight, eps), impl)
+
+
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> float:
     """eps as a float; the others are what LayerNorm takes."""
     validate.tensor("x", x)
@@ -148,12 +169,38 @@ class _AddLayerNorm(torch.autograd.Function):
         return tuple(gradients(ctx, backward, (1, 2, 3, 4, 6)))
 
 
+class _RmsNorm(torch.autograd.Function):
+    """Differentiates by an implementation's `rms_norm_fwd` and `rms_norm_bwd`."""
+
+    @staticmethod
+    def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return COMPILED[implementation]["rms_norm_fwd"](*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.implementation, x, weight, _ = inputs
+        ctx.save_for_backward(x, weight, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # or autograd fills zeros for rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        kernel = COMPILED[ctx.implementation]["rms_norm_bwd"]
+        saved = ctx.saved_tensors
+        return tuple(gradients(ctx, lambda wanted: kernel(dout, *saved, wanted), (1, 2)))
+
+
 def _train(implementation: str, *arguments: Any) -> Tensor:
     return _LayerNorm.apply(implementation, *arguments)[0]
 
 
 def _train_add(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor]:
     return _AddLayerNorm.apply(implementation, *arguments)[:2]
+
+
+def _train_rms(implementation: str, *arguments: Any) -> Tensor:
+    return _RmsNorm.apply(implementation, *arguments)[0]
 
 
 def _sizes(x: object, weight: Tensor, *_: object) -> tuple[int, ...]:
@@ -165,6 +212,7 @@ def _add_sizes(x: object, residual: object, weight: Tensor, *_: object) -> tuple
 
 
 _LAYER_NORM = register(Operator(layer_norm, reference.layer_norm, train=_train, sizes=_sizes))
+_RMS_NORM = register(Operator(rms_norm, reference.rms_norm, train=_train_rms, sizes=_sizes))
 _ADD_LAYER_NORM = register(
     Operator(
         add_layer_norm,

@@ -1,4 +1,4 @@
-"""Calls of the LayerNorms."""
+"""Calls of the LayerNorms and of RMSNorm."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ def _layer_norm(draw: Draw, size: Size, form: str) -> Call:
     return Call("layer_norm", inputs, eps, tuple(inputs), (forward, backward))
 
 
+def _rms_norm(draw: Draw, size: Size, form: str) -> Call:
+    norm = _layer_norm(draw, size, form)
+    inputs = {name: norm.inputs[name] for name in ("x", "weight")}
+    # Neither a mean to take off, forward or backward, nor a bias.
+    forward, backward = (each - 3 * inputs["x"].numel() for each in norm.flops)
+    return Call("rms_norm", inputs, norm.options, tuple(inputs), (forward, backward))
+
+
 def _add_layer_norm(draw: Draw, size: Size, form: str) -> Call:
     norm = _layer_norm(draw, size, form)
     x, weight, bias = norm.inputs.values()
@@ -33,4 +41,5 @@ def _add_layer_norm(draw: Draw, size: Size, form: str) -> Call:
 CALLS = {
     "layer_norm": Stated(_layer_norm, (Part("layer_norm", lambda depth: 2 * depth + 1),)),
     "add_layer_norm": Stated(_add_layer_norm),
+    "rms_norm": Stated(_rms_norm),  # no DeiT has one
 }

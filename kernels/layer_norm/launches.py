@@ -1,4 +1,4 @@
-"""Launches of the LayerNorms that ship, and what of them `deit tune` measures."""
+"""Launches of the LayerNorms and RMSNorm that ship, and what of them `deit tune` measures."""
 
 from __future__ import annotations
 
@@ -25,10 +25,18 @@ def _layer_norm(shipped: Shipped) -> common.Launch:
     wide = shipped.variant == "fp32 rows"
     x = empty(shipped.batch, TOKENS, dim, dtype=torch.float32 if wide else dtype)
     config = layer_norm_tiles.layer_norm(shipped.arch, x.dtype, dim)
-    if shipped.operator.startswith("layer_norm"):
+    if not shipped.operator.startswith("add"):
+        centred = not shipped.operator.startswith("rms")
         return first(
             layer_norm.plan_layer_norm(
-                x, weight, bias, 1e-6, save=save, dtype=dtype if wide else None, config=config
+                x,
+                weight,
+                bias if centred else None,
+                1e-6,
+                centred=centred,
+                save=save,
+                dtype=dtype if wide else None,
+                config=config,
             )
         )
     residual = empty(*x.shape, dtype=torch.float32 if full else dtype)
@@ -46,7 +54,8 @@ def _layer_norm_bwd(shipped: Shipped) -> common.Launch:
     wide = torch.float32 if full else dtype
     x = empty(shipped.batch, TOKENS, dim, dtype=dtype)
     total = empty(*x.shape, dtype=wide) if add else x
-    mean = empty(*x.shape[:-1])
+    rstd = empty(*x.shape[:-1])
+    mean = None if shipped.operator.startswith("rms") else rstd
     gamma, keep = (empty(dim), empty(shipped.batch)) if add and full else (None, None)
     _, launches = layer_norm_bwd.plan(
         x,
@@ -55,7 +64,7 @@ def _layer_norm_bwd(shipped: Shipped) -> common.Launch:
         total,
         empty(dim, dtype=wide),
         mean,
-        mean,
+        rstd,
         gamma,
         keep,
         config=layer_norm_tiles.layer_norm_bwd(shipped.arch, dtype, dim),
@@ -74,6 +83,9 @@ KERNELS = {
     "layer_norm": _FORWARD(("plain", "fp32 weights", "fp32 rows")),
     "layer_norm_fwd": _FORWARD(("fp32 weights",)),
     "layer_norm_bwd": _BACKWARD(("plain", "fp32 weights")),
+    "rms_norm": _FORWARD(("plain",)),
+    "rms_norm_fwd": _FORWARD(("fp32 weights",)),
+    "rms_norm_bwd": _BACKWARD(("fp32 weights",)),
     "add_layer_norm": _FORWARD(("plain", "gamma keep fp32")),
     "add_layer_norm_fwd": _FORWARD(("gamma keep fp32",)),
     "add_layer_norm_bwd": _BACKWARD(("plain", "gamma keep fp32")),

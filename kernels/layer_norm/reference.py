@@ -1,4 +1,4 @@
-"""LayerNorm in plain PyTorch, alone and after an addition."""
+"""LayerNorm in plain PyTorch, alone and after an addition, and RMSNorm."""
 
 from __future__ import annotations
 
@@ -25,6 +25,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     if weight.dtype != x.dtype:  # fp32 parameters beside half-precision activations
         return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, eps).to(x.dtype)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last axis (arXiv 1910.07467); the mean square in at least fp32."""
+    if weight.dtype != x.dtype:
+        return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def add_layer_norm(

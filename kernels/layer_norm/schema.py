@@ -1,4 +1,5 @@
-"""Schemas and fakes of LayerNorm (arXiv 1607.06450), alone and after a residual addition.
+"""Schemas and fakes of LayerNorm (arXiv 1607.06450), alone and after a residual addition, and of
+RMSNorm (arXiv 1910.07467).
 
 gamma is LayerScale's (arXiv 2103.17239), keep stochastic depth's (arXiv 1603.09382); mean and rstd
 are fp32. Of add_layer_norm's gradients only gamma's reads x.
@@ -38,6 +39,24 @@ def _norm_bwd(
     wanted: Sequence[bool] | None = None,
 ) -> tuple[Tensor, ...]:
     return of_wanted(wanted, like(x, x), like(weight, x), like(weight, x))
+
+
+def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _rms_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _rms_bwd(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    wanted: Sequence[bool] | None = None,
+) -> tuple[Tensor, ...]:
+    return of_wanted(wanted, like(x, x), like(weight, x))
 
 
 def _add(x: Tensor, residual: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -83,6 +102,28 @@ define(
     "(Tensor dout, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool[]? wanted=None) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
     _norm_bwd,
+    cpu=CSRC,
+    triton=_BACKWARD,
+)
+define(
+    "rms_norm",
+    "(Tensor x, Tensor weight, float eps) -> Tensor",
+    _rms,
+    cpu=CSRC,
+    triton=_FORWARD,
+)
+define(
+    "rms_norm_fwd",
+    "(Tensor x, Tensor weight, float eps) -> (Tensor out, Tensor rstd)",
+    _rms_fwd,
+    cpu=CSRC,
+    triton=_FORWARD,
+)
+define(
+    "rms_norm_bwd",
+    "(Tensor dout, Tensor x, Tensor weight, Tensor rstd, bool[]? wanted=None) "
+    "-> (Tensor dx, Tensor dweight)",
+    _rms_bwd,
     cpu=CSRC,
     triton=_BACKWARD,
 )

@@ -1,4 +1,4 @@
-"""Tile sizes of the LayerNorms, and which of them a call is launched with."""
+"""Tile sizes of the LayerNorms and RMSNorm, and which of them a call is launched with."""
 
 from __future__ import annotations
 
@@ -78,4 +78,5 @@ def choose(x: Tensor, *_: Any) -> Choice:
 CHOICES: Choices = {
     "layer_norm": choose,
     "add_layer_norm": choose,
+    "rms_norm": choose,
 }

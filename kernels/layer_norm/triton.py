@@ -1,11 +1,12 @@
-"""LayerNorm over rows, alone and fused with the residual addition before it.
+"""LayerNorm over rows, alone and fused with the residual addition before it, and RMSNorm.
 
 A program takes several rows at once, reads each element once, and keeps the rows in registers
 for the statistics' two passes: the mean, then the variance of the centred values (arXiv
 1607.06450). E[x^2] - E[x]^2 would cancel for inputs with a large mean. All fp32.
 
 Bytes moved are the floor: each input read once, each output written once. Training adds 8 a row:
-`_fwd` also writes mean and rstd, fp32, for triton_bwd.py.
+`_fwd` also writes mean and rstd, fp32, for triton_bwd.py. RMSNorm (arXiv 1910.07467) is LayerNorm's
+kernel with CENTRED off: nothing is taken off the rows, and no mean is saved.
 """
 
 from __future__ import annotations
@@ -48,6 +49,18 @@ def layer_norm_fwd(
 
 
 @launching.kept
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`deit.kernels.rms_norm` on Triton; strides as for `layer_norm`."""
+    return common.written(plan_layer_norm(x, weight, None, eps, centred=False), x)[0]
+
+
+@launching.kept
+def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """As `rms_norm`; (out, rstd), fp32 of x.shape[:-1]."""
+    return common.written(plan_layer_norm(x, weight, None, eps, centred=False, save=True), x)
+
+
+@launching.kept
 def add_layer_norm(
     x: Tensor, *rest: Any, config: layer_norm_tiles.LayerNormConfig | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -68,26 +81,31 @@ def plan_layer_norm(
     bias: Tensor | None,
     eps: float,
     *,
+    centred: bool = True,
     save: bool = False,
     dtype: torch.dtype | None = None,
     config: layer_norm_tiles.LayerNormConfig | None = None,
 ) -> tuple[tuple[Tensor, ...], common.Launch | None]:
     """The outputs, unwritten, and the launch that writes them; None for an empty input.
 
-    `save`: mean and rstd are outputs too. `dtype`: of the first output, x's by default.
+    `centred`: LayerNorm, else RMSNorm. `save`: mean and rstd are outputs too, of RMSNorm rstd
+    alone. `dtype`: of the first output, x's by default.
     """
     out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
-    statistics = _statistics(x) if save else ()
+    mean, rstd = _statistics(x) if save else (None, None)
+    statistics = (mean, rstd) if centred else (rstd,)
+    outputs = (out, *(t for t in statistics if t is not None))
     if out.numel() == 0:
-        return (out, *statistics), None
+        return outputs, None
     dim = x.shape[-1]
     config = config or layer_norm_tiles.layer_norm(common.architecture(x), x.dtype, dim)
     (view,) = common.as_rows(x)
     arguments = _row_arguments(view, dim, eps, config) | common.contiguous(weight=weight, bias=bias)
-    arguments |= {"out": out} | _statistics_arguments(*statistics)
+    arguments |= _statistics_arguments(mean if centred else None, rstd)
+    arguments |= {"out": out, "CENTRED": centred}
     grid = (triton.cdiv(arguments["rows"], config.rows),)
     launch = common.Launch(_layer_norm_kernel, grid, arguments, config.num_warps)
-    return (out, *statistics), launch
+    return outputs, launch
 
 
 def plan_add_layer_norm(
@@ -159,13 +177,29 @@ def centre(x, mean, mask, dim):
 
 
 @triton.jit
-def normalise(x, mask, weight, bias, mean_out, rstd_out, row, row_mask, cols, dim, eps):
-    """LN of x [ROWS, BLOCK_D], zero outside the mask; fp32 throughout."""
-    mean = tl.sum(x, axis=1) / dim
-    centred = centre(x, mean, mask, dim)
+def normalise(
+    x,
+    mask,
+    weight,
+    bias,
+    mean_out,
+    rstd_out,
+    row,
+    row_mask,
+    cols,
+    dim,
+    eps,
+    CENTRED: tl.constexpr = True,
+):
+    """LN of x [ROWS, BLOCK_D], zero outside the mask; fp32 throughout. Not CENTRED: RMSNorm."""
+    centred = x
+    if CENTRED:
+        mean = tl.sum(x, axis=1) / dim
+        centred = centre(x, mean, mask, dim)
     rstd = tl.math.rsqrt(tl.sum(centred * centred, axis=1) / dim + eps)
     if mean_out is not None:
         tl.store(mean_out + row, mean, mask=row_mask)
+    if rstd_out is not None:
         tl.store(rstd_out + row, rstd, mask=row_mask)
     y = centred * rstd[:, None]
     y = y * tl.load(weight + cols, mask=cols < dim, other=0.0).to(tl.float32)[None, :]
@@ -190,6 +224,7 @@ def _layer_norm_kernel(
     eps,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    CENTRED: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_D)
@@ -197,7 +232,9 @@ def _layer_norm_kernel(
     mask = row_mask[:, None] & (cols < dim)[None, :]
     at = common.row_offsets(row, inner, x_outer, x_inner)
     values = tl.load(x + at[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    y = normalise(values, mask, weight, bias, mean_out, rstd_out, row, row_mask, cols, dim, eps)
+    y = normalise(
+        values, mask, weight, bias, mean_out, rstd_out, row, row_mask, cols, dim, eps, CENTRED
+    )
     out_at = row.to(tl.int64)[:, None] * dim + cols[None, :]
     tl.store(out + out_at, y.to(out.dtype.element_ty), mask=mask)
 

@@ -1,10 +1,12 @@
-"""Gradients of LayerNorm, alone and with the residual addition before it.
+"""Gradients of LayerNorm, alone and with the residual addition before it, and of RMSNorm.
 
 One persistent kernel goes over the rows, several at a time, and reads each input once. With
 x_hat = (s - mean) * rstd and g = weight * dout (arXiv 1607.06450, differentiated):
 
     ds = rstd * (g - mean(g) - x_hat * mean(g * x_hat))    dweight = sum(dout * x_hat)
     dbias = sum(dout)                                      dgamma = sum(keep * ds * x)
+
+RMSNorm's x_hat is without the mean, and its ds without mean(g).
 
 The sums over rows stay in registers, an fp32 tile a program, and are reduced once when its rows
 are done; `partials` adds up the programs. Everything is fp32 between load and store.
@@ -47,6 +49,23 @@ def layer_norm_bwd(
 
 
 @launching.kept
+def rms_norm_bwd(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    wanted: Sequence[bool] | None = None,
+) -> tuple[Tensor, ...]:
+    """(dx, dweight), as `layer_norm_bwd`."""
+    of_x, of_weight = wanted or (True, True)
+    planned = plan(
+        dout, None, None, x, weight, None, rstd, None, None,
+        wanted=(False, of_x, of_weight, False, False),
+    )  # fmt: skip
+    return common.written(planned, x)[1:3]
+
+
+@launching.kept
 def add_layer_norm_bwd(
     dout: Tensor,
     dtotal: Tensor,
@@ -73,7 +92,7 @@ def plan(
     x: Tensor | None,
     total: Tensor,
     weight: Tensor,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     gamma: Tensor | None,
     keep: Tensor | None,
@@ -86,6 +105,7 @@ def plan(
     `total` is what was normalised, x the branch that was added, read for dgamma alone. For
     layer_norm, which adds nothing, dtotal is None and dx not `wanted`: the gradient at `total` is
     the second output. Sums for dweight and dbias are made where either is wanted. None: all.
+    Without a mean the norm is RMSNorm.
     """
     dim, device = total.shape[-1], total.device
     wanted = wanted or (dtotal is not None, True, True, True, True)
@@ -143,12 +163,14 @@ def _load(source, row, cols, mask, inner, outer_stride, inner_stride):
 
 
 @triton.jit
-def _through_norm(dout, x_hat, weight, rstd, dim):
-    """The gradient at LN's input, [ROWS, BLOCK_D]."""
+def _through_norm(dout, x_hat, weight, mean, rstd, dim):
+    """The gradient at the norm's input, [ROWS, BLOCK_D]; `mean` is None for RMSNorm."""
     g = dout * weight[None, :]
-    mean = tl.sum(g, axis=1) / dim
+    less = g
+    if mean is not None:
+        less = g - (tl.sum(g, axis=1) / dim)[:, None]
     slope = tl.sum(g * x_hat, axis=1) / dim
-    return rstd[:, None] * (g - mean[:, None] - x_hat * slope[:, None])
+    return rstd[:, None] * (less - x_hat * slope[:, None])
 
 
 @triton.jit
@@ -198,12 +220,14 @@ def _backward_kernel(
         mask = row_mask[:, None] & col_mask[None, :]
         values = _load(total, row, cols, mask, inner, total_outer, total_inner)
         grad = _load(dout, row, cols, mask, inner, dout_outer, dout_inner)
-        row_mean = tl.load(mean + row, mask=row_mask, other=0.0)
+        if mean is not None:
+            row_mean = tl.load(mean + row, mask=row_mask, other=0.0)
+            values = layer_norm.centre(values, row_mean, mask, dim)
         row_rstd = tl.load(rstd + row, mask=row_mask, other=0.0)
-        x_hat = layer_norm.centre(values, row_mean, mask, dim) * row_rstd[:, None]
+        x_hat = values * row_rstd[:, None]
         dweight += grad * x_hat
         dbias += grad
-        ds = _through_norm(grad, x_hat, w, row_rstd, dim)
+        ds = _through_norm(grad, x_hat, w, mean, row_rstd, dim)
         if dtotal is not None:
             ds += _load(dtotal, row, cols, mask, inner, dtotal_outer, dtotal_inner)
         out_at = row.to(tl.int64)[:, None] * dim + cols[None, :]

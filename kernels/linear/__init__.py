@@ -12,8 +12,7 @@ from deit.kernels.engine import autocast, dispatch, limits, validate
 from deit.kernels.engine.derivatives import gradients
 from deit.kernels.engine.operator import Operator, register
 from deit.kernels.engine.registry import COMPILED
-from deit.kernels.linear import cuda as hopper
-from deit.kernels.linear import reference
+from deit.kernels.linear import cuda, reference
 from deit.kernels.linear import schema as schema
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
@@ -71,11 +70,16 @@ def check_activation(activation: object, before: str = "") -> None:
         )
 
 
-def _limits(implementation: str, x: Tensor, weight: Tensor, *rest: Any) -> list[str]:
-    if implementation == "cuda":
-        _, activation, residual, _, keep = rest
-        return hopper.limits(x, weight, activation=activation, residual=residual, keep=keep)
+def _limits(implementation: str, x: Tensor, weight: Tensor, *_: Any) -> list[str]:
     return limits.product_limits(implementation, x, weight)
+
+
+def _unmeasured(implementation: str, x: Tensor, weight: Tensor, *rest: Any) -> bool:
+    if implementation != "cuda":
+        return False
+    _, activation, residual, gamma, keep = rest
+    options = {"residual": residual, "gamma": gamma, "keep": keep}
+    return cuda.unmeasured(x, weight, activation=activation, **options)
 
 
 class _Linear(torch.autograd.Function):
@@ -134,5 +138,6 @@ _LINEAR = register(
         constants={6: "keep"},
         trains_in_fp32=("cpu",),
         sizes=_sizes,
+        unmeasured=_unmeasured,
     )
 )

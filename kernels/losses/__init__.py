@@ -29,8 +29,9 @@ def cross_entropy(
     Args:
         logits: [B, C], C >= 1.
         target: [B] class indices (int64), or [B, C] probabilities (mixup, cutmix). No index means
-            "ignore". One outside [0, C) is an error of PyTorch's on the reference (on a GPU a
-            failed device assertion) and makes the loss and its row's gradient NaN in kernels.
+            "ignore". One outside [0, C) is an error on a CPU: an IndexError by PyTorch's, a
+            RuntimeError that names it by C++. On a GPU PyTorch's fails a device assertion, and
+            Triton makes the loss and its row's gradient NaN.
         label_smoothing: epsilon in [0, 1): target becomes (1 - epsilon) target + epsilon / C.
         impl: "auto", "reference", "cpu", "triton" or "cuda".
 

@@ -1,6 +1,6 @@
 """Schemas and fakes of cross-entropy and of distillation (arXiv 2012.12877, eq. (2) and (3)).
 
-`statistics` is fp32: so many numbers a row, which the backward reads again.
+`statistics` is fp32: so many numbers a row, which the same implementation's backward reads again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deit.kernels.engine.fakes import like, of_wanted
-from deit.kernels.engine.registry import define
+from deit.kernels.engine.registry import CSRC, define
 
 
 def _scalar(logits: Tensor, *_: object) -> Tensor:
@@ -52,11 +52,12 @@ _LOGITS = "Tensor logits, Tensor target, Tensor teacher_logits, Tensor? distilla
 _OPTIONS = "str kind, float alpha, float temperature, float label_smoothing, str kl_reduction"
 _FORWARD, _BACKWARD = "losses.triton", "losses.triton_bwd"
 
-define("cross_entropy", f"({_TARGETS}) -> Tensor", _scalar, triton=_FORWARD)
+define("cross_entropy", f"({_TARGETS}) -> Tensor", _scalar, cpu=CSRC, triton=_FORWARD)
 define(
     "cross_entropy_fwd",
     f"({_TARGETS}) -> (Tensor loss, Tensor statistics)",
     _cross_entropy_fwd,
+    cpu=CSRC,
     triton=_FORWARD,
 )
 define(
@@ -64,13 +65,21 @@ define(
     "(Tensor dloss, Tensor logits, Tensor target, Tensor statistics, float label_smoothing) "
     "-> Tensor dlogits",
     _cross_entropy_bwd,
+    cpu=CSRC,
     triton=_BACKWARD,
 )
-define("distillation_loss", f"({_LOGITS}, {_OPTIONS}) -> Tensor", _scalar, triton=_FORWARD)
+define(
+    "distillation_loss",
+    f"({_LOGITS}, {_OPTIONS}) -> Tensor",
+    _scalar,
+    cpu=CSRC,
+    triton=_FORWARD,
+)
 define(
     "distillation_loss_fwd",
     f"({_LOGITS}, {_OPTIONS}) -> (Tensor loss, Tensor statistics)",
     _distillation_fwd,
+    cpu=CSRC,
     triton=_FORWARD,
 )
 define(
@@ -78,5 +87,6 @@ define(
     f"(Tensor dloss, {_LOGITS}, Tensor statistics, {_OPTIONS}, bool[]? wanted=None) "
     "-> (Tensor dlogits, Tensor ddistillation_logits)",
     _distillation_bwd,
+    cpu=CSRC,
     triton=_BACKWARD,
 )

@@ -33,6 +33,7 @@ define(
     "(Tensor images, Tensor weight, Tensor? bias, Tensor prefix, Tensor pos_embed) -> Tensor",
     _embed,
     cpu=CSRC,
+    cuda=CSRC,
     triton="patch_embed.triton",
 )
 define(

@@ -32,7 +32,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from deit.kernels.device import chips
+from deit.kernels.device import chips, common
 from deit.kernels.prove import hazards, launches, offsets
 
 _MATRIX = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
@@ -123,15 +123,23 @@ def compile_group(group: list[launches.Shipped]) -> list[Result]:
     """Compile a kernel once for every case that launches it (`kernel_of`)."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("ahead-of-time compilation needs TRITON_INTERPRET unset")
-    case = group[0]
-    launch = case.build()
+    launch = group[0].build()
+    result, compiled = compile_launch(group[0], launch)
+    if compiled is None:
+        return [replace(result, case=each) for each in group]
+    ir = compiled.asm["ttir"]
+    return [replace(result, case=each, overflows=tuple(_overflows(each, ir))) for each in group]
+
+
+def compile_launch(case: launches.Shipped, launch: common.Launch) -> tuple[Result, Any]:
+    """What became of a launch, and the compiled kernel; None where it does not compile."""
     name = launch.kernel.fn.__name__
     try:
         with target(case.arch):
             compiled = launch.compile()
     except (triton.TritonError, RuntimeError) as error:  # a pass that gives up is a RuntimeError
         message = f"does not compile: {' '.join(str(error).split())[-300:]}"
-        return [Result(each, name, 0, 0, 0, (), error=message) for each in group]
+        return Result(case, name, 0, 0, 0, (), error=message), None
     registers, spills = resource_usage(compiled.asm["cubin"])
     ptx, made = compiled.asm["ptx"], compiled.metadata
     columns = getattr(made, "tmem_size", None) or 0
@@ -146,8 +154,7 @@ def compile_group(group: list[launches.Shipped]) -> list[Result]:
         overwrites=tuple(hazards.faults(compiled.asm["ttgir"])),
         blocks=chips.resident_blocks(case.arch, made.num_warps, registers, made.shared, columns),
     )
-    ir = compiled.asm["ttir"]
-    return [replace(result, case=each, overflows=tuple(_overflows(each, ir))) for each in group]
+    return result, compiled
 
 
 def _overflows(case: launches.Shipped, ir: str) -> list[str]:
@@ -160,16 +167,21 @@ def _overflows(case: launches.Shipped, ir: str) -> list[str]:
 
 def kernel_of(case: launches.Shipped) -> tuple[object, ...]:
     """What two cases have in common exactly where they launch the same kernel."""
+    return key_of(case.build(), case.arch)
+
+
+def key_of(launch: common.Launch, arch: int) -> tuple[object, ...]:
+    """What two launches have in common exactly where an architecture runs one kernel for both."""
     seen: list[tuple[object, ...]] = []
 
     def note(*, key: str, fn: Any, **_: object) -> bool:
-        seen.append((case.arch, fn.module, fn.name, key))
+        seen.append((arch, fn.module, fn.name, key))
         return True  # that is all: do not compile
 
     before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
     try:
-        with target(case.arch, device=-case.arch):  # has no kernel in memory
-            case.build().compile()
+        with target(arch, device=-arch):  # has no kernel in memory
+            launch.compile()
     finally:
         knobs.runtime.jit_cache_hook = before
     return seen[0]

@@ -85,9 +85,10 @@ def rotary_vit_block(
             return None
     if call is None or has_tangent(rope):
         return None
-    x, _, norm_weight, norm_bias, _, *between, _, heads, scale, eps = call
+    x, _, norm_weight, norm_bias, _, *between, _, heads, scale, eps, activation = call
     kernel = COMPILED["cpu"]["vit_block_rotary"]
-    return kernel(x, norm_weight, norm_bias, *weights, *between, *rope, heads, scale, eps)[0]
+    numbers = (heads, scale, eps, activation)
+    return kernel(x, norm_weight, norm_bias, *weights, *between, *rope, *numbers)[0]
 
 
 def int8_linear(

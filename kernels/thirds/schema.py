@@ -60,7 +60,7 @@ define(
 )
 define(
     "int8_vit_block_thirds",
-    block_schema("Tensor", row_stats=None, qkv_weight=_QKV),
+    block_schema("Tensor", row_stats=None, qkv_weight=_QKV, activation=None),
     int8.fake_block,
     implementations=_CPU,
     cpu="int8.cpu",

@@ -14,7 +14,7 @@ from deit.kernels.engine.derivatives import has_tangent, needs_gradient
 from deit.kernels.engine.operator import Operator, register
 from deit.kernels.gelu_mlp import gelu_mlp
 from deit.kernels.layer_norm import layer_norm
-from deit.kernels.linear import linear
+from deit.kernels.linear import check_activation, linear
 from deit.kernels.linear.row_stats import row_stats_shape
 from deit.kernels.vit_block import reference
 from deit.kernels.vit_block import schema as schema
@@ -39,13 +39,14 @@ def vit_block(
     *,
     scale: float | None = None,
     eps: float = 1e-6,
+    activation: str = "gelu",
     gamma1: Tensor | None = None,
     gamma2: Tensor | None = None,
     key_bias: Tensor | None = None,
     row_stats: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """s = x + gamma1 * proj(attention(qkv(LN(x)))); y = s + gamma2 * fc2(gelu(fc1(LN(s)))).
+    """s = x + gamma1 * proj(attention(qkv(LN(x)))); y = s + gamma2 * fc2(act(fc1(LN(s)))).
 
     The block of arXiv 2010.11929, eq. (2) and (3), with LayerScale. Blocks chain by handing on the
     statistics that the next one's first LayerNorm needs:
@@ -65,6 +66,8 @@ def vit_block(
         num_heads: H; D must be a multiple of it.
         scale: factor on the scores; None for (D / H) ** -0.5.
         eps: of both LayerNorms.
+        activation: act: "gelu" (exact, by erf), "gelu_tanh", "quick_gelu" or "silu", as for
+            `linear`.
         gamma1, gamma2: [D], LayerScale (arXiv 2103.17239), in the weights' dtype or fp32, or
             None for 1.
         key_bias: [B, N], as for `attention`.
@@ -119,10 +122,14 @@ def vit_block(
     validate.parameters(norm1_weight, ("norm1_bias", norm1_bias, (dim,)))
     validate.parameters(norm2_weight, ("norm2_bias", norm2_bias, (dim,)))
     scale = (dim // num_heads) ** -0.5 if scale is None else float(scale)
+    named = None
+    if activation != "gelu":
+        check_activation(activation)
+        named = activation
     arguments = BlockArguments(
         x, row_stats, norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias,
         gamma1, norm2_weight, norm2_bias, w1, b1, w2, b2, gamma2, key_bias, num_heads, scale,
-        float(eps),
+        float(eps), named,
     )  # fmt: skip
     return dispatch.run(_VIT_BLOCK, arguments, impl)
 
@@ -232,7 +239,8 @@ def by_parts(*arguments: Any) -> Tensor:
     mixed = attention(qkv, b.num_heads, scale=b.scale, key_bias=b.key_bias)
     s = linear(mixed, b.proj_weight, b.proj_bias, residual=b.x, gamma=b.gamma1)
     normed = layer_norm(s, b.norm2_weight, b.norm2_bias, eps=b.eps).to(b.w1.dtype)
-    return gelu_mlp(normed, b.w1, b.b1, b.w2, b.b2, residual=s, gamma=b.gamma2)
+    mlp, activation = (b.w1, b.b1, b.w2, b.b2), b.activation or "gelu"
+    return gelu_mlp(normed, *mlp, activation=activation, residual=s, gamma=b.gamma2)
 
 
 _VIT_BLOCK = register(

@@ -11,8 +11,9 @@ from torch import Tensor
 class BlockArguments(NamedTuple):
     """`vit_block`'s, as its schema has them; shapes and dtypes are the public function's.
 
-    Those of the block in 8-bit integers are the same without row_stats, and the arguments of a
-    kernel that reads a weight in another form have several in the weight's place.
+    Those of the block in 8-bit integers are the same without row_stats and activation, and the
+    arguments of a kernel that reads a weight in another form have several in the weight's place.
+    An activation of None is the exact GELU: a call of the usual kind hands no string over.
     """
 
     x: Tensor
@@ -35,11 +36,16 @@ class BlockArguments(NamedTuple):
     num_heads: int
     scale: float
     eps: float
+    activation: str | None = None
 
 
-_KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float"}
+_KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float",
+          str | None: "str?"}  # fmt: skip
 _SPELLED = {
     name: f"{_KINDS[kind]} {name}" for name, kind in typing.get_type_hints(BlockArguments).items()
+}
+_SPELLED |= {
+    name: f"{_SPELLED[name]}={default}" for name, default in BlockArguments._field_defaults.items()
 }
 
 

@@ -33,7 +33,7 @@ def _vit_block(draw: Draw, size: Size, form: str) -> Call:
     if form in ("training", "every"):
         inputs |= {"gamma1": draw.random(dim, seed=31), "gamma2": draw.random(dim, seed=32)}
     if form == "every":
-        options |= {"scale": 0.1, "eps": 1e-5}
+        options |= {"scale": 0.1, "eps": 1e-5, "activation": "quick_gelu"}
         inputs["key_bias"] = draw.random(size.batch, size.tokens, seed=33)
     if form in ("inference", "every"):
         inputs["row_stats"] = reference.row_stats(inputs["x"])

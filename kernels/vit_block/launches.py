@@ -13,6 +13,7 @@ from deit.kernels.gelu_mlp import tiles as gelu_mlp_tiles
 from deit.kernels.gelu_mlp import triton as gelu_mlp
 from deit.kernels.layer_norm import reference as layer_norm_reference
 from deit.kernels.layer_norm import tiles as layer_norm_tiles
+from deit.kernels.linear import ACTIVATIONS
 from deit.kernels.linear import reference as linear_reference
 from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton as linear
@@ -46,7 +47,7 @@ def _row_stats(shipped: Shipped) -> common.Launch:
 
 def _norm_panel(shipped: Shipped) -> common.Launch:
     x, dim = _stream(shipped), shipped.size
-    activation = "gelu" if "gelu" in shipped.variant else None
+    activation = next((word for word in shipped.variant.split() if word in ACTIVATIONS), None)
     parameters = _parameters(shipped, dim, dim)
     panel = linear_tiles.norm_panel(shipped.arch, shipped.torch_dtype, dim, dim)
     assert panel is not None  # `shipped` leaves these out
@@ -75,19 +76,21 @@ def _norm_mlp(shipped: Shipped) -> common.Launch:
     chosen = gelu_mlp_tiles.gelu_mlp(shipped.arch, shipped.torch_dtype, dim)
     assert chosen is not None  # `shipped` leaves these out
     stats = row_stats.empty(x)
+    activation = next((word for word in shipped.variant.split() if word in ACTIVATIONS), "gelu")
     planned = gelu_mlp.plan(
-        x, *products, x, gamma, None, norm=_norm(x), row_stats=stats, config=chosen
+        x, *products, x, gamma, None, activation, norm=_norm(x), row_stats=stats, config=chosen
     )
     return first(planned)
 
 
 KERNELS = {
     "row_stats": Kernel(("plain",), layer_norm_tiles.layer_norm, _row_stats, products=False),
-    "norm_panel": Kernel(("plain", "fp32 gelu"), square(linear_tiles.norm_panel), _norm_panel,
-                         tiled=True),
+    "norm_panel": Kernel(("plain", "fp32 gelu", *ACTIVATIONS[1:]),
+                         square(linear_tiles.norm_panel), _norm_panel, tiled=True),
     "linear_stats": Kernel(("plain", "fp32 gamma", "fp32 gamma unaligned"),
                            square(linear_tiles.linear), _linear_stats, tiled=True),
-    "norm_mlp": Kernel(("plain", "fp32 gamma"), gelu_mlp_tiles.gelu_mlp, _norm_mlp, tiled=True),
+    "norm_mlp": Kernel(("plain", "fp32 gamma", *ACTIVATIONS[1:]),
+                       gelu_mlp_tiles.gelu_mlp, _norm_mlp, tiled=True),
 }  # fmt: skip
 
 

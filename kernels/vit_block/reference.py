@@ -37,5 +37,5 @@ def vit_block(*arguments: Any) -> tuple[Tensor, Tensor]:
     mixed = attention(qkv, b.num_heads, b.scale, b.key_bias)
     x = linear(mixed, b.proj_weight, b.proj_bias, None, b.x, b.gamma1, None)
     normed = layer_norm(x, b.norm2_weight, b.norm2_bias, b.eps).to(dtype)
-    y = gelu_mlp(normed, b.w1, b.b1, b.w2, b.b2, x, b.gamma2, None)
+    y = gelu_mlp(normed, b.w1, b.b1, b.w2, b.b2, x, b.gamma2, None, b.activation)
     return y, row_stats(y)

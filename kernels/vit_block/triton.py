@@ -3,7 +3,7 @@
     qkv = LN1(x) @ Wqkv.T            LN1 in the prologue, from the statistics that came with x
     mixed = attention(qkv)
     s = x + proj(mixed)              writes the statistics of s
-    y = s + fc2(gelu(fc1(LN2(s))))   one kernel, LN2 its prologue; writes the statistics of y
+    y = s + fc2(act(fc1(LN2(s))))   one kernel, LN2 its prologue; writes the statistics of y
 
 So no LayerNorm is a pass over memory, which would read and write the stream, 2 * T * D elements.
 Where rows are too wide to be kept on chip (linear/triton_norm_linear.py), LN1 and LN2 are kernels
@@ -44,7 +44,8 @@ def vit_block(*arguments: Any) -> tuple[Tensor, Tensor]:
         s, row_stats = linear_stats(mixed, *proj, x, block.gamma1)
     norm2 = statistics.Norm(row_stats, block.norm2_weight, block.norm2_bias, block.eps)
     mlp = (block.w1, block.b1, block.w2, block.b2)
-    return norm_mlp(s, norm2, *mlp, block.gamma2, config=form)
+    activation = block.activation or "gelu"
+    return norm_mlp(s, norm2, *mlp, block.gamma2, activation, config=form)
 
 
 def mlp_form(x: Tensor, w1: Tensor) -> gelu_mlp_tiles.MlpConfig | linear_tiles.PanelConfig | None:
@@ -79,10 +80,11 @@ def norm_mlp(
     w2: Tensor,
     b2: Tensor | None,
     gamma: Tensor | None,
+    activation: str = "gelu",
     *,
     config: gelu_mlp_tiles.MlpConfig | linear_tiles.PanelConfig | None,
 ) -> tuple[Tensor, Tensor]:
-    """x + gamma * (gelu(LN(x) @ w1.T + b1) @ w2.T + b2), in x's dtype, and its row statistics.
+    """x + gamma * (act(LN(x) @ w1.T + b1) @ w2.T + b2), in x's dtype, and its row statistics.
 
     In the form of `config` (`mlp_form`) where its descriptors can take the tensors.
     """
@@ -91,10 +93,11 @@ def norm_mlp(
         row_stats = statistics.empty(x)
         complete, statistics_launch = statistics.completed(norm, x)
         planned = gelu_mlp.plan(
-            x, w1, b1, w2, b2, x, gamma, None, norm=complete, row_stats=row_stats, config=config
-        )
+            x, w1, b1, w2, b2, x, gamma, None, activation,
+            norm=complete, row_stats=row_stats, config=config,
+        )  # fmt: skip
         if planned is not None:
             out, launch = planned
             return common.written((out, (statistics_launch, launch)), x), row_stats
-    hidden = norm_linear(x, norm, w1, b1, "gelu", config=panel)
+    hidden = norm_linear(x, norm, w1, b1, activation, config=panel)
     return linear_stats(hidden, w2, b2, x, gamma)

@@ -16,10 +16,14 @@ from deit.kernels.device import common, drivers, launching
 
 
 class Interpreter:
-    """Stands for `drivers.Driver`; `launched` counts repeated launches, `encoded` descriptors."""
+    """Stands for `drivers.Driver`; `launched` counts repeated launches, `encoded` descriptors.
+
+    stream: the current one; streams: those of the launches.
+    """
 
     def __init__(self) -> None:
         self.device, self.launched, self.encoded = None, 0, 0
+        self.stream, self.streams = 0, []
 
     def serves(self, tensor: Tensor) -> bool:
         return True
@@ -28,7 +32,7 @@ class Interpreter:
         return self.device
 
     def current_stream(self, index: int | None) -> int:
-        return 0
+        return self.stream
 
     def allocate(self, size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
         return torch.empty_strided(size, stride, dtype=dtype)
@@ -47,6 +51,7 @@ class Interpreter:
 
         def run(stream: int, given: list[Any]) -> None:
             self.launched += 1
+            self.streams.append(stream)
             values, arguments = iter(given), {}
             for name in names:
                 value = next(values)

@@ -10,11 +10,14 @@ import pytest
 import schema_calls
 import torch
 import triton
+from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import deit.kernels
 from deit.kernels.device import drivers, launching, tuning
-from deit.kernels.engine import registry
+from deit.kernels.engine import dispatch, registry
 from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton as linear_module
 
@@ -126,6 +129,15 @@ def test_the_key_has_all_that_a_call_rests_on(driver, monkeypatch):
         same(found[name], LINEAR(*arguments))
 
 
+def test_the_key_has_which_gradients_are_wanted(driver):
+    arguments, run = schema_calls.arguments("linear_bwd", "triton"), kept_by("linear_bwd")
+    run.calls = {}
+    (place,) = (i for i, value in enumerate(arguments) if type(value) is list)
+    for wanted in (arguments[place], [not one for one in arguments[place]]):
+        run(*arguments[:place], wanted, *arguments[place + 1 :])
+    assert len(run.calls) == 2
+
+
 def test_the_key_has_the_device(driver):
     allocated = launching.Kept(torch.empty_like)
     for device in ("cpu", "meta"):
@@ -142,6 +154,22 @@ def test_a_call_is_repeated_on_its_tensors_device(driver, monkeypatch):
     driver.device = 1
     LINEAR(*PLAIN)
     assert entered == [X.device.index]
+
+
+def test_a_call_is_repeated_on_the_stream_that_is_current_then(driver):
+    for driver.stream in (1, 2, 3):
+        LINEAR(*PLAIN)
+    assert driver.streams == [2, 3]
+
+
+def test_torch_compiles_graph_repeats_the_kept_call(driver):
+    """It is traced by the schema's fake, and runs on plain tensors."""
+    public = lambda x: deit.kernels.linear(x, WEIGHT, BIAS, impl="triton")
+    graph = torch.compile(public, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        found = [graph(X + step) for step in range(3)]
+        assert (len(LINEAR.calls), driver.launched) == (1, 2)
+    same(found, [LINEAR.function(X + step, *PLAIN[1:]) for step in range(3)])
 
 
 def test_tuned_anew_other_configurations_run(driver, monkeypatch):
@@ -276,9 +304,14 @@ def test_what_is_not_plain_runs_as_written(driver, monkeypatch):
             runs_as_written(*PLAIN)
         finally:
             hook.remove(print)
-    with monkeypatch.context() as patch:
-        patch.setattr(triton.knobs.runtime, "debug", True)
-        runs_as_written(*PLAIN)
+    for place, name, value in (
+        (triton.knobs.runtime, "debug", True),
+        (triton.knobs.runtime, "add_stages_inspection_hook", lambda *_: ("", "")),
+        (triton.knobs.compilation, "instrumentation_mode", "some"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value)
+            runs_as_written(*PLAIN)
     with FlopCounterMode(display=False):
         runs_as_written(*PLAIN)
     torch.func.vmap(lambda _: runs_as_written(*PLAIN) or _)(torch.zeros(1))
@@ -287,6 +320,74 @@ def test_what_is_not_plain_runs_as_written(driver, monkeypatch):
         runs_as_written(*PLAIN)
     LINEAR(*PLAIN)
     assert driver.launched == 2
+
+
+class Named(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def dispatched(monkeypatch):
+    """Notes the schemas that public calls hand to PyTorch's dispatcher."""
+    noted = []
+    for name, overload in registry.COMPILED["triton"].items():
+        watched = lambda *a, name=name, overload=overload: noted.append(name) or overload(*a)
+        monkeypatch.setitem(registry.COMPILED["triton"], name, watched)
+    return noted
+
+
+@pytest.mark.parametrize("name", schema_calls.CALLS)
+def test_a_public_call_is_repeated_past_the_dispatcher(name, driver, dispatched):
+    places, names = schema_calls.CALLS[name]
+    run = lambda: getattr(deit.kernels, name)(*places, **names, impl="triton")
+    with torch.no_grad():
+        first, again = run(), run()
+    assert dispatched == [name]
+    assert driver.launched
+    same(again, first)
+    assert not storages(first) & storages(again)
+
+
+def test_what_pytorch_leaves_out_of_a_call_is_in_its_key(driver, dispatched):
+    """Trailing arguments at their defaults, which a kernel in Python is not handed."""
+    x, w1, w2 = torch.randn(3, 64), torch.randn(128, 64), torch.randn(64, 128)
+    for _ in range(2):
+        deit.kernels.gelu_mlp(x, w1, None, w2, None, impl="triton")
+    assert dispatched == ["gelu_mlp"]
+
+
+def test_a_call_that_others_see_passes_through_the_dispatcher(driver, dispatched):
+    public = lambda x=X: deit.kernels.linear(x, WEIGHT, BIAS, impl="triton")
+    expected = public(), public()
+    assert dispatched == ["linear"]
+    with torch.profiler.profile() as profile:
+        public()
+    assert "deit_triton::linear" in {event.key for event in profile.key_averages()}
+    with Named():
+        public()
+    torch.jit.trace(public, (X,), check_trace=False)
+    assert dispatched == ["linear"] * 4
+    with dispatch.recording() as problems:
+        public()
+    assert [problem.operator for problem in problems] == ["linear"]
+    assert len(dispatched) == 4  # as a call by "auto", it is chosen first
+    trained = public(X.clone().requires_grad_())
+    assert dispatched[-1] == "linear_fwd"
+    assert trained.requires_grad
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="tangent"):
+        public(forward_ad.make_dual(X, X))
+    same(public(), expected[0])
+
+
+def test_numbers_that_a_tensor_only_stands_for_are_not_read_in_place(driver, dispatched):
+    """A view that PyTorch negates when it is read, and one of zeros without memory."""
+    public = lambda x: deit.kernels.linear(x, WEIGHT, BIAS, impl="triton")
+    for _ in range(2):
+        public(X)
+    for x, plain in ((torch._neg_view(X), -X), (torch._efficientzerotensor(X.shape), X * 0)):
+        same(public(x), LINEAR.function(plain, *PLAIN[1:]))
+    assert dispatched == ["linear"] * 3
 
 
 def test_the_interpreter_and_unknown_versions_have_no_driver(monkeypatch):

@@ -36,6 +36,16 @@ def test_error_rule(family, dim, dtype):
     _check(oracle.make(family, (3, 17, dim), dtype), *_parameters(dim, dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", oracle.FAMILIES)
+def test_rms_norm(family, dtype):
+    for dim in (192, 1000):
+        x = oracle.make(family, (3, 17, dim), dtype)
+        for weight in (_parameters(dim, dtype)[0], _parameters(dim, torch.float32)[0]):
+            out = registry.COMPILED["triton"]["rms_norm"](x, weight, 1e-5)
+            oracle.check(out, reference.rms_norm, (x, weight, 1e-5))
+
+
 @pytest.mark.parametrize("tokens", [1, 64, 197, 198, 257])
 @pytest.mark.parametrize("batch", [0, 1, 3])
 def test_rows(batch, tokens):

@@ -2,73 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from itertools import repeat
 
 import gradients
+import logits as given
 import pytest
 import torch
+from logits import INF, NON_FINITE, OPTIONS, STRIDES
+from logits import MANY as BLOCKS
+from logits import ce as _ce
+from logits import distil as _distil
+from logits import targets as _target
 
-from deit.kernels import cross_entropy, distillation_loss, explain
+from deit.kernels import cross_entropy, explain
 from deit.kernels.engine import registry
 from deit.kernels.losses import triton as losses
 from deit.kernels.prove import oracle, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # no product here: bf16 is right too
-ONE, BLOCKS = 1000, 5000  # classes in one block; in two blocks of 2048 and a part of the next
+ONE = 1000  # classes in one block; BLOCKS: in two blocks of 2048 and a part of the next
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # inf - inf
 
 
-def _target(soft, rows, classes, dtype=torch.float32):
-    """Indices 0, 7, 14, ...; or probabilities."""
-    if soft:
-        return oracle.make("random", (rows, classes), seed=8).softmax(1).to(dtype)
-    return torch.arange(rows) * 7 % classes
-
-
-def _by_twos(loss):
-    """The losses of two rows at a time.
-
-    One loss is one number, and whether it or PyTorch's is an ulp off is chance. Of several, the
-    errors' norms compare.
-    """
-
-    def call(*arguments, impl):
-        pairs = [a.split(2) if isinstance(a, torch.Tensor) else repeat(a) for a in arguments]
-        return torch.stack([loss(*pair, impl=impl) for pair in zip(*pairs, strict=False)])
-
-    return call
-
-
-def _ce(logits, target, label_smoothing, impl):
-    return cross_entropy(logits, target, label_smoothing=label_smoothing, impl=impl)
-
-
-def _distil(logits, target, teacher, student, kind, alpha, temperature, smoothing, kl, impl):
-    return distillation_loss(
-        logits,
-        target,
-        teacher,
-        distillation_logits=student,
-        kind=kind,
-        alpha=alpha,
-        temperature=temperature,
-        label_smoothing=smoothing,
-        kl_reduction=kl,
-        impl=impl,
-    )
-
-
-def _check_ce(logits, target, smoothing=0.0):
-    dlosses = torch.linspace(0.7, 1.7, len(logits) // 2)
-    return gradients.check(_by_twos(_ce), (logits, target, smoothing), (0,), (dlosses,))
-
-
-def _check_distil(*arguments):
-    wanted = (0,) if arguments[3] is None else (0, 3)
-    dlosses = torch.linspace(0.7, 1.7, len(arguments[0]) // 2)
-    return gradients.check(_by_twos(_distil), arguments, wanted, (dlosses,))
+_check_ce = functools.partial(given.check_ce, "triton")
+_check_distil = functools.partial(given.check_distil, "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -89,12 +48,6 @@ def test_numbers_of_classes(classes):
     ):
         logits = oracle.make(family, (12, classes), dtype)
         _check_ce(logits, _target(soft, 12, classes, dtype), smoothing)
-
-
-OPTIONS = [
-    *itertools.product(["hard"], [False, True], ["batchmean"]),
-    *itertools.product(["soft"], [False, True], ["batchmean", "numel"]),
-]
 
 
 @pytest.mark.parametrize(("kind", "token", "kl"), OPTIONS, ids=str)
@@ -142,19 +95,6 @@ def test_a_student_as_good_as_its_teacher():
     (dlogits,) = torch.autograd.grad(loss, logits)
     assert abs(float(loss.detach())) < 1e-5
     assert float(dlogits.abs().max()) < 1e-7
-
-
-INF = float("inf")
-# Where in a row of BLOCKS classes (the targets are 0, 7, 14): a block is 2,048.
-NON_FINITE = {
-    "a few classes masked": lambda x: x[:, 100:110].fill_(-INF),
-    "the true class masked": lambda x: x[:, 7].fill_(-INF),
-    "two blocks masked": lambda x: x[1, :4096].fill_(-INF),
-    "all classes masked": lambda x: x[1].fill_(-INF),
-    "an infinite logit": lambda x: x[1, 4097].fill_(INF),
-    "an infinite true logit": lambda x: x[1, 7].fill_(INF),
-    "a NaN": lambda x: x[2, 3].fill_(float("nan")),
-}
 
 
 @pytest.mark.parametrize("name", NON_FINITE)
@@ -213,15 +153,6 @@ def test_empty_batch_and_no_classes():
         assert dlogits.shape == (0, 10)
     with pytest.raises(ValueError, match="logits: expected at least one class"):
         cross_entropy(torch.empty(2, 0), torch.zeros(2, dtype=torch.int64))
-
-
-STRIDES = {
-    "columns strided": lambda x: x[:, ::2],
-    "part of a wider row": lambda x: x[:, 3:67],
-    "transposed": lambda x: x[:, :10].t(),
-    "one row for all": lambda x: x[:1].expand(10, -1),
-    "every second row": lambda x: x[::2],
-}
 
 
 @pytest.mark.parametrize("name", STRIDES)

@@ -10,7 +10,7 @@ import gradients
 import pytest
 import torch
 
-from deit.kernels import add_layer_norm, explain, layer_norm
+from deit.kernels import add_layer_norm, explain, layer_norm, rms_norm
 from deit.kernels.engine import registry
 from deit.kernels.prove import oracle
 
@@ -44,6 +44,15 @@ def _check_add(arguments, douts="both"):
 @pytest.mark.parametrize("family", oracle.FAMILIES)
 def test_error_rule(family, dtype):
     _check(oracle.make(family, (3, 17, 192), dtype), *_parameters(192, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", oracle.FAMILIES)
+def test_rms_norm(family, dtype):
+    for shape in ((3, 50, 192), (0, 4, 64)):
+        x, (weight, _) = oracle.make(family, shape, dtype), _parameters(shape[-1], dtype)
+        dout = oracle.make("random", shape, dtype, seed=9)
+        gradients.check(rms_norm, (x, weight, 1e-6), (0, 1), (dout,))
 
 
 # 50 rows a sample: several blocks for a program. 1000 pads to 1024, 1 is its own mean.
@@ -179,3 +188,5 @@ def test_opcheck():
     torch.library.opcheck(triton["layer_norm_fwd"], (x, weight, None, 1e-6))
     _, *statistics = triton["layer_norm_fwd"](x, weight, None, 1e-6)
     torch.library.opcheck(triton["layer_norm_bwd"], (x, x, weight, *statistics))
+    torch.library.opcheck(triton["rms_norm_fwd"], (x, weight, 1e-6))
+    torch.library.opcheck(triton["rms_norm_bwd"], (x, x, weight, statistics[1]))

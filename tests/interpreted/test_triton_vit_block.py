@@ -106,7 +106,8 @@ def test_options(gamma, bias, dtype):
     key_bias = torch.zeros(2, 9)
     key_bias[1, 4:] = float("-inf")
     draw = Draw(dtype, gamma=gamma, bias=bias, dim=64, heads=2)
-    check(draw.arguments("random", 2, 9, key_bias=key_bias))
+    activation = "silu" if gamma else None
+    check((*draw.arguments("random", 2, 9, key_bias=key_bias), activation))
 
 
 @pytest.mark.parametrize(("dim", "heads"), [(32, 1), (96, 3), (160, 2), (384, 6)])
@@ -238,18 +239,22 @@ def test_strides(layout):
     check((arranged, *rest))
 
 
-@pytest.mark.parametrize("single", [True, None, False], ids=["one kernel", "panel", "by itself"])
+@pytest.mark.parametrize(
+    ("single", "activation"),
+    [(True, "quick_gelu"), (None, "gelu_tanh"), (False, "silu")],
+    ids=["one kernel", "panel", "by itself"],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_forms_of_the_mlp(dtype, single):
+def test_the_forms_of_the_mlp(dtype, single, activation):
     draw = Draw(dtype)
     x, norm, mlp = draw.x("large_mean", 2, 70), draw.norm(), (*draw.linear(768, 192),)
     mlp += (*draw.linear(192, 768), draw.vector(192))
     given = statistics.Norm(statistics.row_stats(x), *norm, 1e-6)
     config = gelu_mlp_tiles.MlpConfig(64, 64, 64, tma=True, num_warps=4, num_stages=2)
     config = config if single else panel(192, by_panel=single is None)
-    got, _ = implementation.norm_mlp(x, given, *mlp, config=config)
+    got, _ = implementation.norm_mlp(x, given, *mlp, activation, config=config)
     want = lambda x, weight, bias, w1, b1, w2, b2, gamma: reference.gelu_mlp(
-        reference.layer_norm(x, weight, bias, 1e-6), w1, b1, w2, b2, x, gamma, None
+        reference.layer_norm(x, weight, bias, 1e-6), w1, b1, w2, b2, x, gamma, None, activation
     )
     oracle.check(got, want, (x, *norm, *mlp), name="norm_mlp")
 

@@ -12,6 +12,7 @@ void fuzz_layer_norm(Random& random, const deit::Kernels& set) {
   const int64_t width = random.chance(0.05) ? random.size(2100) : random.size(140);
   const bool add = random.chance(0.6);
   deit::LayerNormArgs args{};
+  args.rms = random.chance(0.3);
   args.x_type = random.type();
   args.residual_type = random.chance(0.5) ? args.x_type : deit::Scalar::f32;
   Strided x(sizes, width, args.x_type, random);
@@ -43,7 +44,7 @@ void fuzz_layer_norm(Random& random, const deit::Kernels& set) {
         y = y * gamma.at(i, 1.0) * keep.at(row / args.rows_per_sample, 1.0) + residual.at(row, i);
         near("sum", row * width + i, sum.at(row * width + i), y, sum.type);
       }
-      mean += y / static_cast<double>(width);
+      if (!args.rms) mean += y / static_cast<double>(width);
     }
     for (const double y : total) variance += (y - mean) * (y - mean) / static_cast<double>(width);
     for (int64_t i = 0; i < width; ++i) {
@@ -70,8 +71,9 @@ void fuzz_layer_norm_gradient(Random& random, const deit::Kernels& set) {
   Strided dtotal(sizes, width, args.total_type, random);
   const int64_t rows = total.count, samples = sizes.empty() ? 1 : sizes[0];
   const int64_t chunks = (rows + deit::kRowChunk - 1) / deit::kRowChunk;
-  // Any statistics will do: the kernel takes the mean's error off, and rstd is but a factor.
-  Parameter weight(width, 1.0, random), mean(rows, 1.0, random), rstd(rows, 1.0, random);
+  // Any statistics will do: the kernel takes the mean's error off, and rstd is but a factor. Without
+  // a mean it is RMSNorm's gradient.
+  Parameter weight(width, 1.0, random), mean(rows, 0.7, random), rstd(rows, 1.0, random);
   for (int64_t row = 0; row < rows; ++row) rstd.data[row] = std::abs(rstd.data[row]) / 4.0f;
   Parameter gamma(width, add ? 0.5 : 0.0, random), keep(samples, add ? 0.5 : 0.0, random);
   args.dweight = random.chance(0.8), args.dbias = random.chance(0.8);
@@ -100,12 +102,12 @@ void fuzz_layer_norm_gradient(Random& random, const deit::Kernels& set) {
   for (int64_t row = 0; row < rows; ++row) {
     double* of_weight = expected.data() + row / deit::kRowChunk * 3 * width;
     double average = 0.0, plain = 0.0, along = 0.0;
-    for (int64_t i = 0; i < width; ++i) average += total.at(row, i) * share;
+    for (int64_t i = 0; args.mean && i < width; ++i) average += total.at(row, i) * share;
     for (int64_t i = 0; i < width; ++i) {
       double& value = xhat[static_cast<size_t>(i)];
       value = (total.at(row, i) - average) * rstd.at(row, 1.0);
       const double dy = dout.at(row, i), wdy = dy * weight.at(i, 1.0);
-      plain += wdy * share;
+      if (args.mean) plain += wdy * share;
       along += wdy * value * share;
       if (args.dweight) of_weight[i] += dy * value;
       if (args.dbias) of_weight[width + i] += dy;

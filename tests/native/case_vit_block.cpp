@@ -2,6 +2,7 @@
 // with rotary positions or without.
 #include "cases.h"
 #include "fence.h"
+#include "linear.h"
 #include "tables.h"
 
 namespace fuzz {
@@ -145,7 +146,7 @@ void fuzz_block(Random& random, const deit::Kernels& set) {
   Layer proj(channels, channels, true, args, random, set, args.proj);
   Layer fc1(hidden, channels, false, args, random, set, args.fc1);
   Layer fc2(channels, hidden, true, args, random, set, args.fc2);
-  args.fc1.activation = deit::Activation::gelu;
+  args.fc1.activation = any_activation(random, deit::Activation::gelu);
   Parameter key_bias(images * tokens, 0.4, random);
   attention.key_bias = key_bias.data;
   Elements x(images * tokens * channels, attention.type, random);
@@ -169,7 +170,7 @@ void fuzz_block(Random& random, const deit::Kernels& set) {
     const Values branch = proj(mixed, tokens);
     for (size_t i = 0; i < s.size(); ++i) s[i] += branch[i];
     Values h = fc1(norm2(s), tokens);
-    for (double& each : h) each *= 0.5 * std::erfc(-each * std::sqrt(0.5));
+    for (double& each : h) each = activated(each, args.fc1.activation).value;
     const Values mlp = fc2(h, tokens);
     for (int64_t i = 0; i < tokens * channels; ++i) {
       const size_t at = static_cast<size_t>(i);

@@ -19,5 +19,6 @@ void fuzz_weight_gradient(Random& random, const deit::Kernels& set);
 void fuzz_training_product(Random& random, const deit::Kernels& set);
 void fuzz_output_gradient(Random& random, const deit::Kernels& set);
 void fuzz_layer_norm_gradient(Random& random, const deit::Kernels& set);
+void fuzz_losses(Random& random, const deit::Kernels& set);
 
 }  // namespace fuzz

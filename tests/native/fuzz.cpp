@@ -42,8 +42,9 @@ constexpr Case kCases[] = {
     {"training_product", fuzz_training_product},
     {"output_gradient", fuzz_output_gradient},
     {"layer_norm_gradient", fuzz_layer_norm_gradient},
+    {"losses", fuzz_losses},
 };
-static_assert(sizeof(deit::Kernels) == 26 * sizeof(void*),
+static_assert(sizeof(deit::Kernels) == 29 * sizeof(void*),
               "Kernels has a new entry: give it a case above, then its new size here");
 
 // A sanitizer that does not ring is no sanitizer: sanitize.py sets each off first.

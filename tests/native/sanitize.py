@@ -1,9 +1,9 @@
-"""Runs the C++ kernels of csrc/cpu under sanitizers, on fuzzed shapes: `make sanitize`.
+"""Runs the kernels of csrc/cpu and csrc/cuda under sanitizers, on fuzzed shapes: `make sanitize`.
 
-Builds the driver fuzz.cpp with the kernels twice, under AddressSanitizer with
-UndefinedBehaviorSanitizer and under ThreadSanitizer, with setup.py's own sources, instruction sets
-and flags. Before the kernels run, each sanitizer is set off on purpose: one that stays silent fails
-the check.
+Builds two drivers twice, under AddressSanitizer with UndefinedBehaviorSanitizer and under
+ThreadSanitizer: fuzz.cpp with the CPU's kernels, by setup.py's own sources, instruction sets and
+flags; and tests/emulated/fuzz.cpp with the CUDA kernels on emulator.h. Before the kernels run, each
+sanitizer is set off on purpose: one that stays silent fails the check.
 """
 
 from __future__ import annotations
@@ -22,27 +22,41 @@ from types import ModuleType
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 LANES = HERE / "lanes.cpp"  # compiled once per instruction set, as the kernels are
+FOLDER = ROOT / "build" / "sanitize"
+CUDA, EMULATED = ROOT / "csrc" / "cuda", ROOT / "tests" / "emulated"
+
+# What compiles csrc/cuda for the CPU. Hopper's own products have units that nothing emulates.
+EMULATION = f"-DDEIT_EMULATED -I{EMULATED} -Wno-unknown-pragmas"
+NOT_EMULATED = ("linear_hopper.cu",)
 
 
 @dataclass(frozen=True)
 class Build:
-    """One build of the driver: its flags, what each `--trip` must print, and its cases."""
+    """One build of a driver: its flags, what each alarm must print, and its cases."""
 
     name: str
     flags: str
-    alarms: dict[str, str]
+    alarms: dict[str, str]  # the driver's arguments -> what the sanitizer says
     cases: int  # of each kernel, for each instruction set
+    emulated: bool = False
 
 
 # -O1 keeps accesses that -O3 would merge, at a third of the compile time.
+ADDRESS = "-O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize=address,undefined"
+THREAD = "-O1 -g -fsanitize=thread"
 BUILDS = (
     Build(
         "address",
-        "-O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize=address,undefined",
-        {"address": "heap-buffer-overflow", "undefined": "signed integer overflow"},
+        ADDRESS,
+        {
+            "--trip address": "heap-buffer-overflow",
+            "--trip undefined": "signed integer overflow",
+        },
         200,
     ),
-    Build("thread", "-O1 -g -fsanitize=thread", {"thread": "data race"}, 50),
+    Build("thread", THREAD, {"--trip thread": "data race"}, 50),
+    Build("cuda-address", ADDRESS, {"--withhold 4 1 linear": "use-after-poison"}, 30, True),
+    Build("cuda-thread", THREAD, {"--drop all 4 1 linear": "data race"}, 8, True),
 )
 
 
@@ -57,6 +71,22 @@ def load_setup() -> ModuleType:
     return module
 
 
+def emulated_objects(others: list[tuple[Path, str]]) -> list[tuple[str, Path, str]]:
+    """(object, source, flags) of the CUDA kernels on the CPU, and of other sources."""
+    kernels = [path for path in sorted(CUDA.glob("*.cu")) if path.name not in NOT_EMULATED]
+    sources = [*((path, "-x c++") for path in kernels), (EMULATED / "hopper.cpp", ""), *others]
+    return [(f"{path.name}.o", path, flags) for path, flags in sources]
+
+
+def native_objects(
+    setup: ModuleType, sets: tuple[dict[str, str], dict[str, str]]
+) -> list[tuple[str, Path, str]]:
+    """The same of the C++ kernels by setup.instruction_sets, and of their driver."""
+    own = [(f"{path.stem}.o", path, "") for path in sorted(HERE.glob("*.cpp")) if path != LANES]
+    lanes = [(f"lanes_{isa}.o", LANES, f"-DDEIT_ISA={isa} {each}") for isa, each in sets[0].items()]
+    return [*setup.cpu_objects(sets), *own, *lanes]
+
+
 def compile_driver(
     setup: ModuleType,
     build: Build,
@@ -66,19 +96,16 @@ def compile_driver(
 ) -> Path:
     """The driver built with one set of sanitizers; setup.NotBuilt where that fails.
 
-    compiler, sets: another processor's, as setup.instruction_sets has them; None for this one's.
+    compiler, sets: another processor's; None for this one's.
     """
     compiler = compiler or setup.find_compiler(os.environ)
-    sets = sets or (setup.CPU_SETS, setup.INT8_SETS)
-    sources = sorted(HERE.glob("*.cpp"))
-    driver = [(f"{source.stem}.o", source, "") for source in sources if source != LANES]
-    lanes = [
-        (f"lanes_{isa}.o", LANES, f"-DDEIT_ISA={isa} {flags}") for isa, flags in sets[0].items()
-    ]
-    edges = [*setup.cpu_objects(sets), *driver, *lanes]
+    if build.emulated:
+        objects, flags = emulated_objects([(EMULATED / "fuzz.cpp", "")]), EMULATION
+    else:
+        objects, flags = native_objects(setup, sets or (setup.CPU_SETS, setup.INT8_SETS)), ""
     text = setup.ninja_file(
-        {"cxx": setup.compile_rule(compiler, f"{setup.CXXFLAGS} {build.flags}")},
-        [(out, "cxx", source, flags) for out, source, flags in edges],
+        {"cxx": setup.compile_rule(compiler, f"{setup.CXXFLAGS} {build.flags} {flags}")},
+        [(out, "cxx", source, flags) for out, source, flags in objects],
         f"{compiler} {build.flags} -o $out $in -pthread",
         folder / "fuzz",
     )
@@ -101,9 +128,9 @@ def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 def check(driver: Path, build: Build, arguments: Sequence[str]) -> bool:
     """Whether every alarm rings and every case passes; says so on stdout."""
     for which, words in build.alarms.items():
-        rung = run([str(driver), "--trip", which])
+        rung = run([str(driver), *which.split()])
         if rung.returncode == 0 or words not in rung.stderr:
-            print(f"{build.name}: the sanitizer is silent: --trip {which} printed\n{rung.stderr}")
+            print(f"{build.name}: the sanitizer is silent: {which} printed\n{rung.stderr}")
             return False
     done = run([str(driver), *arguments])
     print(done.stdout, end="")
@@ -116,7 +143,7 @@ def main() -> int:
     """Command line; exit status 1 where anything was reported or could not be built."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=[build.name for build in BUILDS])
-    parser.add_argument("--cases", type=int, help="cases of each kernel and instruction set")
+    parser.add_argument("--cases", type=int, help="cases of each kernel and set")
     parser.add_argument("--seed", type=int, default=1, help="the first case's seed")
     options = parser.parse_args()
     setup = load_setup()
@@ -125,13 +152,14 @@ def main() -> int:
     for build in builds:
         began = time.monotonic()
         try:
-            driver = compile_driver(setup, build, ROOT / "build" / "sanitize" / build.name)
+            driver = compile_driver(setup, build, FOLDER / build.name)
         except setup.NotBuilt as error:
             print(f"{build.name}: {error}")
             continue
         built = time.monotonic() - began
         cases = str(options.cases or build.cases)
-        passed += check(driver, build, [cases, str(options.seed), *setup.CPU_SETS])
+        sets = () if build.emulated else setup.CPU_SETS
+        passed += check(driver, build, [cases, str(options.seed), *sets])
         print(f"{build.name}: built in {built:.0f} s, {time.monotonic() - began:.0f} s in all")
     print(f"{passed} passed, {len(builds) - passed} failed")
     return 0 if passed == len(builds) else 1

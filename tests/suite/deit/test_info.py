@@ -33,8 +33,8 @@ def test_says_what_auto_runs():
     with torch.no_grad():
         chosen = dispatch.explain("attention", x, 1).chosen
     assert operators["attention"]["cpu"]["auto"] == chosen
-    reasons = operators["cross_entropy"]["cpu"]["reasons"]
-    assert reasons["cpu"] == ["it has no cross_entropy kernel"]
+    reasons = operators["fp8_linear"]["cpu"]["reasons"]
+    assert reasons["cpu"] == ["it has no fp8_linear kernel"]
 
 
 def test_a_missing_library_is_named_with_its_reason(monkeypatch, tmp_path):

@@ -52,7 +52,9 @@ def test_the_command_keeps_verdicts_and_writes_a_prior(tmp_path, monkeypatch, ca
         read = measured._prior(prior)
         assert read.label == "Acme family 1, AVX2"
         found = verdicts.revive_all(*measured.shipped(read))
-        for one, other in zip(found, kept, strict=True):  # to four digits
+        kept = [one for one in kept if not one.undecided]
+        pairs = [sorted(each, key=lambda one: str(one.problem)) for each in (found, kept)]
+        for one, other in zip(*pairs, strict=True):  # to four digits
             assert (one.problem, one.order, one.date) == (other.problem, other.order, other.date)
             figures = [each.candidates["reference"].microseconds for each in (one, other)]
             assert figures[0] == pytest.approx(figures[1], rel=1e-3)

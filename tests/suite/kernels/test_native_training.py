@@ -37,6 +37,8 @@ def calls():
     arguments = {
         "layer_norm_fwd": (x, norm_weight, norm_bias, 1e-6),
         "layer_norm_bwd": (x, total, norm_weight, mean, rstd),
+        "rms_norm_fwd": (x, norm_weight, 1e-6),
+        "rms_norm_bwd": (x, total, norm_weight, rstd),
         "add_layer_norm_fwd": (x, total, norm_weight, None, 1e-6, norm_bias, keep),
         "add_layer_norm_bwd": (x, x, x, total, norm_weight, mean, rstd, norm_bias, keep),
         "attention_fwd": (qkv, 1, 0.125, None),
@@ -51,7 +53,8 @@ def calls():
 
 
 CALLS = ["_".join(pair) for pair in itertools.product(
-    ("layer_norm", "add_layer_norm", "attention", "linear", "gelu_mlp"), ("fwd", "bwd")
+    ("layer_norm", "rms_norm", "add_layer_norm", "attention", "linear", "gelu_mlp"),
+    ("fwd", "bwd"),
 )] + ["linear_bwd_plain"]  # fmt: skip
 
 
@@ -180,6 +183,7 @@ def test_what_it_does_not_train_is_left_to_pytorch():
         ("gelu_mlp_fwd", (3, torch.ones(4, 7)), "w2"),
         ("layer_norm_bwd", (0, torch.ones(3, 197, 7)), "dout"),
         ("layer_norm_bwd", (3, torch.ones(5)), "mean"),
+        ("rms_norm_bwd", (3, torch.ones(5)), "rstd"),
         ("add_layer_norm_bwd", (1, torch.ones(3, 197, 48).half()), "dtotal"),
         ("attention_bwd", (0, torch.ones(3, 197, 65)), "dout"),
         ("attention_bwd", (4, 5), "qkv"),

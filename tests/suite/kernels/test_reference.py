@@ -26,6 +26,14 @@ def test_layer_norm_by_its_formula():
     torch.testing.assert_close(reference.layer_norm(x, w, b, 1e-3), want)
 
 
+def test_rms_norm_by_its_formula():
+    x, w = fp64(3, 7, 20), fp64(20)
+    want = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * w
+    torch.testing.assert_close(reference.rms_norm(x, w, 1e-3), want)
+    half = reference.rms_norm(x.half(), w.float(), 1e-3)
+    torch.testing.assert_close(half, want.half(), atol=2e-2, rtol=2e-2)
+
+
 def test_add_layer_norm_by_its_formula():
     x, r, w, g, k = fp64(2, 3, 8), fp64(2, 3, 8), fp64(8), fp64(8), fp64(2)
     normed, total = reference.add_layer_norm(x, r, w, None, 1e-6, g, k)

@@ -1,4 +1,4 @@
-"""fuse() on Hugging Face's DINOv2 (registers, SwiGLU), CLIP, SigLIP and SigLIP 2."""
+"""fuse() on Hugging Face's DINOv2 (registers, SwiGLU), CLIP, SigLIP, SigLIP 2, AIMv2 and others."""
 
 import inspect
 import pickle
@@ -118,7 +118,20 @@ KINDS = {
         VISION2,
         "encoder.layers",
     ),
+    "aimv2": (
+        transformers.Aimv2VisionModel,
+        transformers.Aimv2VisionConfig,
+        TOWER,
+        "encoder.layers",
+    ),
 }
+if hasattr(transformers, "PixioModel"):
+    KINDS["pixio"] = (
+        transformers.PixioModel,
+        transformers.PixioConfig,
+        SIZES | {"mlp_ratio": 2, "n_cls_tokens": 3},
+        "layers",
+    )
 ACTIVATIONS = {"clip": "quick_gelu", "siglip": "gelu_tanh", "siglip2": "gelu_tanh"}
 
 
@@ -183,7 +196,8 @@ def test_same_outputs_in_fp64(kind, monkeypatch):
     model = make(kind, dtype=torch.float64)
     want = run(model)
     fuse(model)
-    forbid_originals(monkeypatch)
+    if kind != "aimv2":  # its norms compute in fp32
+        forbid_originals(monkeypatch)
     close(run(model), want, atol=1e-12, rtol=1e-10)
 
 
@@ -228,18 +242,18 @@ def test_dropout_in_training_runs_the_original(kind):
     assert "plain for now" not in str(fuse(model.eval()))
 
 
-@pytest.mark.parametrize("kind", ["dinov2", "dinov2 registers"])
+@pytest.mark.parametrize("kind", ["dinov2", "dinov2 registers", "pixio"])
 def test_stochastic_depth_draws_as_before(kind):
     model = make(kind, drop_path_rate=0.5).train()
 
     def seeded():
         torch.manual_seed(5)
-        return run(model).logits.detach()
+        return values(run(model))[0].detach()
 
     want = seeded()
     fuse(model)
     torch.testing.assert_close(seeded(), want, atol=1e-4, rtol=1e-4)
-    assert (run(model.eval()).logits - want).abs().max() > 1e-3
+    assert (values(run(model.eval()))[0] - want).abs().max() > 1e-3
 
 
 @torch.no_grad()
@@ -284,10 +298,11 @@ def test_whole_clip_texts_keep_their_causal_mask(attn):
 
 
 @torch.no_grad()
-def test_siglip_s_texts_and_padding_are_as_before():
-    config = transformers.SiglipConfig(vision_config=TOWER, text_config=TEXT)
+@pytest.mark.parametrize("name", ["Siglip", "Aimv2"])
+def test_texts_and_padding_are_as_before(name):
+    model_class, config_class = (getattr(transformers, name + kind) for kind in ("Model", "Config"))
     torch.manual_seed(0)
-    model = transformers.SiglipModel(config).eval()
+    model = model_class(config_class(vision_config=TOWER, text_config=TEXT)).eval()
     ids = torch.randint(1, 48, (3, 9), generator=torch.Generator().manual_seed(2))
     padding = torch.ones_like(ids)
     padding[1, 6:] = 0
@@ -311,7 +326,7 @@ def test_siglip2_s_padded_patches_are_as_before():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["clip", "dinov2 swiglu", "dinov2"])
+@pytest.mark.parametrize("kind", ["clip", "dinov2 swiglu", "dinov2", "aimv2"])
 def test_8_bits(kind):
     model = make(kind)
     want = run(model)
@@ -325,10 +340,16 @@ def test_8_bits(kind):
 @pytest.mark.parametrize(("kind", "name"), ACTIVATIONS.items())
 def test_each_has_its_own_activation(kind, name):
     model = make(kind)
-    report = fuse(model)
+    want = run(model)
+    fuse(model, "cpu", block="parts")
     assert layers(model, kind)[0].mlp.activation_name() == name
+    parts = run(model)
+    report = fuse(model, "cpu", block="whole")
     notes = [row.note for row in report.rows if row.kind.endswith("EncoderLayer")]
-    assert notes == [f"by its parts: its MLP's activation is {name}"] * 2
+    assert notes == ["whole in inference"] * 2
+    whole = run(model)
+    close(whole, want)
+    assert all(torch.equal(a, b) for a, b in zip(values(whole), values(parts), strict=True))
 
 
 @torch.no_grad()
@@ -341,6 +362,17 @@ def test_activations_by_other_names(name):
         assert isinstance(layers(model, "clip")[0], Fused)
         near = {"atol": 1e-9, "rtol": 1e-9} if dtype == torch.float64 else {}
         close(run(model), want, **near)
+
+
+PAIRS = "its attention adds a bias for every pair of positions"
+
+
+@pytest.mark.parametrize("prefix", ["Beit", "Data2VecVision"])
+def test_a_bias_for_every_pair_is_refused_by_name(prefix):
+    config = getattr(transformers, f"{prefix}Config")(**TOWER)
+    report = fuse(getattr(transformers, f"{prefix}Model")(config))
+    why = [note for note in report.left.values() if note == PAIRS]
+    assert why == [PAIRS] * 2
 
 
 def test_an_unknown_activation_is_left_and_named():

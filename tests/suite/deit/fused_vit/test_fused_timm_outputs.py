@@ -1,15 +1,19 @@
 """fuse() on timm's ViTs of other families, and everything that they are asked for.
 
-Registers, LayerScale, GELU by tanh, QuickGELU, SwiGLU; features, intermediate layers, embeddings
-pooled by class token, mean or attention, images of any size, and NaFlex's batches of many sizes.
+Registers, LayerScale, GELU by tanh, QuickGELU, SwiGLU, RMSNorm; features, intermediate layers,
+embeddings pooled by class token, mean or attention, images of any size, and NaFlex's batches of
+many sizes.
 """
+
+from functools import partial
 
 import pytest
 import timm
 import torch
 from fusing import IMAGES, blocks, filled, forbid_originals
 from fusing import timms as vision_transformer
-from timm.layers import SwiGLU, SwiGLUPacked
+from timm.layers import RmsNorm, SwiGLU, SwiGLUPacked
+from timm.models.vitamin import GeGluMlp
 
 from deit.fused_vit import fuse, unfuse
 from deit.fused_vit.modules import Fused
@@ -26,6 +30,18 @@ FAMILIES = {
     "silu": {"act_layer": "silu", "reg_tokens": 1},
     "final norm off": {"final_norm": False, "global_pool": "avg"},
     "max and mean": {"global_pool": "avgmax"},
+    "aimv2": {
+        "norm_layer": partial(RmsNorm, eps=1e-5),
+        "embed_norm_layer": partial(RmsNorm, eps=1e-5),
+        "mlp_layer": SwiGLU,
+        "act_layer": "silu",
+        "class_token": False,
+        "global_pool": "avg",
+        "qkv_bias": False,
+        "proj_bias": False,
+    },
+    "rms norm": {"norm_layer": "rmsnorm", "init_values": 0.5},
+    "vitamin": {"mlp_layer": GeGluMlp, "class_token": False, "global_pool": "avg"},
 }
 
 
@@ -113,9 +129,11 @@ def test_gradients_agree(family):
 
 @torch.no_grad()
 @pytest.mark.parametrize("before", [True, False], ids=["fused before", "fused after"])
-def test_features_only(before):
-    options = {"features_only": True, "out_indices": (1, 3), "img_size": 32, "pretrained": False}
-    name = "vit_tiny_patch16_224"
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_features_only(name, before):
+    options = {"features_only": True, "out_indices": (1, 3), "img_size": 32, "depth": 4}
+    if "eva02" in name:
+        options |= {"patch_size": 16}
     torch.manual_seed(0)
     model = timm.create_model(name, **options).eval()
     want = model(IMAGES)
@@ -180,14 +198,18 @@ def test_another_size_is_set_on_a_fused_model():
 naflexvit = pytest.importorskip("timm.models.naflexvit", reason="this timm has no NaFlex")
 
 
-@pytest.fixture
-def naflex():
+def make_naflex(**options):
     torch.manual_seed(0)
     config = naflexvit.NaFlexVitCfg(
         patch_size=8, embed_dim=64, depth=2, num_heads=2, mlp_ratio=2, reg_tokens=2,
-        global_pool="avg", class_token=False, pos_embed_grid_size=(4, 4),
+        class_token=False, pos_embed_grid_size=(4, 4), **{"global_pool": "avg"} | options,
     )  # fmt: skip
     return filled(naflexvit.NaFlexVit(config, num_classes=10))
+
+
+@pytest.fixture
+def naflex():
+    return make_naflex()
 
 
 @torch.no_grad()
@@ -195,6 +217,7 @@ def test_naflex_without_padding_runs_fused(naflex, monkeypatch):
     want = naflex(IMAGES)
     report = fuse(naflex)
     assert "blocks.0" in report.fused
+    assert "in batches of many sizes with use_key_only_attn_mask=True alone" in report.left[""]
     forbid_originals(monkeypatch)
     near(naflex(IMAGES), want)
 
@@ -202,15 +225,9 @@ def test_naflex_without_padding_runs_fused(naflex, monkeypatch):
 @torch.no_grad()
 def test_naflex_s_batches_of_many_sizes_are_as_before(naflex):
     """Padding comes as a mask, for which the original forward of a block runs."""
-    generator = torch.Generator().manual_seed(4)
-    patches = torch.randn(2, 12, 192, generator=generator)
-    y, x = torch.arange(12) // 4, torch.arange(12) % 4
-    coordinates = torch.stack([y, x], -1).expand(2, -1, -1).contiguous()
-    valid = torch.ones(2, 12, dtype=torch.bool)
-    valid[1, 6:] = False
-    batch = {"patches": patches, "patch_coord": coordinates, "patch_valid": valid}
+    batch = padded()
     want, features = naflex(batch), naflex.forward_features(**batch)
-    changed = {**batch, "patches": patches.clone()}
+    changed = {**batch, "patches": batch["patches"].clone()}
     changed["patches"][1, 6:] = 9.0  # nobody reads what is padding
     fuse(naflex)
     near(naflex(batch), want)
@@ -218,8 +235,35 @@ def test_naflex_s_batches_of_many_sizes_are_as_before(naflex):
     near(naflex.forward_features(**batch), features)
 
 
+def padded():
+    """A batch of two images, the second of 6 patches and 6 of padding."""
+    generator = torch.Generator().manual_seed(4)
+    patches = torch.randn(2, 12, 192, generator=generator)
+    y, x = torch.arange(12) // 4, torch.arange(12) % 4
+    coordinates = torch.stack([y, x], -1).expand(2, -1, -1).contiguous()
+    valid = torch.ones(2, 12, dtype=torch.bool)
+    valid[1, 6:] = False
+    return {"patches": patches, "patch_coord": coordinates, "patch_valid": valid}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["clip", "giant", "inner norm", "siglip"])
+@pytest.mark.parametrize("block", ["parts", "whole"])
+@pytest.mark.parametrize("pool", ["avg", "map"])
+def test_naflex_s_masks_of_keys_alone_run_fused(pool, block, monkeypatch):
+    for dtype in (torch.float32, torch.float64):
+        model = make_naflex(use_key_only_attn_mask=True, global_pool=pool).to(dtype)
+        batch = padded()
+        batch["patches"] = batch["patches"].to(dtype)
+        want, features = model(batch), model.forward_features(**batch)
+        fuse(model, "cpu" if dtype == torch.float32 else "auto", block=block)
+        with monkeypatch.context() as patch:
+            forbid_originals(patch)
+            near(model(batch), want, dtype)
+            near(model.forward_features(**batch), features, dtype)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["clip", "giant", "siglip", "vitamin", "aimv2", "rms norm"])
 @pytest.mark.parametrize(("dtype", "near"), [("int8", 0.05), ("fp8", 0.2)])
 def test_8_bits(dtype, near, family):
     model = make(family)

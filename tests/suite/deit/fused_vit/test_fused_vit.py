@@ -327,7 +327,7 @@ def test_dropout_in_training_runs_the_original():
     [
         ({"qk_norm": True}, "q_norm is a"),
         ({"act_layer": "relu"}, "not GELU, QuickGELU or SiLU"),
-        ({"norm_layer": "rmsnorm"}, "norm1 is a"),
+        ({"norm_layer": "simplenorm"}, "norm1 is a"),
     ],
 )
 @torch.no_grad()

@@ -80,6 +80,7 @@ def test_a_gradient_is_right_or_refused(name, impl):
         ("layer_norm", "eps", float("nan")),
         ("layer_norm", "eps", "tiny"),
         ("add_layer_norm", "eps", None),
+        ("rms_norm", "eps", -1e-6),
         ("linear", "activation", "relu"),
         ("linear", "activation", 1),
         ("cross_entropy", "label_smoothing", 1.0),

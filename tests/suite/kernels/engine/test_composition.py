@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deit.kernels
 from deit.kernels import warmup
-from deit.kernels.engine import dispatch, native, registry
-from deit.kernels.linear import cuda as hopper
+from deit.kernels.engine import dispatch, limits, native, registry
+from deit.kernels.linear import cuda as products
 
 CPU = sorted(registry.KERNELS["cpu"] & set(CALLS)) if not native.why_not("cpu") else []
 RUNS = [(name, "auto") for name in CALLS] + [(name, "cpu") for name in CPU]
@@ -166,7 +166,7 @@ def test_autocast_on_the_cpu(name, dtype):
 def gpu(monkeypatch):
     """CUDA tensors without a GPU: they have shapes, dtypes and a device, and no values."""
     monkeypatch.setattr(dispatch, "environment", lambda *_: ())
-    monkeypatch.setattr(hopper, "_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(limits, "capability", lambda *_: (9, 0))
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
@@ -184,9 +184,7 @@ def autocast_to_half():
 
 KERNELS = [(name, impl) for impl in ("triton", "cuda") for name in CALLS
            if name in registry.KERNELS[impl]]  # fmt: skip
-# The calls have a residual in fp32, which the CUDA library's products do not take.
-REFUSED = {("linear", "cuda"), ("gelu_mlp", "cuda")}
-ON_CUDA = [(name, "reference") for name in CALLS] + [k for k in KERNELS if k not in REFUSED]
+ON_CUDA = [(name, "reference") for name in CALLS] + KERNELS
 
 
 @pytest.mark.parametrize(("name", "impl"), ON_CUDA, ids=map(ids, ON_CUDA))
@@ -204,21 +202,22 @@ def test_autocast_on_cuda(name, impl, gpu, autocast_to_half):
             assert output.dtype == torch.float16
 
 
-@pytest.mark.parametrize("name", [name for name, _ in sorted(REFUSED)])
-def test_what_hoppers_products_refuse_is_said(name, gpu, autocast_to_half, monkeypatch):
-    run, tensors = composition.call(name, "cuda")
-    with pytest.raises(NotImplementedError, match=r"a residual in torch\.float32.*keep"):
-        run(*(t.to("cuda:1") for t in tensors))
-    x, weight = (torch.empty(4, 20, device="cuda:1", dtype=torch.float16) for _ in range(2))
-    found = hopper.limits(x, weight, activation="silu", residual=None, keep=None)
-    assert found[0] == "a weight of 4 x 20 (multiples of 8 are copied)"
-    assert found[1:] == ["activation 'silu' (its epilogue has GELU, by erf and by tanh)"]
-    monkeypatch.setattr(hopper, "_capability", lambda *_: (8, 0))
-    found = hopper.limits(
-        x.float()[:, :8], weight[:, :16], activation="gelu", residual=None, keep=None
-    )
-    assert "this GPU has 8.0" in found[0]
-    assert "torch.float32" in found[1]
+def test_what_hoppers_own_products_do_not_take_is_unmeasured(monkeypatch):
+    """Figures of an H100 are of its own kernel; "auto" gives them no other call."""
+    x, weight = torch.empty(4, 16).half(), torch.empty(8, 16).half()
+    residual = torch.empty(4, 8).half()
+    options = {"activation": "gelu", "residual": residual, "gamma": None, "keep": None}
+    others = (
+        {"residual": torch.empty(4, 8)}, {"gamma": torch.empty(8)}, {"keep": torch.empty(4)},
+        {"activation": "silu"},
+    )  # fmt: skip
+    monkeypatch.setattr(limits, "capability", lambda *_: (9, 0))
+    assert not products.unmeasured(x, weight, **options)
+    assert not products.unmeasured(x.float(), weight.float(), **options)
+    assert all(products.unmeasured(x, weight, **{**options, **other}) for other in others)
+    assert products.unmeasured(x[:, :12], weight[:, :12], **options)
+    monkeypatch.setattr(limits, "capability", lambda *_: (8, 0))
+    assert not any(products.unmeasured(x, weight, **{**options, **other}) for other in others)
 
 
 def test_warmup_makes_the_calls_that_a_capture_would(monkeypatch):

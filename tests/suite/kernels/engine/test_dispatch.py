@@ -1,5 +1,6 @@
 """Which implementation runs, and that nothing falls back unseen."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -240,3 +241,13 @@ def test_bad_input_is_named(case):
     call, kind, message = BAD[case]
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_auto_passes_over_a_kernel_that_the_figures_are_not_of(monkeypatch):
+    """An implementation may have two kernels for a class of calls, and figures of one."""
+    monkeypatch.setattr(dispatch, "_candidates", lambda *_: ("cpu",))
+    monkeypatch.setattr(dispatch, "_refusals", lambda *_, **__: [])
+    known, arguments = OPERATORS["layer_norm"], (X, WEIGHT, None, 1e-6)
+    assert dispatch.choose(known, arguments, "auto") == "cpu"
+    other = dataclasses.replace(known, unmeasured=lambda implementation, *_: True)
+    assert dispatch.choose(other, arguments, "auto") == "reference"

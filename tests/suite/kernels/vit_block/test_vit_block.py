@@ -86,6 +86,8 @@ def test_a_weight_cannot_be_none(name):
         ({"eps": -1.0}, r"eps: expected a number >= 0; got -1\.0"),
         ({"x": X[0]}, r"x: expected rank 3; got shape \(5, 64\)"),
         ({"impl": "fast"}, "impl: expected 'auto' or one of"),
+        ({"activation": "relu"}, "activation: expected one of 'gelu', .*; got 'relu'"),
+        ({"activation": None}, "activation: expected one of 'gelu', .*; got None"),
     ],
 )
 def test_bad_values(change, why):
@@ -128,6 +130,7 @@ def by_operators(x, given, heads, scale=None, eps=1e-6):
     return gelu_mlp(
         norm(stream, 2),
         *(given[name] for name in ("w1", "b1", "w2", "b2")),
+        activation=given.get("activation", "gelu"),
         residual=stream,
         gamma=given.get("gamma2"),
         impl="cpu",
@@ -160,6 +163,7 @@ def test_the_cpu_kernel_gives_the_operators_bits_at_any_number_of_threads(
         "b1": draw(hidden),
         "w2": draw(dim, hidden) * hidden**-0.5,
         "b2": None if images == 4 else draw(dim),
+        "activation": {3: "quick_gelu", 4: "gelu_tanh", 9: "gelu"}[images],
     }
     if images > 3:
         given |= {"gamma1": draw(dim), "gamma2": draw(dim).float()}
