@@ -1,7 +1,8 @@
 # The verbs of development. PYTHON names the interpreter of an environment with '.[test,dev]'.
 PYTHON ?= python
 
-.PHONY: test oldest avx2 clusters lint types sanitize aot gpu gpu-kernels bench models report simulate simulate-all simulated-figures
+.PHONY: test oldest avx2 clusters lint types sanitize aot gpu gpu-kernels bench models report \
+     simulate simulate-all simulated-figures arm
 
 test:
 	$(PYTHON) -m pytest
@@ -55,6 +56,11 @@ types:
 # ThreadSanitizer.
 sanitize:
 	$(PYTHON) tests/native/sanitize.py
+
+# The C++ kernels for Arm, fuzzed under an emulator: values only, nothing is timed. Needs Debian's
+# packages g++-aarch64-linux-gnu and qemu-user.
+arm:
+	$(PYTHON) tests/native/arm.py
 
 # The Triton kernels on GPUs that ttsem simulates on the CPU: results, bounds and races. `simulate`
 # is CI's part, 5.5 minutes on two cores of a Zen 4; `simulate-all` was never run as one. ttsem's

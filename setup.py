@@ -41,27 +41,36 @@ CSRC = ROOT / "csrc"
 MODES = ("auto", "cpu", "required", "none")
 TORCH_TARGET = "0x020b000000000000"  # 2.11
 SUFFIX = ".abi3.so"
-X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-# Instruction set -> the flags its copy of csrc/cpu/kernels.cpp is compiled with.
 # GCC 12's own AVX-512 headers read `_mm512_undefined_ps` before setting it.
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -Wno-maybe-uninitialized"
 AVX2 = "-mavx2 -mfma -mf16c"
-CPU_SETS: dict[str, str] = {
-    "avx512_bf16": f"{AVX512} -mavx512bf16",
-    "avx512": AVX512,
-    "avx2": AVX2,
-    "portable": "",
-}
-# The same for csrc/cpu/int8_kernels.cpp.
-INT8_SETS: dict[str, str] = {
-    "avx512vnni": f"{AVX512} -mavx512vnni",
-    "avxvnni": f"{AVX2} -mavxvnni",
-    "avx2": AVX2,
-    "portable": "",
-}
-if not X86:
-    CPU_SETS = INT8_SETS = {"portable": ""}
+NEON = "-DDEIT_NEON"
+
+
+def instruction_sets(machine: str, system: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Instruction set -> the flags its copy of csrc/cpu/kernels.cpp is compiled with, for a
+    processor and a system by Python's names; and the same for csrc/cpu/int8_kernels.cpp."""
+    floats: dict[str, str] = {}
+    eights: dict[str, str] = {}
+    if machine.lower() in ("x86_64", "amd64"):
+        floats = {"avx512_bf16": f"{AVX512} -mavx512bf16", "avx512": AVX512, "avx2": AVX2}
+        eights = {
+            "avx512vnni": f"{AVX512} -mavx512vnni",
+            "avxvnni": f"{AVX2} -mavxvnni",
+            "avx2": AVX2,
+        }
+    elif machine.lower() in ("aarch64", "arm64") and system == "linux":  # whose sets it can tell
+        floats = {"neon_bf16": f"{NEON} -march=armv8.2-a+bf16", "neon": NEON}
+        eights = {
+            "neon_i8mm": f"{NEON} -march=armv8.2-a+i8mm",
+            "neon_dotprod": f"{NEON} -march=armv8.2-a+dotprod",
+            "neon": NEON,
+        }
+    return floats | {"portable": ""}, eights | {"portable": ""}
+
+
+CPU_SETS, INT8_SETS = instruction_sets(platform.machine(), sys.platform)
 
 # Machine code for A100, H100 and B200; PTX of the last for whatever comes after.
 CUDA_CODE = {
@@ -168,16 +177,18 @@ def version_line(command: str) -> str:
     return next((line for line in lines if "release" in line), lines[0])
 
 
-def cpu_objects() -> list[tuple[str, Path, str]]:
+def cpu_objects(
+    sets: tuple[dict[str, str], dict[str, str]] = (CPU_SETS, INT8_SETS),
+) -> list[tuple[str, Path, str]]:
     """(object, source, flags) of all that knows no torch: what the sanitizers run, too."""
     source = CSRC / "cpu"
     kernels = [
         (f"kernels_{isa}.o", source / "kernels.cpp", f"-DDEIT_ISA={isa} {flags}")
-        for isa, flags in CPU_SETS.items()
+        for isa, flags in sets[0].items()
     ]
     eights = [
         (f"int8_{isa}.o", source / "int8_kernels.cpp", f"-DDEIT_ISA={isa} {flags}")
-        for isa, flags in INT8_SETS.items()
+        for isa, flags in sets[1].items()
     ]
     choices = [(f"{path.stem}.o", path, "") for path in sorted(source.glob("*dispatch.cpp"))]
     return [*kernels, *eights, *choices]

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from instruction_sets import INT8_SETS, SETS
 
-SETS = ("avx512_bf16", "avx512", "avx2", "portable")
 # A Zen 5 of a model that there is not: nobody's cache has measurements of it.
 PRETENDED = "AMD family 26 model 99999, AVX512 VNNI BF16"
-INT8_SETS = ("avx512vnni", "avxvnni", "avx2", "portable")
 
 
 def _limited(select: Callable[[str | None], None], sets: tuple[str, ...], limit: str):

@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import instruction_sets
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +80,18 @@ def test_every_source_is_built(build, tmp_path):
             assert str(source) in named
         objects = [line.split()[1] for line in text.splitlines() if line.startswith("build ")]
         assert len(objects) == len(set(objects))
+
+
+def test_a_library_has_the_sets_of_its_kind_of_processor(build):
+    floats, eights = build.instruction_sets("aarch64", "linux")
+    assert list(floats) == ["neon_bf16", "neon", "portable"]
+    assert list(eights) == ["neon_i8mm", "neon_dotprod", "neon", "portable"]
+    floats, eights = build.instruction_sets("AMD64", "win32")
+    assert list(floats) == ["avx512_bf16", "avx512", "avx2", "portable"]
+    for machine, system in (("arm64", "darwin"), ("riscv64", "linux")):
+        assert build.instruction_sets(machine, system) == ({"portable": ""}, {"portable": ""})
+    assert tuple(build.CPU_SETS) == instruction_sets.SETS
+    assert tuple(build.INT8_SETS) == instruction_sets.INT8_SETS
 
 
 def test_an_unknown_mode_is_refused(build):

@@ -10,7 +10,7 @@
 // Terms added up in one chain; longer sums are added chain by chain. Against fp64, in units of
 // PyTorch's own error at N = 197, chains of 256 gave 1.1 (norm) and up to 1.55 (maximum), chains
 // of 64 give 0.93 and 1.1. Without fused multiply-add they are 16.
-constexpr int64_t kChain = kWidth == 4 ? 16 : 64;
+constexpr int64_t kChain = kFused ? 64 : 16;
 // Below 12 keys BLAS adds a score up in many short chains. There our chains of 64 were off by 1.36
 // times PyTorch's error (200 draws of each N, one head); chains of 16 are off by 0.97 times. From
 // 12 keys on BLAS has chains of 64 itself, and ours share its rounding errors, which are all there
@@ -128,7 +128,7 @@ DEIT_INLINE float softmax_row(float* scores, const float* key_bias, int64_t toke
   const Vec base = broadcast(largest_score);
   Vec total = broadcast(0.0f);
   j = 0;
-#if defined(__AVX512BF16__)
+#if defined(DEIT_BF16_PRODUCTS)
   for (; kPaired && j < padded; j += 2 * kWidth) {
     const Vec p = exp_nonpositive(load(scores + j) - base);
     const Vec next = exp_nonpositive(load(scores + j + kWidth) - base);

@@ -5,7 +5,7 @@
 // A word holds two neighbours along the axis that is summed: channels of a query and a key, keys
 // of a row of probabilities and of the values.
 
-#if defined(__AVX512BF16__)
+#if defined(DEIT_BF16_PRODUCTS)
 
 constexpr int64_t kStep = 2 * kWidth;  // elements of a vector of words
 

@@ -19,6 +19,12 @@ bool runs_here(const Kernels& set) {
 const Kernels* const kFloatSets[] = {&avx512_bf16_kernels, &avx512_kernels, &avx2_kernels,
                                      &portable_kernels};
 
+#elif defined(__aarch64__) && defined(__linux__)
+
+bool runs_here(const Kernels& set) { return &set != &neon_bf16_kernels || has_bf16(); }
+
+const Kernels* const kFloatSets[] = {&neon_bf16_kernels, &neon_kernels, &portable_kernels};
+
 #else
 
 bool runs_here(const Kernels&) { return true; }
@@ -37,7 +43,7 @@ const Kernels& kernels() { return selected_of(selected_floats, kFloatSets, runs_
 
 extern "C" {
 
-// The set in use: "avx512_bf16", "avx512", "avx2" or "portable".
+// The set in use: "avx512_bf16", "avx512", "avx2", "neon_bf16", "neon" or "portable".
 DEIT_EXPORT const char* deit_cpu_isa() { return deit::kernels().name; }
 
 DEIT_EXPORT int deit_cpu_select_isa(const char* name) {

@@ -5,6 +5,10 @@
 #include <atomic>
 #include <cstring>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 // For `deit info` and the tests, which call what bears this through ctypes.
 #define DEIT_EXPORT __attribute__((visibility("default")))
 
@@ -22,6 +26,16 @@ inline bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("fma");
 }
+
+#endif
+
+#if defined(__aarch64__) && defined(__linux__)
+
+// NEON is in all of these. The bits are HWCAP_ASIMDDP, HWCAP2_I8MM and HWCAP2_BF16 of the kernel,
+// names that older headers lack.
+inline bool has_dotprod() { return getauxval(AT_HWCAP) >> 20 & 1; }
+inline bool has_i8mm() { return getauxval(AT_HWCAP2) >> 13 & 1; }
+inline bool has_bf16() { return getauxval(AT_HWCAP2) >> 14 & 1; }
 
 #endif
 

@@ -58,6 +58,10 @@ extern const Int8Kernels portable_int8;
 extern const Int8Kernels avx2_int8;
 extern const Int8Kernels avxvnni_int8;
 extern const Int8Kernels avx512vnni_int8;
+#elif defined(__aarch64__) && defined(__linux__)
+extern const Int8Kernels neon_int8;
+extern const Int8Kernels neon_dotprod_int8;
+extern const Int8Kernels neon_i8mm_int8;
 #endif
 
 // The best set this processor runs, or the one that was selected.

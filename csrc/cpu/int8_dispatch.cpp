@@ -29,6 +29,17 @@ bool runs_here(const Int8Kernels& set) {
 const Int8Kernels* const kInt8Sets[] = {&avx512vnni_int8, &avxvnni_int8, &avx2_int8,
                                         &portable_int8};
 
+#elif defined(__aarch64__) && defined(__linux__)
+
+bool runs_here(const Int8Kernels& set) {
+  if (&set == &neon_i8mm_int8) return has_i8mm();
+  if (&set == &neon_dotprod_int8) return has_dotprod();
+  return true;
+}
+
+const Int8Kernels* const kInt8Sets[] = {&neon_i8mm_int8, &neon_dotprod_int8, &neon_int8,
+                                        &portable_int8};
+
 #else
 
 bool runs_here(const Int8Kernels&) { return true; }
@@ -47,7 +58,8 @@ const Int8Kernels& int8_kernels() { return selected_of(selected_int8, kInt8Sets,
 
 extern "C" {
 
-// The set in use: "avx512vnni", "avxvnni", "avx2" or "portable".
+// The set in use: "avx512vnni", "avxvnni", "avx2", "neon_i8mm", "neon_dotprod", "neon" or
+// "portable".
 DEIT_EXPORT const char* deit_cpu_int8_isa() { return deit::int8_kernels().name; }
 
 DEIT_EXPORT int deit_cpu_select_int8_isa(const char* name) {

@@ -16,6 +16,15 @@
 #if defined(__AVX512VNNI__)
 constexpr int kTileRows = 14, kTileVectors = 2;  // 28 sums, 2 of weights, 1 of activations
 constexpr int64_t kGroup = 14;                   // rows that threads take at a time
+#elif defined(DEIT_SMMLA)
+constexpr int kTileRows = 8, kTileVectors = 2;  // 16 squares of sums, 4 of rows, 2 of weights in 32
+constexpr int64_t kGroup = 16;
+#elif defined(DEIT_SDOT)
+constexpr int kTileRows = 6, kTileVectors = 4;  // 24, 4 and 1
+constexpr int64_t kGroup = 12;
+#elif defined(DEIT_NEON)
+constexpr int kTileRows = 4, kTileVectors = 4;  // 16, 4 and 1; the others hold products
+constexpr int64_t kGroup = 16;
 #elif defined(__AVXVNNI__)
 constexpr int kTileRows = 6, kTileVectors = 2;  // 12, 2 and 1 of 16
 constexpr int64_t kGroup = 12;
@@ -37,7 +46,7 @@ DEIT_INLINE int64_t padded(int64_t n, int64_t multiple) {
 
 struct RowScale {
   float scale;   // x ~ scale * (q - zero)
-  int32_t zero;
+  int32_t zero;  // less kOffset from quantise_row on
 };
 
 // What a row spans, 0 included; `poison` is NaN from the first NaN or infinity on, else zero.
@@ -73,7 +82,7 @@ DEIT_INLINE RowScale row_scale(const float* x, int64_t n, float& inverse) {
 
 DEIT_INLINE RowScale quantise_row(const float* x, int64_t n, UnsignedFactor* q) {
   float inverse;
-  const RowScale scale = row_scale(x, n, inverse);
+  RowScale scale = row_scale(x, n, inverse);
   const Vec factor = broadcast(inverse);
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) store_factors(q + i, load(x + i) * factor, scale.zero);
@@ -84,6 +93,7 @@ DEIT_INLINE RowScale quantise_row(const float* x, int64_t n, UnsignedFactor* q) 
   }
   // Their weights are zero.
   std::memset(q + n, 0, static_cast<size_t>(padded(n, 4) - n) * sizeof(UnsignedFactor));
+  scale.zero -= kOffset;
   return scale;
 }
 
@@ -121,31 +131,39 @@ DEIT_INLINE void store_upto(float* p, Vec a, int left) {
   }
 }
 
+#if defined(DEIT_SMMLA)
+#include "int8_smmla.inl"
+#endif
+
 template <int MR>
 void product_tile(const Tile& t) {
-  constexpr int64_t kColumns = kWords ? kTileColumns : kPanelColumns;  // of b
   Ints sums[MR][kTileVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int j = 0; j < kTileVectors; ++j) {
       sums[i][j] = multiply(broadcast_ints(-t.rows[i].zero), load_ints(t.sums + j * kWidth));
     }
   }
+#if defined(DEIT_SMMLA)
+  add_products(t, sums);
+#else
+  constexpr int64_t kColumns = kWords ? kTileColumns : kPanelColumns;  // of b
   const UnsignedFactor* a = t.a;
   const Factor* b = t.b;
   for (int64_t k = 0; k < t.steps; ++k, a += kTerms, b += kTerms * kColumns) {
     Ints weights[kTileVectors];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int j = 0; j < kTileVectors; ++j) weights[j] = load_factors(b + kTerms * j * kWidth);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
       const Ints factors = broadcast_ints(lane(a + i * t.lda));
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int j = 0; j < kTileVectors; ++j) sums[i][j] = dot(sums[i][j], factors, weights[j]);
     }
   }
-#pragma GCC unroll 2
+#endif
+#pragma GCC unroll 4
   for (int j = 0; j < kTileVectors; ++j) {
     const int left = t.columns - j * kWidth;
     if (left <= 0) break;
@@ -167,7 +185,9 @@ struct TileTable {
 };
 #if defined(__AVX512VNNI__)
 using Tiles = TileTable<1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14>;
-#elif defined(__AVXVNNI__)
+#elif defined(DEIT_SMMLA)
+using Tiles = TileTable<1, 2, 3, 4, 5, 6, 7, 8>;
+#elif defined(__AVXVNNI__) || defined(DEIT_SDOT)
 using Tiles = TileTable<1, 2, 3, 4, 5, 6>;
 #else
 using Tiles = TileTable<1, 2, 3, 4>;

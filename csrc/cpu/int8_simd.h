@@ -7,6 +7,12 @@
 
 #include "simd.h"
 
+#if defined(DEIT_NEON) && defined(__ARM_FEATURE_MATMUL_INT8)
+#define DEIT_SMMLA
+#elif defined(DEIT_NEON) && defined(__ARM_FEATURE_DOTPROD)
+#define DEIT_SDOT
+#endif
+
 namespace deit {
 namespace DEIT_ISA {
 
@@ -20,6 +26,13 @@ using Factor = int8_t;
 using UnsignedFactor = uint8_t;
 #endif
 constexpr int kTerms = 4 / static_cast<int>(sizeof(Factor));  // of one lane of `dot`
+// Units that multiply signed bytes alone take an activation less this, as bytes whose top bit is
+// flipped, and its zero point less this. The sums are the same integers.
+#if defined(DEIT_NEON)
+constexpr int32_t kOffset = 128;
+#else
+constexpr int32_t kOffset = 0;
+#endif
 
 #if defined(__AVX512VNNI__)
 
@@ -79,6 +92,44 @@ DEIT_INLINE void widen_factors(const int8_t* from, Factor* first, Factor* second
   store(reinterpret_cast<float*>(second), _mm256_shuffle_ps(low, high, 0xdd));
 }
 #endif
+
+#elif defined(DEIT_NEON)  // values only, never timed, as simd_neon.inl
+
+using Ints = int32x4_t;
+DEIT_INLINE Ints broadcast_ints(int32_t a) { return vdupq_n_s32(a); }
+DEIT_INLINE Ints load_ints(const int32_t* p) { return vld1q_s32(p); }
+DEIT_INLINE Ints load_factors(const int8_t* p) { return vreinterpretq_s32_s8(vld1q_s8(p)); }
+DEIT_INLINE Ints multiply(Ints a, Ints b) { return vmulq_s32(a, b); }
+DEIT_INLINE Vec to_floats(Ints a) { return vcvtq_f32_s32(a); }
+DEIT_INLINE Ints dot(Ints c, Ints activations, Ints weights) {
+  const int8x16_t a = vreinterpretq_s8_s32(activations), b = vreinterpretq_s8_s32(weights);
+#if defined(DEIT_SDOT)
+  return vdotq_s32(c, a, b);
+#else
+  // Two products fit 16 bits, as no weight is -128: 2 * 128 * 127 = 32512.
+  const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_high_s8(a, b);
+  return vpadalq_s16(c, vpaddq_s16(low, high));
+#endif
+}
+#if defined(DEIT_SMMLA)
+DEIT_INLINE Ints low_halves(Ints a, Ints b) {
+  return vcombine_s32(vget_low_s32(a), vget_low_s32(b));
+}
+DEIT_INLINE Ints high_halves(Ints a, Ints b) {
+  return vcombine_s32(vget_high_s32(a), vget_high_s32(b));
+}
+// c[i][j] + the sum of eight products over row i of a and row j of b, all of two rows.
+DEIT_INLINE Ints multiply_square(Ints a, Ints b, Ints c) {
+  return vmmlaq_s32(c, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b));
+}
+#endif
+DEIT_INLINE void store_factors(uint8_t* p, Vec a, int32_t zero) {
+  const uint16x4_t words = vqmovun_s32(vaddq_s32(vcvtnq_s32_f32(a), vdupq_n_s32(zero)));
+  const uint8x8_t bytes = vqmovn_u16(vcombine_u16(words, words));
+  const uint8x8_t flipped = veor_u8(bytes, vdup_n_u8(0x80));
+  const uint32_t four = vget_lane_u32(vreinterpret_u32_u8(flipped), 0);
+  std::memcpy(p, &four, sizeof four);
+}
 
 #else  // Any processor.
 

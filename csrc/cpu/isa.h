@@ -37,6 +37,9 @@ extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 extern const Kernels avx512_bf16_kernels;
+#elif defined(__aarch64__) && defined(__linux__)
+extern const Kernels neon_kernels;
+extern const Kernels neon_bf16_kernels;
 #endif
 
 // The best set this processor runs, or the one that was selected.

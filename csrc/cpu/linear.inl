@@ -21,7 +21,7 @@
 
 namespace products {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(DEIT_NEON)
 constexpr int kRows = 8, kVectors = 3;  // 24 sums, 3 weights and an input in 32 registers
 #elif defined(__AVX2__)
 constexpr int kRows = 6, kVectors = 2;  // 12, 2 and 1 in 16

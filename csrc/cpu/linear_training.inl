@@ -31,7 +31,7 @@
 // value was off by 1.12 times PyTorch's error (outliers at 5, 69 and 133 of 192 inputs, each early
 // in its chain) and a weight's gradient by up to 1.7. In chains of 48 they are off by 0.76 and 1.1.
 // Chains of 32 gain nothing on that and are up to 7 % slower.
-constexpr int64_t kLayerChain = kWidth == 4 ? kChain : 48;
+constexpr int64_t kLayerChain = kFused ? 48 : kChain;
 constexpr int64_t kRowTile = 96;  // rows of a task: a panel's block is read 16 times from L1
 
 void pack_operand(const PackArgs& args, int64_t begin, int64_t end) {

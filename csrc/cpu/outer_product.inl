@@ -4,7 +4,7 @@
 // linear.inl runs it on tiles of its own. Attention, its gradient and a weight's gradient run it by
 // `multiply`, on panels of kPanel columns: DeiT's heads are 64 wide, a whole panel with AVX-512.
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(DEIT_NEON)
 constexpr int kRows = 6, kCols = 4;  // 24 accumulators, 4 of B and 1 of A: 29 of 32 registers
 #else
 constexpr int kRows = 6, kCols = 2;  // 12 accumulators, 2 of B and 1 of A: 15 of 16 registers
@@ -16,12 +16,21 @@ DEIT_INLINE int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
+#if defined(DEIT_BFMMLA)
+#include "outer_product_bfmmla.inl"
+#endif
+
 // c[MR, NV * kWidth] (= or +=) a b, of words that hold W. Every sum is one chain over the depth,
 // so its bits depend on its terms alone and not on the tile. b is [depth, NV * kWidth]; a is
 // [depth, MR] with kOuter, else [MR, depth].
 template <class W, bool kOuter, int MR, int NV>
 DEIT_INLINE void multiply_block(const float* a, int64_t lda, const float* b, int64_t ldb,
                                 int64_t depth, bool add, float* c, int64_t ldc) {
+#if defined(DEIT_BFMMLA)
+  if constexpr (kIsPair<W> && !kOuter) {
+    return multiply_squares<MR, NV>(a, lda, b, ldb, depth, add, c, ldc);
+  }
+#endif
   Vec sums[MR][NV];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) {

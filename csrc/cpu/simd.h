@@ -9,9 +9,20 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(DEIT_NEON)
+#include <arm_neon.h>
 #endif
 
 #define DEIT_INLINE inline __attribute__((always_inline))
+
+// setup.py defines DEIT_NEON for the sets of an Arm processor; its portable set has NEON, too.
+#if defined(DEIT_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define DEIT_BFMMLA
+#endif
+// The sets that multiply pairs of bf16 faster than fp32.
+#if defined(__AVX512BF16__) || defined(DEIT_BFMMLA)
+#define DEIT_BF16_PRODUCTS
+#endif
 
 namespace deit {
 namespace DEIT_ISA {
@@ -27,6 +38,7 @@ struct BF16 {
 
 using Vec = __m512;
 constexpr int kWidth = 16;
+constexpr bool kFused = true;  // `fma` rounds once
 
 DEIT_INLINE Vec broadcast(float a) { return _mm512_set1_ps(a); }
 DEIT_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
@@ -121,6 +133,7 @@ DEIT_INLINE void transpose(Vec (&r)[16]) {
 
 using Vec = __m256;
 constexpr int kWidth = 8;
+constexpr bool kFused = true;
 
 DEIT_INLINE Vec broadcast(float a) { return _mm256_set1_ps(a); }
 DEIT_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
@@ -203,11 +216,16 @@ DEIT_INLINE void transpose(Vec (&r)[8]) {
   for (int j = 0; j < 8; ++j) r[j] = t[j];
 }
 
+#elif defined(DEIT_NEON)
+
+#include "simd_neon.inl"
+
 #else  // Any processor: the compiler's own vectors, four lanes (SSE2, NEON).
 
 typedef float Vec __attribute__((vector_size(16)));
 typedef int32_t IntVec __attribute__((vector_size(16)));
 constexpr int kWidth = 4;
+constexpr bool kFused = false;
 
 DEIT_INLINE Vec broadcast(float a) { return Vec{a, a, a, a}; }
 DEIT_INLINE Vec load(const float* p) {
@@ -222,6 +240,9 @@ DEIT_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 // Adding 1.5 * 2^23 leaves no bits for a fraction; exact for |a| < 2^22.
 DEIT_INLINE Vec round(Vec a) {
   const Vec magic = broadcast(12582912.0f);
+#if defined(__FP_FAST_FMAF)  // or a product would be added to `magic` before it is rounded
+  __asm__("" : "+m"(a));
+#endif
   Vec shifted = a + magic;
   __asm__("" : "+m"(shifted));  // or the pair of additions is folded away under fast contraction
   return shifted - magic;

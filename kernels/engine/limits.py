@@ -27,11 +27,11 @@ def product_limits(implementation: str, x: Tensor, *weights: Tensor) -> list[str
         return []
     isa, dtype, found = cpu_isa(), x.dtype, []
     if isa == "portable":
-        found.append("no AVX2 here, and PyTorch's products are faster than the portable ones")
+        found.append("no AVX2 or NEON here, and PyTorch's products beat the portable ones")
     if dtype == torch.float16:
         found.append("dtype torch.float16 (its products are for fp32 and bf16)")
-    if dtype == torch.bfloat16 and isa != "avx512_bf16":
-        found.append(f"bf16 products need AVX512-BF16, this processor has {isa}")
+    if dtype == torch.bfloat16 and isa not in ("avx512_bf16", "neon_bf16"):
+        found.append(f"bf16 products need AVX512-BF16 or Arm's BF16, this processor has {isa}")
     if dtype == torch.bfloat16 and any(w.shape[-1] % 2 for w in weights):
         found.append("an odd depth, where bf16 products take pairs")
     for tensor in (x, *weights):  # a generator's set-up alone would double this

@@ -146,7 +146,8 @@ def cpu_marks() -> tuple[Any, Any]:
 
 
 def cpu_isa() -> str:
-    """The instruction set in use: "avx512_bf16", "avx512", "avx2" or "portable".
+    """The instruction set in use: "avx512_bf16", "avx512", "avx2", "neon_bf16", "neon" or
+    "portable".
 
     Raises RuntimeError where the library is not usable, with the reason.
     """
@@ -159,11 +160,13 @@ def select_cpu_isa(name: str | None) -> None:
     For tests and measurements: it holds for the whole process, at once. Raises ValueError for a
     set the library does not have, RuntimeError for one this processor does not run.
     """
-    _select(_cpu_library().deit_cpu_select_isa, name, "avx512_bf16, avx512, avx2 or portable")
+    known = "avx512_bf16, avx512, avx2, neon_bf16, neon or portable"
+    _select(_cpu_library().deit_cpu_select_isa, name, known)
 
 
 def cpu_int8_isa() -> str:
-    """The instruction set of products in 8 bits: "avx512vnni", "avxvnni", "avx2" or "portable".
+    """The instruction set of products in 8 bits: "avx512vnni", "avxvnni", "avx2", "neon_i8mm",
+    "neon_dotprod", "neon" or "portable".
 
     Raises RuntimeError where the library is not usable, with the reason.
     """
@@ -172,7 +175,8 @@ def cpu_int8_isa() -> str:
 
 def select_cpu_int8_isa(name: str | None) -> None:
     """As `select_cpu_isa`, for products in 8 bits."""
-    _select(_cpu_library().deit_cpu_select_int8_isa, name, "avx512vnni, avxvnni, avx2 or portable")
+    known = "avx512vnni, avxvnni, avx2, neon_i8mm, neon_dotprod, neon or portable"
+    _select(_cpu_library().deit_cpu_select_int8_isa, name, known)
 
 
 def _select(select: Callable[[bytes], int], name: str | None, known: str) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 # The extensions that kernels here or in PyTorch make use of, as Linux spells them.
 CPU_FLAGS = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni",
-    "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "amx_tile", "asimd", "bf16", "sve",
+    "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "amx_tile", "asimd", "asimddp", "bf16",
+    "i8mm", "sve",
 )  # fmt: skip
 # Names for groups of them.
 _CALLED = {
@@ -23,20 +24,26 @@ _CALLED = {
     "BF16": ("avx512_bf16",),
     "FP16": ("avx512_fp16",),
     "AMX": ("amx_bf16", "amx_int8", "amx_tile"),
-    "NEON": ("asimd",),
-    "SVE": ("sve",),
-    "BFLOAT": ("bf16",),
 }
-_VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel", "0x41": "Arm", "0x61": "Apple",
-            "0xc0": "Ampere"}  # fmt: skip
+_CALLED_ON_ARM = {
+    "NEON": ("asimd",),
+    "DOTPROD": ("asimddp",),
+    "BF16": ("bf16",),
+    "I8MM": ("i8mm",),
+    "SVE": ("sve",),
+}
+_VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel", "0x41": "Arm", "0x46": "Fujitsu",
+            "0x48": "HiSilicon", "0x4e": "NVIDIA", "0x51": "Qualcomm", "0x61": "Apple",
+            "0x6d": "Microsoft", "0xc0": "Ampere"}  # fmt: skip
 
 
 def processor(cpuinfo: str | None = None) -> dict[str, Any]:
     """The processor: model (its name), vendor, family, model_number, instruction_sets.
 
     Names are shared: "AMD EPYC" is what several generations call themselves. What the system
-    does not tell is None, an instruction set missing. cpuinfo: the text of /proc/cpuinfo; None
-    for this machine's.
+    does not tell is None, an instruction set missing. All of Arm's share an architecture's number,
+    so there the family is the first core's part number, and the model its variant. cpuinfo: the
+    text of /proc/cpuinfo; None for this machine's.
     """
     fields: dict[str, str] = {}
     model = platform.processor() or platform.machine() or "unknown"
@@ -53,8 +60,8 @@ def processor(cpuinfo: str | None = None) -> dict[str, Any]:
     return {
         "model": fields.get("model name") or model,
         "vendor": _VENDORS.get(vendor, vendor) if vendor else None,
-        "family": _number(fields.get("cpu family") or fields.get("CPU architecture")),
-        "model_number": _number(fields.get("model") or fields.get("CPU part")),
+        "family": _number(fields.get("cpu family") or fields.get("CPU part")),
+        "model_number": _number(fields.get("model") or fields.get("CPU variant")),
         "instruction_sets": [flag for flag in CPU_FLAGS if flag in present],
     }
 
@@ -77,7 +84,8 @@ def processor_label(cpu: dict[str, Any]) -> str:
 def instruction_sets(flags: Sequence[str]) -> list[str]:
     """Linux's flags by the names of their groups: ["AVX512", "VNNI", "BF16"]."""
     present = set(flags)
-    called = {name: group for name, group in _CALLED.items() if present.issuperset(group)}
+    groups = [*_CALLED.items(), *_CALLED_ON_ARM.items()]
+    called = {name: group for name, group in groups if present.issuperset(group)}
     if "AVX512" in called:
         called.pop("AVX2")
     # A part of a group stands for itself: a host may hide the rest.

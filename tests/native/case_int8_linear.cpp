@@ -1,6 +1,7 @@
 // Products in 8-bit integers: one or two, after a LayerNorm or none, with GELU and residual.
 #include "../../csrc/cpu/int8.h"
 
+#include "../../csrc/cpu/dispatch.h"
 #include "cases.h"
 #include "fence.h"
 
@@ -67,6 +68,13 @@ std::vector<const deit::Int8Kernels*> sets_of(const std::string& name) {
     if (__builtin_cpu_supports("avxvnni")) return {&deit::avxvnni_int8, &deit::avx2_int8};
     return {&deit::avx2_int8};
   }
+#elif defined(__aarch64__) && defined(__linux__)
+  if (name == "neon") {
+    std::vector<const deit::Int8Kernels*> sets = {&deit::neon_int8};
+    if (deit::has_dotprod()) sets.push_back(&deit::neon_dotprod_int8);
+    if (deit::has_i8mm()) sets.push_back(&deit::neon_i8mm_int8);
+    return sets;
+  }
 #endif
   if (name == "portable") return {&deit::portable_int8};
   return {};
@@ -83,6 +91,13 @@ std::vector<double> normalised(std::vector<double> row, Parameter& weight, Param
              bias.at(static_cast<int64_t>(i), 0.0);
   }
   return row;
+}
+
+std::vector<double> by_portable(const deit::Int8Args& args, Elements& out, Random& random) {
+  const deit::Int8Kernels& set = deit::portable_int8;
+  Fenced workspace(set.workspace(args), random, 64);
+  set.run(args, workspace.data(), 0, (args.rows + set.group - 1) / set.group);
+  return out.values();
 }
 
 }  // namespace
@@ -111,6 +126,9 @@ void fuzz_int8(Random& random, const deit::Kernels& set) {
   args.rows = x.count;
   // The launcher takes GELU without residual, and a residual without GELU, after one product.
   args.gelu = two || (!add && random.chance(0.5));
+  // One product quantises numbers that all sets have to the last bit, so its integers are the same.
+  std::vector<double> integers;
+  if (!norm && !two) integers = by_portable(args, out, random);
   for (const deit::Int8Kernels* each : sets_of(set.name)) {
     run((x.count + each->group - 1) / each->group, (each->workspace(args) + 3) / 4, {&out}, random,
         [&](float* workspace, int64_t begin, int64_t end) {
@@ -128,6 +146,10 @@ void fuzz_int8(Random& random, const deit::Kernels& set) {
       for (int64_t i = 0; i < features; ++i) {  // 8 bits: a row's range over 255, twice
         near("out", row * features + i, out.at(row * features + i),
              y[static_cast<size_t>(i)] + (add ? residual.at(row, i) : 0.0), 0.15);
+        if (!integers.empty()) {
+          near(each->name, row * features + i, out.at(row * features + i),
+               integers[static_cast<size_t>(row * features + i)], 2e-5);
+        }
       }
     }
   }

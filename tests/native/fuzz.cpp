@@ -3,6 +3,7 @@
 //
 //   fuzz CASES SEED SET...    CASES cases of each kernel from SEED on, by each instruction set
 //   fuzz --trip address|undefined|thread    does what that sanitizer must report
+//   fuzz --best    prints the set that this processor runs, and that for products in 8 bits
 //
 // Exit status 0: all as expected.
 //
@@ -15,7 +16,11 @@
 #include "cases.h"
 #include "fence.h"
 
-extern "C" int deit_cpu_select_isa(const char* name);
+extern "C" {
+const char* deit_cpu_isa();
+const char* deit_cpu_int8_isa();
+int deit_cpu_select_isa(const char* name);
+}
 
 namespace fuzz {
 namespace {
@@ -26,6 +31,7 @@ struct Case {
 };
 constexpr Case kCases[] = {
     {"shares", fuzz_shares},
+    {"lanes", fuzz_lanes},
     {"layer_norm", fuzz_layer_norm},
     {"attention", fuzz_attention},
     {"product", fuzz_product},
@@ -65,8 +71,12 @@ int trip(const std::string& which) {
 
 int main(int argc, char** argv) {
   if (argc == 3 && std::string(argv[1]) == "--trip") return fuzz::trip(argv[2]);
+  if (argc == 2 && std::string(argv[1]) == "--best") {
+    std::printf("%s %s\n", deit_cpu_isa(), deit_cpu_int8_isa());
+    return 0;
+  }
   if (argc < 4) {
-    std::fprintf(stderr, "usage: fuzz CASES SEED SET..., or fuzz --trip WHICH\n");
+    std::fprintf(stderr, "usage: fuzz CASES SEED SET..., fuzz --best, or fuzz --trip WHICH\n");
     return 2;
   }
   const uint64_t cases = std::strtoull(argv[1], nullptr, 10);

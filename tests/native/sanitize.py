@@ -21,6 +21,7 @@ from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+LANES = HERE / "lanes.cpp"  # compiled once per instruction set, as the kernels are
 FOLDER = ROOT / "build" / "sanitize"
 CUDA, EMULATED = ROOT / "csrc" / "cuda", ROOT / "tests" / "emulated"
 
@@ -77,14 +78,31 @@ def emulated_objects(others: list[tuple[Path, str]]) -> list[tuple[str, Path, st
     return [(f"{path.name}.o", path, flags) for path, flags in sources]
 
 
-def compile_driver(setup: ModuleType, build: Build, folder: Path) -> Path:
-    """The driver built with one set of sanitizers; setup.NotBuilt where that fails."""
-    compiler = setup.find_compiler(os.environ)
+def native_objects(
+    setup: ModuleType, sets: tuple[dict[str, str], dict[str, str]]
+) -> list[tuple[str, Path, str]]:
+    """The same of the C++ kernels by setup.instruction_sets, and of their driver."""
+    own = [(f"{path.stem}.o", path, "") for path in sorted(HERE.glob("*.cpp")) if path != LANES]
+    lanes = [(f"lanes_{isa}.o", LANES, f"-DDEIT_ISA={isa} {each}") for isa, each in sets[0].items()]
+    return [*setup.cpu_objects(sets), *own, *lanes]
+
+
+def compile_driver(
+    setup: ModuleType,
+    build: Build,
+    folder: Path,
+    compiler: str | None = None,
+    sets: tuple[dict[str, str], dict[str, str]] | None = None,
+) -> Path:
+    """The driver built with one set of sanitizers; setup.NotBuilt where that fails.
+
+    compiler, sets: another processor's; None for this one's.
+    """
+    compiler = compiler or setup.find_compiler(os.environ)
     if build.emulated:
         objects, flags = emulated_objects([(EMULATED / "fuzz.cpp", "")]), EMULATION
     else:
-        own = [(f"{source.stem}.o", source, "") for source in sorted(HERE.glob("*.cpp"))]
-        objects, flags = [*setup.cpu_objects(), *own], ""
+        objects, flags = native_objects(setup, sets or (setup.CPU_SETS, setup.INT8_SETS)), ""
     text = setup.ninja_file(
         {"cxx": setup.compile_rule(compiler, f"{setup.CXXFLAGS} {build.flags} {flags}")},
         [(out, "cxx", source, flags) for out, source, flags in objects],

@@ -61,13 +61,13 @@ def test_processors_of_one_name_are_two_devices(monkeypatch: pytest.MonkeyPatch)
 
 def test_what_is_not_told_of_a_processor_is_not_made_up() -> None:
     arm = (
-        "processor\t: 0\nFeatures\t: fp asimd sve bf16\nCPU implementer\t: 0x41\n"
+        "processor\t: 0\nFeatures\t: fp asimd asimddp sve i8mm bf16\nCPU implementer\t: 0x41\n"
         "CPU architecture: 8\nCPU variant\t: 0x1\nCPU part\t: 0xd40\n"
     )
     told = info.processor(arm)
-    assert (told["vendor"], told["family"], told["model_number"]) == ("Arm", 8, 0xD40)
+    assert (told["vendor"], told["family"], told["model_number"]) == ("Arm", 0xD40, 1)
     label = info.processor_label(told)
-    assert label.endswith("(Arm, family 8, model 3392, NEON, SVE, BFLOAT)")
+    assert label.endswith("(Arm, family 3392, model 1, NEON, DOTPROD, BF16, I8MM, SVE)")
     nothing = info.processor("")
     assert nothing["vendor"] is nothing["family"] is nothing["model_number"] is None
     assert info.processor_label(nothing) == nothing["model"]

@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 import torch
+from instruction_sets import SETS
 
 from deit.kernels import attention, layer_norm
 from deit.kernels.engine import build_record, native, registry
@@ -20,7 +21,6 @@ pytestmark = pytest.mark.skipif(
 
 OPS = registry.COMPILED["cpu"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SETS = ["avx512_bf16", "avx512", "avx2", "portable"]
 
 
 def parameters(channels, dtype, seed=1):

@@ -66,6 +66,7 @@ def chosen(rows=8, width=64, dtype=torch.float32):
     [
         device_key.DeviceKey("cpu", "AMD", 26, 2, ("AVX512", "VNNI"), 8),
         device_key.DeviceKey("cpu", "Apple M1", None, None, ("NEON",), 1),
+        device_key.DeviceKey("cpu", "Arm", 0xD40, 1, ("NEON", "DOTPROD", "BF16", "I8MM"), 4),
         device_key.DeviceKey("cpu", "Acme", 3, None, (), 2),
     ],
 )
@@ -129,6 +130,11 @@ def test_recording_notes_each_call_once_and_named_ones_too():
     linear(x, weight)
     assert [one.operator for one in outer] == ["linear"]
     assert [one.operator for one in inner] == ["layer_norm"]
+
+
+def test_nothing_is_shipped_for_arm_whose_kernels_were_never_timed():
+    key = device_key.parse("Arm family 3392 model 1, NEON DOTPROD BF16 I8MM SVE", 4)
+    assert measured.prior(key) is None
 
 
 # ---- what runs

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import INT8_SETS
 
 from deit.kernels import explain, gelu_mlp, int8_gelu_mlp, int8_linear, linear
 from deit.kernels.engine import native, packing
@@ -15,10 +16,9 @@ from deit.kernels.prove import oracle
 needs_library = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))
 )
-SETS = ["avx512vnni", "avxvnni", "avx2", "portable"]
 
 
-@pytest.fixture(params=SETS)
+@pytest.fixture(params=INT8_SETS)
 def isa(request):
     """Each instruction set in turn; the best one again afterwards."""
     if native.why_not("cpu"):
@@ -341,7 +341,7 @@ def test_half_precision_takes_the_reference():
 @needs_library
 def test_selecting_an_instruction_set():
     best = native.cpu_int8_isa()
-    assert best in SETS
+    assert best in INT8_SETS
     with pytest.raises(ValueError, match="neon9"):
         native.select_cpu_int8_isa("neon9")
     native.select_cpu_int8_isa("portable")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from instruction_sets import SETS
 
 from deit import kernels
 from deit.kernels import thirds
@@ -10,7 +11,6 @@ from deit.kernels.engine import native
 needs_library = pytest.mark.skipif(
     bool(native.why_not("cpu")), reason="; ".join(native.why_not("cpu"))
 )
-SETS = ["avx512_bf16", "avx512", "avx2", "portable"]
 
 
 def random(*shape, dtype=torch.float32):
