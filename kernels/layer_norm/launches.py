@@ -55,7 +55,8 @@ def _layer_norm_bwd(shipped: Shipped) -> common.Launch:
     x = empty(shipped.batch, TOKENS, dim, dtype=dtype)
     total = empty(*x.shape, dtype=wide) if add else x
     rstd = empty(*x.shape[:-1])
-    mean = None if shipped.operator.startswith("rms") else rstd
+    rms = shipped.operator.startswith("rms")
+    config = layer_norm_tiles.rms_norm_bwd if rms else layer_norm_tiles.layer_norm_bwd
     gamma, keep = (empty(dim), empty(shipped.batch)) if add and full else (None, None)
     _, launches = layer_norm_bwd.plan(
         x,
@@ -63,11 +64,11 @@ def _layer_norm_bwd(shipped: Shipped) -> common.Launch:
         x if add else None,
         total,
         empty(dim, dtype=wide),
-        mean,
+        None if rms else rstd,
         rstd,
         gamma,
         keep,
-        config=layer_norm_tiles.layer_norm_bwd(shipped.arch, dtype, dim),
+        config=config(shipped.arch, dtype, dim),
     )
     return launches[0]
 

@@ -120,7 +120,8 @@ def plan(
         for gradient in outputs[2:]:
             gradient.zero_()
         return outputs, []
-    config = config or layer_norm_tiles.layer_norm_bwd(common.architecture(total), total.dtype, dim)
+    norm = layer_norm_tiles.rms_norm_bwd if mean is None else layer_norm_tiles.layer_norm_bwd
+    config = config or norm(common.architecture(total), total.dtype, dim)
     arguments = _views(dout, dtotal, x if of_gamma else None, total) | common.contiguous(
         weight=weight, mean=mean, rstd=rstd, gamma=gamma, keep=keep
     )
