@@ -45,7 +45,7 @@ class Shares {
   // one that spins is not free for the thread it waits for, where that has lost its own. So the
   // wait is here: a short loop, then offers of this core to whoever wants it. It does not sleep: a
   // thread that wakes is moved to the other's core, and one image of DeiT-Ti beside a busy process
-  // took 130 to 300 ms so, where yielding it takes 32 to 41. It ends after 5 ms at most: a pool that
+  // took 130 to 300 ms so, where yielding it takes 32 to 49. It ends after 5 ms at most: a pool that
   // does not start all members at once (not OpenMP's) may wait for this thread to start another.
   void wait() const {
     for (int i = 0; i < kSpins; ++i) {
