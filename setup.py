@@ -200,6 +200,7 @@ def cpu_ninja(compiler: str, torch: Torch, target: Path) -> str:
     edges = cpu_objects()
     kernels = {source for _, source, _ in edges}
     launchers = [path for path in sorted((CSRC / "cpu").glob("*.cpp")) if path not in kernels]
+    launchers.append(CSRC / "schemas" / "cpu.cpp")
     edges += [(f"{path.stem}.o", path, interface) for path in launchers]
     return ninja_file(
         {"cxx": compile_rule(compiler, CXXFLAGS)},
@@ -213,6 +214,7 @@ def cuda_ninja(compiler: str, nvcc: Path, torch: Torch, target: Path) -> str:
     """The build file of the CUDA library."""
     home = nvcc.parent.parent
     kernels, launchers = (sorted((CSRC / "cuda").glob(kind)) for kind in ("*.cu", "*.cpp"))
+    launchers.append(CSRC / "schemas" / "cuda.cpp")
     every = " ".join(f"-gencode {arch}" for arch in CUDA_CODE.values())
     # Hopper's asynchronous units have instructions of their own.
     hopper = {"linear_hopper.cu": f"-gencode {CUDA_CODE['sm_90a']}"}

@@ -76,7 +76,8 @@ def test_every_source_is_built(build, tmp_path):
     cuda = build.cuda_ninja("c++", tmp_path / "bin" / "nvcc", torch, tmp_path / "library.so")
     for text, folder in ((cpu, "cpu"), (cuda, "cuda")):
         named = {line.split()[-1] for line in text.splitlines() if line.startswith("build ")}
-        for source in (ROOT / "csrc" / folder).glob("*.c*"):
+        schemas = ROOT / "csrc" / "schemas" / f"{folder}.cpp"
+        for source in (*(ROOT / "csrc" / folder).glob("*.c*"), schemas):
             assert str(source) in named
         objects = [line.split()[1] for line in text.splitlines() if line.startswith("build ")]
         assert len(objects) == len(set(objects))

@@ -1,12 +1,20 @@
 """What is exported computes what the network computes."""
 
+import contextlib
+import functools
+import io
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import sklearn.datasets
 import torch
 from PIL import Image
 
@@ -14,6 +22,8 @@ from deit import create
 from deit.attention_maps import attention_maps, picture
 from deit.commands.cli import main
 from deit.configs import Config
+from deit.data.images import Prepare, normalise
+from deit.fused_vit import fused
 from deit.kernels.engine import native
 from deit.model import DeiT
 from deit.training.report import draw, history
@@ -21,6 +31,7 @@ from deit.training.runs import RunFolder
 from deit.weights import networks
 from deit.weights.checkpoint import save
 
+ROOT = Path(__file__).resolve().parents[3]
 SMALL = Config("small", embed_dim=64, num_heads=1, depth=2, img_size=32, num_classes=7)
 
 
@@ -54,20 +65,35 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("form", PROGRAMS)
-def test_another_process_runs_the_file_of_a_distilled_network(form, tmp_path, capsys):
-    if form == "onnx":
-        pytest.importorskip("onnxscript", reason="needs the package onnxscript")
-        pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A distilled network, and what `deit export` writes of it, by format; each is written once."""
+    folder = tmp_path_factory.mktemp("exported")
     torch.manual_seed(1)
     model = DeiT(replace(SMALL, distilled=True, layer_scale=0.1)).eval()
     for head in (model.head, model.head_dist):
         torch.nn.init.normal_(head.weight, std=0.1)
-    save(model, tmp_path / "small.safetensors")
-    out, case = tmp_path / ("out.onnx" if form == "onnx" else "out.pt2"), tmp_path / "case.pt"
-    command = ["export", str(tmp_path / "small.safetensors"), "--format", form]
-    assert main([*command, "--out", str(out)]) == 0
-    assert "differ by" in capsys.readouterr().out
+    save(model, folder / "small.safetensors")
+
+    @functools.cache
+    def written(form):
+        out, said = folder / f"{form}.{'onnx' if form == 'onnx' else 'pt2'}", io.StringIO()
+        command = ["export", str(folder / "small.safetensors"), "--format", form]
+        with contextlib.redirect_stdout(said):
+            assert main([*command, "--out", str(out)]) == 0
+        assert "differ by" in said.getvalue()
+        return out, said.getvalue()
+
+    return model, written
+
+
+@pytest.mark.parametrize("form", PROGRAMS)
+def test_another_process_runs_the_file_of_a_distilled_network(form, exported, tmp_path):
+    if form == "onnx":
+        pytest.importorskip("onnxscript", reason="needs the package onnxscript")
+        pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
+    model, written = exported
+    (out, _), case = written(form), tmp_path / "case.pt"
     images = torch.randn(5, 3, 32, 32)  # another batch than the one it was exported with
     with torch.no_grad():
         torch.save((images, model(images)), case)
@@ -85,6 +111,73 @@ def test_another_process_runs_the_file_of_a_distilled_network(form, tmp_path, ca
             code = b"".join(package.read(n) for n in package.namelist() if n.endswith(".cpp"))
         for operator in (b"layer_norm", b"linear", b"gelu_mlp", b"vit_block"):
             assert b"deit_cpu." + operator in code, operator
+
+
+@pytest.fixture(scope="module")
+def classify(tmp_path_factory):
+    """Runs examples/cpp, built here: arguments -> the finished process."""
+    if native.why_not("cpu"):
+        pytest.skip("; ".join(native.why_not("cpu")))
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which("make") is None or shutil.which(compiler.split()[0]) is None:
+        pytest.skip(f"examples/cpp needs make and a C++ compiler; {compiler} or make is not here")
+    if not (ROOT / "examples" / "cpp").is_dir():
+        pytest.skip("examples/ is not here: the tests run on a wheel")
+    out = tmp_path_factory.mktemp("cpp") / "classify"
+    command = ["make", "-C", str(ROOT / "examples" / "cpp"), f"OUT={out}", f"CXX={compiler}"]
+    torch_folder = Path(torch.__file__).parent
+    done = subprocess.run(
+        [*command, f"TORCH={torch_folder}"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+    def run(*arguments):
+        return subprocess.run([out, *arguments], capture_output=True, text=True, timeout=120)
+
+    return run
+
+
+def test_a_program_in_cpp_classifies_photographs(exported, classify, tmp_path):
+    model, written = exported
+    package, said = written("aoti")
+    library = native.FOLDER / native.LIBRARIES["cpu"]
+    assert f"its operators are in {library}" in said
+    photographs = [Image.fromarray(array) for array in sklearn.datasets.load_sample_images().images]
+    photographs[1] = photographs[1].crop((0, 0, 301, 427))  # upright, and odd margins
+    paths = [tmp_path / f"{number}.ppm" for number in range(len(photographs))]
+    for path, photograph in zip(paths, photographs, strict=True):
+        photograph.save(path)
+    done = classify(package, library, *paths)
+    assert done.returncode == 0, done.stderr
+    prepare = Prepare(32, fast=True)
+    with fused(model), torch.no_grad():
+        expected = model(normalise(torch.stack([prepare(each) for each in photographs])))
+    sections = re.split(r"^(?=/)", done.stdout, flags=re.MULTILINE)[1:]
+    for path, row, section in zip(paths, expected, sections, strict=True):
+        name, *lines = section.splitlines()
+        assert name == str(path)
+        shown = [line.split() for line in lines]
+        best = row.topk(5)
+        assert [f"{line[-2]} {line[-1]}" for line in shown] == [f"class {i}" for i in best.indices]
+        logits = torch.tensor([float(line[4]) for line in shown])
+        torch.testing.assert_close(logits, best.values, rtol=0, atol=1e-5)
+        shares = torch.tensor([float(line[1]) for line in shown])
+        torch.testing.assert_close(shares, 100 * row.softmax(0)[best.indices], rtol=0, atol=0.006)
+
+
+def test_the_program_in_cpp_names_what_it_cannot_use(exported, classify, tmp_path):
+    package, _ = exported[1]("aoti")
+    library = native.FOLDER / native.LIBRARIES["cpu"]
+    short = tmp_path / "short.ppm"
+    short.write_bytes(b"P6 # a comment\n2 2\n255\n1234567890")
+    for arguments, message in (
+        ((package, library, short), "short.ppm: ends before its last pixel"),
+        ((package, "/nowhere.so", short), "the library does not load: /nowhere.so"),
+        ((tmp_path / "none.pt2", library, short), "none.pt2"),
+    ):
+        done = classify(*arguments)
+        assert done.returncode == 1
+        assert message in done.stderr
 
 
 def test_a_file_that_computes_something_else_is_refused(weights, tmp_path, monkeypatch, capsys):
