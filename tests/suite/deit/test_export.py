@@ -23,8 +23,10 @@ from deit.attention_maps import attention_maps, picture
 from deit.commands.cli import main
 from deit.configs import Config
 from deit.data.images import Prepare, normalise
-from deit.fused_vit import fused
-from deit.kernels.engine import native
+from deit.export import to_aoti
+from deit.fused_vit import fuse, fused
+from deit.kernels.engine import dispatch, limits, native
+from deit.kernels.prove import schemas
 from deit.model import DeiT
 from deit.training.report import draw, history
 from deit.training.runs import RunFolder
@@ -178,6 +180,37 @@ def test_the_program_in_cpp_names_what_it_cannot_use(exported, classify, tmp_pat
         done = classify(*arguments)
         assert done.returncode == 1
         assert message in done.stderr
+
+
+def on_a_gpu(monkeypatch):
+    """Traces take CPU tensors for those of a GPU of compute capability 8.0."""
+    before = dispatch.environment
+    monkeypatch.setattr(
+        dispatch,
+        "environment",
+        lambda name, *rest: before(name, *rest) if name == "cpu" else (),
+    )
+    monkeypatch.setattr(limits, "capability", lambda *_: (8, 0))
+
+
+@pytest.mark.parametrize("impl", ["cuda", "triton"])
+def test_a_package_calls_no_operator_that_python_launches(impl, exported, tmp_path, monkeypatch):
+    on_a_gpu(monkeypatch)
+    monkeypatch.setattr("deit.fused_vit.fuse", lambda model, _: fuse(model, impl))
+    program = []
+    compiler = "torch._inductor.aoti_compile_and_package"
+    monkeypatch.setattr(compiler, lambda given, **_: program.append(given))
+    monkeypatch.setattr("deit.export.load_package", lambda path: path)
+    images, out = torch.randn(2, 3, 32, 32), tmp_path / "out.pt2"
+    if impl == "triton":
+        with pytest.raises(ValueError, match=r"deit_triton\.attention.* would need Python"):
+            to_aoti(exported[0], images, out)
+        return
+    to_aoti(exported[0], images, out)
+    called = {str(node.target) for node in program[0].graph.nodes}
+    ours = {name.removesuffix(".default") for name in called if name.startswith("deit_")}
+    in_library = {f"deit_cuda.{name}" for name in schemas.in_library("cuda")}
+    assert {"deit_cuda.attention", "deit_cuda.linear", "deit_cuda.gelu_mlp"} <= ours <= in_library
 
 
 def test_a_file_that_computes_something_else_is_refused(weights, tmp_path, monkeypatch, capsys):
