@@ -36,7 +36,7 @@ void require(bool holds, const std::string& what) {
 // would define, it defines when asked.
 void load_operators(const std::string& path) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);
-  require(library != nullptr, std::string("the library does not load: ") + dlerror());
+  if (library == nullptr) throw std::runtime_error(std::string("LIBRARY: ") + dlerror());
   for (const char* name : {"deit_cpu_define_schemas", "deit_cuda_define_schemas"}) {
     if (void* found = dlsym(library, name)) {
       require(reinterpret_cast<int (*)()>(found)() == 0, path + ": its schemas are refused");

@@ -174,7 +174,7 @@ def test_the_program_in_cpp_names_what_it_cannot_use(exported, classify, tmp_pat
     short.write_bytes(b"P6 # a comment\n2 2\n255\n1234567890")
     for arguments, message in (
         ((package, library, short), "short.ppm: ends before its last pixel"),
-        ((package, "/nowhere.so", short), "the library does not load: /nowhere.so"),
+        ((package, "/nowhere.so", short), "LIBRARY: /nowhere.so"),
         ((tmp_path / "none.pt2", library, short), "none.pt2"),
     ):
         done = classify(*arguments)
