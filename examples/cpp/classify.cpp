@@ -121,6 +121,7 @@ void print(const char* photograph, const at::Tensor& logits,
 
 void classify(const std::string& package, const std::vector<const char*>& photographs) {
   const c10::InferenceMode no_gradients;
+  require(std::ifstream(package).good(), package + ": cannot be opened");
   torch::inductor::AOTIModelPackageLoader network(package);
   const Metadata metadata = network.get_metadata();
   std::vector<std::string> names;
@@ -145,6 +146,9 @@ int main(int count, char** arguments) {
   try {
     load_operators(arguments[2]);
     classify(arguments[1], {arguments + 3, arguments + count});
+  } catch (const c10::Error& error) {
+    std::fprintf(stderr, "classify: %s\n", error.what_without_backtrace());
+    return 1;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "classify: %s\n", error.what());
     return 1;

@@ -175,7 +175,7 @@ def test_the_program_in_cpp_names_what_it_cannot_use(exported, classify, tmp_pat
     for arguments, message in (
         ((package, library, short), "short.ppm: ends before its last pixel"),
         ((package, "/nowhere.so", short), "LIBRARY: /nowhere.so"),
-        ((tmp_path / "none.pt2", library, short), "none.pt2"),
+        ((tmp_path / "none.pt2", library, short), "none.pt2: cannot be opened"),
     ):
         done = classify(*arguments)
         assert done.returncode == 1
