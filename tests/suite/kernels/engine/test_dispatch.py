@@ -1,6 +1,5 @@
 """Which implementation runs, and that nothing falls back unseen."""
 
-import dataclasses
 import warnings
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from schema_calls import CALLS
 
 from deit.kernels import attention, explain, gelu_mlp, layer_norm, linear
-from deit.kernels.engine import dispatch, measured, problems, registry
+from deit.kernels.engine import dispatch, measured, registry
 from deit.kernels.engine.operator import OPERATORS, operator_names
 from deit.kernels.prove import reference
 from deit.kernels.vit_block.arguments import BlockArguments
