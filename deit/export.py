@@ -145,8 +145,11 @@ def preparation(model: DeiT, about: dict[str, Any], classes: Sequence[str]) -> d
     """How photographs become `model`'s images, and its classes, as a package's metadata says it.
 
     image_size and short_side are in pixels; mean and std are of the channels in [0, 1], apart by
-    spaces; classes a name a line. `about`: of a run, as `networks.opened` gives it.
+    spaces; classes a name a line. `about`: of a run, as `networks.opened` gives it. Nothing is said
+    of images that are no photographs: of other than three channels.
     """
+    if model.config.in_chans != 3:
+        return {}
     return {
         "image_size": str(model.config.img_size),
         "short_side": str(_short_side(model, about)),

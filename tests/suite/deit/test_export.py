@@ -23,7 +23,7 @@ from deit.attention_maps import attention_maps, picture
 from deit.commands.cli import main
 from deit.configs import Config
 from deit.data.images import Prepare, normalise
-from deit.export import to_aoti
+from deit.export import preparation, to_aoti
 from deit.fused_vit import fuse, fused
 from deit.kernels.engine import dispatch, limits, native
 from deit.kernels.prove import schemas
@@ -331,3 +331,10 @@ def test_a_log_that_no_run_wrote_is_named_with_its_field(tmp_path, line, message
     (tmp_path / "log.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=rf"log\.jsonl: {message}"):
         history(tmp_path)
+
+
+def test_of_images_that_are_no_photographs_a_package_says_nothing():
+    assert preparation(DeiT(replace(SMALL, in_chans=1)), {}, []) == {}
+    said = preparation(DeiT(SMALL), {"mean": [0.3] * 3}, ["boot", "two\nlines"])
+    assert said["mean"] == "0.3 0.3 0.3"
+    assert (said["short_side"], said["classes"]) == ("36", "boot\ntwo lines")
