@@ -2,7 +2,7 @@
 //
 //   deit export WEIGHTS --format aoti --out deit.pt2    # and it names LIBRARY: .../_cpu.abi3.so
 //   make -C examples/cpp
-//   djpeg photo.jpg > photo.ppm                         # or magick photo.jpg -auto-orient photo.ppm
+//   magick photo.jpg -auto-orient photo.ppm             # or djpeg, which turns none upright
 //   examples/cpp/classify deit.pt2 LIBRARY photo.ppm ...
 //
 // A package of `deit export --device cuda` goes with the library _cuda.abi3.so. The program is the
