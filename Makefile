@@ -119,7 +119,7 @@ bench:
 models:
 	$(PYTHON) bench/models.py $(if $(CHECK),--check,--write)
 
-# The page of everything measured, into build/report.html, and the README's pictures.
+# The page of everything measured, into build/report.html, the README's pictures and its table.
 report:
 	$(PYTHON) bench/report.py --pictures docs --named accuracy speedup distillation \
-	    distillation-up precision-token
+	    distillation-up precision-token --readme README.md

@@ -2,6 +2,7 @@
 
     python bench/report.py                        # build/report.html
     python bench/report.py --pictures docs --named accuracy speedup    # the README's pictures
+    python bench/report.py --readme README.md     # and its table
 
 The rows of each device stand apart. A row measured with other kernels than today's is stale and
 marked; beside every row stands the command that makes it anew.
@@ -22,7 +23,7 @@ from deit.commands import flags
 from evidence import paper_table
 
 try:
-    from page import distillation, html, listings, pictures
+    from page import distillation, html, listings, overview, pictures
     from page.drawing import WIDE, Picture
 except ModuleNotFoundError as missing:
     package = (missing.name or "").partition(".")[0]
@@ -45,6 +46,8 @@ class Options:
     named: tuple[str, ...] = ()
     """Which pictures: accuracy, accuracy-2 (other terms or another device), speedup, ...; not
     given: all."""
+    readme: Path | None = None
+    """A Markdown file, whose table of speeds is written anew between its marks."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,13 @@ class Found:
         return row.get("kernels_sha256") not in (None, today)
 
     def devices(self) -> list[str]:
-        """Every device something was measured on, in the files' order."""
+        """Every device something was measured on, that of most rows first.
+
+        Its pictures have the names without a number, which the README shows.
+        """
         sources = [*self.rows, *self.documents.values()]
-        return list(dict.fromkeys(row.get("device", "unnamed") for row in sources))
+        counts = Counter(row.get("device", "unnamed") for row in sources)
+        return [device for device, _ in counts.most_common()]
 
     def of(self, device: str) -> Found:
         """What was measured on one device."""
@@ -218,6 +225,12 @@ def make(found: Found) -> str:
         f"speeds are <em>quoted</em> from {escape(paper_table.SOURCE)}, never measured here. A "
         "click on a column's head sorts a table; pointing at a mark names it.</p>"
     )
+    if speeds := overview.table(found.rows, found.stale):
+        intro += (
+            "<h2>DeiT on every device</h2><p class='quiet'>Images/s, medians of rounds; "
+            "of several runs the one that timed most. What it did not time is from another run, "
+            f"with its batch where that differs.</p>{speeds}"
+        )
     sections = [section(device, found.of(device)) for device in found.devices()]
     return html.whole(TITLE, intro + "".join(sections))
 
@@ -229,8 +242,11 @@ def save_pictures(folder: Path, named: Sequence[str], found: Found) -> None:
     """
     files: dict[str, Picture] = {}
     seen: Counter[str] = Counter()
+    several = len(found.devices()) > 1
     for device in found.devices():
         for picture in drawn(found.of(device)):
+            if several:  # a file stands alone: nothing above it names the device
+                picture = replace(picture, title=f"{picture.title}: {device}")
             seen[picture.name] += 1
             again = f"-{seen[picture.name]}" if seen[picture.name] > 1 else ""
             files[picture.name + again] = picture
@@ -248,6 +264,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = load(options.results or sorted(evidence.RESULTS.glob("*.json")))
         if options.pictures:
             save_pictures(options.pictures, options.named, found)
+        if options.readme:
+            table = overview.markdown(found.rows, found.stale)
+            text = overview.into(options.readme.read_text(encoding="utf-8"), table)
+            options.readme.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -22,6 +22,8 @@ _ADAPTERS = (
     "attention",
     "onnxruntime",
     "openvino",
+    "xnnpack",
+    "zentorch",
     "tensorrt",
     "fused_eight_bits",
     "jax",  # the last: once it runs, a process had better not fork, as others do

@@ -12,6 +12,7 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 import deit
 import peers
 from deit.model import DeiT
-from peers import PEERS
+from peers import PEERS, zentorch
 from race import checks, contenders
 
 CPU = torch.device("cpu")
@@ -117,6 +118,68 @@ def test_jax_refuses_what_it_cannot_give(
         PEERS["jax"].build(problem(base))
     with pytest.raises(ValueError, match="no convnets"):
         PEERS["jax"].build(replace(problem(base), config=None))
+
+
+# In a process of its own ------------------------------------------------------------------------
+
+ZENTORCH = """
+import torch
+__version__ = "0"
+torch._dynamo.register_backend(lambda graph, _: graph, name="zentorch")
+"""
+
+
+def zentorch_is(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for zentorch that this Python finds, in another process."""
+    (folder / "zentorch.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("FUSED_DEIT_ZENTORCH_PYTHON", sys.executable)
+
+
+def test_zentorch_runs_the_same_weights_in_its_process(
+    base: contenders.Contender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zentorch_is(ZENTORCH, tmp_path, monkeypatch)
+    given = problem(base)
+    built = PEERS["zentorch"].build(given)
+    frozen = f"zentorch 0 (torch {torch.__version__}), frozen, 1 threads"
+    assert built.about == f"{frozen}, in its own process"
+    with torch.inference_mode():
+        first = built.call(given.images)
+        assert checks.distance(first, base.module(given.images)) < 1e-6
+        second = built.call(given.images + 1)
+        assert checks.distance(second, base.module(given.images + 1)) < 1e-6
+        assert checks.distance(first, base.module(given.images)) < 1e-6  # not written over
+    process = built.call.process  # type: ignore[attr-defined]
+    process.kill()
+    process.wait()
+    with pytest.raises(RuntimeError, match="zentorch: its process ended"):
+        built.call(given.images)
+
+
+def test_what_goes_wrong_in_its_process_is_told(
+    base: contenders.Contender, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zentorch_is("raise ImportError('made for\\nanother torch')", tmp_path, monkeypatch)
+    with pytest.raises(RuntimeError, match=r"zentorch, in its process: ImportError: made for$"):
+        PEERS["zentorch"].build(problem(base))
+    with pytest.raises(ValueError, match="no convnets"):
+        PEERS["zentorch"].build(replace(problem(base), config=None))
+
+
+def test_zentorch_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    why_not = functools.partial(PEERS["zentorch"].why_not, "cpu", torch.float32, False)
+    has = {"instruction_sets": ["avx2", "avx512_bf16"]}
+    monkeypatch.setattr(zentorch, "processor", lambda: {"instruction_sets": ["avx2"]})
+    assert why_not() == "it is for processors with AVX512-BF16"
+    monkeypatch.setattr(zentorch, "processor", lambda: has)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("FUSED_DEIT_ZENTORCH_PYTHON", raising=False)
+    assert why_not().startswith("zentorch not installed: python -m venv ENV && ENV/bin/pip install")
+    monkeypatch.setenv("FUSED_DEIT_ZENTORCH_PYTHON", "/no/python")
+    assert why_not() == "FUSED_DEIT_ZENTORCH_PYTHON: expected a Python's path; got '/no/python'"
+    monkeypatch.setenv("FUSED_DEIT_ZENTORCH_PYTHON", sys.executable)
+    assert why_not() == ""
 
 
 @pytest.mark.parametrize("name", ["timm", "torchvision", "transformers"])

@@ -18,7 +18,7 @@ import pytest
 import evidence
 import report
 from evidence import paper_table
-from page import drawing, listings, pictures
+from page import drawing, listings, overview, pictures
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[3]
@@ -167,8 +167,8 @@ def test_structure(page: Path) -> None:
     assert outline.open == []
     # accuracy, speed-up, of calls, of steps, operators, roofline, batch: each wide and narrow
     assert (outline.count("figure"), outline.count("svg")) == (7, 14)
-    # Table 5, networks, latency, training, operators, sweeps, fits, the others, runs
-    assert outline.count("table") == 9
+    # all devices, Table 5, networks, latency, training, operators, sweeps, fits, the others, runs
+    assert outline.count("table") == 10
     words = " ".join(outline.words)
     for part in ("Accuracy (quoted)", "Speed-up", "Time by operator", "Roofline", "batch size",
                  "efficientnet_b8↑800", "quoted", "AVX2", "Sample <CPU>", "seconds ~ x^0.90",
@@ -197,8 +197,8 @@ def test_a_row_of_other_kernels_is_stale(
     text = out.read_text(encoding="utf-8")
     fused = sum(not q.model.startswith(("res", "reg", "eff")) for q in paper_table.networks())
     assert f"{fused + 6} of 45 results are stale" in text
-    # in Table 5, in the tables of networks, latency and training, and in that of runs
-    assert text.count('<tr class="stale">') == 3 * fused + 3 + 3 + 3
+    # of all devices, in Table 5, in the tables of networks, latency and training, and of runs
+    assert text.count('<tr class="stale">') == 4 * fused + 3 + 3 + 3
     assert f"{fused + 6} stale" in capsys.readouterr().out
     assert f"Measured 2026-01-02. Stale, measured with other kernels: {fused} of 36" in text
 
@@ -320,6 +320,78 @@ def test_speedups_of_calls_and_steps_have_pictures_of_their_own() -> None:
     assert names == ["speedup", "speedup-deit2021", "speedup-latency", "speedup-training"]
 
 
+# Two devices ------------------------------------------------------------------------------------
+
+OTHER = "Sample (family 25, AVX2)"
+
+
+def on_other(rows: list[Row]) -> list[Row]:
+    return [row | {"device": OTHER, "threads": 4} for row in rows]
+
+
+def test_two_devices_stand_in_one_table_and_in_sections_of_their_own(tmp_path: Path) -> None:
+    """The device of most rows keeps the README's pictures, whatever file comes first."""
+    rows = throughput_rows("x")
+    few = [row for row in rows if row["network"] in ("deit_ti", "deit_s")]
+    evidence.save(tmp_path / "0.json", on_other(few))
+    evidence.save(tmp_path / "1.json", rows)
+    out, svg = tmp_path / "page.html", tmp_path / "svg"
+    files = [str(tmp_path / name) for name in ("0.json", "1.json")]
+    assert report.main([*files, "--out", str(out), "--pictures", str(svg)]) == 0
+    text = out.read_text(encoding="utf-8")
+    head, first, second = text.split("<section>")
+    assert "<h2>Sample &lt;CPU&gt;</h2>" in first
+    assert f"<h2>{OTHER}</h2>" in second
+    shown = re.findall(r"<td[^>]*>([^<]*)</td>", head.partition("DeiT on every device")[2])
+    assert [shown[i : i + 4] for i in (14, 21)] == [
+        [OTHER, "4", "deit_ti", "8"], ["Sample &lt;CPU&gt;", "2", "deit_ti", "8"],
+    ]  # fmt: skip
+    assert (
+        "<title>Accuracy (quoted) against images/s: modern, fp32: Sample &lt;CPU&gt;</title>"
+        in (svg / "accuracy.svg").read_text(encoding="utf-8")
+    )
+    assert OTHER in (svg / "accuracy-2.svg").read_text(encoding="utf-8")
+
+
+def test_the_readmes_table_says_device_batch_and_what_is_stale() -> None:
+    fused, eager = (row for row in throughput_rows("x") if row["network"] == "deit_s")
+    of = lambda name, speed: eager | {"contender": name, "img_per_s": speed}
+    whole = [fused | {"img_per_s": 50.0}, of("eager", 20.0), of("OpenVINO", 52.0)]
+    whole += [of("fused int8", 150.0) | {"kernels_sha256": "x"}, of("OpenVINO int8", 120.0)]
+    another = [row | {"command": "other", "batch": 16, "date": "2027"}
+               for row in (fused, of("compiled", 21.04))]  # fmt: skip
+    others = on_other([fused | {"img_per_s": 9.0, "kernels_sha256": "old"}, of("eager", 4.0)])
+    bad = [row | {"img_per_s": 9e9, **change} for row in whole for change in (
+        {"mode": "training"}, {"protocol": "deit2021"}, {"dtype": "bf16"}, {"driver": "570"},
+    )]  # fmt: skip
+    stale = lambda row: row["kernels_sha256"] == "old"
+    table = overview.markdown([*another, *whole, *others, *bad], stale)
+    quoted = "DeiT-S, 79.8 %; 8"
+    assert table.splitlines()[2:] == [
+        f"| Sample <CPU>, 2 threads | {quoted} | 50 | 20 | 21 (16) | – | **52** | **150** | 120 |",
+        f"| {OTHER}, 4 threads | {quoted} | **9**† | 4 | – | – | – | – | – |",
+    ]
+    assert "`torch.compile` | ONNX Runtime | OpenVINO | int8: fused" in table
+
+
+def test_the_table_goes_between_its_marks(
+    page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = tmp_path / "README.md"
+    command = [str(page.parent / "a.json"), "--out", str(tmp_path / "p"), "--readme", str(readme)]
+    readme.write_text(f"# Mine\n\n{overview.START}\nold\n{overview.END}\nAfter.\n")
+    assert report.main(command) == 0
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith(f"# Mine\n\n{overview.START}\n\n| images/s, measured on |")
+    assert text.endswith(f"|\n\n{overview.END}\nAfter.\n")
+    assert "old" not in text
+    assert report.main(command) == 0
+    assert readme.read_text(encoding="utf-8") == text
+    readme.write_text("no marks")
+    assert report.main(command) == 2
+    assert "readme: expected a file with the lines <!-- measured" in capsys.readouterr().err
+
+
 # Drawings ---------------------------------------------------------------------------------------
 
 
@@ -377,7 +449,7 @@ PROBE = """<script>
 addEventListener("error", (e) => document.title += " error: " + e.message);
 addEventListener("load", () => {
   const column = (t, i) => [...t.tBodies[0].rows].map((r) => r.children[i].dataset.v);
-  const table = document.querySelector("table");
+  const table = document.querySelectorAll("table")[1];
   table.querySelectorAll("th button")[6].click();
   const up = column(table, 6).map(Number);
   table.querySelectorAll("th button")[6].click();
