@@ -48,7 +48,7 @@ def gelu_mlp(
             for a seventh product beside a step's six. The reference keeps only its inputs
             (torch.utils.checkpoint) and computes its whole forward again. Changes nothing where
             no input requires grad.
-        impl: "auto", "reference", "cpu", "triton" or "cuda".
+        impl: "auto", "reference", "cpu", "triton", "cuda" or "cublaslt".
 
     Returns:
         [..., D'], in residual's dtype where there is one, else in x's. The hidden layer is
@@ -89,11 +89,9 @@ def _limits(
 def _unmeasured(
     implementation: str, x: Tensor, w1: Tensor, b1: object, w2: Tensor, *rest: Any
 ) -> bool:
-    if implementation != "cuda":
-        return False
     _, residual, gamma, keep, activation = rest
     options = {"residual": residual, "gamma": gamma, "keep": keep}
-    return cuda.unmeasured(x, w1, w2, activation=activation, **options)
+    return cuda.unmeasured(implementation, x, w1, w2, activation=activation, **options)
 
 
 class _GeluMlp(torch.autograd.Function):

@@ -212,12 +212,16 @@ def test_what_hoppers_own_products_do_not_take_is_unmeasured(monkeypatch):
         {"activation": "silu"},
     )  # fmt: skip
     monkeypatch.setattr(limits, "capability", lambda *_: (9, 0))
-    assert not products.unmeasured(x, weight, **options)
-    assert not products.unmeasured(x.float(), weight.float(), **options)
-    assert all(products.unmeasured(x, weight, **{**options, **other}) for other in others)
-    assert products.unmeasured(x[:, :12], weight[:, :12], **options)
+    unmeasured = functools.partial(products.unmeasured, "cuda")
+    assert not unmeasured(x, weight, **options)
+    assert not unmeasured(x.float(), weight.float(), **options)
+    assert all(unmeasured(x, weight, **{**options, **other}) for other in others)
+    assert unmeasured(x[:, :12], weight[:, :12], **options)
     monkeypatch.setattr(limits, "capability", lambda *_: (8, 0))
-    assert not any(products.unmeasured(x, weight, **{**options, **other}) for other in others)
+    assert not any(unmeasured(x, weight, **{**options, **other}) for other in others)
+    # cuBLASLt's second kernel, for these two alone.
+    cublaslt = [products.unmeasured("cublaslt", x, weight, **{**options, **o}) for o in others]
+    assert cublaslt == [False, True, True, False]
 
 
 def test_warmup_makes_the_calls_that_a_capture_would(monkeypatch):
