@@ -41,7 +41,7 @@ struct Heuristic {
   int reserved[4];
 };
 
-std::string log, fault;
+std::string calls, fault;
 size_t workspace_wanted = 0;
 int alive = 0;  // descriptors that were made and not destroyed
 
@@ -58,7 +58,6 @@ Status set(Desc* desc, const std::map<int, size_t>& known, int attribute, const 
   return success;
 }
 
-int size_of(int type) { return type == 0 ? 4 : 2; }  // CUDA_R_32F, _16F (2), _16BF (14)
 
 double number(const void* data, int type, int64_t at) {
   if (type == 0) return static_cast<const float*>(data)[at];
@@ -113,8 +112,8 @@ extern "C" {
 // ("heuristic:none" finds no algorithm); bytes of workspace that an algorithm asks for.
 const char* stub_log() {
   static std::string last;
-  last.swap(log);
-  log.clear();
+  last.swap(calls);
+  calls.clear();
   return last.c_str();
 }
 void stub_fault(const char* call) { fault = call; }
@@ -128,7 +127,7 @@ const char* cublasLtGetStatusName(int status) {
 }
 Status cublasLtCreate(int** context) {
   if (fails("create")) return not_initialized;
-  log += "create\n";
+  calls += "create\n";
   *context = new int(1);
   return success;
 }
@@ -169,7 +168,7 @@ Status cublasLtMatmulAlgoGetHeuristic(int*, Desc* desc, Layout* a, Layout* b, La
   made.algo.data[7] = static_cast<uint64_t>(c->leading) << 32 | a->rows;
   made.workspace = workspace_wanted;
   *found = made;
-  log += "heuristic reductions=" + std::to_string(preference->get<uint32_t>(3, 7)) + "\n";
+  calls += "heuristic reductions=" + std::to_string(preference->get<uint32_t>(3, 7)) + "\n";
   return success;
 }
 
@@ -195,7 +194,7 @@ Status cublasLtMatmul(int* context, Desc* desc, const float* alpha, const void* 
   const bool biased = epilogue != 1 && (epilogue & 4) != 0, gelu = epilogue & 32;
   if (biased && bias == nullptr) return invalid_value;
   const int out = ld->type, in = la->type;
-  log += "matmul epilogue=" + std::to_string(epilogue) + " beta=" + std::to_string(int(*beta)) +
+  calls += "matmul epilogue=" + std::to_string(epilogue) + " beta=" + std::to_string(int(*beta)) +
          " types=" + std::to_string(in) + "," + std::to_string(out) +
          " in_place=" + std::to_string(c == d) + " workspace=" + std::to_string(bytes) + "\n";
   for (uint64_t n = 0; n < ld->columns; ++n) {
