@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import shlex
@@ -182,6 +183,34 @@ print(library.deit_cuda_why_no_cublaslt().decode())
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "no stub of cuBLASLt is loaded"
+
+
+def test_nvidias_own_takes_the_descriptions():
+    """Descriptors need no GPU: the library that torch has loaded takes each attribute's size."""
+    try:
+        library = ctypes.CDLL("libcublasLt.so.13", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+    except OSError:
+        pytest.skip("torch has not loaded libcublasLt.so.13")
+    desc, layout, wants = (ctypes.c_void_p() for _ in range(3))
+    sizes = ctypes.c_uint64(768), ctypes.c_uint64(50432), ctypes.c_int64(768)
+
+    def take(setter, of, attribute, value):
+        return getattr(library, f"cublasLt{setter}SetAttribute")(
+            of, attribute, ctypes.byref(value), ctypes.sizeof(value)
+        )
+
+    assert library.cublasLtMatmulDescCreate(ctypes.byref(desc), 68, 0) == 0
+    assert library.cublasLtMatrixLayoutCreate(ctypes.byref(layout), 14, *sizes) == 0
+    assert library.cublasLtMatmulPreferenceCreate(ctypes.byref(wants)) == 0
+    pointer, word = ctypes.c_void_p(4096), ctypes.c_uint32(4)
+    assert take("MatmulDesc", desc, 3, ctypes.c_int32(1)) == 0
+    assert take("MatmulDesc", desc, 7, word) == take("MatmulDesc", desc, 8, pointer) == 0
+    assert take("MatmulPreference", wants, 1, ctypes.c_uint64(32 << 20)) == 0
+    assert not any(take("MatmulPreference", wants, which, word) for which in (3, 5, 6, 7, 8))
+    assert take("MatmulPreference", wants, 3, ctypes.c_uint64(2)) == 7  # an invalid value
+    library.cublasLtMatmulDescDestroy(desc)
+    library.cublasLtMatrixLayoutDestroy(layout)
+    library.cublasLtMatmulPreferenceDestroy(wants)
 
 
 def test_the_numbers_are_nvidias(tmp_path):

@@ -114,17 +114,19 @@ LEAN = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("config", LEAN, ids=["tma", "pointed", "pointers"])
-def test_lean(config, dtype):
+def test_lean(config):
     """One block that is not full, full ones alone, and both."""
-    for tokens in (5, 64, 150):
-        qkv = make_qkv(2, tokens, dtype=dtype)
+    for tokens in (5, 64, 100):
+        qkv = make_qkv(1, tokens, dtype=torch.bfloat16)
         _, launch = implementation.plan(qkv, 3, 0.125, None, config=config)
         assert launch.kernel is triton_lean.lean_kernel
         _check(qkv, config=config)
-    for family in (*oracle.FAMILIES[1:], "one_hot"):
-        _check(make_qkv(2, 70, dtype=dtype, family=family), config=config)
+
+
+@pytest.mark.parametrize("family", [*oracle.FAMILIES[1:], "one_hot"])
+def test_lean_on_every_family(family):
+    _check(make_qkv(2, 50, family=family), config=LEAN[0])
 
 
 def test_what_is_not_lean_runs_by_the_same_tiles():
