@@ -49,7 +49,8 @@ class Family:
         import timm
 
         more = {} if self.register_tokens is None else {"reg_tokens": self.register_tokens}
-        sized = {"img_size": self.size} if self.size != 224 else {}
+        own = timm.get_pretrained_cfg(self.model)
+        sized = {"img_size": self.size} if own and own.input_size[-1] != self.size else {}
         return timm.create_model(self.model, num_classes=1000, **more, **sized).eval()
 
 
@@ -150,8 +151,8 @@ def measure(family: Family, options: Options) -> dict[str, list[float]]:
 
     Raises RuntimeError where an output is off by more than twice the eager model's own error.
     """
-    images = torch.randn(options.bs, 3, family.size, family.size)
     with torch.inference_mode():
+        images = torch.randn(options.bs, 3, family.size, family.size)
         ways = dict(contenders(family, images, options.peers))
         wide = copy.deepcopy(ways["eager"]).double()
         truth = wide(images[:1].double())

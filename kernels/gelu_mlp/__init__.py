@@ -16,7 +16,7 @@ from deit.kernels.engine.operator import Operator, register
 from deit.kernels.engine.registry import COMPILED
 from deit.kernels.gelu_mlp import reference
 from deit.kernels.gelu_mlp import schema as schema
-from deit.kernels.linear import check_activation, cuda
+from deit.kernels.linear import check_activation
 from deit.kernels.linear import train as train_linear
 
 
@@ -86,6 +86,7 @@ def _limits(
     return limits.product_limits(implementation, x, w1, w2)
 
 
+<<<<<<< HEAD
 def _unmeasured(
     implementation: str, x: Tensor, w1: Tensor, b1: object, w2: Tensor, *rest: Any
 ) -> bool:
@@ -94,6 +95,8 @@ def _unmeasured(
     return cuda.unmeasured(implementation, x, w1, w2, activation=activation, **options)
 
 
+=======
+>>>>>>> origin/main
 class _GeluMlp(torch.autograd.Function):
     """Differentiates by an implementation's `gelu_mlp_fwd` and `gelu_mlp_bwd`.
 
@@ -187,7 +190,6 @@ _GELU_MLP = register(
         constants={7: "keep"},
         trains_in_fp32=("cpu",),
         sizes=_sizes,
-        unmeasured=_unmeasured,
     )
 )
 _RECOMPUTED = replace(_GELU_MLP, reference=_reference_recomputing, train=_train_recomputing)

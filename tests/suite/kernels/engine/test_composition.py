@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import deit.kernels
 from deit.kernels import warmup
 from deit.kernels.engine import dispatch, limits, native, registry
-from deit.kernels.linear import cuda as products
 
 CPU = sorted(registry.KERNELS["cpu"] & set(CALLS)) if not native.why_not("cpu") else []
 RUNS = [(name, "auto") for name in CALLS] + [(name, "cpu") for name in CPU]
@@ -202,6 +201,7 @@ def test_autocast_on_cuda(name, impl, gpu, autocast_to_half):
             assert output.dtype == torch.float16
 
 
+<<<<<<< HEAD
 def test_what_hoppers_own_products_do_not_take_is_unmeasured(monkeypatch):
     """Figures of an H100 are of its own kernel; "auto" gives them no other call."""
     x, weight = torch.empty(4, 16).half(), torch.empty(8, 16).half()
@@ -224,6 +224,8 @@ def test_what_hoppers_own_products_do_not_take_is_unmeasured(monkeypatch):
     assert cublaslt == [False, True, True, False]
 
 
+=======
+>>>>>>> origin/main
 def test_warmup_makes_the_calls_that_a_capture_would(monkeypatch):
     """An operator and a module run forward and backward; no gradient is left behind."""
     seen = []
