@@ -86,17 +86,6 @@ def _limits(
     return limits.product_limits(implementation, x, w1, w2)
 
 
-<<<<<<< HEAD
-def _unmeasured(
-    implementation: str, x: Tensor, w1: Tensor, b1: object, w2: Tensor, *rest: Any
-) -> bool:
-    _, residual, gamma, keep, activation = rest
-    options = {"residual": residual, "gamma": gamma, "keep": keep}
-    return cuda.unmeasured(implementation, x, w1, w2, activation=activation, **options)
-
-
-=======
->>>>>>> origin/main
 class _GeluMlp(torch.autograd.Function):
     """Differentiates by an implementation's `gelu_mlp_fwd` and `gelu_mlp_bwd`.
 

@@ -74,15 +74,6 @@ def _limits(implementation: str, x: Tensor, weight: Tensor, *_: Any) -> list[str
     return limits.product_limits(implementation, x, weight)
 
 
-<<<<<<< HEAD
-def _unmeasured(implementation: str, x: Tensor, weight: Tensor, *rest: Any) -> bool:
-    _, activation, residual, gamma, keep = rest
-    options = {"residual": residual, "gamma": gamma, "keep": keep}
-    return cuda.unmeasured(implementation, x, weight, activation=activation, **options)
-
-
-=======
->>>>>>> origin/main
 class _Linear(torch.autograd.Function):
     """Differentiates by an implementation's `linear_fwd` and `linear_bwd`."""
 

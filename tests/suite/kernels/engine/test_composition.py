@@ -201,31 +201,6 @@ def test_autocast_on_cuda(name, impl, gpu, autocast_to_half):
             assert output.dtype == torch.float16
 
 
-<<<<<<< HEAD
-def test_what_hoppers_own_products_do_not_take_is_unmeasured(monkeypatch):
-    """Figures of an H100 are of its own kernel; "auto" gives them no other call."""
-    x, weight = torch.empty(4, 16).half(), torch.empty(8, 16).half()
-    residual = torch.empty(4, 8).half()
-    options = {"activation": "gelu", "residual": residual, "gamma": None, "keep": None}
-    others = (
-        {"residual": torch.empty(4, 8)}, {"gamma": torch.empty(8)}, {"keep": torch.empty(4)},
-        {"activation": "silu"},
-    )  # fmt: skip
-    monkeypatch.setattr(limits, "capability", lambda *_: (9, 0))
-    unmeasured = functools.partial(products.unmeasured, "cuda")
-    assert not unmeasured(x, weight, **options)
-    assert not unmeasured(x.float(), weight.float(), **options)
-    assert all(unmeasured(x, weight, **{**options, **other}) for other in others)
-    assert unmeasured(x[:, :12], weight[:, :12], **options)
-    monkeypatch.setattr(limits, "capability", lambda *_: (8, 0))
-    assert not any(unmeasured(x, weight, **{**options, **other}) for other in others)
-    # cuBLASLt's second kernel, for these two alone.
-    cublaslt = [products.unmeasured("cublaslt", x, weight, **{**options, **o}) for o in others]
-    assert cublaslt == [False, True, True, False]
-
-
-=======
->>>>>>> origin/main
 def test_warmup_makes_the_calls_that_a_capture_would(monkeypatch):
     """An operator and a module run forward and backward; no gradient is left behind."""
     seen = []
