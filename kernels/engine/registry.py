@@ -23,7 +23,8 @@ NAMESPACES: dict[str, str] = {
     "cuda": "deit_cuda",
     "cublaslt": "deit_cublaslt",
 }
-PRODUCTS_ALONE = ("cublaslt",)  # implementations that have the schemas of their kernels and no others
+# Implementations that have the schemas of their kernels and no others.
+PRODUCTS_ALONE = ("cublaslt",)
 CSRC = "csrc"  # a kernel that the library built from csrc/ registers, once it is loaded
 
 # implementation -> the schemas it has kernels for. Where a built library lacks one that csrc/
