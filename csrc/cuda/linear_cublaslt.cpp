@@ -60,7 +60,7 @@ struct Owned {
   lt::Status (*destroy)(T*);
 };
 
-// The library's default says 256 bytes, which torch's allocator keeps on a GPU. On a CPU it keeps 64.
+// The library's default says 256 bytes. torch's allocator keeps that on a GPU, and 64 on a CPU.
 #ifdef DEIT_EMULATED
 constexpr uintptr_t kAlignment = 64;
 #else
