@@ -162,7 +162,9 @@ def test_it_is_asked_for_by_name_alone(asked, monkeypatch):
     assert explain("linear", x[:, :0], weight[:, :0]).reasons["cublaslt"] == [
         "an empty axis to sum over"
     ]
-    assert explain("layer_norm", x, x[0], x[0]).reasons["cublaslt"] == ["it has no layer_norm kernel"]
+    assert explain("layer_norm", x, x[0], x[0]).reasons["cublaslt"] == [
+        "it has no layer_norm kernel"
+    ]
     with pytest.raises(NotImplementedError, match="forward-only"):
         run(x.requires_grad_(), weight)
     x = x.detach()
