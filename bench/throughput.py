@@ -55,7 +55,7 @@ class Options:
     """Pixels of the DeiT's images, a multiple of 16; convnets keep the paper's sizes."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU. In training, the dtype of autocast."""
-    impl: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
+    impl: Literal["auto", "reference", "cpu", "triton", "cuda", "cublaslt"] = "auto"
     """Which implementation of the fused operators runs, wherever it has a kernel."""
     measure: Literal["auto", "now", "never"] | None = None
     """What fuse() measures first, outside of what is timed: `never` runs by what is stored or

@@ -26,7 +26,7 @@ Function = Callable[[dict[str, Any]], Any]  # an operator on its tensors by name
 SAMPLE_SECONDS = 2e-3  # a sample at least: 2000 times the resolution of CUDA events
 TIMES_THE_CACHE = 3  # that the sets of inputs take together
 MOST_SETS = 256  # of the losses' small inputs
-OURS = ("triton", "cuda", "cpu")
+OURS = ("triton", "cuda", "cublaslt", "cpu")
 SDPA = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
 
 

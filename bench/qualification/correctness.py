@@ -12,7 +12,7 @@ import numerics
 from deit.kernels.prove import calls
 from qualification.context import Context
 
-IMPLEMENTATIONS = ("triton", "cuda", "cpu")
+IMPLEMENTATIONS = ("triton", "cuda", "cublaslt", "cpu")
 DTYPES = ("bf16", "fp16", "fp32")
 DRY = ["layer_norm", "linear", "attention", "cross_entropy"]
 # (batch, tokens, D): one token; DeiT's 197 and, distilled, 198; the first count past one block of

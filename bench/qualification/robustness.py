@@ -17,7 +17,7 @@ from qualification.context import Context
 from qualification.environment import find_tool
 
 REPEATS = 30
-IMPLEMENTATIONS = ("triton", "cuda")
+IMPLEMENTATIONS = ("triton", "cuda", "cublaslt")
 
 
 def robustness(context: Context) -> None:

@@ -22,13 +22,13 @@ namespace deit {
 #ifdef DEIT_EMULATED
 struct Call {
   explicit Call(const Tensor&) {}
+  int device = 0;
   void* stream = nullptr;
   bool hopper = false;
 };
 #else
 struct Call {
-  explicit Call(const Tensor& x) : guard(x.get_device_index()) {
-    const int device = x.get_device_index();
+  explicit Call(const Tensor& x) : guard(x.get_device_index()), device(x.get_device_index()) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     int major = 0, minor = 0;
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -36,6 +36,7 @@ struct Call {
     hopper = major == 9 && minor == 0;
   }
   const torch::stable::accelerator::DeviceGuard guard;
+  const int device;
   void* stream = nullptr;
   bool hopper = false;
 };

@@ -1,4 +1,4 @@
-// What linear.cpp hands to linear.cu and linear_hopper.cu.
+// What linear.cpp and linear_cublaslt.cpp hand to linear.cu, linear_hopper.cu and linear_finish.cu.
 #pragma once
 
 #include <cstdint>
@@ -33,5 +33,9 @@ bool hopper_takes(const LinearArgs& args, Scalar type);
 
 // The same on a device of compute capability 9.0 for what `hopper_takes`.
 const char* launch_linear_hopper(const LinearArgs& args, Scalar type, void* stream);
+
+// out = residual + keep * gamma * act(out) of a product that lies in `out` already, its bias added;
+// the rest as launch_linear.
+const char* launch_finish(const LinearArgs& args, Scalar type, void* stream);
 
 }  // namespace deit

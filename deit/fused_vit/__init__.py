@@ -67,7 +67,8 @@ def fuse(
     Args:
         model: any module; DeiT and timm blocks, attentions, MLPs and LayerNorms in it are fused.
         impl: "auto" for the fastest measured implementation of each operator; or "reference",
-            "cpu", "triton" or "cuda" for that one wherever it has a kernel for the operator.
+            "cpu", "triton", "cuda" or "cublaslt" for that one wherever it has a kernel for the
+            operator.
         last_block: "auto" computes the last block for the tokens that the classifier reads, where
             only the logits are asked for (6.9 % fewer operations in DeiT-B, the same logits to
             rounding): for deit.DeiT and timm's VisionTransformer pooled by "token". "full"

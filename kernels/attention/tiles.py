@@ -27,6 +27,8 @@ class AttentionConfig(Configuration):
 
     online: softmax rescales as blocks of keys pass; else block_n holds every key.
     tma: read qkv by tensor descriptors where its strides and address allow them.
+    lean: by triton_lean.py in the calls that it takes (`plan`), in all others by these tiles.
+    pointed: there, with tma, queries come by pointers.
     """
 
     block_m: int
@@ -35,9 +37,17 @@ class AttentionConfig(Configuration):
     tma: bool
     num_warps: int
     num_stages: int
+    lean: bool = False
+    pointed: bool = False
 
     def rules(self, arguments: Arguments) -> list[str]:
         found = []
+        if self.lean and not (self.online and arguments["dtype"] != torch.float32):
+            found.append("lean: of online softmax, and half precision")
+        if self.lean and not self.tma and self.block_n > 64:
+            found.append("lean: 64 keys at most by pointers, 128 spill 32 bytes on sm_120")
+        if self.pointed and not (self.lean and self.tma):
+            found.append("pointed: of lean, with tma")
         if not self.online:
             if self.block_n < arguments["tokens"]:
                 found.append(f"block_n {self.block_n} for {arguments['tokens']} keys at once")
@@ -52,11 +62,23 @@ class AttentionConfig(Configuration):
     @classmethod
     def space(cls, arguments: Arguments, pinned: Any) -> Iterator[AttentionConfig]:
         everything = max(16, 1 << (arguments["tokens"] - 1).bit_length())
+        for tiles, pointed in itertools.product(((64, 64, 2), (64, 128, 2), (64, 32, 3)), (1, 0)):
+            if arguments["head_dim"] == 64:  # others were not compiled
+                yield lean(pinned, *tiles, pointed=bool(pointed))
         for block_m, warps in itertools.product((64, 128), (4, 8)):
             if arguments["tokens"] <= ONE_BLOCK_KEYS:
                 yield cls(block_m, everything, False, tma=True, num_warps=warps, num_stages=3)
             for block_n, stages in itertools.product((64, 128, 32), (3, 2)):
                 yield cls(block_m, block_n, True, pinned.tma, num_warps=warps, num_stages=stages)
+
+
+def lean(
+    pinned: AttentionConfig, block_m: int, block_n: int, num_stages: int, *, pointed: bool
+) -> AttentionConfig:
+    """`AttentionConfig.lean` in 4 warps, reading as `pinned` does."""
+    return AttentionConfig(
+        block_m, block_n, True, pinned.tma, 4, num_stages, lean=True, pointed=pointed
+    )
 
 
 @dataclass(frozen=True)
@@ -103,8 +125,8 @@ class RotaryConfig(AttentionConfig):
     """The same with rotary positions, which are read by pointers."""
 
     def rules(self, arguments: Arguments) -> list[str]:
-        if self.tma or not self.online:
-            return ["rotary positions need online softmax without tma"]
+        if self.tma or not self.online or self.lean:
+            return ["rotary positions need online softmax without tma, and are not lean"]
         return super().rules(arguments)
 
     @classmethod

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deit.kernels.attention import tiles as attention_tiles
+from deit.kernels.attention import triton_lean
 from deit.kernels.attention import triton_qkv as qkv_tiles
 from deit.kernels.device import common, launching
 
@@ -96,6 +97,9 @@ def plan(
     """(out, lse or None), unwritten, and the launch that writes them; None for an empty output.
 
     rope: (sin, cos, prefix, interleaved), or None.
+
+    A lean configuration is run as such in inference, without a key bias or rotary positions, with
+    a positive scale: its maximum is of the scores before it.
     """
     batch, tokens, channels = qkv.shape
     head_dim = channels // (3 * num_heads)
@@ -131,7 +135,14 @@ def plan(
         "TMA": config.tma,
         "PRECISION": common.precision(qkv.dtype),
     }
-    if config.online:
+    if config.lean and rope is None and key_bias is None and not save_lse and scale > 0:
+        for name in ("key_bias", "lse", "bias_b", "bias_n"):
+            del arguments[name]
+        if config.pointed:
+            arguments["q_source"] = qkv
+        arguments["Q_TMA"] = config.tma and not config.pointed
+        kernel, programs = triton_lean.lean_kernel, query_blocks
+    elif config.online:
         arguments |= qkv_tiles.rope_arguments(rope)
         kernel, programs = _online_kernel, query_blocks
     else:

@@ -272,10 +272,10 @@ def environment(implementation: str, device_type: str, index: int | None) -> tup
         if device_type != "cpu":
             return (f"it runs on CPU tensors, these are on {device_type}",)
         return native.why_not("cpu")
-    if implementation == "cuda":
+    if implementation in ("cuda", "cublaslt"):
         if device_type != "cuda":
             return (f"it runs on CUDA tensors, these are on {device_type}",)
-        return native.why_not("cuda")
+        return native.why_not(implementation)
     if importlib.util.find_spec("triton") is None:
         return ("the package triton is not installed",)
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"

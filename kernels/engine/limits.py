@@ -21,7 +21,9 @@ def unserved(*arguments: Any) -> list[str]:
 
 def product_limits(implementation: str, x: Tensor, *weights: Tensor) -> list[str]:
     """For operators that are matrix products of x [..., K] and weights [M, K]."""
-    if implementation == "cuda":
+    if implementation == "cublaslt" and any(w.shape[-1] == 0 for w in weights):
+        return [*cuda_limits(x), "an empty axis to sum over"]
+    if implementation in ("cuda", "cublaslt"):
         return cuda_limits(x)
     if implementation != "cpu":
         return []

@@ -24,7 +24,12 @@ AGAIN = "run `pip install -e .` in the source tree again"
 
 @functools.cache
 def why_not(kind: str) -> tuple[str, ...]:
-    """Load the library for `kind` ("cpu" or "cuda") once; () when its operators are usable."""
+    """Load the library for `kind` ("cpu" or "cuda") once; () when its operators are usable.
+
+    "cublaslt" is the CUDA library where it finds torch's cuBLASLt.
+    """
+    if kind == "cublaslt":
+        return why_not("cuda") or _why_no_cublaslt()
     if kind == "cuda" and torch.version.cuda is None:
         # It needs libtorch_cuda, which this torch lacks: do not even try.
         return (f"torch {torch.__version__} is built without CUDA",)
@@ -35,15 +40,28 @@ def why_not(kind: str) -> tuple[str, ...]:
         torch.ops.load_library(path)
     except OSError as error:
         return (f"the {kind} library does not load: {error}",)
-    missing = [name for name in sorted(registry.KERNELS[kind]) if not _registered(kind, name)]
+    others = ("cublaslt",) if kind == "cuda" else ()
+    missing = [
+        name
+        for namespace in (kind, *others)
+        for name in sorted(registry.KERNELS[namespace])
+        if not _registered(namespace, name, kind)
+    ]
     if missing:
         return (f"the {kind} library has no kernel for {', '.join(missing)}: {AGAIN}",)
     return _why_no_device() if kind == "cuda" else ()
 
 
-def _registered(kind: str, name: str) -> bool:
+def _registered(implementation: str, name: str, kind: str) -> bool:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return has_kernel(f"{registry.NAMESPACES[kind]}::{name}", kind.upper())
+    return has_kernel(f"{registry.NAMESPACES[implementation]}::{name}", kind.upper())
+
+
+def _why_no_cublaslt() -> tuple[str, ...]:
+    library = ctypes.CDLL(str(FOLDER / LIBRARIES["cuda"]))
+    library.deit_cuda_why_no_cublaslt.restype = ctypes.c_char_p
+    found = library.deit_cuda_why_no_cublaslt()
+    return () if found is None else (f"cuBLASLt: {found.decode()}",)
 
 
 def _why_absent(kind: str) -> str:

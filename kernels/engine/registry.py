@@ -17,7 +17,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-NAMESPACES: dict[str, str] = {"cpu": "deit_cpu", "triton": "deit_triton", "cuda": "deit_cuda"}
+NAMESPACES: dict[str, str] = {
+    "cpu": "deit_cpu",
+    "triton": "deit_triton",
+    "cuda": "deit_cuda",
+    "cublaslt": "deit_cublaslt",
+}
+# Implementations that have the schemas of their kernels and no others.
+PRODUCTS_ALONE = ("cublaslt",)
 CSRC = "csrc"  # a kernel that the library built from csrc/ registers, once it is loaded
 
 # implementation -> the schemas it has kernels for. Where a built library lacks one that csrc/
@@ -53,7 +60,8 @@ def define(
         schema: without a name. Arguments are positional, in the order in which every
             implementation, the reference included, takes them.
         fake: makes empty tensors of the outputs' shapes and dtypes from the same arguments.
-        implementations: those in whose namespaces it is defined, with a kernel or without.
+        implementations: those in whose namespaces it is defined, with a kernel or without; in one
+            of PRODUCTS_ALONE only with a kernel.
         kernels: implementation -> CSRC, or the module of `deit.kernels` that has a function of
             this name: `triton="linear.triton_bwd"`. It is imported by the first call, not before.
     """
@@ -61,6 +69,8 @@ def define(
         raise ValueError(f"{name}: expected kernels for {implementations}; got {sorted(unknown)}")
     FAKES[name] = fake
     for implementation in implementations:
+        if implementation in PRODUCTS_ALONE and implementation not in kernels:
+            continue
         qualified = f"{NAMESPACES[implementation]}::{name}"
         torch.library.define(qualified, schema)
         torch.library.register_fake(qualified, fake)

@@ -131,6 +131,32 @@ def _launch(
 
 
 @triton.jit
+def _gelu(x):
+    """x * Phi(x) to 2.3e-6 of it, as `common.gelu_into` of higher degree.
+
+    Its 1.2e-4 would take one number in a thousand to e4m3's next, and a third of the rows with
+    them. By erf GELU is 44 instructions an element, 14 of which move erf's coefficients; so it is
+    21. The polynomial is in |x| - 2.5, where its terms do not cancel.
+    """
+    a = tl.minimum(tl.abs(x), 5.0)
+    u = a - 2.5
+    root = 0.8493218002880191 * x  # sqrt(log2(e) / 2)
+    ratio = -5.840607286700106e-08 * u + 3.2626320489725913e-07
+    ratio = ratio * u - 5.428444751487405e-07
+    ratio = ratio * u + 1.875646375992801e-06
+    ratio = ratio * u - 1.4787273357796948e-05
+    ratio = ratio * u + 6.693361501675099e-05
+    ratio = ratio * u - 0.0002577416889835149
+    ratio = ratio * u + 0.0010109584545716643
+    ratio = ratio * u - 0.003830085275694728
+    ratio = ratio * u + 0.013651634566485882
+    ratio = ratio * u - 0.04561440274119377
+    ratio = ratio * u + 0.14133106172084808
+    positive = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return positive - a * tl.math.exp2(-(root * root)) * ratio
+
+
+@triton.jit
 def _hidden(
     acc,
     bias,
@@ -150,7 +176,7 @@ def _hidden(
     col = n0 + tl.arange(0, _GROUP)
     if bias is not None:
         acc += tl.load(bias + col, mask=col < width, other=0.0).to(tl.float32)[None, :]
-    blocks = common.gelu(acc).reshape(acc.shape[0], 1, _GROUP)
+    blocks = _gelu(acc).reshape(acc.shape[0], 1, _GROUP)
     e4m3, scale = fp8_rows.quantise(blocks, ROUNDS_FIRST)
     padded = tl.cdiv(width, _GROUP) * _GROUP
     common.store_tile(out, e4m3.reshape(acc.shape[0], _GROUP), m0, n0, rows, padded, TMA)

@@ -48,7 +48,7 @@ def gelu_mlp(
             for a seventh product beside a step's six. The reference keeps only its inputs
             (torch.utils.checkpoint) and computes its whole forward again. Changes nothing where
             no input requires grad.
-        impl: "auto", "reference", "cpu", "triton" or "cuda".
+        impl: "auto", "reference", "cpu", "triton", "cuda" or "cublaslt".
 
     Returns:
         [..., D'], in residual's dtype where there is one, else in x's. The hidden layer is

@@ -58,7 +58,15 @@ _INPUTS = (
 )
 _FORWARD, _BACKWARD = "gelu_mlp.triton", "gelu_mlp.triton_bwd"
 
-define("gelu_mlp", f"({_INPUTS}) -> Tensor", _mlp, cpu=CSRC, cuda=CSRC, triton=_FORWARD)
+define(
+    "gelu_mlp",
+    f"({_INPUTS}) -> Tensor",
+    _mlp,
+    cpu=CSRC,
+    cuda=CSRC,
+    cublaslt=CSRC,
+    triton=_FORWARD,
+)
 define(
     "gelu_mlp_fwd",
     f"({_INPUTS}) -> (Tensor out, Tensor hidden, Tensor affine)",

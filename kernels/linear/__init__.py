@@ -40,7 +40,7 @@ def linear(
         residual: [..., M], in x's dtype or fp32, or None.
         gamma: [M], LayerScale (arXiv 2103.17239), or None for 1.
         keep: [B] for x [B, ..., K], stochastic depth's factor for each sample, or None for 1.
-        impl: "auto", "reference", "cpu", "triton" or "cuda".
+        impl: "auto", "reference", "cpu", "triton", "cuda" or "cublaslt".
 
     Returns:
         [..., M], in residual's dtype where there is one, else in x's. Accumulation is fp32;

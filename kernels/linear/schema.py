@@ -55,7 +55,15 @@ _INPUTS = (
 )
 _FORWARD, _BACKWARD = "linear.triton", "linear.triton_bwd"
 
-define("linear", f"({_INPUTS}) -> Tensor", _linear, cpu=CSRC, cuda=CSRC, triton=_FORWARD)
+define(
+    "linear",
+    f"({_INPUTS}) -> Tensor",
+    _linear,
+    cpu=CSRC,
+    cuda=CSRC,
+    cublaslt=CSRC,
+    triton=_FORWARD,
+)
 define("linear_fwd", f"({_INPUTS}) -> (Tensor out, Tensor affine)", _fwd, cpu=CSRC, triton=_FORWARD)
 define(
     "linear_bwd",

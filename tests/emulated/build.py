@@ -29,3 +29,17 @@ def library(setup: ModuleType, folder: Path) -> Path:
     )
     setup.run_ninja(folder, text, os.environ)
     return folder / "emulated.so"
+
+
+def cublaslt_stub(setup: ModuleType, folder: Path) -> Path:
+    """What stands in for cuBLASLt there, under the name that csrc/cuda/cublaslt.cpp looks for."""
+    compiler, target = setup.find_compiler(os.environ), folder / "libdeit_cublaslt_stub.so"
+    flags = setup.CXXFLAGS.replace("-fvisibility=hidden", "")
+    text = setup.ninja_file(
+        {"cxx": setup.compile_rule(compiler, flags)},
+        [("stub.o", "cxx", sanitize.EMULATED / "cublaslt_stub.cpp", "")],
+        f"{compiler} -shared -Wl,-soname,{target.name} -o $out $in",
+        target,
+    )
+    setup.run_ninja(folder, text, os.environ)
+    return target

@@ -108,6 +108,38 @@ void fuzz_linear(Random& random) {
   }
 }
 
+void fuzz_finish(Random& random) {
+  const int64_t samples = random.between(1, 3), rows = samples * random.size(45);
+  const int64_t width = size(90, random);
+  const Scalar type = random.type();
+  const bool residual = random.chance(0.5);
+  const Scalar to = residual && random.chance(0.5) ? Scalar::f32 : type;
+  Grid added(residual ? rows : 1, width, to, random);
+  Vector gamma(width, 0.4, type, true, random), keep(samples, 0.4, type, true, random);
+  Elements out(rows * width, to, random);
+  std::vector<double> product;
+  for (int64_t i = 0; i < rows * width; ++i) {
+    out.randomise(i, random);
+    product.push_back(out.at(i));
+  }
+  deit::LinearArgs args{};
+  args.out = out.memory.data(), args.gamma = gamma.values, args.keep = keep.values;
+  if (residual) args.residual = {added.data(), to == Scalar::f32};
+  args.rows = rows, args.width = width, args.rows_per_sample = rows / samples;
+  args.residual_stride = added.stride;
+  args.activation = static_cast<deit::Activation>(random.between(0, 4));
+  launched(deit::launch_finish(args, type, nullptr));
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < width; ++column) {
+      const int64_t i = row * width + column;
+      double y = activated(args.activation, product[static_cast<size_t>(i)]);
+      y *= gamma.at(column, 1.0) * keep.at(row / args.rows_per_sample, 1.0);
+      if (residual) y += added.at(row, column);
+      near("out", i, out.at(i), y, type);
+    }
+  }
+}
+
 void fuzz_attention(Random& random) {
   const int64_t batch = random.between(1, 2), heads = random.between(1, 2);
   const int64_t tokens = random.size(150), dim = size(random.chance(0.7) ? 64 : 128, random);
@@ -269,6 +301,7 @@ struct Case {
   void (*fuzz)(Random&);
 };
 constexpr Case kCases[] = {{"linear", fuzz_linear},
+                           {"linear_finish", fuzz_finish},
                            {"attention", fuzz_attention},
                            {"patch_embed", fuzz_patch_embed},
                            {"layer_norm", fuzz_layer_norm}};

@@ -6,8 +6,6 @@ import functools
 
 import pytest
 import torch
-from emulated import build
-from native import sanitize
 
 from deit.kernels import explain, linear
 from deit.kernels.engine import dispatch, limits
@@ -22,23 +20,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIZE = Size(2, 70, 72, heads=2, hidden=136, side=3, patch=8)
 # No chunk of 16 bytes is whole.
 ODD = Size(1, 67, 34, heads=2, hidden=37, width=35, side=2, patch=7)
-
-
-@pytest.fixture(scope="session")
-def library():
-    torch.ops.load_library(
-        build.library(sanitize.load_setup(), sanitize.ROOT / "build" / "emulated")
-    )
-
-
-@pytest.fixture
-def emulated(library, monkeypatch):
-    """impl="cuda" takes CPU tensors, as on a GPU of compute capability 8.0."""
-    before = dispatch.environment
-    monkeypatch.setattr(
-        dispatch, "environment", lambda name, *rest: () if name == "cuda" else before(name, *rest)
-    )
-    monkeypatch.setattr(limits, "capability", lambda *_: (8, 0))
 
 
 def run(operator, *arguments):

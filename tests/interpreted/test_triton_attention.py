@@ -8,6 +8,7 @@ import torch
 from deit.kernels import attention, explain
 from deit.kernels.attention import tiles as attention_tiles
 from deit.kernels.attention import triton as implementation
+from deit.kernels.attention import triton_lean
 from deit.kernels.device import chips
 from deit.kernels.engine import registry
 from deit.kernels.prove import oracle, reference
@@ -105,6 +106,40 @@ def test_nan_of_the_next_sample_stays_there():
 @pytest.mark.parametrize("scale", [0.0, 1.0, -0.5])
 def test_scales(scale):
     _check(make_qkv(1, 17), scale=scale)
+
+
+LEAN = [
+    attention_tiles.AttentionConfig(64, keys, True, tma, 4, 2, lean=True, pointed=pointed)
+    for keys, tma, pointed in ((32, True, False), (64, True, True), (64, False, False))
+]
+
+
+@pytest.mark.parametrize("config", LEAN, ids=["tma", "pointed", "pointers"])
+def test_lean(config):
+    """One block that is not full, full ones alone, and both."""
+    for tokens in (5, 64, 100):
+        qkv = make_qkv(1, tokens, dtype=torch.bfloat16)
+        _, launch = implementation.plan(qkv, 3, 0.125, None, config=config)
+        assert launch.kernel is triton_lean.lean_kernel
+        _check(qkv, config=config)
+
+
+@pytest.mark.parametrize("family", [*oracle.FAMILIES[1:], "one_hot"])
+def test_lean_on_every_family(family):
+    _check(make_qkv(2, 50, family=family), config=LEAN[0])
+
+
+def test_what_is_not_lean_runs_by_the_same_tiles():
+    """A key bias, what training saves, and a scale whose maximum is the scores' minimum."""
+    qkv, config = make_qkv(2, 70), LEAN[0]
+    bias = torch.randn(2, 70)
+    for scale, key_bias, save_lse in ((0.125, bias, False), (-0.5, None, False), (0.0, None, False),
+                                      (0.125, None, True)):  # fmt: skip
+        options = {"save_lse": save_lse, "config": config}
+        _, launch = implementation.plan(qkv, 3, scale, key_bias, **options)
+        assert launch.kernel is implementation._online_kernel
+        if not save_lse:
+            _check(qkv, key_bias=key_bias, scale=scale, config=config)
 
 
 @pytest.mark.parametrize("arch", chips.SHARED_MEMORY)

@@ -166,7 +166,7 @@ def cuda() -> Iterator[Any]:
         patch.setattr(torch.accelerator, "current_stream", lambda *_: _Stream())  # AdamW asks it
         why_not = native.why_not
         patch.setattr(
-            native, "why_not", lambda k: ("it is not simulated",) if k == "cuda" else why_not(k)
+            native, "why_not", lambda k: why_not(k) if k == "cpu" else ("it is not simulated",)
         )
         for asked in (common._architecture, common._multiprocessors):
             asked.cache_clear()

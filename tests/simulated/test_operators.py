@@ -12,7 +12,9 @@ import simulator
 import torch
 
 import numerics
-from deit.kernels.prove import calls, oracle
+from deit.kernels.attention import tiles as attention_tiles
+from deit.kernels.attention import triton as attention_triton
+from deit.kernels.prove import calls, oracle, reference
 
 Size = calls.Size
 # Of D = 64, a weight's gradient has fewer tiles than there are programs, and its rows are split.
@@ -134,3 +136,21 @@ def test_the_rule_holds(case, note):
     assert not found.unchecked
     assert used <= 1, found.used
     assert lean <= LEAN, found.lean
+
+
+@pytest.mark.parametrize(
+    ("arch", "keys", "pointed"), [(90, 64, True), (90, 128, False), (80, 64, False)]
+)
+def test_a_lean_attention_holds_it_too(arch, keys, pointed, note):
+    """Its configurations are no default: `deit tune` tries them."""
+    qkv = calls.build("attention", calls.Draw(dtype=torch.bfloat16), DIMS[0]).inputs["qkv"]
+    with simulator.device(arch) as launched:
+        pinned = attention_tiles.attention(arch, qkv.dtype, 64, 197)
+        config = attention_tiles.lean(pinned, 64, keys, 2, pointed=pointed)
+        out = attention_triton.attention(qkv, 3, 0.125, None, config=config)
+    arguments = (qkv, 3, 0.125, None)
+    oracle.check(out, reference.attention, arguments)
+    note(what="attention, lean", dtype="bf16", arch=arch, launches=launched.launches,
+         unchecked=launched.races_unchecked)  # fmt: skip
+    assert launched.launches == 1
+    assert not launched.races_unchecked
