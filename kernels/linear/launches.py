@@ -42,6 +42,25 @@ def _linear(shipped: Shipped) -> common.Launch:
     return first(linear.plan(x, weight, bias, activation, *options, affine=affine, config=config))
 
 
+def _few_rows(shipped: Shipped) -> tuple[common.Launch, ...]:
+    """By the tile that a variant begins with; the parts and their sum if it names their number."""
+    dtype, dim = shipped.torch_dtype, shipped.size
+    tile, splits, *words = shipped.variant.split()
+    height, columns = (64, 64) if dtype == torch.float32 else map(int, tile.split("x"))
+    config = next(
+        config
+        for config in linear_tiles.for_few_rows(shipped.arch, dtype, dim, 4 * dim, 256, 132)
+        if (config.block_m, config.block_n, config.splits) == (height, columns, int(splits))
+    )
+    spare = 1 if "unaligned" in words else 0
+    x = empty(shipped.batch, TOKENS, 4 * dim + spare, dtype=dtype)[..., : 4 * dim]
+    weight, bias = empty(dim, 4 * dim, dtype=dtype), empty(dim, dtype=dtype)
+    options = epilogue(shipped, x.shape[:-1] + weight.shape[:1])
+    affine = empty(*x.shape[:-1], dim, dtype=dtype) if "training" in words else None
+    activation = _activation(shipped)
+    return linear.plan(x, weight, bias, activation, *options, affine=affine, config=config)[1]
+
+
 def _output_gradient(shipped: Shipped) -> common.Launch:
     dtype, dim = shipped.torch_dtype, shipped.size
     dout = empty(
@@ -90,12 +109,28 @@ def _both(arch: int, dtype: torch.dtype, size: int) -> object:
     return tuple(linear_tiles.input_gradient(arch, dtype, size, size, gelu=gelu) for gelu in both)
 
 
+_TILES = ("64x64", "64x128", "128x64", "128x128")
+_EPILOGUES = ("gelu", "fp32 residual gamma keep", "gelu training", "gelu unaligned")
+
+
+def _whatever(arch: int, dtype: torch.dtype, size: int) -> object:
+    return arch, dtype
+
+
 KERNELS = {
     "linear": Kernel(
         ("bias", *ACTIVATIONS, "residual", "residual gamma keep", "fp32 residual",
          "unaligned", "token slice"), square(linear_tiles.linear), _linear, tiled=True),
     "linear_fwd": Kernel((*ACTIVATIONS, "fp32 residual gamma keep", "gelu unaligned"),
                          square(linear_tiles.linear), _linear, tiled=True),
+    # What few rows run: a tile, the number of parts that a sum is cut into, an epilogue.
+    "linear_few": Kernel(tuple(f"{tile} 1 {words}" for tile in _TILES for words in _EPILOGUES),
+                         _whatever, lambda shipped: _few_rows(shipped)[0], (768,)),
+    "linear_parts": Kernel((*(f"{tile} 4" for tile in _TILES), "64x64 4 unaligned"),
+                           _whatever, lambda shipped: _few_rows(shipped)[0], (768,)),
+    "linear_sum": Kernel(("64x64 2 gelu", "64x64 12 fp32 residual gamma keep",
+                          "64x64 12 residual", "64x64 12 gelu training"),
+                         _whatever, lambda shipped: _few_rows(shipped)[1], (768,), products=False),
     # The three kernels of linear's and gelu_mlp's backward.
     "output_gradient": Kernel(
         ("sums only", "gelu", "gelu_tanh gamma keep", "quick_gelu", "silu", "fp32 gamma keep"),
@@ -121,7 +156,8 @@ def tuned(at: Terms) -> Iterator[Tuned]:
         options = {"activation": activation}
         build = functools.partial(_product, form=form, options=options)
         size = replace(at.size, dim=depth, width=width)
-        sizes = {"width": width, "depth": depth}
+        sizes = {"width": width, "depth": depth, "rows": at.rows}
+        sizes["multiprocessors"] = at.multiprocessors
         yield replace(at, size=size).of_call("linear", sizes, linear.linear, build)
 
 
