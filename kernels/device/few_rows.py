@@ -11,8 +11,8 @@ import math
 
 import torch
 
-# Beyond 2,048 rows (ten images) all are one class, whose tiles are those that an H100 timed at 50,432:
-# DeiT-B's widest fill its multiprocessors from 6,000 rows on.
+# Beyond 2,048 rows (ten images) all are one class, whose tiles are those that an H100 timed at
+# 50,432. DeiT-B's widest fill its multiprocessors from 6,000 rows on.
 MANY = 4096
 _LEAST = 64  # no tile is lower
 
@@ -26,7 +26,8 @@ _SINGLE = {80: 128, 89: 256, 90: 256, 100: 256, 120: 256}
 
 INSTRUCTIONS = 128  # of the plain cores in a clock
 
-LAUNCH = 3000  # clocks from the end of one launch to the first numbers of the next: 1.7 us of an H100
+# Clocks from the end of one launch to the first numbers of the next: 1.7 us of an H100.
+LAUNCH = 3000
 WORTH = 0.8  # of the tiles for many rows, what others may take to be chosen
 
 

@@ -229,6 +229,7 @@ def _fp8_product_kernel(
                     scaled,
                     bias,
                     residual,
+                    None,
                     gamma,
                     None,
                     out,

@@ -14,10 +14,10 @@ from torch import Tensor
 from deit.kernels.device import common
 from deit.kernels.device.few_rows import (
     BYTES,
+    INSTRUCTIONS,
     LAUNCH,
     MANY,
     MULTIPROCESSORS,
-    INSTRUCTIONS,
     WORTH,
     operations,
     rows_class,
@@ -94,7 +94,7 @@ def gelu_mlp(
 def _one(
     config: MlpConfig, arch: int, dtype: torch.dtype, dim: int, rows: int, multiprocessors: int
 ) -> float:
-    """Clocks, counted, of D' = 4 * D: the weights or the multiply-adds, then 15 instructions of GELU."""
+    """Clocks, counted, at D' = 4 D: weights or multiply-adds, then 15 instructions of GELU."""
     weights = 8 * dim * dim * dtype.itemsize / BYTES
     products = 16 * config.block_m * dim * dim / operations(arch, dtype)
     gelu = 15 * config.block_m * 4 * dim / INSTRUCTIONS

@@ -125,12 +125,12 @@ KERNELS = {
                          square(linear_tiles.linear), _linear, tiled=True),
     # What few rows run: a tile, the number of parts that a sum is cut into, an epilogue.
     "linear_few": Kernel(tuple(f"{tile} 1 {words}" for tile in _TILES for words in _EPILOGUES),
-                         _whatever, lambda shipped: _few_rows(shipped)[0], (768,)),
+                         _whatever, lambda shipped: _few_rows(shipped)[0], (384,)),
     "linear_parts": Kernel((*(f"{tile} 4" for tile in _TILES), "64x64 4 unaligned"),
-                           _whatever, lambda shipped: _few_rows(shipped)[0], (768,)),
+                           _whatever, lambda shipped: _few_rows(shipped)[0], (384,)),
     "linear_sum": Kernel(("64x64 2 gelu", "64x64 12 fp32 residual gamma keep",
                           "64x64 12 residual", "64x64 12 gelu training"),
-                         _whatever, lambda shipped: _few_rows(shipped)[1], (768,), products=False),
+                         _whatever, lambda shipped: _few_rows(shipped)[1], (384,), products=False),
     # The three kernels of linear's and gelu_mlp's backward.
     "output_gradient": Kernel(
         ("sums only", "gelu", "gelu_tanh gamma keep", "quick_gelu", "silu", "fp32 gamma keep"),

@@ -18,7 +18,6 @@ from deit.kernels.device.few_rows import MANY, MULTIPROCESSORS, WORTH, clocks, r
 from deit.kernels.device.tiles import Arguments, Choice, Choices, Configuration, accumulators
 from deit.kernels.device.tuning import tunable
 
-
 # Into how many parts a sum may be cut. None is a multiple of 16, which Triton compiles for anew.
 SPLITS = (1, 2, 3, 4, 6, 8, 12)
 
@@ -34,6 +33,7 @@ class LinearConfig(Configuration):
         operands are on their way during this one's epilogue.
     programs: how many a multiprocessor has. Of two, one multiplies during the other's epilogue.
     splits: parts that each sum is cut into, of which a program has one (triton_split.py).
+    early: a residual is loaded before the sum, so that it is there when the sum is.
     """
 
     block_m: int
@@ -46,6 +46,7 @@ class LinearConfig(Configuration):
     flatten: bool = False
     programs: int = 1
     splits: int = 1
+    early: bool = False
 
     def epilogues(self, columns: int = 128) -> int:
         """Blocks of that many columns in which the epilogue runs.
@@ -236,8 +237,8 @@ def for_few_rows(
 ) -> tuple[LinearConfig, ...]:
     """Lower and narrower tiles, their sums whole or in parts; the fastest by count first.
 
-    A tile of 64 x 64 reads twice the bytes of a 128 x 128 one for a multiply-add, and there are four
-    of it for each.
+    A tile of 64 x 64 reads twice the bytes of a 128 x 128 one for a multiply-add, and four of them
+    stand for one.
     """
     pinned, asked = _for_many_rows(arch, dtype, width), (width, depth, rows, multiprocessors)
     tiles = ((64, 64), (64, 128), (128, 64), (128, 128))

@@ -23,7 +23,7 @@ from deit.kernels.device import common, launching
 from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton_split as split
 from deit.kernels.linear.row_stats import STATS_COLUMNS
-from deit.kernels.linear.triton_tile import epilogue, product
+from deit.kernels.linear.triton_tile import epilogue, product, residual_at
 
 
 @launching.kept
@@ -135,6 +135,7 @@ def plan(
         **_results(out_rows, affine_rows, config, config.block_n // epilogues),
         "EPILOGUES": epilogues,
         "FLATTEN": config.flatten,
+        "EARLY": config.early and residual is not None,
     }
     tiles = triton.cdiv(outer * inner, config.block_m) * triton.cdiv(width, config.block_n)
     grid = (min(tiles, config.programs * common.multiprocessors(x)),)
@@ -202,6 +203,7 @@ def _linear_kernel(
     GROUP: tl.constexpr,
     EPILOGUES: tl.constexpr,
     FLATTEN: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -209,6 +211,12 @@ def _linear_kernel(
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(width, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         m0, n0 = common.tile_origin(tile, rows, width, BLOCK_M, BLOCK_N, GROUP)
+        ahead = None
+        if EARLY:
+            row, col = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
+            at = residual_at(residual, row, col, inner, residual_outer, residual_inner)
+            mask = (row < rows)[:, None] & (col < width)[None, :]
+            ahead = tl.load(at, mask=mask, other=0.0)
         acc = product(
             x,
             weight,
@@ -230,11 +238,17 @@ def _linear_kernel(
         )
 
         parts = common.column_parts(acc, EPILOGUES)
+        if EARLY:
+            early = common.column_parts(ahead, EPILOGUES)
         for part in tl.static_range(EPILOGUES):
+            loaded = None
+            if EARLY:
+                loaded = early[part]
             epilogue(
                 parts[part],
                 bias,
                 residual,
+                loaded,
                 gamma,
                 keep,
                 out,

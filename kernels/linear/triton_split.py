@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from deit.kernels.device import common
 from deit.kernels.linear import tiles as linear_tiles
@@ -140,6 +139,7 @@ def _sum_kernel(
         acc,
         bias,
         residual,
+        None,
         gamma,
         keep,
         out,

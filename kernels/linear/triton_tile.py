@@ -54,10 +54,18 @@ def product(
 
 
 @triton.jit
+def residual_at(residual, row, col, inner, residual_outer, residual_inner):
+    """Pointers to a tile of the residual."""
+    at = common.row_offsets(row, inner, residual_outer, residual_inner)
+    return residual + at[:, None] + col[None, :]
+
+
+@triton.jit
 def epilogue(
     acc,
     bias,
     residual,
+    loaded,
     gamma,
     keep,
     out,
@@ -74,7 +82,10 @@ def epilogue(
     ACTIVATION: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Finish and write the accumulator tile whose first row and column are m0 and n0."""
+    """Finish and write the accumulator tile whose first row and column are m0 and n0.
+
+    loaded: the tile of the residual, where it was loaded before the sum; else None.
+    """
     row = m0 + tl.arange(0, acc.shape[0])
     col = n0 + tl.arange(0, acc.shape[1])
     row_mask, col_mask = row < rows, col < width
@@ -84,12 +95,13 @@ def epilogue(
         common.store_tile(affine, acc, m0, n0, rows, width, TMA)
     acc = common.activate(out, acc, ACTIVATION, TMA)
     added = None
-    if residual is not None:
-        at = common.row_offsets(row, inner, residual_outer, residual_inner)
-        added = residual + at[:, None] + col[None, :]
+    if residual is not None and loaded is None:
+        added = residual_at(residual, row, col, inner, residual_outer, residual_inner)
     acc = common.add_residual(
         acc, added, gamma, keep, row, col, row_mask, col_mask, rows_per_sample
     )
+    if loaded is not None:
+        acc += loaded.to(tl.float32)
     stored = common.store_tile(out, acc, m0, n0, rows, width, TMA)
     if row_stats_out is not None:
         statistics.store(row_stats_out, stored.to(tl.float32), m0, n0, rows, width)

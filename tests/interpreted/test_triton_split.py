@@ -19,7 +19,7 @@ CONFIG = linear_tiles.LinearConfig(64, 64, 64, 8, True, num_warps=4, num_stages=
 
 
 def _arguments(rows=(3, 17), width=72, depth=264, dtype=torch.float16, *, full=False):
-    """72 columns end within a tile, 264 channels within a block, and 3 parts of 2 blocks within it."""
+    """The columns end within a tile, the channels within a block, the parts with one of a block."""
     make = functools.partial(oracle.make, "random")
     x = make((*rows, depth), dtype)
     weight = make((width, depth), dtype, seed=11, scale=depth**-0.5)
@@ -54,9 +54,7 @@ def test_families(family, splits):
 def test_views_that_no_descriptor_takes():
     x, weight, *rest = _arguments(depth=265)
     arguments = (x[:, 1:, 1:], weight[:, 1:], *rest)
-    oracle.check(
-        implementation.linear(*arguments, config=CONFIG), reference.linear, arguments
-    )
+    oracle.check(implementation.linear(*arguments, config=CONFIG), reference.linear, arguments)
 
 
 @pytest.mark.parametrize(

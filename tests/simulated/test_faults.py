@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import simulator
 from simulator import sanitize
-from test_operators import LEAN, Case, Size, measure
+from test_operators import FEW, LEAN, Case, Size, measure
 
 from deit.kernels.attention import triton as attention
 from deit.kernels.device import common
@@ -20,7 +20,7 @@ from deit.kernels.linear import triton_split as split
 from deit.kernels.linear import triton_tile as linear_tile
 
 RULE, LEANS = "above the rule", "leans"
-NORM, LINEAR, FEW = Size(3, 61, 192), Size(3, 61, 192, width=768), Size(1, 61, 3072, width=64)
+NORM, LINEAR = Size(3, 61, 192), Size(3, 61, 192, width=768)
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ def test_classes(rows, expected):
 
 def test_many_rows_have_the_tiles_that_were_timed():
     """On an H100, in bf16: docs/performance.md."""
-    for dim, (block_n, stages) in {768: (256, 3), 384: (128, 4)}.items():
-        for width, depth in products(dim).values():
-            timed = linear_tiles.LinearConfig(128, block_n, 64, 8, True, 8, stages, flatten=True)
+    for width, block_n, stages in ((2304, 256, 3), (3072, 256, 3), (768, 256, 3), (384, 128, 4)):
+        timed = linear_tiles.LinearConfig(128, block_n, 64, 8, True, 8, stages, flatten=True)
+        for depth in (384, 768, 3072):
             assert linear_tiles.linear(90, torch.bfloat16, width, depth) == timed
     two = linear_tiles.LinearConfig(128, 64, 64, 8, True, 4, 3, flatten=True, programs=2)
     assert linear_tiles.linear(90, torch.bfloat16, 192, 768) == two
@@ -55,13 +55,13 @@ def test_what_few_rows_get_is_legal_and_counted_faster(arch, multiprocessors, dt
 
 
 def test_one_image_of_deit_b_on_an_h100():
-    """fc2 in 5 to 6 parts and the others whole; the tiles for many rows would be 6 to 24."""
+    """fc2 by 96 programs and the others by 48 to 96, where the tiles for many rows are 6 to 24."""
     found = {}
     for name, (width, depth) in products(768).items():
         config = linear_tiles.linear(90, torch.bfloat16, width, depth, 256, 132)
         found[name] = (config.block_m, config.block_n, config.splits)
     assert found == {
-        "qkv": (64, 128, 1), "proj": (64, 64, 1), "fc1": (64, 128, 1), "fc2": (128, 64, 4),
+        "qkv": (64, 128, 1), "proj": (64, 64, 1), "fc1": (64, 128, 1), "fc2": (128, 128, 8),
     }  # fmt: skip
 
 
