@@ -107,7 +107,10 @@ def _two_products(
 ) -> float:
     at = (arch, dtype)
     sizes = ((4 * dim, dim, rows, multiprocessors), (dim, 4 * dim, rows, multiprocessors))
-    products = (linear_tiles.predicted(linear_tiles.linear(*at, *s), *at, *s) for s in sizes)
+    tiles = (linear_tiles.linear.pinned(*at, *size) for size in sizes)
+    products = (
+        linear_tiles.predicted(tile, *at, *size) for tile, size in zip(tiles, sizes, strict=True)
+    )
     return sum(products) + LAUNCH
 
 

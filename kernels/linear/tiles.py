@@ -64,7 +64,9 @@ class LinearConfig(Configuration):
         if not self.tma:
             return self
         block_n = min(self.block_n, 128)
-        return replace(self, tma=False, block_n=block_n, num_warps=8, flatten=False, programs=1)
+        return replace(
+            self, tma=False, block_n=block_n, num_warps=8, flatten=False, programs=1, early=False
+        )
 
     def rules(self, arguments: Arguments) -> list[str]:
         found = accumulators(self.block_m, self.block_n, self.num_warps)
@@ -75,6 +77,8 @@ class LinearConfig(Configuration):
             found.append("block_n above 128 without tma, which runs as 128")
         if self.programs > 1:
             found += self._room(arguments)
+        if (self.splits > 1 or self.early) and "rows" not in arguments:
+            found.append("splits and early: a gradient has no residual, and cuts sums by count")
         if self.splits > 1:
             found += self._parts(arguments)
         return found
@@ -94,12 +98,10 @@ class LinearConfig(Configuration):
 
     def _parts(self, arguments: Arguments) -> list[str]:
         found, steps = [], -(-arguments["depth"] // self.block_k)
-        if "rows" not in arguments:
-            found.append("splits: a gradient has no parts, or counts them by itself")
         if self.splits > steps:
             found.append(f"splits is {self.splits}, expected {steps} at most")
-        if self.flatten or self.programs > 1:
-            found.append("splits: a program has one part, and no next tile")
+        if self.flatten or self.programs > 1 or self.early:
+            found.append("splits: a program has one part, no next tile and no residual")
         return found
 
     def shared_memory(self, arguments: Arguments, itemsize: int) -> int:
@@ -118,8 +120,8 @@ class LinearConfig(Configuration):
         if arguments["dtype"] == torch.float32:
             tiles, ks = ((64, 64), (128, 64), (64, 128)), (16, 32)
         else:
-            if pinned.tma:  # by pointers 4 warps spill
-                yield from _two_programs(pinned)
+            if pinned.tma:  # pointers spill
+                yield from _overlapped(pinned)
             tiles, ks = (
                 ((128, 256), (128, 128), (256, 128), (64, 256), (128, 64), (64, 128)),
                 (64, 32),
@@ -131,11 +133,19 @@ class LinearConfig(Configuration):
             )  # fmt: skip
 
 
-def _two_programs(pinned: LinearConfig) -> Iterator[LinearConfig]:
-    """Two programs a multiprocessor, of which one multiplies while the other is in its epilogue."""
-    for (m, n), flatten in itertools.product(((128, 128), (128, 64)), (False, True)):
-        tile = replace(pinned, block_m=m, block_n=n, num_warps=4, num_stages=3)
+def _overlapped(pinned: LinearConfig) -> Iterator[LinearConfig]:
+    """What hides an epilogue, of those that spill nothing on sm_90.
+
+    Two programs a multiprocessor, of which one multiplies meanwhile: 128 x 128 by two stages, or
+    shared memory has no room for two. And residuals on their way during the sum: 128 x 256 takes
+    234 registers, and flattened 255 and 416 bytes of stack.
+    """
+    for (block_n, stages), flatten in itertools.product(((128, 2), (64, 3)), (False, True)):
+        tile = replace(pinned, block_m=128, block_n=block_n, num_warps=4, num_stages=stages)
         yield replace(tile, flatten=flatten, programs=2)
+    yield replace(pinned, flatten=False, early=True)
+    if pinned.block_n == 256:
+        yield replace(pinned, block_n=128, num_stages=4, early=True)
 
 
 @dataclass(frozen=True)
@@ -248,7 +258,7 @@ def for_few_rows(
     found = [
         replace(
             pinned, block_m=m, block_n=n, num_warps=8 if m * n == 128 * 128 else 4,
-            num_stages=stages, flatten=False, programs=1, splits=splits,
+            num_stages=stages, flatten=False, programs=1, splits=splits, early=False,
         )
         for (m, n), splits in itertools.product(tiles, SPLITS)
         if splits * pinned.block_k <= max(depth, pinned.block_k)

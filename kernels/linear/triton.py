@@ -117,7 +117,7 @@ def plan(
         finished |= {"out": out_rows, "affine": affine_rows}
         return out, split.plan(both | summed, both | finished, config)
     if out.element_size() == 4:  # twice the staging: flattened, 256 to 272 KB of shared memory
-        config = replace(config, flatten=False)
+        config = replace(config, flatten=False, early=False)  # and twice a residual's registers
     # With affine, 128 columns of an fp32 output would ask for 96 KB of staging, and pointers to
     # 64 spill 8 bytes on sm_100 and sm_120.
     columns = 128

@@ -95,7 +95,8 @@ def test_candidates_of_few_rows():
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"splits": 2, "flatten": True}, "a program has one part"),
+        ({"splits": 2, "flatten": True}, "no next tile"),
+        ({"splits": 2, "early": True}, "no residual"),
         ({"splits": 16}, "splits is 16, expected 12 at most"),
         ({"splits": 17}, "splits is 17, expected 1 to 16"),
         ({"programs": 2, "num_stages": 6}, "programs of"),
@@ -111,4 +112,4 @@ def test_illegal(change, why):
 def test_a_gradients_sum_has_no_parts():
     arguments = tuning.TUNABLE["weight_gradient"].arguments(90, torch.bfloat16, 768, 768)
     config = linear_tiles.LinearConfig(64, 64, 64, 8, True, 4, 4, splits=2)
-    assert "splits: a gradient" in "; ".join(config.illegal(arguments))
+    assert "splits and early: a gradient" in "; ".join(config.illegal(arguments))
