@@ -37,6 +37,9 @@ def _linear(shipped: Shipped) -> common.Launch:
     weight, bias = empty(dim, dim, dtype=dtype), empty(dim, dtype=dtype)
     activation = _activation(shipped)
     options = epilogue(shipped, x.shape)
+    if "all unaligned" in shipped.variant:
+        weight = empty(dim, dim + 1, dtype=dtype)[:, :dim]
+        options = (x, *options[1:])  # x is off 16 bytes
     config = linear_tiles.linear(shipped.arch, dtype, dim, dim)
     affine = empty(*x.shape, dtype=dtype) if shipped.operator == "linear_fwd" else None
     return first(linear.plan(x, weight, bias, activation, *options, affine=affine, config=config))
@@ -121,7 +124,8 @@ KERNELS = {
     "linear": Kernel(
         ("bias", *ACTIVATIONS, "residual", "residual gamma keep", "fp32 residual",
          "unaligned", "token slice"), square(linear_tiles.linear), _linear, tiled=True),
-    "linear_fwd": Kernel((*ACTIVATIONS, "fp32 residual gamma keep", "gelu unaligned"),
+    "linear_fwd": Kernel((*ACTIVATIONS, "fp32 residual gamma keep", "gelu unaligned",
+                          "gelu residual gamma keep all unaligned"),
                          square(linear_tiles.linear), _linear, tiled=True),
     # What few rows run: a tile, the number of parts that a sum is cut into, an epilogue.
     "linear_few": Kernel(tuple(f"{tile} 1 {words}" for tile in _TILES for words in _EPILOGUES),

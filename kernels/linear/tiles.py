@@ -251,7 +251,7 @@ def for_few_rows(
     stand for one.
     """
     pinned, asked = _for_many_rows(arch, dtype, width), (width, depth, rows, multiprocessors)
-    tiles = ((64, 64), (64, 128), (128, 64), (128, 128))
+    tiles: tuple[tuple[int, int], ...] = ((64, 64), (64, 128), (128, 64), (128, 128))
     if dtype == torch.float32:
         tiles = ((64, 64),)
     stages = 4 if pinned.tma else pinned.num_stages

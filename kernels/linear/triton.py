@@ -118,11 +118,14 @@ def plan(
         return out, split.plan(both | summed, both | finished, config)
     if out.element_size() == 4:  # twice the staging: flattened, 256 to 272 KB of shared memory
         config = replace(config, flatten=False, early=False)  # and twice a residual's registers
-    # With affine, 128 columns of an fp32 output would ask for 96 KB of staging, and pointers to
-    # 64 spill 8 bytes on sm_100 and sm_120.
+    # With affine, 128 columns of an fp32 output would ask for 96 KB of staging.
     columns = 128
-    if affine is not None:
-        columns = 32 if not config.tma else 64 if out.element_size() == 4 else 128
+    if affine is not None and config.tma:
+        columns = 64 if out.element_size() == 4 else 128
+    elif affine is not None:
+        # Pointers to 64 spill 8 to 24 bytes on sm_100 and sm_120. Where a residual is read number
+        # by number, 32 take 255 registers and spill 80 to 112 on sm_80 and sm_90, and 64 take 178.
+        columns = 32 if residual is None or common.describable(residual_view) else 64
     if row_stats is not None:
         columns = STATS_COLUMNS
         # Four stages spill 8 bytes in fp16 on sm_100 under triton 3.8.

@@ -46,6 +46,7 @@ SUBSET = [
         ("linear", "gelu", "fp32", 192),
         ("linear", "quick_gelu", "bf16", 768),
         ("linear", "silu", "fp32", 192),
+        ("linear_fwd", "gelu residual gamma keep all unaligned", "bf16", 384),
         ("linear_few", "64x128 1 gelu training", "bf16", 384),
         ("linear_parts", "128x64 4", "bf16", 384),
         ("linear_sum", "64x64 12 fp32 residual gamma keep", "bf16", 384),
