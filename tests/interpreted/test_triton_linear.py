@@ -94,6 +94,15 @@ def test_epilogue(tma, stream, gamma, keep):
     _check(x, _weight(256, 64), _vector(256), "gelu", residual, gamma, keep, config=config)
 
 
+def test_a_residual_loaded_before_the_sum_gives_the_same_bits():
+    x, residual = (oracle.make("random", (3, 50, n), torch.float16, seed=n) for n in (64, 256))
+    gamma, keep = _vector(256, torch.float32), torch.tensor([0.0, 1.25, 2.0])
+    config = replace(linear_tiles.linear(90, torch.float16, 256, 64), flatten=False)
+    arguments = (x, _weight(256, 64), _vector(256), None, residual, gamma, keep)
+    early = _check(*arguments, config=replace(config, early=True))
+    torch.testing.assert_close(early, _check(*arguments, config=config), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("arch", chips.SHARED_MEMORY)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_architectures_configuration(arch, dtype):
