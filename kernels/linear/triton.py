@@ -125,7 +125,7 @@ def plan(
     elif affine is not None:
         # Pointers to 64 spill 8 to 24 bytes on sm_100 and sm_120. Where a residual is read number
         # by number, 32 take 255 registers and spill 80 to 112 on sm_80 and sm_90, and 64 take 178.
-        columns = 32 if residual is None or common.describable(residual_view) else 64
+        columns = 32 if residual is None or _by_vectors(residual_view) else 64
     if row_stats is not None:
         columns = STATS_COLUMNS
         # Four stages spill 8 bytes in fp16 on sm_100 under triton 3.8.
@@ -153,6 +153,11 @@ def _tma_can_take(x_view: Tensor, weight: Tensor, out: Tensor, affine: Tensor | 
         for t in (x_view.view(-1, x_view.shape[-1]), weight, out, affine)
         if t is not None
     )
+
+
+def _by_vectors(view: Tensor) -> bool:
+    """Whether Triton knows that rows start at 16 bytes: it looks at strides in elements."""
+    return common.describable(view) and all(s % 16 == 0 for s in view.stride()[:-1])
 
 
 def _factors(
