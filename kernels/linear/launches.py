@@ -30,8 +30,9 @@ def _activation(shipped: Shipped) -> str | None:
 def _linear(shipped: Shipped) -> common.Launch:
     dtype, dim = shipped.torch_dtype, shipped.size
     x = empty(shipped.batch, TOKENS, dim, dtype=dtype)
-    if "unaligned" in shipped.variant:
-        x = empty(shipped.batch, TOKENS, dim + 1, dtype=dtype)[..., :dim]
+    if "unaligned" in shipped.variant:  # "all": nor is the number of rows a multiple of 16
+        batch = shipped.batch + ("all" in shipped.variant)
+        x = empty(batch, TOKENS, dim + 1, dtype=dtype)[..., :dim]
     elif shipped.variant == "token slice":
         x = empty(shipped.batch, TOKENS + 1, dim, dtype=dtype)[:, 1:]
     weight, bias = empty(dim, dim, dtype=dtype), empty(dim, dtype=dtype)
@@ -39,7 +40,7 @@ def _linear(shipped: Shipped) -> common.Launch:
     options = epilogue(shipped, x.shape)
     if "all unaligned" in shipped.variant:
         weight = empty(dim, dim + 1, dtype=dtype)[:, :dim]
-        options = (x, *options[1:])  # x is off 16 bytes
+        options = (x, *options[1:])
     config = linear_tiles.linear(shipped.arch, dtype, dim, dim)
     affine = empty(*x.shape, dtype=dtype) if shipped.operator == "linear_fwd" else None
     return first(linear.plan(x, weight, bias, activation, *options, affine=affine, config=config))
