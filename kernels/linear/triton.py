@@ -124,7 +124,7 @@ def plan(
         columns = 64 if out.element_size() == 4 else 128
     elif affine is not None:
         # Pointers to 64 spill 8 to 24 bytes on sm_100 and sm_120. Where a residual is read number
-        # by number, 32 take 255 registers and spill 80 to 112 on sm_80 and sm_90, and 64 take 178.
+        # by number, 32 take 255 registers and spill 80 to 112 on sm_80 and sm_90, and 64 take 183.
         columns = 32 if residual is None or _by_vectors(residual_view) else 64
     if row_stats is not None:
         columns = STATS_COLUMNS
