@@ -205,13 +205,12 @@ def _tuned(options: Options, device: torch.device) -> list[Tuned]:
     from deit.kernels.prove.tuned import Terms, tuned
 
     found: dict[str, Tuned] = {}
-    for name in options.arch:
-        network = deit.config(name, img_size=options.img_size)
-        for dtype in _dtypes(options, device):
-            if dtype in DTYPES:
-                at = Terms(Size.of(network, _batch(options, device)), DTYPES[dtype], device)
-                for problem in tuned(at, options.train):
-                    found.setdefault(problem.name, problem)
+    dtypes = [DTYPES[dtype] for dtype in _dtypes(options, device) if dtype in DTYPES]
+    for batch in dict.fromkeys((_batch(options, device), 1)):  # few rows have their own tiles
+        for name, dtype in itertools.product(options.arch, dtypes):
+            network = deit.config(name, img_size=options.img_size)
+            for problem in tuned(Terms(Size.of(network, batch), dtype, device), options.train):
+                found.setdefault(problem.name, problem)
     return list(found.values())
 
 

@@ -32,7 +32,7 @@ CHIPS = {
 # Shared memory that one thread block may use, in bytes.
 SHARED_MEMORY = {arch: chip.block_shared for arch, chip in CHIPS.items()}
 
-_REGISTERS = 64 * 1024  # of every family, in four parts, given to a warp 256 at a time
+REGISTERS = 64 * 1024  # of every family, in four parts, given to a warp 256 at a time
 _RESERVED = 1024  # bytes of shared memory that the system takes for each block
 _TENSOR_COLUMNS = 512  # of tensor memory
 
@@ -59,7 +59,7 @@ def resident_blocks(
     if shared > chip.block_shared:
         return 0
     each = -(-max(registers, 1) * 32 // 256) * 256
-    by_registers = _REGISTERS // 4 // each * 4 // warps
+    by_registers = REGISTERS // 4 // each * 4 // warps
     by_shared = chip.shared // (shared + _RESERVED)
     by_columns = _TENSOR_COLUMNS // tensor_columns if tensor_columns else chip.blocks
     return min(by_registers, by_shared, by_columns, chip.warps // warps, chip.blocks)

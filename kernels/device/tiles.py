@@ -29,6 +29,7 @@ _RANGES = {
     "num_warps": (1, 32),
     "num_stages": (1, 8),
     "programs": (1, 32),
+    "splits": (1, 16),
     "group": (1, 64),
     "rows": (1, 64),
     **dict.fromkeys(("block_m", "block_n", "block_k", "block_h", "chunk", "resident", "passing"),

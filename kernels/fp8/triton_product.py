@@ -24,7 +24,7 @@ from deit.kernels.fp8 import tiles as fp8_tiles
 from deit.kernels.fp8 import triton_rows as fp8_rows
 from deit.kernels.fp8.quantize import GROUP
 from deit.kernels.fp8.triton_rows import Rows
-from deit.kernels.linear import triton as linear
+from deit.kernels.linear import triton_tile
 
 _GROUP = tl.constexpr(GROUP)
 
@@ -251,10 +251,11 @@ def _fp8_product_kernel(
             if out_scales is not None:
                 _hidden(scaled, bias, out, out_scales, m0, n, rows, width, OUT_TMA, ROUNDS_FIRST)
             else:
-                linear.epilogue(
+                triton_tile.epilogue(
                     scaled,
                     bias,
                     residual,
+                    None,
                     gamma,
                     None,
                     out,

@@ -45,4 +45,5 @@ def tuned(at: Terms) -> Iterator[Tuned]:
         hidden = linear.linear(x, w1, b1, activation or "gelu", None, None, None)
         return linear.linear(hidden, w2, b2, None, *epilogue)
 
-    yield at.of_call("gelu_mlp", {"dim": at.size.dim}, run)
+    sizes = {"dim": at.size.dim, "rows": at.rows, "multiprocessors": at.multiprocessors}
+    yield at.of_call("gelu_mlp", sizes, run)

@@ -41,7 +41,7 @@ def gelu_mlp(
     """
     epilogue, activation = (residual, gamma, keep), activation or "gelu"
     if config is None:
-        config = gelu_mlp_tiles.gelu_mlp(common.architecture(x), x.dtype, x.shape[-1])
+        config = gelu_mlp_tiles.gelu_mlp(*gelu_mlp_tiles.asked(x))
     if config is not None:
         planned = plan(x, w1, b1, w2, b2, *epilogue, activation, config=config)
         if planned is not None:

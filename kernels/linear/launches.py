@@ -30,16 +30,39 @@ def _activation(shipped: Shipped) -> str | None:
 def _linear(shipped: Shipped) -> common.Launch:
     dtype, dim = shipped.torch_dtype, shipped.size
     x = empty(shipped.batch, TOKENS, dim, dtype=dtype)
-    if "unaligned" in shipped.variant:
-        x = empty(shipped.batch, TOKENS, dim + 1, dtype=dtype)[..., :dim]
+    if "unaligned" in shipped.variant:  # "all": nor is the number of rows a multiple of 16
+        batch = shipped.batch + ("all" in shipped.variant)
+        x = empty(batch, TOKENS, dim + 1, dtype=dtype)[..., :dim]
     elif shipped.variant == "token slice":
         x = empty(shipped.batch, TOKENS + 1, dim, dtype=dtype)[:, 1:]
     weight, bias = empty(dim, dim, dtype=dtype), empty(dim, dtype=dtype)
     activation = _activation(shipped)
     options = epilogue(shipped, x.shape)
+    if "all unaligned" in shipped.variant:
+        weight = empty(dim, dim + 1, dtype=dtype)[:, :dim]
+        options = (x, *options[1:])
     config = linear_tiles.linear(shipped.arch, dtype, dim, dim)
     affine = empty(*x.shape, dtype=dtype) if shipped.operator == "linear_fwd" else None
     return first(linear.plan(x, weight, bias, activation, *options, affine=affine, config=config))
+
+
+def _few_rows(shipped: Shipped) -> tuple[common.Launch, ...]:
+    """By the tile that a variant begins with; the parts and their sum if it names their number."""
+    dtype, dim = shipped.torch_dtype, shipped.size
+    tile, splits, *words = shipped.variant.split()
+    height, columns = (64, 64) if dtype == torch.float32 else map(int, tile.split("x"))
+    config = next(
+        config
+        for config in linear_tiles.for_few_rows(shipped.arch, dtype, dim, 4 * dim, 256, 132)
+        if (config.block_m, config.block_n, config.splits) == (height, columns, int(splits))
+    )
+    spare = 1 if "unaligned" in words else 0
+    x = empty(shipped.batch, TOKENS, 4 * dim + spare, dtype=dtype)[..., : 4 * dim]
+    weight, bias = empty(dim, 4 * dim, dtype=dtype), empty(dim, dtype=dtype)
+    options = epilogue(shipped, x.shape[:-1] + weight.shape[:1])
+    affine = empty(*x.shape[:-1], dim, dtype=dtype) if "training" in words else None
+    activation = _activation(shipped)
+    return linear.plan(x, weight, bias, activation, *options, affine=affine, config=config)[1]
 
 
 def _output_gradient(shipped: Shipped) -> common.Launch:
@@ -90,12 +113,30 @@ def _both(arch: int, dtype: torch.dtype, size: int) -> object:
     return tuple(linear_tiles.input_gradient(arch, dtype, size, size, gelu=gelu) for gelu in both)
 
 
+_TILES = ("64x64", "64x128", "128x64", "128x128")
+_EPILOGUES = ("gelu training", "fp32 residual gamma keep")
+
+
+def _whatever(arch: int, dtype: torch.dtype, size: int) -> object:
+    return arch, dtype
+
+
 KERNELS = {
     "linear": Kernel(
         ("bias", *ACTIVATIONS, "residual", "residual gamma keep", "fp32 residual",
          "unaligned", "token slice"), square(linear_tiles.linear), _linear, tiled=True),
-    "linear_fwd": Kernel((*ACTIVATIONS, "fp32 residual gamma keep", "gelu unaligned"),
+    "linear_fwd": Kernel((*ACTIVATIONS, "fp32 residual gamma keep", "gelu unaligned",
+                          "gelu residual gamma keep all unaligned"),
                          square(linear_tiles.linear), _linear, tiled=True),
+    # What few rows run: a tile, the number of parts that a sum is cut into, an epilogue.
+    "linear_few": Kernel((*(f"{tile} 1 {words}" for tile in _TILES for words in _EPILOGUES),
+                          "64x64 1 gelu", "64x64 1 gelu unaligned"),
+                         _whatever, lambda shipped: _few_rows(shipped)[0], (384,)),
+    "linear_parts": Kernel((*(f"{tile} 4" for tile in _TILES), "64x64 4 unaligned"),
+                           _whatever, lambda shipped: _few_rows(shipped)[0], (384,)),
+    "linear_sum": Kernel(("64x64 2 gelu", "64x64 12 fp32 residual gamma keep",
+                          "64x64 12 residual", "64x64 12 gelu training"),
+                         _whatever, lambda shipped: _few_rows(shipped)[1], (384,), products=False),
     # The three kernels of linear's and gelu_mlp's backward.
     "output_gradient": Kernel(
         ("sums only", "gelu", "gelu_tanh gamma keep", "quick_gelu", "silu", "fp32 gamma keep"),
@@ -121,7 +162,8 @@ def tuned(at: Terms) -> Iterator[Tuned]:
         options = {"activation": activation}
         build = functools.partial(_product, form=form, options=options)
         size = replace(at.size, dim=depth, width=width)
-        sizes = {"width": width, "depth": depth}
+        sizes = {"width": width, "depth": depth, "rows": at.rows}
+        sizes["multiprocessors"] = at.multiprocessors
         yield replace(at, size=size).of_call("linear", sizes, linear.linear, build)
 
 

@@ -4,6 +4,7 @@ A persistent kernel: one program a multiprocessor walks the output tiles, number
 that reuse x and weight in L2. Operands come by tensor descriptors (TMA) on Hopper and later,
 by pointers elsewhere and for addresses or strides that descriptors cannot take. The epilogue
 works on the fp32 accumulator; PyTorch rounds to x's dtype before the activation and the residual.
+Where rows are few, sums may be cut into parts (triton_split.py).
 
 For a whole block (vit_block/triton.py) the same kernel also writes its output's row statistics.
 """
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from deit.kernels.device import common, launching
 from deit.kernels.linear import tiles as linear_tiles
-from deit.kernels.linear import triton_row_stats as statistics
+from deit.kernels.linear import triton_split as split
 from deit.kernels.linear.row_stats import STATS_COLUMNS
+from deit.kernels.linear.triton_tile import epilogue, product, residual_at
 
 
 @launching.kept
@@ -71,19 +73,18 @@ def plan(
     affine: Tensor | None = None,
     row_stats: Tensor | None = None,
     config: linear_tiles.LinearConfig | None = None,
-) -> tuple[Tensor, common.Launch | None]:
-    """The output, unwritten, and the launch that writes it; None for an empty output.
+) -> tuple[Tensor, tuple[common.Launch, ...]]:
+    """The output, unwritten, and the launches that write it, in order; none for an empty output.
 
     affine: contiguous, of the output's shape and x's dtype, to be written too; or None.
-    row_stats: `statistics.empty` of the output, to be written too; or None.
+    row_stats: `triton_row_stats.empty` of the output, to be written too; or None.
     """
     width, depth = weight.shape
     dtype = weight.dtype if residual is None else residual.dtype
     out = torch.empty((*x.shape[:-1], width), dtype=dtype, device=x.device)
     if out.numel() == 0:
-        return out, None
-    if config is None:
-        config = linear_tiles.linear(common.architecture(x), weight.dtype, width, depth)
+        return out, ()
+    config = config or linear_tiles.linear(*linear_tiles.asked(x, weight))
     x_view, residual_view = common.as_rows(x, residual)
     weight = common.last_contiguous(weight)
     outer, inner, _ = x_view.shape
@@ -91,44 +92,58 @@ def plan(
     affine_rows = None if affine is None else affine.view(outer * inner, width)
     if not _tma_can_take(x_view, weight, out_rows, affine_rows):
         config = config.without_tma()
+    x_outer, x_inner = common.row_strides(x_view)
+    both = {"rows": outer * inner, "width": width, "inner": inner}
+    summed = {
+        **_factors(x_view, weight, config),
+        "depth": depth,
+        "x_outer": x_outer,
+        "x_inner": x_inner,
+        "weight_stride": weight.stride(0),
+        "TMA": config.tma,
+        "PRECISION": common.precision(weight.dtype),
+        "GROUP": config.group,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+    }
+    finished = {
+        **common.contiguous(bias=bias),
+        **common.epilogue_arguments(x, residual_view, gamma, keep),
+        "row_stats_out": row_stats,
+        "ACTIVATION": activation,
+    }
+    if split.parts_of(config, depth)[0] > 1:
+        finished |= {"out": out_rows, "affine": affine_rows}
+        return out, split.plan(both | summed, both | finished, config)
     if out.element_size() == 4:  # twice the staging: flattened, 256 to 272 KB of shared memory
-        config = replace(config, flatten=False)
-    # With affine, 128 columns of an fp32 output would ask for 96 KB of staging, and pointers to
-    # 64 spill 8 bytes on sm_100 and sm_120.
+        config = replace(config, flatten=False, early=False)  # and twice a residual's registers
+    # With affine, 128 columns of an fp32 output would ask for 96 KB of staging.
     columns = 128
-    if affine is not None:
-        columns = 32 if not config.tma else 64 if out.element_size() == 4 else 128
+    if affine is not None and config.tma:
+        columns = 64 if out.element_size() == 4 else 128
+    elif affine is not None:
+        # Pointers to 64 spill 8 to 24 bytes on sm_100 and sm_120. Where a residual is read number
+        # by number, 32 take 255 registers and spill 80 to 112 on sm_80 and sm_90, and 64 take 183.
+        columns = 32 if residual is None or _by_vectors(residual_view) else 64
     if row_stats is not None:
         columns = STATS_COLUMNS
         # Four stages spill 8 bytes in fp16 on sm_100 under triton 3.8.
         config = replace(config, num_stages=min(config.num_stages, 3))
     epilogues = config.epilogues(columns)
-    x_outer, x_inner = common.row_strides(x_view)
     arguments = {
-        **_operands(x_view, weight, out_rows, affine_rows, config, config.block_n // epilogues),
-        **common.contiguous(bias=bias),
-        **common.epilogue_arguments(x, residual_view, gamma, keep),
-        "row_stats_out": row_stats,
-        "rows": outer * inner,
-        "width": width,
-        "depth": depth,
-        "inner": inner,
-        "x_outer": x_outer,
-        "x_inner": x_inner,
-        "weight_stride": weight.stride(0),
-        "ACTIVATION": activation,
-        "TMA": config.tma,
-        "PRECISION": common.precision(weight.dtype),
-        "GROUP": config.group,
+        **both,
+        **summed,
+        **finished,
+        **_results(out_rows, affine_rows, config, config.block_n // epilogues),
         "EPILOGUES": epilogues,
         "FLATTEN": config.flatten,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
+        "EARLY": config.early and residual is not None,
     }
     tiles = triton.cdiv(outer * inner, config.block_m) * triton.cdiv(width, config.block_n)
     grid = (min(tiles, config.programs * common.multiprocessors(x)),)
-    return out, common.Launch(_linear_kernel, grid, arguments, config.num_warps, config.num_stages)
+    launch = common.Launch(_linear_kernel, grid, arguments, config.num_warps, config.num_stages)
+    return out, (launch,)
 
 
 def _tma_can_take(x_view: Tensor, weight: Tensor, out: Tensor, affine: Tensor | None) -> bool:
@@ -140,66 +155,33 @@ def _tma_can_take(x_view: Tensor, weight: Tensor, out: Tensor, affine: Tensor | 
     )
 
 
-def _operands(
-    x_view: Tensor,
-    weight: Tensor,
-    out: Tensor,
-    affine: Tensor | None,
-    config: linear_tiles.LinearConfig,
-    columns: int,
+def _by_vectors(view: Tensor) -> bool:
+    """Whether Triton knows that rows start at 16 bytes: it looks at strides in elements."""
+    return common.describable(view) and all(s % 16 == 0 for s in view.stride()[:-1])
+
+
+def _factors(
+    x_view: Tensor, weight: Tensor, config: linear_tiles.LinearConfig
 ) -> dict[str, object]:
     if not config.tma:
-        return {"x": x_view, "weight": weight, "out": out, "affine": affine}
-    written = (config.block_m, columns)
+        return {"x": x_view, "weight": weight}
     rows = x_view.view(-1, x_view.shape[-1])
     return {
         "x": common.descriptor(rows, config.block_m, config.block_k),
         "weight": common.descriptor(weight, config.block_n, config.block_k),
-        "out": common.descriptor(out, *written),
-        "affine": None if affine is None else common.descriptor(affine, *written),
     }
 
 
-@triton.jit
-def epilogue(
-    acc,
-    bias,
-    residual,
-    gamma,
-    keep,
-    out,
-    affine,
-    row_stats_out,
-    m0,
-    n0,
-    rows,
-    width,
-    inner,
-    residual_outer,
-    residual_inner,
-    rows_per_sample,
-    ACTIVATION: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """Finish and write the accumulator tile whose first row and column are m0 and n0."""
-    row = m0 + tl.arange(0, acc.shape[0])
-    col = n0 + tl.arange(0, acc.shape[1])
-    row_mask, col_mask = row < rows, col < width
-    if bias is not None:
-        acc += tl.load(bias + col, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-    if affine is not None:
-        common.store_tile(affine, acc, m0, n0, rows, width, TMA)
-    acc = common.activate(out, acc, ACTIVATION, TMA)
-    added = None
-    if residual is not None:
-        at = common.row_offsets(row, inner, residual_outer, residual_inner)
-        added = residual + at[:, None] + col[None, :]
-    acc = common.add_residual(
-        acc, added, gamma, keep, row, col, row_mask, col_mask, rows_per_sample
-    )
-    stored = common.store_tile(out, acc, m0, n0, rows, width, TMA)
-    if row_stats_out is not None:
-        statistics.store(row_stats_out, stored.to(tl.float32), m0, n0, rows, width)
+def _results(
+    out: Tensor, affine: Tensor | None, config: linear_tiles.LinearConfig, columns: int
+) -> dict[str, object]:
+    if not config.tma:
+        return {"out": out, "affine": affine}
+    written = (config.block_m, columns)
+    return {
+        "out": common.descriptor(out, *written),
+        "affine": None if affine is None else common.descriptor(affine, *written),
+    }
 
 
 @triton.jit
@@ -229,6 +211,7 @@ def _linear_kernel(
     GROUP: tl.constexpr,
     EPILOGUES: tl.constexpr,
     FLATTEN: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -236,30 +219,44 @@ def _linear_kernel(
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(width, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         m0, n0 = common.tile_origin(tile, rows, width, BLOCK_M, BLOCK_N, GROUP)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if TMA:
-            for k0 in tl.range(0, depth, BLOCK_K):
-                a = x.load([m0, k0])
-                b = weight.load([n0, k0])
-                acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-        else:
-            row = m0 + tl.arange(0, BLOCK_M)
-            col = n0 + tl.arange(0, BLOCK_N)
-            ks = tl.arange(0, BLOCK_K)
-            a_at = x + common.row_offsets(row, inner, x_outer, x_inner)[:, None] + ks[None, :]
-            b_at = weight + col.to(tl.int64)[:, None] * weight_stride + ks[None, :]
-            for k0 in tl.range(0, depth, BLOCK_K):
-                k_mask = (ks < depth - k0)[None, :]
-                a = tl.load(a_at + k0, mask=(row < rows)[:, None] & k_mask, other=0.0)
-                b = tl.load(b_at + k0, mask=(col < width)[:, None] & k_mask, other=0.0)
-                acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+        ahead = None
+        if EARLY:
+            row, col = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
+            at = residual_at(residual, row, col, inner, residual_outer, residual_inner)
+            mask = (row < rows)[:, None] & (col < width)[None, :]
+            ahead = tl.load(at, mask=mask, other=0.0)
+        acc = product(
+            x,
+            weight,
+            m0,
+            n0,
+            0,
+            depth,
+            rows,
+            width,
+            inner,
+            x_outer,
+            x_inner,
+            weight_stride,
+            TMA,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
 
         parts = common.column_parts(acc, EPILOGUES)
+        if EARLY:
+            early = common.column_parts(ahead, EPILOGUES)
         for part in tl.static_range(EPILOGUES):
+            loaded = None
+            if EARLY:
+                loaded = early[part]
             epilogue(
                 parts[part],
                 bias,
                 residual,
+                loaded,
                 gamma,
                 keep,
                 out,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -153,8 +153,11 @@ def epilogue(
     return residual, gamma, keep
 
 
-def first(planned: tuple[object, common.Launch | None] | None) -> common.Launch:
-    """The launch of a plan; what ships is not empty."""
+def first(
+    planned: tuple[object, common.Launch | Sequence[common.Launch] | None] | None,
+) -> common.Launch:
+    """The first launch of a plan; what ships is not empty."""
     assert planned is not None
-    assert planned[1] is not None
-    return planned[1]
+    found = planned[1]
+    assert found
+    return found[0] if isinstance(found, Sequence) else found

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deit.kernels.device import common, tuning
+from deit.kernels.device.few_rows import rows_class
 from deit.kernels.engine.operator import OPERATORS
 from deit.kernels.prove import calls, launches
 
@@ -50,6 +51,16 @@ class Terms:
     def arch(self) -> int:
         """The architecture whose configurations serve the device."""
         return common.architecture(torch.empty(0, device=self.device))
+
+    @property
+    def multiprocessors(self) -> int:
+        """How many the device has."""
+        return common.multiprocessors(torch.empty(0, device=self.device))
+
+    @property
+    def rows(self) -> int:
+        """The class of the rows that its products have."""
+        return rows_class(self.size.batch * self.size.tokens)
 
     def of_call(
         self,

@@ -34,8 +34,7 @@ def _norm_linear(x: Tensor, weight: Tensor, *, has_statistics: bool) -> Choice:
         statistics = [] if has_statistics else layer_norm_tiles.choose(x)
         return [*statistics, (panel, evidence)]
     by_itself = ("LayerNorm by itself", evidence)
-    linear = linear_tiles.linear.explain(*arguments)
-    return [by_itself, *layer_norm_tiles.choose(x), linear]
+    return [by_itself, *layer_norm_tiles.choose(x), *linear_tiles.choose(x, weight)]
 
 
 CHOICES: Choices = {"vit_block": _choose}

@@ -50,9 +50,8 @@ def vit_block(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def mlp_form(x: Tensor, w1: Tensor) -> gelu_mlp_tiles.MlpConfig | linear_tiles.PanelConfig | None:
     """The MLP in one kernel, its first product by panel, or LayerNorm by itself: None."""
-    arch = common.architecture(x)
-    single = gelu_mlp_tiles.gelu_mlp(arch, w1.dtype, x.shape[-1])
-    return single or linear_tiles.norm_panel(arch, w1.dtype, *w1.shape)
+    single = gelu_mlp_tiles.gelu_mlp(*gelu_mlp_tiles.asked(x, w1.dtype))
+    return single or linear_tiles.norm_panel(common.architecture(x), w1.dtype, *w1.shape)
 
 
 def linear_stats(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deit.kernels import explain, gelu_mlp, linear
-from deit.kernels.device import chips
+from deit.kernels.device import chips, few_rows
 from deit.kernels.engine import registry
 from deit.kernels.gelu_mlp import tiles as gelu_mlp_tiles
 from deit.kernels.gelu_mlp import triton as mlp_implementation
@@ -94,6 +94,15 @@ def test_epilogue(tma, stream, gamma, keep):
     _check(x, _weight(256, 64), _vector(256), "gelu", residual, gamma, keep, config=config)
 
 
+def test_a_residual_loaded_before_the_sum_gives_the_same_bits():
+    x, residual = (oracle.make("random", (3, 50, n), torch.float16, seed=n) for n in (64, 256))
+    gamma, keep = _vector(256, torch.float32), torch.tensor([0.0, 1.25, 2.0])
+    config = replace(linear_tiles.linear(90, torch.float16, 256, 64), flatten=False)
+    arguments = (x, _weight(256, 64), _vector(256), None, residual, gamma, keep)
+    early = _check(*arguments, config=replace(config, early=True))
+    torch.testing.assert_close(early, _check(*arguments, config=config), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("arch", chips.SHARED_MEMORY)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_architectures_configuration(arch, dtype):
@@ -175,8 +184,9 @@ def test_offsets_past_32_bits():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", oracle.FAMILIES)
 @pytest.mark.parametrize("dim", [64, 192, 384])
-def test_mlp_error_rule(dim, family, dtype):
-    """D = 192 in fp16 is the one-kernel form, the others are two products."""
+def test_mlp_error_rule(dim, family, dtype, monkeypatch):
+    """D = 192 in fp16 is the one-kernel form, the others and few rows are two products."""
+    monkeypatch.setattr(gelu_mlp_tiles, "rows_class", lambda _: few_rows.MANY)
     x = oracle.make(family, (2, 35, dim), dtype)
     hidden = 2 * dim  # not 4: interpreting fp32 products takes seconds
     w1, w2 = _weight(hidden, dim, dtype), _weight(dim, hidden, dtype, seed=13)

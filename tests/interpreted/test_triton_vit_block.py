@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from deit.kernels import explain, vit_block
-from deit.kernels.device import chips, common
+from deit.kernels.device import chips, common, few_rows
 from deit.kernels.engine import registry
 from deit.kernels.gelu_mlp import tiles as gelu_mlp_tiles
 from deit.kernels.linear import ACTIVATIONS
@@ -65,6 +65,12 @@ def panel(dim, by_panel=True):
     return (
         linear_tiles.PanelConfig(32, 32, dim // 3, num_warps=4, num_stages=2) if by_panel else None
     )
+
+
+@pytest.fixture(autouse=True)
+def many_rows(monkeypatch):
+    """The forms of many rows; few have the MLP in two products."""
+    monkeypatch.setattr(gelu_mlp_tiles, "rows_class", lambda _: few_rows.MANY)
 
 
 @pytest.fixture

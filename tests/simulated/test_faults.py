@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import simulator
 from simulator import sanitize
-from test_operators import LEAN, Case, Size, measure
+from test_operators import FEW, LEAN, Case, Size, measure
 
 from deit.kernels.attention import triton as attention
 from deit.kernels.device import common
@@ -16,6 +16,8 @@ from deit.kernels.layer_norm import triton as layer_norm
 from deit.kernels.layer_norm import triton_bwd as layer_norm_bwd
 from deit.kernels.linear import triton as linear
 from deit.kernels.linear import triton_gradients as gradients
+from deit.kernels.linear import triton_split as split
+from deit.kernels.linear import triton_tile as linear_tile
 
 RULE, LEANS = "above the rule", "leans"
 NORM, LINEAR = Size(3, 61, 192), Size(3, 61, 192, width=768)
@@ -38,15 +40,15 @@ FAULTS = {
         "y.to(out.dtype.element_ty), mask=mask)", "y.to(out.dtype.element_ty))",
         Case("layer_norm", 90, "bf16", Size(1, 61, 128)), "past the end"),
     "a load without its rows' mask": Fault(
-        linear._linear_kernel,
+        linear_tile.product,
         "mask=(row < rows)[:, None] & k_mask", "mask=k_mask & (row >= 0)[:, None]",
         Case("linear", 80, "bf16", LINEAR, "least"), "past the end"),
     "the stride of another tensor": Fault(
-        linear._linear_kernel,
-        "col.to(tl.int64)[:, None] * weight_stride", "col.to(tl.int64)[:, None] * depth",
+        linear_tile.product,
+        "col.to(tl.int64)[:, None] * weight_stride", "col.to(tl.int64)[:, None] * width",
         Case("linear", 80, "bf16", LINEAR, "least", unaligned=True), RULE),
     "a descriptor read at the wrong depth": Fault(
-        linear._linear_kernel, "x.load([m0, k0])", "x.load([m0, 0])",
+        linear_tile.product, "x.load([m0, k0])", "x.load([m0, 0])",
         Case("linear", 90, "bf16", LINEAR, "least"), RULE),
     "two programs write one tile": Fault(
         linear._linear_kernel,
@@ -72,7 +74,7 @@ FAULTS = {
         "tl.store(out + at, stored + tl.load(out + at, mask=mask, other=0.0), mask=mask)",
         Case("linear", 80, "bf16", LINEAR, "least"), "NaN"),
     "sums in the factors' dtype": Fault(
-        linear._linear_kernel,
+        linear_tile.product,
         "acc = tl.dot(a, b.T, acc, input_precision=PRECISION)",
         "acc = tl.dot(a, b.T, acc, input_precision=PRECISION).to(a.dtype).to(tl.float32)",
         Case("linear", 90, "bf16", Size(1, 61, 3072, width=64), "least"), RULE),
@@ -82,7 +84,7 @@ FAULTS = {
         "stored = tile.to(out.dtype, fp_downcast_rounding='rtz')\n",
         Case("linear", 90, "bf16", LINEAR, "least"), LEANS),
     "tf32 in place of fp32": Fault(
-        linear._linear_kernel, "input_precision=PRECISION", "input_precision='tf32'",
+        linear_tile.product, "input_precision=PRECISION", "input_precision='tf32'",
         Case("linear", 90, "fp32", LINEAR, "least"), RULE),
     "statistics in bf16": Fault(
         layer_norm.normalise,
@@ -93,6 +95,18 @@ FAULTS = {
         "bias = qkv_tiles.key_bias(key_bias, batch, n0, tokens, bias_b, bias_n, BLOCK_N)",
         "bias = tl.zeros((BLOCK_N,), tl.float32)",
         Case("attention", 90, "bf16", NORM), RULE),
+    "two programs write one part": Fault(
+        split._parts_kernel,
+        "split.to(tl.int64) * rows", "(split // 2).to(tl.int64) * rows",
+        Case("linear", 90, "bf16", FEW, "least"), "write-write"),
+    "a part that is not added": Fault(
+        split._sum_kernel,
+        "tl.static_range(1, SPLITS)", "tl.static_range(2, SPLITS)",
+        Case("linear", 90, "bf16", FEW, "least"), RULE),
+    "channels summed twice": Fault(
+        split._parts_kernel,
+        "first + split_depth, depth", "first + 2 * split_depth, depth",
+        Case("linear", 90, "bf16", FEW, "least"), RULE),
     "rows summed twice": Fault(
         gradients._weight_gradient_kernel,
         "first = split * split_rows", "first = split // 2 * split_rows",

@@ -20,6 +20,8 @@ Size = calls.Size
 # Of D = 64, a weight's gradient has fewer tiles than there are programs, and its rows are split.
 DIMS = (Size(3, 197, 192), Size(2, 198, 384), Size(1, 197, 768), Size(3, 197, 64))
 RAGGED = Size(2, 61, 192)  # neither tokens nor rows fill a tile
+# So few rows for so long a sum that it is cut into parts.
+FEW = Size(1, 61, 3072, width=64)
 # Channels of a head: 32, 80, 96 and 128. Then more keys than one block has, as at 384 pixels.
 HEADS = (Size(2, 197, 192, heads=6), Size(2, 61, 160, heads=2), Size(2, 61, 192, heads=2),
          Size(2, 197, 256, heads=2), Size(1, 300, 128, heads=2))  # fmt: skip
@@ -77,6 +79,9 @@ def _cases() -> Iterator[tuple[Case, bool]]:
                 yield replace(small, unaligned=True), arch == 90
                 for form in ("least", "inference", "every"):
                     yield replace(small, form=form), first
+                if operator == "linear":
+                    yield replace(case, size=FEW), arch == 90 or dtype == "bf16"
+                    yield replace(case, size=FEW, form="least", unaligned=True), first
                 for family in calls.FAMILIES[1:] if stated.softmax else oracle.FAMILIES[1:]:
                     yield replace(small, family=family), first
 

@@ -31,7 +31,7 @@ SIZES = {
     "rotary_attention_bwd": {"head_dim": 64},
 }
 LINEAR = {"arch": 90, "dtype": torch.bfloat16, "width": 768, "depth": 768}
-ENTRY = "linear(arch=90, dtype=bfloat16, width=768, depth=768)"
+ENTRY = "linear(arch=90, dtype=bfloat16, width=768, depth=768, rows=4096, multiprocessors=132)"
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_a_tuned_configuration_is_used_and_says_so(cache):
 
 
 def test_the_other_form_can_be_the_best(cache):
-    arguments = {"arch": 90, "dtype": torch.bfloat16, "dim": 192}
+    arguments = tuning.TUNABLE["gelu_mlp"].arguments(90, torch.bfloat16, 192)
     assert gelu_mlp_tiles.gelu_mlp(**arguments) is not None
     tuning.store("Test H100", {tuning.entry_name("gelu_mlp", arguments): entry(None)})
     forget()
