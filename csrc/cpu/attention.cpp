@@ -71,7 +71,7 @@ Args described(const Tensor& qkv, int64_t num_heads, double scale, Positions* po
 Tensor attention_of(Tensor qkv, int64_t num_heads, double scale, Optional key_bias, Tensor* lse,
                     Positions* positions) {
   AttentionArgs args = described<AttentionArgs>(qkv, num_heads, scale, positions);
-  Tensor bias_held;
+  Held bias_held;
   args.key_bias = parameter("key_bias", key_bias, args.batch * args.tokens, qkv, bias_held);
   Tensor out = torch::stable::new_empty(qkv, {args.batch, args.tokens, num_heads * args.head_dim});
   if (lse) {
@@ -96,7 +96,7 @@ Tensor differentiate(Tensor dout, Tensor qkv, int64_t num_heads, double scale, O
   STD_TORCH_CHECK(dout.dim() == 3 && dout.size(0) == qkv.size(0) && dout.size(1) == qkv.size(1) &&
                       3 * dout.size(2) == qkv.size(2) && dout.scalar_type() == qkv.scalar_type(),
                   "dout: expected [B, N, D] in qkv's dtype");
-  Tensor bias_held;
+  Held bias_held;
   args.key_bias = parameter("key_bias", key_bias, args.batch * args.tokens, qkv, bias_held);
   Tensor dqkv = torch::stable::new_empty(qkv, qkv.sizes());
   if (dqkv.numel() == 0) return dqkv;

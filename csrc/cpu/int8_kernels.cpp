@@ -14,6 +14,7 @@ namespace {
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-function"  // only its arithmetic of a row is used
 #include "gelu.inl"
+#include "lanes.inl"
 #include "layer_norm.inl"
 #pragma GCC diagnostic pop
 

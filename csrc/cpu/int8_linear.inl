@@ -303,7 +303,7 @@ void quantise_inputs(const Int8Args& args, const Int8Workspace& w, int64_t begin
   for (int64_t i = 0; i < count; ++i) {
     const float* row = x + row_offset(args.x, begin + i);
     if (args.norm.weight) {
-      normalise(row, args.norm, w.normalised);
+      normalise(row, mean_of(row, args.norm.channels), args.norm, w.normalised);
       row = w.normalised;
     }
     scales[i] = quantise_row(row, args.first.depth, w.quantised + i * w.stride);

@@ -141,7 +141,7 @@ Tensor int8_vit_block(Tensor x, Tensor norm1_weight, Optional norm1_bias, Tensor
                                columns[3]);
   const Norm first(block.qkv, x, norm1_weight, norm1_bias, eps);
   const Norm second(block.mlp, x, norm2_weight, norm2_bias, eps);
-  Tensor bias_held;
+  Held bias_held;
   AttentionArgs& attention = block.attention;
   attention.type = Scalar::f32;
   attention.bf16_products = true;

@@ -63,7 +63,8 @@ Tensor input_gradient(const Tensor& g, const Tensor& weight);
 
 // What linear and gelu_mlp have behind their last product.
 struct Epilogue {
-  Tensor bias_held, gamma_held, keep_held, residual_held;
+  Held bias_held, gamma_held, keep_held;
+  Tensor residual_held;
   void describe(const Tensor& x, int64_t width, const Optional& bias, const Optional& residual,
                 const Optional& gamma, const Optional& keep, TrainingProductArgs& args) {
     args.bias = parameter("bias", bias, width, x, bias_held);
@@ -108,7 +109,8 @@ inline void add_thirds(ProductArgs& args, const std::vector<Tensor>& others, Ten
 // One product's description, and the tensors that its pointers point into.
 struct Product {
   ProductArgs args{};
-  Tensor x, weight, residual, held[3], thirds[2], out;
+  Tensor x, weight, residual, thirds[2], out;
+  Held held[3];
 
   Product(const Tensor& x_in, const Tensor& weight_in, const Optional& bias,
           const std::vector<Tensor>& others = {})

@@ -33,7 +33,7 @@ Tensor norm_of(Tensor x, Tensor weight, Optional bias, double eps, bool rms, Sta
   args.x_type = args.residual_type = scalar_of("x", x);
   args.channels = x.size(x.dim() - 1);
   args.eps = static_cast<float>(eps);
-  Tensor weight_held, bias_held;
+  Held weight_held, bias_held;
   args.weight = parameter("weight", weight, args.channels, x, weight_held);
   args.bias = parameter("bias", bias, args.channels, x, bias_held);
   Tensor out = torch::stable::new_empty(x, x.sizes());
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> add_layer_norm_of(Tensor x, Tensor residual, Tensor w
   args.residual_type = scalar_of("residual", residual);
   args.channels = x.size(x.dim() - 1);
   args.eps = static_cast<float>(eps);
-  Tensor held[4];
+  Held held[4];
   args.weight = parameter("weight", weight, args.channels, x, held[0]);
   args.bias = parameter("bias", bias, args.channels, x, held[1]);
   args.gamma = parameter("gamma", gamma, args.channels, x, held[2]);
@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> run_layer_norm_gradient(LayerNormGradientArgs
                                                            const Optional& gamma) {
   args.channels = last(total);
   args.rows = args.channels == 0 ? 0 : total.numel() / args.channels;
-  Tensor held[4];
+  Held held[4];
   args.weight = parameter("weight", weight, args.channels, total, held[0]);
   args.mean = parameter("mean", mean, args.rows, total, held[1]);
   args.rstd = parameter("rstd", rstd, args.rows, total, held[2]);
@@ -207,8 +207,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
   args.dweight = wants[2];
   args.dbias = wants[3];
   args.dgamma = wants[4] && gamma.has_value();
-  Tensor x_held = args.dgamma ? required("x", x) : dout, keep_held;
+  Tensor x_held = args.dgamma ? required("x", x) : dout;
   if (args.dgamma) args.x = rows_of(x_held);
+  Held keep_held;
   args.keep = parameter("keep", keep, total.size(0), total, keep_held);
   args.rows_per_sample = 1;
   for (int64_t d = 1; d < total.dim() - 1; ++d) args.rows_per_sample *= total.size(d);

@@ -36,7 +36,7 @@ constexpr int64_t kRowChunk = 64;
 
 // The gradients of LN(total), with dtotal and the branch (x, gamma, keep) where there are any.
 // Partial sums over chunks of rows: [chunks, 2, 3, D] for dweight, dbias and dgamma. Sums that
-// nobody wants stay 0, and an output that nobody wants is null.
+// nobody wants may stay unwritten, and an output that nobody wants is null.
 struct LayerNormGradientArgs {
   Rows dout, x, total, dtotal;  // x.data null without dgamma, dtotal.data for a LayerNorm alone
   Scalar x_type;                // of dout, x and dx

@@ -18,16 +18,24 @@ DEIT_INLINE Vec joined(const Vec (&chains)[kChains]) {
   return (chains[0] + chains[1]) + (chains[2] + chains[3]);
 }
 
-DEIT_INLINE float mean_of(const float* row, int64_t channels) {
+// The mean of the vectors that value(i, lanes) makes, zeros in the lanes past `lanes`.
+template <class F>
+DEIT_INLINE float mean_of(int64_t channels, F&& value) {
   Vec total[kChains] = {};
   int64_t i = 0;
   for (; i + kChains * kWidth <= channels; i += kChains * kWidth) {
-    for (int c = 0; c < kChains; ++c) total[c] = total[c] + load(row + i + c * kWidth);
+    for (int c = 0; c < kChains; ++c) total[c] = total[c] + value(i + c * kWidth, kWidth);
   }
-  for (; i + kWidth <= channels; i += kWidth) total[0] = total[0] + load(row + i);
+  for (; i + kWidth <= channels; i += kWidth) total[0] = total[0] + value(i, kWidth);
   const int rest = static_cast<int>(channels - i);
-  if (rest > 0) total[1] = total[1] + load_first(row + i, rest);
+  if (rest > 0) total[1] = total[1] + value(i, rest);
   return sum(joined(total)) / static_cast<float>(channels);
+}
+
+DEIT_INLINE float mean_of(const float* row, int64_t channels) {
+  return mean_of(channels, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+    return load_lanes(row + i, lanes);
+  });
 }
 
 DEIT_INLINE void add_deviation(Vec deviation, Vec& total, Vec& square) {
@@ -35,11 +43,11 @@ DEIT_INLINE void add_deviation(Vec deviation, Vec& total, Vec& square) {
   square = fma(deviation, deviation, square);
 }
 
-DEIT_INLINE Moments moments(const float* row, int64_t channels, float eps, bool rms) {
+// mean: the row's, and 0 for RMSNorm.
+DEIT_INLINE Moments moments(const float* row, int64_t channels, float mean, float eps, bool rms) {
   // Squares are summed block by block: with outlier channels 64 apart, which all meet in one
   // lane, a single chain of 48 additions (portable, 768 channels) was off by 4 ulp.
   constexpr int64_t kBlock = 8 * kChains * kWidth;
-  const float mean = rms ? 0.0f : mean_of(row, channels);
   const Vec center = broadcast(mean);
   Vec total = broadcast(0.0f), square = broadcast(0.0f);
   for (int64_t i = 0; i < channels;) {
@@ -65,24 +73,23 @@ DEIT_INLINE Moments moments(const float* row, int64_t channels, float eps, bool 
 }
 
 template <class Out>
-DEIT_INLINE Moments normalise(const float* row, const LayerNormArgs& args, Out* out) {
+DEIT_INLINE Moments normalise(const float* row, float mean, const LayerNormArgs& args, Out* out) {
   const int64_t channels = args.channels;
-  const Moments m = moments(row, channels, args.eps, args.rms);
-  const Vec mean = broadcast(m.mean), shift = broadcast(m.shift), rstd = broadcast(m.rstd);
-  const float* weight = args.weight;
-  const float* bias = args.bias;
+  const Moments m = moments(row, channels, mean, args.eps, args.rms);
+  const Vec center = broadcast(m.mean), rstd = broadcast(m.rstd);
+  const Vec shift = broadcast(-m.shift * m.rstd);
+  const auto value = [&](int64_t i, int lanes) __attribute__((always_inline)) {
+    const Vec y = fma(load_lanes(row + i, lanes) - center, rstd, shift);
+    const Vec weight = load_lanes(args.weight + i, lanes);
+    return args.bias ? fma(y, weight, load_lanes(args.bias + i, lanes)) : y * weight;
+  };
   int64_t i = 0;
-  for (; i + kWidth <= channels; i += kWidth) {
-    Vec y = ((load(row + i) - mean) - shift) * rstd;
-    y = bias ? fma(y, load(weight + i), load(bias + i)) : y * load(weight + i);
-    store(out + i, y);
+  for (; i + 2 * kWidth <= channels; i += 2 * kWidth) {
+    store_two(out + i, value(i, kWidth), value(i + kWidth, kWidth));
   }
-  const int rest = static_cast<int>(channels - i);
-  if (rest > 0) {
-    Vec y = ((load_first(row + i, rest) - mean) - shift) * rstd;
-    y = y * load_first(weight + i, rest);
-    if (bias) y = y + load_first(bias + i, rest);
-    store_first(out + i, y, rest);
+  for (; i < channels; i += kWidth) {
+    const int lanes = static_cast<int>(channels - i < kWidth ? channels - i : kWidth);
+    store_lanes(out + i, value(i, lanes), lanes);
   }
   return m;
 }
@@ -108,35 +115,46 @@ DEIT_INLINE const float* widen_row(const float* x, int64_t, float*) { return x; 
 
 template <class T>
 DEIT_INLINE const float* widen_row(const T* x, int64_t channels, float* scratch) {
-  int64_t i = 0;
-  for (; i + kWidth <= channels; i += kWidth) store(scratch + i, load(x + i));
-  const int rest = static_cast<int>(channels - i);
-  if (rest > 0) store_first(scratch + i, load_first(x + i, rest), rest);
+  each_vector(channels, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+    store_lanes(scratch + i, load_lanes(x + i, lanes), lanes);
+  });
   return scratch;
 }
 
-// scratch = residual + keep * gamma * x in fp32, and the same rounded to `sum`. The norm is
-// taken of the unrounded one.
+// The same with its mean, in one pass.
+struct WideRow {
+  const float* values;
+  float mean;
+};
+
+DEIT_INLINE WideRow widen_and_mean(const float* x, int64_t channels, float*) {
+  return {x, mean_of(x, channels)};
+}
+
+template <class T>
+DEIT_INLINE WideRow widen_and_mean(const T* x, int64_t channels, float* scratch) {
+  const float mean = mean_of(channels, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+    const Vec y = load_lanes(x + i, lanes);
+    store_lanes(scratch + i, y, lanes);
+    return y;
+  });
+  return {scratch, mean};
+}
+
+// scratch = residual + keep * gamma * x in fp32, the same rounded to `sum`, and its mean. The norm
+// is taken of the unrounded one.
 template <class X, class R>
-DEIT_INLINE void add_row(const X* x, const R* residual, const float* gamma, float keep,
-                         int64_t channels, float* scratch, R* sum) {
+DEIT_INLINE float add_row(const X* x, const R* residual, const float* gamma, float keep,
+                          int64_t channels, float* scratch, R* sum) {
   const Vec kept = broadcast(keep);
-  int64_t i = 0;
-  for (; i + kWidth <= channels; i += kWidth) {
-    Vec y = load(x + i) * kept;
-    if (gamma) y = y * load(gamma + i);
-    y = load(residual + i) + y;
-    store(scratch + i, y);
-    store(sum + i, y);
-  }
-  const int rest = static_cast<int>(channels - i);
-  if (rest > 0) {
-    Vec y = load_first(x + i, rest) * kept;
-    if (gamma) y = y * load_first(gamma + i, rest);
-    y = load_first(residual + i, rest) + y;
-    store_first(scratch + i, y, rest);
-    store_first(sum + i, y, rest);
-  }
+  return mean_of(channels, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+    Vec y = load_lanes(x + i, lanes) * kept;
+    if (gamma) y = y * load_lanes(gamma + i, lanes);
+    y = load_lanes(residual + i, lanes) + y;
+    store_lanes(scratch + i, y, lanes);
+    store_lanes(sum + i, y, lanes);
+    return lanes == kWidth ? y : first(y, lanes);
+  });
 }
 
 template <class X>
@@ -144,8 +162,10 @@ void layer_norm_rows(const LayerNormArgs& args, float* scratch, int64_t begin, i
   const X* x = static_cast<const X*>(args.x.data);
   X* out = static_cast<X*>(args.out);
   for (int64_t row = begin; row < end; ++row) {
-    const float* wide = widen_row(x + row_offset(args.x, row), args.channels, scratch);
-    save(normalise(wide, args, out + row * args.channels), args, row);
+    const X* from = x + row_offset(args.x, row);
+    const WideRow wide = args.rms ? WideRow{widen_row(from, args.channels, scratch), 0.0f}
+                                  : widen_and_mean(from, args.channels, scratch);
+    save(normalise(wide.values, wide.mean, args, out + row * args.channels), args, row);
   }
 }
 
@@ -157,10 +177,11 @@ void add_layer_norm_rows(const LayerNormArgs& args, float* scratch, int64_t begi
   R* total = static_cast<R*>(args.sum);
   for (int64_t row = begin; row < end; ++row) {
     const float keep = args.keep ? args.keep[row / args.rows_per_sample] : 1.0f;
-    add_row(x + row_offset(args.x, row), residual + row_offset(args.residual, row), args.gamma,
-            keep, args.channels, scratch, total + row * args.channels);
+    const float mean = add_row(x + row_offset(args.x, row),
+                               residual + row_offset(args.residual, row), args.gamma, keep,
+                               args.channels, scratch, total + row * args.channels);
     const float* wide = scratch;
-    save(normalise(wide, args, out + row * args.channels), args, row);
+    save(normalise(wide, args.rms ? 0.0f : mean, args, out + row * args.channels), args, row);
   }
 }
 

@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor> output_gradient(const Tensor& dout, const Optional& a
   OutputGradientArgs args{};
   args.channels = args.ldd = last(dout);
   args.rows = args.channels == 0 ? 0 : dout.numel() / args.channels;
-  Tensor gamma_held, keep_held;
+  Held gamma_held, keep_held;
   args.gamma = parameter("gamma", gamma, args.channels, dout, gamma_held);
   args.keep = parameter("keep", keep, dout.size(0), dout, keep_held);
   args.rows_per_sample = std::max<int64_t>(1, args.rows / std::max<int64_t>(1, dout.size(0)));

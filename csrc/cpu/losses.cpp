@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor> run_gradient(const Losses& losses, const Tensor& dlos
   Tensor dlogits = of_logits ? torch::stable::new_empty(logits, logits.sizes()) : none(logits);
   const Tensor& student = losses.student.has_value() ? *losses.student : logits;
   Tensor dstudent = of_student ? torch::stable::new_empty(student, student.sizes()) : none(student);
-  Tensor held[2];
+  Held held[2];
   LossGradientArgs args{};
   args.in = in;
   args.scale = static_cast<double>(*parameter("dloss", dloss, 1, logits, held[0])) /

@@ -111,7 +111,7 @@ Tensor patch_embed(Tensor images, Tensor weight, Optional bias, Tensor prefix,
   weight = whole("weight", weight, weight.numel(), images);
   prefix = whole("prefix", prefix, first * dim, images);
   pos_embed = whole("pos_embed", pos_embed, tokens * dim, images);
-  Tensor held;
+  Held held;
   product.weight = weight.const_data_ptr();
   product.bias = parameter("bias", bias, dim, images, held);
   product.depth = row / 4;

@@ -64,14 +64,26 @@ DEIT_INLINE Vec load(const BF16* p) {
 DEIT_INLINE Vec load(const F16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-DEIT_INLINE void store(BF16* p, Vec a) {
+// Rounded to the nearest bf16, which is the upper half of each word; a NaN stays one.
+DEIT_INLINE __m512i rounded_to_bf16(Vec a) {
   const __m512i bits = _mm512_castps_si512(a);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
-  const __m512i top = _mm512_mask_mov_epi32(_mm512_srli_epi32(nearest, 16), nan,
-                                            _mm512_set1_epi32(0x7fc0));
+  // Class by class: quiet and signalling NaN give the quiet NaN of `a`, all else `nearest`.
+  return _mm512_castps_si512(_mm512_fixupimm_ps(_mm512_castsi512_ps(nearest), a,
+                                                _mm512_set1_epi32(0x22), 0));
+}
+DEIT_INLINE void store(BF16* p, Vec a) {
+  const __m512i top = _mm512_srli_epi32(rounded_to_bf16(a), 16);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(top));
+}
+DEIT_INLINE void store_two(BF16* p, Vec a, Vec b) {
+  const __m512i lane = _mm512_set_epi32(0x003f003d, 0x003b0039, 0x00370035, 0x00330031, 0x002f002d,
+                                        0x002b0029, 0x00270025, 0x00230021, 0x001f001d, 0x001b0019,
+                                        0x00170015, 0x00130011, 0x000f000d, 0x000b0009, 0x00070005,
+                                        0x00030001);
+  const __m512i halves = _mm512_permutex2var_epi16(rounded_to_bf16(a), lane, rounded_to_bf16(b));
+  _mm512_storeu_si512(p, halves);
 }
 DEIT_INLINE void store(F16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, 0));
@@ -174,15 +186,22 @@ DEIT_INLINE Vec load(const BF16* p) {
 DEIT_INLINE Vec load(const F16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-DEIT_INLINE void store(BF16* p, Vec a) {
+// Rounded to the nearest bf16, in the lower half of each word; a NaN stays one.
+DEIT_INLINE __m256i rounded_to_bf16(Vec a) {
   const __m256i bits = _mm256_castps_si256(a);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-  const __m256i top = _mm256_blendv_epi8(_mm256_srli_epi32(nearest, 16),
-                                         _mm256_set1_epi32(0x7fc0), nan);
+  return _mm256_blendv_epi8(_mm256_srli_epi32(nearest, 16), _mm256_set1_epi32(0x7fc0), nan);
+}
+DEIT_INLINE void store(BF16* p, Vec a) {
+  const __m256i top = rounded_to_bf16(a);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(top, top), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+DEIT_INLINE void store_two(BF16* p, Vec a, Vec b) {
+  const __m256i mixed = _mm256_packus_epi32(rounded_to_bf16(a), rounded_to_bf16(b));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(mixed, 0xd8));
 }
 DEIT_INLINE void store(F16* p, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, 0));
@@ -329,6 +348,13 @@ DEIT_INLINE void transpose(Vec (&r)[4]) {
 }
 
 #endif
+
+// Neighbours: at p, and kWidth further on. Some sets have it cheaper for bf16.
+template <class T>
+DEIT_INLINE void store_two(T* p, Vec a, Vec b) {
+  store(p, a);
+  store(p + kWidth, b);
+}
 
 // The first n < kWidth lanes, zeros in the others; memory past them is not touched.
 template <class T>

@@ -101,11 +101,11 @@ class Description {
   BlockArgs args{};
 
  private:
-  Tensor& hold() { return held_.at(count_++); }
+  Held& hold() { return held_.at(count_++); }
 
   void describe(const Layer& layer, ProductArgs& product) {
     product.type = product.out_type = args.attention.type;
-    Tensor& weight = hold() = layer.weight;
+    Tensor& weight = hold().tensor = layer.weight;
     product.weight = matrix("weight", weight, x_.scalar_type());
     product.depth = weight.size(1) / (product.type == Scalar::bf16 ? 2 : 1);
     product.width = weight.size(0);
@@ -143,7 +143,7 @@ class Description {
 
   Tensor x_;
   std::optional<Positions> positions_;
-  std::vector<Tensor> held_ = std::vector<Tensor>(17);
+  std::vector<Held> held_ = std::vector<Held>(17);
   Tensor thirds_[2];
   size_t count_ = 0;
   Buffer packed_;

@@ -54,8 +54,7 @@ DEIT_INLINE void stats_of_row(const T* row, int64_t channels, float* stats) {
     const int64_t left = channels - part * kStatsColumns;
     const int64_t columns = left < kStatsColumns ? left : kStatsColumns;
     float wide[kStatsColumns];
-    const float* values = widen_row(row, columns, wide);
-    const float mean = mean_of(values, columns);
+    const auto [values, mean] = widen_and_mean(row, columns, wide);
     const Vec center = broadcast(mean);
     Vec square = broadcast(0.0f);
     for (int64_t i = 0; i < columns; i += kWidth) {

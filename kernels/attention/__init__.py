@@ -183,20 +183,22 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        operator: str, implementation: str, qkv: Tensor, heads: int, scale: float, *rest: Any
+        ctx: Any,
+        operator: str,
+        implementation: str,
+        qkv: Tensor,
+        heads: int,
+        scale: float,
+        *rest: Any,
     ) -> tuple[Tensor, Tensor]:
-        return COMPILED[implementation][f"{operator}_fwd"](qkv, heads, scale, *rest)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        operator, implementation, qkv, *ctx.geometry = inputs[:5]
-        ctx.kernel = implementation, f"{operator}_bwd"
-        out, lse = output
-        tensors = [value for value in inputs[5:] if isinstance(value, Tensor)]
-        ctx.rest = tuple(None if isinstance(value, Tensor) else value for value in inputs[5:])
-        ctx.places = [i for i, value in enumerate(inputs[5:]) if isinstance(value, Tensor)]
+        out, lse = COMPILED[implementation][f"{operator}_fwd"](qkv, heads, scale, *rest)
+        ctx.kernel, ctx.geometry = (implementation, f"{operator}_bwd"), (heads, scale)
+        tensors = [value for value in rest if isinstance(value, Tensor)]
+        ctx.rest = tuple(None if isinstance(value, Tensor) else value for value in rest)
+        ctx.places = [i for i, value in enumerate(rest) if isinstance(value, Tensor)]
         ctx.save_for_backward(qkv, out, lse, *tensors)
         ctx.mark_non_differentiable(lse)
+        return out, lse
 
     @staticmethod
     @once_differentiable

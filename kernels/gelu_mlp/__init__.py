@@ -96,28 +96,25 @@ class _GeluMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        implementation: str, recompute: bool, *arguments: Any
+        ctx: Any, implementation: str, recompute: bool, *arguments: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         kernels = COMPILED[implementation]
-        if not recompute:
-            return kernels["gelu_mlp_fwd"](*arguments)
         x, w1, b1, w2, b2, residual, gamma, keep, activation = arguments
-        if gamma is None:  # in one kernel, where the implementation has that
-            return kernels["gelu_mlp"](*arguments), x.new_empty(0), x.new_empty(0)
-        activated = kernels["linear"](x, w1, b1, activation or "gelu", None, None, None)
-        out, affine = kernels["linear_fwd"](activated, w2, b2, None, residual, gamma, keep)
-        return out, x.new_empty(0), affine
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.implementation, ctx.recompute, x, w1, b1, w2, _, _, gamma, keep, activation = inputs
-        ctx.activation = activation
-        _, hidden, affine = output
+        if not recompute:
+            out, hidden, affine = kernels["gelu_mlp_fwd"](*arguments)
+        elif gamma is None:  # in one kernel, where the implementation has that
+            out, hidden, affine = kernels["gelu_mlp"](*arguments), x.new_empty(0), x.new_empty(0)
+        else:
+            activated = kernels["linear"](x, w1, b1, activation or "gelu", None, None, None)
+            out, affine = kernels["linear_fwd"](activated, w2, b2, None, residual, gamma, keep)
+            hidden = x.new_empty(0)
+        ctx.implementation, ctx.recompute, ctx.activation = implementation, recompute, activation
         *_, of_w1, _, _, _, _, of_gamma, _, _ = ctx.needs_input_grad
         kept_x, kept_b1 = x if of_w1 or ctx.recompute else None, b1 if ctx.recompute else None
         kept_affine = affine if of_gamma else None
         ctx.save_for_backward(kept_x, w1, kept_b1, w2, hidden, kept_affine, gamma, keep)
         ctx.mark_non_differentiable(hidden, affine)
+        return out, hidden, affine
 
     @staticmethod
     @once_differentiable

@@ -115,16 +115,15 @@ class _LayerNorm(torch.autograd.Function):
     """Differentiates by an implementation's `layer_norm_fwd` and `layer_norm_bwd`."""
 
     @staticmethod
-    def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return COMPILED[implementation]["layer_norm_fwd"](*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.implementation, x, weight, _, _ = inputs
-        _, mean, rstd = output
+    def forward(
+        ctx: Any, implementation: str, x: Tensor, weight: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, mean, rstd = COMPILED[implementation]["layer_norm_fwd"](x, weight, *rest)
+        ctx.implementation = implementation
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)  # or autograd fills zeros for mean and rstd
+        return out, mean, rstd
 
     @staticmethod
     @once_differentiable
@@ -138,18 +137,18 @@ class _AddLayerNorm(torch.autograd.Function):
     """Differentiates by an implementation's `add_layer_norm_fwd` and `add_layer_norm_bwd`."""
 
     @staticmethod
-    def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return COMPILED[implementation]["add_layer_norm_fwd"](*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.implementation, x, _, weight, _, _, gamma, keep = inputs
-        _, total, mean, rstd = output
+    def forward(
+        ctx: Any, implementation: str, *arguments: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        out, total, mean, rstd = COMPILED[implementation]["add_layer_norm_fwd"](*arguments)
+        x, _, weight, _, _, gamma, keep = arguments
+        ctx.implementation = implementation
         of_gamma = ctx.needs_input_grad[6]
         ctx.save_for_backward(x if of_gamma else None, total, weight, mean, rstd, gamma, keep)
         ctx.dtype = x.dtype
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)  # or autograd fills zeros for mean and rstd
+        return out, total, mean, rstd
 
     @staticmethod
     @once_differentiable
@@ -173,15 +172,15 @@ class _RmsNorm(torch.autograd.Function):
     """Differentiates by an implementation's `rms_norm_fwd` and `rms_norm_bwd`."""
 
     @staticmethod
-    def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-        return COMPILED[implementation]["rms_norm_fwd"](*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.implementation, x, weight, _ = inputs
-        ctx.save_for_backward(x, weight, output[1])
-        ctx.mark_non_differentiable(output[1])
+    def forward(
+        ctx: Any, implementation: str, x: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        out, rstd = COMPILED[implementation]["rms_norm_fwd"](x, weight, eps)
+        ctx.implementation = implementation
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.mark_non_differentiable(rstd)
         ctx.set_materialize_grads(False)  # or autograd fills zeros for rstd
+        return out, rstd
 
     @staticmethod
     @once_differentiable

@@ -78,19 +78,17 @@ class _Linear(torch.autograd.Function):
     """Differentiates by an implementation's `linear_fwd` and `linear_bwd`."""
 
     @staticmethod
-    def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-        return COMPILED[implementation]["linear_fwd"](*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.implementation, x, weight, _, ctx.activation, _, gamma, keep = inputs
-        _, affine = output
+    def forward(ctx: Any, implementation: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        out, affine = COMPILED[implementation]["linear_fwd"](*arguments)
+        x, weight, _, ctx.activation, _, gamma, keep = arguments
+        ctx.implementation = implementation
         _, _, of_weight, *_, of_gamma, _ = ctx.needs_input_grad
         reads_affine = ctx.activation is not None or of_gamma
         ctx.save_for_backward(
             x if of_weight else None, weight, affine if reads_affine else None, gamma, keep
         )
         ctx.mark_non_differentiable(affine)
+        return out, affine
 
     @staticmethod
     @once_differentiable

@@ -141,15 +141,16 @@ class _CrossEntropy(torch.autograd.Function):
     """Differentiates by an implementation's `cross_entropy_fwd` and `cross_entropy_bwd`."""
 
     @staticmethod
-    def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-        return COMPILED[implementation]["cross_entropy_fwd"](*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.implementation, logits, target, ctx.label_smoothing = inputs
-        ctx.save_for_backward(logits, target, output[1])
-        ctx.mark_non_differentiable(output[1])
+    def forward(
+        ctx: Any, implementation: str, logits: Tensor, target: Tensor, label_smoothing: float
+    ) -> tuple[Tensor, Tensor]:
+        kernel = COMPILED[implementation]["cross_entropy_fwd"]
+        loss, statistics = kernel(logits, target, label_smoothing)
+        ctx.implementation, ctx.label_smoothing = implementation, label_smoothing
+        ctx.save_for_backward(logits, target, statistics)
+        ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)  # or autograd fills zeros for the statistics
+        return loss, statistics
 
     @staticmethod
     @once_differentiable
@@ -162,15 +163,14 @@ class _DistillationLoss(torch.autograd.Function):
     """Differentiates by `distillation_loss_fwd` and `distillation_loss_bwd`."""
 
     @staticmethod
-    def forward(implementation: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-        return COMPILED[implementation]["distillation_loss_fwd"](*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.implementation, logits, target, teacher_logits, token_logits, *ctx.options = inputs
-        ctx.save_for_backward(logits, target, teacher_logits, token_logits, output[1])
-        ctx.mark_non_differentiable(output[1])
+    def forward(ctx: Any, implementation: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+        loss, statistics = COMPILED[implementation]["distillation_loss_fwd"](*arguments)
+        logits, target, teacher_logits, token_logits, *ctx.options = arguments
+        ctx.implementation = implementation
+        ctx.save_for_backward(logits, target, teacher_logits, token_logits, statistics)
+        ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)  # or autograd fills zeros for the statistics
+        return loss, statistics
 
     @staticmethod
     @once_differentiable

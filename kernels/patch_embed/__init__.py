@@ -70,14 +70,11 @@ class _PatchEmbed(torch.autograd.Function):
     """Differentiates by an implementation's `patch_embed_bwd`; images get no gradient."""
 
     @staticmethod
-    def forward(implementation: str, *arguments: Any) -> Tensor:
-        return COMPILED[implementation]["patch_embed"](*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.implementation, images, weight, _, prefix, _ = inputs
-        ctx.prefix_tokens = prefix.shape[1]
+    def forward(ctx: Any, implementation: str, *arguments: Any) -> Tensor:
+        images, weight, _, prefix, _ = arguments
+        ctx.implementation, ctx.prefix_tokens = implementation, prefix.shape[1]
         ctx.save_for_backward(images if ctx.needs_input_grad[2] else None, weight)
+        return COMPILED[implementation]["patch_embed"](*arguments)
 
     @staticmethod
     @once_differentiable

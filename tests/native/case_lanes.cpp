@@ -161,8 +161,8 @@ void check_transpose(const Lanes& set) {
 
 void check_halves(const Lanes& set, bool bf16, Random& random) {
   const char* name = bf16 ? "bf16" : "fp16";
-  uint16_t halves[kMost];
-  float wide[kMost];
+  uint16_t halves[kMost], two[2 * kMost];
+  float wide[kMost], pair[2 * kMost];
   const uint32_t infinity = bf16 ? 0x7f80u : 0x7c00u;
   const int64_t start = random.between(0, 15) << 12;  // a sixteenth of all there are
   for (int64_t code = start; code < start + (1 << 12); code += set.width) {
@@ -186,6 +186,16 @@ void check_halves(const Lanes& set, bool bf16, Random& random) {
     for (int i = 0; i < set.width; ++i) {
       expect(name, i, static_cast<float>(decoded(halves[i], bf16)), wide[i],
              nearest(wide[i], halves[i], bf16));
+    }
+    for (int i = 0; i < set.width; ++i) {
+      pair[i] = wide[i];
+      pair[2 * set.width - 1 - i] = wide[i];
+    }
+    set.narrow_two(bf16, pair, two);
+    for (int i = 0; i < set.width; ++i) {
+      expect(name, i, two[i], halves[i], two[i] == halves[i]);
+      const int mirrored = 2 * set.width - 1 - i;
+      expect(name, mirrored, two[mirrored], halves[i], two[mirrored] == halves[i]);
     }
   }
 }

@@ -54,18 +54,27 @@ void narrow_as(const float* from, uint16_t* to) {
   store(halves, load(from));
   std::memcpy(to, halves, sizeof halves);
 }
+template <class T>
+void narrow_two_as(const float* from, uint16_t* to) {
+  T halves[2 * kWidth];
+  store_two(halves, load(from), load(from + kWidth));
+  std::memcpy(to, halves, sizeof halves);
+}
 void widen_lanes(bool bf16, const uint16_t* from, float* to) {
   bf16 ? widen_as<BF16>(from, to) : widen_as<F16>(from, to);
 }
 void narrow_lanes(bool bf16, const float* from, uint16_t* to) {
   bf16 ? narrow_as<BF16>(from, to) : narrow_as<F16>(from, to);
 }
+void narrow_two_lanes(bool bf16, const float* from, uint16_t* to) {
+  bf16 ? narrow_two_as<BF16>(from, to) : narrow_two_as<F16>(from, to);
+}
 
 }  // namespace
 
 const Lanes DEIT_TABLE(DEIT_ISA) = {
-    DEIT_TEXT(DEIT_ISA), kWidth,     kFused,      apply,        first_lanes, sum_of,
-    largest_of,          transposed, widen_lanes, narrow_lanes,
+    DEIT_TEXT(DEIT_ISA), kWidth,     kFused,      apply,        first_lanes,      sum_of,
+    largest_of,          transposed, widen_lanes, narrow_lanes, narrow_two_lanes,
 };
 
 }  // namespace fuzz

@@ -19,6 +19,7 @@ struct Lanes {
   void (*transpose)(float* square);  // [width, width], in place
   void (*widen)(bool bf16, const uint16_t* from, float* to);
   void (*narrow)(bool bf16, const float* from, uint16_t* to);
+  void (*narrow_two)(bool bf16, const float* from, uint16_t* to);  // of two vectors
 };
 
 extern const Lanes portable_lanes;

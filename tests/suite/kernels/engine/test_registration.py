@@ -385,3 +385,14 @@ def test_compiled_autocast_is_the_eager_one(dtype):
         want, got = model(IMAGES), compiled(IMAGES)
     assert got.dtype == want.dtype
     torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
+
+
+def test_functions_take_their_context_in_the_forward():
+    """Beside a setup_context PyTorch binds every call's arguments by inspect.signature: 55 us."""
+    functions = [
+        function
+        for function in torch.autograd.Function.__subclasses__()
+        if function.__module__.startswith("deit.kernels")
+    ]
+    assert len(functions) >= 7
+    assert not [each.__name__ for each in functions if "setup_context" in vars(each)]
