@@ -45,8 +45,9 @@ class Pool:
         """Seconds until every worker has done it; RuntimeError with what one of them raised."""
         start = time.perf_counter()
         for pipe in self.pipes:
-            pipe.send(what)
-        answers = [pipe.recv() for pipe in self.pipes]
+            # Not `send`: Python 3.12.1 crashes in collecting what that leaves of a broken pipe.
+            pipe.send_bytes(what.encode())
+        answers = [pipe.recv_bytes().decode() for pipe in self.pipes]
         taken = time.perf_counter() - start
         for answer in answers:
             if answer:
@@ -143,7 +144,7 @@ def _workers(
         finally:
             for pipe in pool.pipes:
                 with contextlib.suppress(OSError):
-                    pipe.send(STOP)
+                    pipe.send_bytes(STOP.encode())
             for process in running:
                 process.join(10)
                 process.kill()
@@ -173,12 +174,12 @@ def _work(
         for each in entries.values():
             each.call = DistributedDataParallel(each.module)
     steps = {name: field_of.make_step(each, torch.float32, train) for name, each in entries.items()}
-    while (what := pipe.recv()) != STOP:
+    while (what := pipe.recv_bytes().decode()) != STOP:
         if what == REFRESH:
             inputs.refresh(0)
         else:
             steps[what](inputs.get(base, images))
-        pipe.send(wrong)
+        pipe.send_bytes(wrong.encode())
     if train:
         torch.distributed.destroy_process_group()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ LEAVES: dict[type[nn.Module], type[modules.Fused]] = {}
 BLOCKS: dict[type[nn.Module], type[modules.Fused]] = {}
 REFUSED: dict[type[nn.Module], str] = {}
 
+# The MLP of transformers 5.17 has other names.
+_NAMES = inspect.signature(pixio.PixioMLP.forward).parameters
+_ACTIVATION = "activation_fn" if "hidden_states" in _NAMES else "activation"
+
 if huggingface.served(pixio.PixioLayer, pixio.PixioAttention, REFUSED):
 
     class FusedPixioAttention(huggingface.FusedAttention, pixio.PixioAttention):
@@ -21,6 +26,8 @@ if huggingface.served(pixio.PixioLayer, pixio.PixioAttention, REFUSED):
 
     class FusedPixioMLP(huggingface.FusedMlp, pixio.PixioMLP):
         """transformers' PixioMLP on `deit.kernels.gelu_mlp`."""
+
+        ACTIVATION = _ACTIVATION
 
     class FusedPixioLayer(huggingface.FusedLayer, pixio.PixioLayer):
         """transformers' PixioLayer with its residual additions in the products' epilogues."""

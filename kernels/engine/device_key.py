@@ -166,8 +166,22 @@ def sources_hash(files: Iterable[Path], built: str) -> str:
             body = getattr(node, "body", None)
             if isinstance(body, list) and body and _is_text(body[0]):
                 body[0] = ast.Pass()
-        total.update(f"{path.parent.name}/{path.name}\0{ast.dump(tree)}\0".encode())
+        total.update(f"{path.parent.name}/{path.name}\0{_said(tree)}\0".encode())
     return total.hexdigest()[:16]
+
+
+def _said(node: object) -> str:
+    """A node's syntax, the same under every Python: what is absent is left out.
+
+    `ast.dump` writes empty lists before Python 3.13, and since 3.12 nodes have type_params.
+    """
+    if isinstance(node, list):
+        return f"[{','.join(map(_said, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    given = [(name, getattr(node, name, None)) for name in node._fields]
+    fields = [f"{name}={_said(value)}" for name, value in given if value not in (None, [])]
+    return f"{type(node).__name__}({','.join(fields)})"
 
 
 def _is_text(node: ast.AST) -> bool:

@@ -1,9 +1,13 @@
-"""Shows what was simulated: the largest share of the rule by kernel, dtype and GPU."""
+"""Shows what was simulated: the largest share of the rule by kernel, dtype and GPU.
+
+SHARD=2/16 runs the second of sixteen parts: every sixteenth test from the second on.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,25 @@ from typing import Any
 import pytest
 
 _ROWS: list[dict[str, Any]] = []
+_HERE = Path(__file__).parent
+
+
+def _shard(asked: str) -> tuple[int, int]:
+    """Which part of how many; of "", the only one. Raises UsageError for anything else."""
+    found = re.fullmatch(r"(\d+)/(\d+)", asked or "1/1")
+    number, of = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= number <= of:
+        raise pytest.UsageError(f"SHARD: expected i/n with 1 <= i <= n, as 2/16; got {asked!r}")
+    return number, of
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    number, of = _shard(os.environ.get("SHARD", ""))
+    here = [item for item in items if _HERE in item.path.parents]
+    left_out = {*here} - {*here[number - 1 :: of]}
+    if left_out:
+        config.hook.pytest_deselected(items=[*left_out])
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import simulator
 import torch
 
 import numerics
+from deit.kernels.attention import TRITON_ROTARY_HEAD_DIMS
 from deit.kernels.attention import tiles as attention_tiles
 from deit.kernels.attention import triton as attention_triton
 from deit.kernels.prove import calls, oracle, reference
@@ -62,6 +63,13 @@ def _off(tensor: torch.Tensor) -> torch.Tensor:
     return longer[..., : tensor.shape[-1]]
 
 
+def _served(operator: str, size: Size) -> bool:
+    """Whether a size of HEADS says something of an operator, and its kernels take it."""
+    if operator == "rotary_attention":
+        return size.dim // size.heads in TRITON_ROTARY_HEAD_DIMS
+    return operator == "attention"
+
+
 def _cases() -> Iterator[tuple[Case, bool]]:
     """Every case, and whether CI's slice has it: Hopper's in bf16, and of the rest the least."""
     for arch in simulator.ARCHITECTURES:
@@ -73,8 +81,8 @@ def _cases() -> Iterator[tuple[Case, bool]]:
                 case = Case(operator, arch, dtype, sizes[0])
                 yield case, arch == 90 or dtype == "bf16"
                 yield from ((replace(case, size=size), first) for size in sizes[1:])
-                if operator == "attention":
-                    yield from ((replace(case, size=size), first) for size in HEADS)
+                heads = [size for size in HEADS if _served(operator, size)]
+                yield from ((replace(case, size=size), first) for size in heads)
                 small = case if stated.loss else replace(case, size=RAGGED)
                 yield replace(small, unaligned=True), arch == 90
                 for form in ("least", "inference", "every"):

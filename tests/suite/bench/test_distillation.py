@@ -113,6 +113,7 @@ def test_the_last_evaluation_counts(tmp_path):
 
 
 def test_a_failed_run_is_named_with_its_last_words(tmp_path):
+    pytest.importorskip("tyro", reason="tyro is not installed")
     run = distillation.Run("broken", "train", ("--data", str(tmp_path / "nowhere")))
     with pytest.raises(RuntimeError, match=r"deit train .*\n.*\n*.*nowhere"):
         distillation.perform(run, tmp_path, 1)

@@ -7,6 +7,7 @@ timm = pytest.importorskip("timm")
 pytest.importorskip("transformers", minversion="5.0")
 
 import models  # noqa: E402 - after the skips
+from deit.fused_vit import hf_dinov2  # noqa: E402
 
 
 def written():
@@ -52,6 +53,8 @@ def test_the_table_says_what_is_found(name):
     [("dinov2", "whole"), ("clip_vision_model", "whole"), ("siglip_vision_model", "whole")],
 )
 def test_transformers_towers(name, verdict):
+    if name == "dinov2" and hf_dinov2.REFUSED:  # in transformers 5.17
+        pytest.skip(next(iter(hf_dinov2.REFUSED.values())))
     found = models.of_transformers(name)
     assert (found.verdict, found.reason) == (verdict, "")
 

@@ -99,6 +99,13 @@ def test_sources_are_hashed_by_what_they_say(tmp_path):
     assert of('"""What it is."""\ndef f(x):\n    "why"\n    return x + 1\n', "def") != said
 
 
+def test_sources_have_one_hash_under_every_python(tmp_path):
+    file = tmp_path / "kernels" / "a.py"
+    file.parent.mkdir()
+    file.write_text("class A(B):\n    def f(self, x=None):\n        return g(f'{x}', *x)\n")
+    assert device_key.sources_hash([file], "abc") == "4105a0741845b95b"
+
+
 # ---- problems and classes
 
 
