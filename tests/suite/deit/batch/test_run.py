@@ -214,6 +214,30 @@ def test_a_collection_that_changed_is_refused(model, tmp_path):
     )
 
 
+def test_the_same_names_in_another_folder_are_refused(model, photos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    for place in ("a", "b"):
+        collection.folder(tmp_path / place / "photos", 8)
+    monkeypatch.chdir(tmp_path / "a")
+    run(model, Inputs(["photos"]), out, rows=4, workers=0)
+    (out / "piece-000001.parquet").unlink()
+    monkeypatch.chdir(tmp_path / "b")
+    with pytest.raises(ValueError, match=r"relative_to was '.* and is '"):
+        run(model, Inputs(["photos"]), out, rows=4, workers=0)
+    monkeypatch.chdir(tmp_path / "a")
+    assert run(model, Inputs(["photos"]), out, rows=4, workers=0).made == 4
+
+
+def test_an_output_folder_within_a_glob_is_refused(model, photos, tmp_path):
+    collection.folder(tmp_path / "photos", 4)
+    with pytest.raises(ValueError, match=r"\*\* takes in what is written"):
+        run(model, Inputs([f"{tmp_path}/photos/**"]), tmp_path / "photos" / "out", workers=0)
+    assert not (tmp_path / "photos" / "out").exists()
+    within = run(model, Inputs([tmp_path / "photos"]), tmp_path / "photos" / "out", workers=0)
+    assert within.rows == 4
+    assert run(model, Inputs([tmp_path / "photos"]), tmp_path / "photos" / "out").made == 0
+
+
 def test_folders_that_are_not_of_a_run(model, photos, tmp_path):
     def refused(out, message):
         before = sorted((p.name, p.read_bytes()) for p in tmp_path.rglob("*") if p.is_file())
@@ -279,7 +303,7 @@ def test_a_full_disk_is_named_and_leaves_whole_pieces(tmp_path):
     assert left == "[]"
 
 
-def test_two_processes_do_not_share_a_folder(model, photos, tmp_path):
+def test_two_runs_do_not_share_a_folder(model, photos, tmp_path):
     code = (
         "import fcntl, sys; f = open(sys.argv[1] + '/.lock', 'ab');"
         "fcntl.lockf(f, fcntl.LOCK_EX); print('open', flush=True); sys.stdin.read()"
@@ -291,6 +315,10 @@ def test_two_processes_do_not_share_a_folder(model, photos, tmp_path):
         with pytest.raises(ValueError, match="another process is writing"):
             pieces.Pieces(tmp_path, {"a": 1})
         process.stdin.close()
+    ours = pieces.Pieces(tmp_path, {"a": 1})
+    with pytest.raises(ValueError, match="another run of this process is writing"):
+        pieces.Pieces(tmp_path, {"a": 1})
+    ours.close()
     pieces.Pieces(tmp_path, {"a": 1}).close()
 
 
