@@ -163,7 +163,7 @@ def _evidence(name: str, device: torch.device, measured: list[dict[str, Any]]) -
     """In a line: where, when and how much faster than PyTorch's; or that nobody measured it."""
     if not measured:
         table = verdicts.table_of(device)
-        shipped = table.prior is not None and table.prior.any_of(name)
+        shipped = table.prior is not None and table.prior.of_any(name, False)
         return f"shipped for {table.label}" if shipped else verdicts.NOT_MEASURED
     newest = max(measured, key=lambda one: one["date"])
     faster = [one["ratio"] for one in measured if one["runs"] != "reference"]

@@ -8,6 +8,9 @@ Nothing is computed, and no weight, hook, buffer or generator of the user's is t
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any
@@ -78,7 +81,7 @@ def run_without_weights(
     """
     if nn.modules.module._has_any_global_hook():  # which would be called, and nothing runs fused
         raise Unknown("a hook on all modules is registered, under which nothing runs fused")
-    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = Fakes()
     known: dict[Hashable, Tensor] = {}  # one for all that look alike: blocks repeat
 
     def fake(value: Tensor) -> Tensor:
@@ -92,6 +95,7 @@ def run_without_weights(
         return known[look]
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    twin = None
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(training):
             twin = stripped(model, fake)
@@ -100,10 +104,49 @@ def run_without_weights(
             twin.train(training)
             for module in _fused(twin):
                 module.adopt(dict.fromkeys(operators, "reference"))
+            fakes.made.clear()  # the twin's own weights, which may live on in a cycle with it
             with same_generators(device), fakes:
                 twin(torch.empty(tuple(shape), dtype=dtype, device=device))
     except Exception as error:  # whatever a model may raise
         raise Unknown(said(error)) from error
+    finally:
+        del twin
+        known.clear()
+        fakes.forget()
+
+
+class Fakes(FakeTensorMode):
+    """Fake tensors that can be told to have been kept after their run."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.made: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = super().__torch_dispatch__(func, types, args, kwargs)
+        found = (given,) if isinstance(given, Tensor) else given
+        if isinstance(found, (tuple, list)):
+            self.made += [weakref.ref(each) for each in found if isinstance(each, Tensor)]
+        return given
+
+    def forget(self) -> None:
+        """Empty every `functools.lru_cache` that holds one of them, for others to fill.
+
+        transformers' DINOv3 keeps its patches' coordinates so, by their number and device: the
+        next forward of any such model would be given a tensor without values.
+        """
+        holders: list[Any] = [each for ref in self.made if (each := ref()) is not None]
+        self.made.clear()
+        for _ in range(HOLDERS_DEEP):
+            # A look at every object of the process, some 0.1 s, where something was kept at all.
+            holders = gc.get_referrers(*holders) if holders else []
+            for each in holders:
+                if isinstance(each, functools._lru_cache_wrapper):
+                    each.cache_clear()
+            holders = [each for each in holders if type(each) in (tuple, list, dict)]
+
+
+HOLDERS_DEEP = 3  # a cached tensor, or one in a tuple of tuples
 
 
 def stripped(model: nn.Module, replace: Callable[[Tensor], Tensor]) -> nn.Module:

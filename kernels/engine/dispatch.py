@@ -81,9 +81,7 @@ def choose(operator: Operator, arguments: Arguments, impl: str) -> str:
     if impl == "auto":
         training = needs_gradient(arguments)
         for candidate in _candidates(operator, arguments, training):
-            if _refusals(operator, arguments, candidate, training, served=True):
-                continue
-            if not operator.unmeasured(candidate, *arguments):
+            if not _refusals(operator, arguments, candidate, training, served=True):
                 return candidate
         return "reference"
     if impl == "reference":

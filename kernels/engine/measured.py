@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deit.kernels.engine import json_files
 from deit.kernels.engine.device_key import DeviceKey
 from deit.kernels.engine.json_files import Fields
@@ -25,34 +23,12 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Scope:
-    """The calls that a table speaks for: of these dtypes and widths of the first argument, and of
-    at least 2**rows rows."""
-
-    dtypes: tuple[torch.dtype, ...]
-    widths: tuple[int, ...]
-    rows: int
-
-    def excludes(self, shape: ShapeClass, *, open_rows: bool = False) -> str:
-        """Why a class is not among them; "" where it is. The first of `sizes` is the width."""
-        width = shape.sizes[0] if shape.sizes else None
-        if shape.dtype not in self.dtypes:
-            return f"dtype {shape.dtype} was not measured here"
-        if width not in self.widths:
-            return f"a width of {width} was not measured here"
-        if not open_rows and shape.rows < self.rows:
-            return f"fewer than {2**self.rows} rows were not measured here"
-        return ""
-
-
-@dataclass(frozen=True)
 class Prior:
     """What is shipped for a kind of device.
 
     operators: operator, or operator_bwd for its training -> implementations, the fastest first;
-    where it is left out, PyTorch's was the fastest or none was measured. scope: the calls that the
-    table speaks for; None: any. unmeasured: operators of which it says nothing. file: verdicts
-    instead of a table.
+    where it is left out, PyTorch's was the fastest or none was measured. unmeasured: operators of
+    which it says nothing. file: verdicts instead of a table.
     """
 
     kind: str
@@ -62,7 +38,6 @@ class Prior:
     name: str = ""
     capability: tuple[int, int] | None = None
     operators: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    scope: Scope | None = None
     unmeasured: tuple[str, ...] = ()
     file: Path | None = None
 
@@ -83,27 +58,16 @@ class Prior:
         sets = set(self.instruction_sets) <= set(key.instruction_sets)
         return (self.vendor, self.family) == (key.vendor, key.family) and sets
 
-    def of(self, shape: ShapeClass, *, open_rows: bool = False) -> tuple[tuple[str, ...], str]:
+    def of(self, shape: ShapeClass) -> tuple[tuple[str, ...], str]:
         """What the table says of a class, and why it says nothing ("" where it speaks)."""
         if self.file is not None:
             return (), "its sizes are not among those shipped"
-        why_not = self.scope.excludes(shape, open_rows=open_rows) if self.scope else ""
         if shape.operator in self.unmeasured:
-            why_not = f"{shape.operator} was not measured here"
-        if why_not:
-            return (), why_not
-        return self._named(shape.operator, shape.training), ""
+            return (), f"{shape.operator} was not measured here"
+        return self.of_any(shape.operator, shape.training), ""
 
-    def whatever(self, operator: str, training: bool) -> tuple[str, ...] | None:
-        """What the table says of any sizes and rows; None where these decide."""
-        named = self._named(operator, training)
-        return named if self.scope is None or not named else None
-
-    def any_of(self, operator: str) -> tuple[str, ...]:
-        """What the table says of inference within its scope."""
-        return self._named(operator, training=False)
-
-    def _named(self, operator: str, training: bool) -> tuple[str, ...]:
+    def of_any(self, operator: str, training: bool) -> tuple[str, ...]:
+        """What the table says of an operator, whatever its sizes and rows."""
         return self.operators.get(f"{operator}_bwd" if training else operator, ())
 
 
@@ -139,26 +103,6 @@ TABLES = (
             "int8_vit_block": ("cpu",),
         },
         unmeasured=("rotary_attention", "cross_entropy", "distillation_loss"),
-    ),
-    # An H100, torch 2.11, bf16, 256 images of 197 tokens, D = 192 / 384 / 768, inputs rotated past
-    # L2, CUDA graphs. The products were held to fp64 at up to 50,432 rows and repeated bit for bit.
-    # The norms were held to it at up to 1,154 rows and not repeated. gelu_mlp at D = 384 was timed
-    # with an earlier epilogue: 302 to PyTorch's 351. Microseconds, PyTorch's and these kernels':
-    #   layer_norm           66 / 77 / 105 and 21 / 37 / 61
-    #   add_layer_norm       87 / 117 / 182 and 33 / 62 / 112
-    #   gelu_mlp at D = 768  fc1 566 and 476, fc2 with its residual 376 and 340
-    #   gelu_mlp at D = 192  fc1 100 and 69, fc2 with its residual 59 and 49
-    # attention is not here, because cuDNN's is faster (163 to our 174). Nor is linear, because
-    # without an epilogue cuBLAS's is faster (272 to 314). 50,432 rows lie between 2**15 and 2**16.
-    Prior(
-        "cuda",
-        capability=(9, 0),
-        operators={
-            "layer_norm": ("cuda",),
-            "add_layer_norm": ("cuda",),
-            "gelu_mlp": ("cuda",),
-        },
-        scope=Scope((torch.bfloat16,), (192, 384, 768), 15),
     ),
 )
 

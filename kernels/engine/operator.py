@@ -23,11 +23,6 @@ def no_sizes(*arguments: Any) -> tuple[Any, ...]:
     return ()
 
 
-def measured(implementation: str, *arguments: Any) -> bool:
-    """For operators with one kernel for a class of calls: figures are of it."""
-    return False
-
-
 @dataclass(frozen=True)
 class Operator:
     """One public operator. Its schemas and kernels are in `registry`, under its name.
@@ -48,8 +43,6 @@ class Operator:
     by_tokens: whether they depend on the tokens, the first argument's second axis.
     rival: (*schema arguments) -> the same by other operators, by "auto", where there is such a
         way: a block by its parts, 8 bits in the arguments' own dtype.
-    unmeasured: (implementation, *schema arguments) -> whether these arguments go to another of its
-        kernels than the one that the figures of their class are of. "auto" then passes it over.
     eight_bits: whether it rounds to 8 bits. Its reference is then the arithmetic itself, and
         neither gradients nor the rule against fp64 are its own.
     """
@@ -63,7 +56,6 @@ class Operator:
     sizes: Callable[..., tuple[Any, ...]] = no_sizes
     by_tokens: bool = False
     rival: Callable[..., Any] | None = None
-    unmeasured: Callable[..., bool] = measured
     eight_bits: bool = False
     name: str = field(init=False)
 

@@ -292,7 +292,7 @@ def lookup(table: Table, shape: ShapeClass, *, largest: bool = False) -> Basis:
             return Basis(best.order, evidence, best)
     if table.prior is None:
         return Basis((), NOT_MEASURED + (f" ({table.ignored})" if table.ignored else ""))
-    candidates, why_not = table.prior.of(shape, open_rows=largest)
+    candidates, why_not = table.prior.of(shape)
     return Basis(candidates, shipped if not why_not else f"{NOT_MEASURED}: {why_not}")
 
 
@@ -367,7 +367,7 @@ def of_any(
     if table.prior is None and not table.here and device.type in ("cpu", "cuda"):
         measured.warn_unmeasured(str(table.key), COMMAND)
     prior, group = table.prior, (operator, training, dtype)
-    found = {() if prior is None else prior.whatever(operator, training)}
+    found = {() if prior is None else prior.of_any(operator, training)}
     for rows in (table.here, table.shipped):
         found |= {order(one) for one in itertools.chain(*rows.get(group, {}).values())}
     return found.pop() if len(found) == 1 else None
@@ -382,7 +382,7 @@ def any_of(operator: str, device: torch.device) -> tuple[str, ...]:
         for name in ahead(one)[:1] if not one.problem.training else ():
             counts[name] = counts.get(name, 0) + 1
     found = tuple(sorted(counts, key=lambda name: -counts[name]))
-    return found or (table.prior.any_of(operator) if table.prior is not None else ())
+    return found or (table.prior.of_any(operator, False) if table.prior is not None else ())
 
 
 def of_sizes(
@@ -394,7 +394,7 @@ def of_sizes(
     if found:
         orders = {one.order for one in found}
         return orders.pop() if len(orders) == 1 else None
-    return () if table.prior is None else table.prior.whatever(operator, training)
+    return () if table.prior is None else table.prior.of_any(operator, training)
 
 
 def of_rows(

@@ -16,7 +16,7 @@ from deit.kernels.engine.operator import Operator, register
 from deit.kernels.engine.registry import COMPILED
 from deit.kernels.gelu_mlp import reference
 from deit.kernels.gelu_mlp import schema as schema
-from deit.kernels.linear import check_activation, cuda
+from deit.kernels.linear import check_activation
 from deit.kernels.linear import train as train_linear
 
 
@@ -84,16 +84,6 @@ def _limits(
     implementation: str, x: Tensor, w1: Tensor, b1: object, w2: Tensor, *_: Any
 ) -> list[str]:
     return limits.product_limits(implementation, x, w1, w2)
-
-
-def _unmeasured(
-    implementation: str, x: Tensor, w1: Tensor, b1: object, w2: Tensor, *rest: Any
-) -> bool:
-    if implementation != "cuda":
-        return False
-    _, residual, gamma, keep, activation = rest
-    options = {"residual": residual, "gamma": gamma, "keep": keep}
-    return cuda.unmeasured(x, w1, w2, activation=activation, **options)
 
 
 class _GeluMlp(torch.autograd.Function):
@@ -189,7 +179,6 @@ _GELU_MLP = register(
         constants={7: "keep"},
         trains_in_fp32=("cpu",),
         sizes=_sizes,
-        unmeasured=_unmeasured,
     )
 )
 _RECOMPUTED = replace(_GELU_MLP, reference=_reference_recomputing, train=_train_recomputing)

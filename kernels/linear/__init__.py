@@ -12,7 +12,7 @@ from deit.kernels.engine import autocast, dispatch, limits, validate
 from deit.kernels.engine.derivatives import gradients
 from deit.kernels.engine.operator import Operator, register
 from deit.kernels.engine.registry import COMPILED
-from deit.kernels.linear import cuda, reference
+from deit.kernels.linear import reference
 from deit.kernels.linear import schema as schema
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
@@ -74,14 +74,6 @@ def _limits(implementation: str, x: Tensor, weight: Tensor, *_: Any) -> list[str
     return limits.product_limits(implementation, x, weight)
 
 
-def _unmeasured(implementation: str, x: Tensor, weight: Tensor, *rest: Any) -> bool:
-    if implementation != "cuda":
-        return False
-    _, activation, residual, gamma, keep = rest
-    options = {"residual": residual, "gamma": gamma, "keep": keep}
-    return cuda.unmeasured(x, weight, activation=activation, **options)
-
-
 class _Linear(torch.autograd.Function):
     """Differentiates by an implementation's `linear_fwd` and `linear_bwd`."""
 
@@ -138,6 +130,5 @@ _LINEAR = register(
         constants={6: "keep"},
         trains_in_fp32=("cpu",),
         sizes=_sizes,
-        unmeasured=_unmeasured,
     )
 )

@@ -1,6 +1,7 @@
 """The calls of a fused model, found without its weights, are those that it makes."""
 
 import copy
+import functools
 
 import fusing
 import pytest
@@ -142,3 +143,29 @@ def test_fakes_take_no_memory():
     assert len(fakes) == len([*model.parameters(), *model.buffers()])
     assert all(a is b for a, b in zip(twin.parameters(), model.parameters(), strict=True))
     assert not any(a is b for a, b in zip(twin.modules(), model.modules(), strict=True))
+
+
+class Remembering(nn.Module):
+    """A network that keeps what it made of sizes alone outside of itself, as transformers do."""
+
+    def __init__(self, memo):
+        super().__init__()
+        self.net, self.memo = make("ours"), memo
+
+    def forward(self, images):
+        return self.net(images) + self.memo(images.shape[-1], images.device)
+
+
+@pytest.mark.parametrize("within", [lambda t: t, lambda t: (t, (t,))])
+def test_what_the_run_left_in_a_cache_is_forgotten(within):
+    memo = functools.lru_cache(lambda size, device: within(torch.full((1,), size, device=device)))
+    first = lambda *of: memo(*of) if isinstance(memo(*of), torch.Tensor) else memo(*of)[0]
+    model = Remembering(first)
+    fuse(model)
+    calls_of(model, SHAPE, torch.float32, training=False)
+    assert memo.cache_info().currsize == 0
+    with torch.no_grad():
+        assert type(model(fusing.IMAGES)) is torch.Tensor
+        assert torch.equal(model(fusing.IMAGES), model.net(fusing.IMAGES) + SHAPE[-1])
+    calls_of(model, SHAPE, torch.float32, training=False)  # what others keep is left
+    assert memo.cache_info().currsize == 1

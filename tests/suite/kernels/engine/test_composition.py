@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import deit.kernels
 from deit.kernels import warmup
 from deit.kernels.engine import dispatch, limits, native, registry
-from deit.kernels.linear import cuda as products
 
 CPU = sorted(registry.KERNELS["cpu"] & set(CALLS)) if not native.why_not("cpu") else []
 RUNS = [(name, "auto") for name in CALLS] + [(name, "cpu") for name in CPU]
@@ -200,24 +199,6 @@ def test_autocast_on_cuda(name, impl, gpu, autocast_to_half):
     if name in ("layer_norm", "add_layer_norm"):
         for output in each(run(*(t.half() for t in tensors))):
             assert output.dtype == torch.float16
-
-
-def test_what_hoppers_own_products_do_not_take_is_unmeasured(monkeypatch):
-    """Figures of an H100 are of its own kernel; "auto" gives them no other call."""
-    x, weight = torch.empty(4, 16).half(), torch.empty(8, 16).half()
-    residual = torch.empty(4, 8).half()
-    options = {"activation": "gelu", "residual": residual, "gamma": None, "keep": None}
-    others = (
-        {"residual": torch.empty(4, 8)}, {"gamma": torch.empty(8)}, {"keep": torch.empty(4)},
-        {"activation": "silu"},
-    )  # fmt: skip
-    monkeypatch.setattr(limits, "capability", lambda *_: (9, 0))
-    assert not products.unmeasured(x, weight, **options)
-    assert not products.unmeasured(x.float(), weight.float(), **options)
-    assert all(products.unmeasured(x, weight, **{**options, **other}) for other in others)
-    assert products.unmeasured(x[:, :12], weight[:, :12], **options)
-    monkeypatch.setattr(limits, "capability", lambda *_: (8, 0))
-    assert not any(products.unmeasured(x, weight, **{**options, **other}) for other in others)
 
 
 def test_warmup_makes_the_calls_that_a_capture_would(monkeypatch):

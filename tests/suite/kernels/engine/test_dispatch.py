@@ -1,6 +1,5 @@
 """Which implementation runs, and that nothing falls back unseen."""
 
-import dataclasses
 import warnings
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from schema_calls import CALLS
 
 from deit.kernels import attention, explain, gelu_mlp, layer_norm, linear
-from deit.kernels.engine import dispatch, measured, problems, registry
+from deit.kernels.engine import dispatch, measured, registry
 from deit.kernels.engine.operator import OPERATORS, operator_names
 from deit.kernels.prove import reference
 from deit.kernels.vit_block.arguments import BlockArguments
@@ -135,19 +134,6 @@ def test_torch_func_grad():
     assert grad.shape == (32, 64)
 
 
-def test_a_table_speaks_for_what_was_measured():
-    scope = measured.Scope((torch.bfloat16,), (64,), 3)
-    norm = OPERATORS["layer_norm"]
-
-    def excludes(x, weight=WEIGHT):
-        return scope.excludes(problems.shape_class(norm, (x, weight, None, 1e-6), False))
-
-    assert excludes(X.bfloat16()) == ""  # 2 x 5 rows
-    assert "torch.float32" in excludes(X)
-    assert "a width of 32" in excludes(X[..., :32].bfloat16(), WEIGHT[:32])
-    assert "fewer than 8 rows" in excludes(X[:1].bfloat16())
-
-
 def test_operators_of_the_tables_have_the_kernels():
     for prior in measured.TABLES:
         for name, implementations in prior.operators.items():
@@ -241,13 +227,3 @@ def test_bad_input_is_named(case):
     call, kind, message = BAD[case]
     with pytest.raises(kind, match=message):
         call()
-
-
-def test_auto_passes_over_a_kernel_that_the_figures_are_not_of(monkeypatch):
-    """An implementation may have two kernels for a class of calls, and figures of one."""
-    monkeypatch.setattr(dispatch, "_candidates", lambda *_: ("cpu",))
-    monkeypatch.setattr(dispatch, "_refusals", lambda *_, **__: [])
-    known, arguments = OPERATORS["layer_norm"], (X, WEIGHT, None, 1e-6)
-    assert dispatch.choose(known, arguments, "auto") == "cpu"
-    other = dataclasses.replace(known, unmeasured=lambda implementation, *_: True)
-    assert dispatch.choose(other, arguments, "auto") == "reference"
