@@ -52,8 +52,8 @@ def run(
     The columns: `path` (of a shard's member SHARD:MEMBER), what the model gives, and `error`,
     which is null where the image could be read; where not, the others are. A file appears when it
     is whole. A run that was killed, even by SIGKILL, goes on when it is called again with the same
-    arguments; rows and bits are those of a run that nothing interrupted. `workers`, the model's
-    `threads` and where it runs may change between, not its device's kind.
+    arguments; rows and bits are those of a run that nothing interrupted. `workers` and where it
+    runs may change between, not its device's kind, nor torch's number of threads on a CPU.
 
     Args:
         model: with `output="embedding"` the column `embedding`, a list of fp32; likewise `logits`

@@ -13,6 +13,7 @@ import collection
 import numpy as np
 import pytest
 import small_disk
+import torch
 
 from deit.batch import Inputs, Model, pieces, run
 from deit.batch.decoding import Plan
@@ -174,6 +175,15 @@ def test_options_that_changed_are_refused(whole, weights, model, photos):
         with pytest.raises(ValueError, match=f"out: .*asked for something else .*{message}"):
             run(how["model"], how["inputs"], out, rows=how["rows"])
     assert collection.same_bytes(out) == before
+
+
+def test_another_number_of_threads_is_refused(model, photos, tmp_path, threads):
+    """Sums are split by threads, so that bits depend on them."""
+    before = torch.get_num_threads()
+    run(model, Inputs([photos / "0"]), tmp_path, rows=4, workers=0)
+    threads(before + 1)
+    with pytest.raises(ValueError, match=f"threads was {before} and is {before + 1}"):
+        run(model, Inputs([photos / "0"]), tmp_path, rows=4, workers=0)
 
 
 def test_other_weights_under_the_same_name_are_refused(tmp_path, photos):
@@ -393,6 +403,9 @@ def test_the_commands(weights, photos, tmp_path, capsys):
     values = probabilities([row["path"]])[0]
     assert row["class"] == list(np.argsort(-values)[:3])
     np.testing.assert_allclose(row["score"], np.sort(values)[::-1][:3], rtol=1e-4)
+    eight = ["--dtype", "int8", "--threads", str(torch.get_num_threads())]
+    assert main(["predict", str(photos), "--out", str(tmp_path / "8"), *eight, *how]) == 1
+    assert collection.rows(tmp_path / "8")[3]["class"][0] == row["class"][0]
     assert main(["embed", str(photos / "*" / "*.jpg"), "--out", str(tmp_path / "e"), *how]) == 1
     assert "embedding" in collection.rows(tmp_path / "e")[0]
     assert main(["embed", str(photos), *how]) == 2
