@@ -10,7 +10,6 @@ import argparse
 import numpy as np
 from pyspark.ml.functions import predict_batch_udf
 from pyspark.sql import SparkSession
-from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 ROW = T.StructType(
@@ -31,7 +30,7 @@ def predictor(weights: str, threads: int, topk: int):
         def predict(images):
             values, errors = model.read(images)
             best = np.argsort(-values, axis=1)[:, :topk]
-            score = np.take_along_axis(values, best, axis=1)
+            score = np.take_along_axis(values, best, axis=1)  # NaN where there is an error
             return {"class": best, "score": score, "error": np.array(errors, dtype=object)}
 
         return predict
@@ -42,9 +41,7 @@ def predictor(weights: str, threads: int, topk: int):
 def predict(spark: SparkSession, images: str, out: str, weights: str, threads=1, topk=5) -> None:
     files = spark.read.format("binaryFile").option("recursiveFileLookup", "true").load(images)
     found = files.select("path", predictor(weights, threads, topk)("content").alias("found"))
-    read = F.col("found.error").isNull()
-    values = [F.when(read, F.col(f"found.{name}")).alias(name) for name in ("class", "score")]
-    found.select("path", *values, "found.error").write.parquet(out)
+    found.select("path", "found.*").write.parquet(out)
 
 
 if __name__ == "__main__":
