@@ -18,7 +18,7 @@ class Embed:
 
     def __call__(self, batch: dict) -> dict:
         embedding, error = self.model.read(batch["bytes"])
-        return {"path": batch["path"], "embedding": embedding, "error": error}
+        return {"path": batch["path"], "embedding": embedding, "error": error}  # NaN, and why
 
 
 def embed(images, out, weights, actors=2, cores=1, blocks=None) -> None:

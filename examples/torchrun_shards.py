@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 8 examples/torchrun_shards.py 'shards/{000..146}.tar' out/ WEIGHTS
 
-Each process takes every n-th shard. A shard has a folder of its own, so neither the number of
-processes nor a restart (`--max-restarts`) changes a row; what is there is not made again.
+Each process takes every n-th shard. A shard has a folder of its own, so a restart
+(`--max-restarts`) changes no row, and on GPUs nor does the number of processes; what is there is
+not made again.
 """
 
 import os

@@ -12,9 +12,9 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from deit.data.decoding import UnreadableImage, check_size, load_image, to_rgb
+from deit.data.decoding import UnreadableImage, check_size, load_image, of_pillow
 from deit.data.images import Prepare
-from deit.data.limits import not_regular
+from deit.data.limits import limit, not_regular
 
 try:
     import simplejpeg
@@ -38,9 +38,11 @@ class Reader:
     """
 
     def __init__(self, size: int, ratio: float | None, decode: str = "exact") -> None:
-        """Raises ValueError for an unknown `decode`, and as `Prepare` does."""
+        """Raises ValueError for an unknown `decode`, a DEIT_MAX_IMAGE_BYTES that is no number, and
+        as `Prepare` does."""
         if decode not in DECODES:
             raise ValueError(f"decode: expected one of {', '.join(DECODES)}; got {decode!r}")
+        limit("DEIT_MAX_IMAGE_BYTES")  # one that is no number would make every image unreadable
         self.prepare = Prepare(size, ratio, fast=decode != "exact")
         # Twice the size, so that the resize still filters: the mean difference from the whole
         # image is then 0.2 of 255 on photographs of 12 megapixels; at once the size, 0.6.
@@ -53,7 +55,7 @@ class Reader:
         if isinstance(image, (bytes, bytearray, memoryview)):
             return self._encoded(bytes(image), name)
         if isinstance(image, Image.Image):
-            return self.prepare(to_rgb(image, name))
+            return self.prepare(of_pillow(image, name))
         if isinstance(image, np.ndarray):
             return self.prepare(_of_array(image, name))
         raise TypeError(

@@ -6,6 +6,7 @@ a shard is scanned when its turn comes. The order is the same for every pass.
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import heapq
 import os
@@ -124,8 +125,27 @@ class Inputs:
         return images, found
 
     def about(self) -> dict[str, object]:
-        """What was given, as JSON."""
-        return {"images": self.given, "list": self.listed}
+        """What was given, as JSON; where a name may be relative, of which folder."""
+        fixed = all(_is_remote(name) or os.path.isabs(name) for name in self.given)
+        here = None if fixed and self.listed is None else os.getcwd()
+        return {"images": self.given, "list": self.listed, "relative_to": here}
+
+    def check_apart(self, out: str | Path) -> None:
+        """Raises ValueError where a glob would find what is written into the folder `out`."""
+        inside = os.path.realpath(out)
+        for kind, name in self._sources:
+            if kind != "glob":
+                continue
+            above = os.path.realpath(_fixed(name))
+            parts = [part for part in name.split("/") if part not in ("", ".")]
+            first = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
+            for made in ("_run.json", "piece-000000.parquet"):
+                path = os.path.relpath(os.path.join(inside, made), above).split("/")
+                if path[0] != ".." and _fits(path, parts[first:]):
+                    raise ValueError(
+                        f"images: {name} takes in what is written into {out}: end it as the "
+                        "images' names do, or give another folder"
+                    )
 
 
 def _sources(name: str) -> Iterator[tuple[str, str]]:
@@ -160,9 +180,9 @@ def _check_once(sources: Sequence[tuple[str, str]]) -> None:
     folders = {os.path.realpath(name): name for kind, name in sources if kind == "folder"}
     seen: set[str] = set()
     for kind, name in sources:
-        if name in seen:
+        if (path := name if _is_remote(name) else os.path.abspath(name)) in seen:
             raise ValueError(f"images: {name} is given twice")
-        seen.add(name)
+        seen.add(path)
         if kind == "shard":
             continue
         above = os.path.realpath(_fixed(name) if kind == "glob" else name)
@@ -197,8 +217,8 @@ def _lines(path: str) -> Iterator[str]:
     what = not_regular(Path(path))
     if what is not None:
         raise ValueError(f"list: expected a regular file; got {what}, {path}")
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        for line in file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        for line in file:  # "\n" alone ends it: a name may hold "\r"
             name = line.rstrip("\r\n")
             if name:
                 yield name
@@ -229,7 +249,7 @@ def entries(folder: str) -> Iterator[tuple[str, bool]]:
     try:
         with os.scandir(folder) as found:
             for entry in found:
-                kind = b"/" if entry.is_dir() else b"."
+                kind = b"/" if _is_folder(entry) else b"."
                 run.append(os.fsencode(entry.name) + b"\0" + kind)
                 if len(run) == SORTED_AT_ONCE:
                     spill = spill or tempfile.TemporaryFile()  # noqa: SIM115
@@ -242,6 +262,17 @@ def entries(folder: str) -> Iterator[tuple[str, bool]]:
     finally:
         if spill is not None:
             spill.close()
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """A link that leads nowhere is a file, which will be unreadable; so is one to what may not be
+    looked at, where it is called like an image."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP and not is_image_name(entry.name):
+            raise
+        return False
 
 
 def _write(spill: IO[bytes], run: list[bytes]) -> tuple[int, int]:
@@ -283,6 +314,21 @@ def _matches(pattern: str) -> Iterator[str]:
     return _expand("/" if pattern.startswith("/") else "", parts)
 
 
+def _fits(path: list[str], parts: list[str]) -> bool:
+    """Whether a file's path is what `_expand` would find."""
+    if not path or not parts:
+        return not path and not parts
+    if parts[0] != "**":
+        return _named(path[0], parts[0]) and _fits(path[1:], parts[1:])
+    rest = parts[1:] or ["*"]
+    return _fits(path, rest) or (path[0][0] != "." and _fits(path[1:], parts))
+
+
+def _named(name: str, part: str) -> bool:
+    hidden = name.startswith(".") and not part.startswith(".")
+    return not hidden and fnmatch.fnmatchcase(name, part)
+
+
 def _expand(folder: str, parts: list[str]) -> Iterator[str]:
     part, rest = parts[0], parts[1:]
     if part == "**":
@@ -301,8 +347,7 @@ def _expand(folder: str, parts: list[str]) -> Iterator[str]:
             yield path
         return
     for name, is_folder in entries(folder or "."):
-        hidden = name.startswith(".") and not part.startswith(".")
-        if hidden or not fnmatch.fnmatchcase(name, part):
+        if not _named(name, part):
             continue
         path = os.path.join(folder, name)
         if not rest:

@@ -165,6 +165,8 @@ class Model:
             "test_head": self.test_head,
             "dtype": self.dtype,
             "device": network.device.type,
+            # They split the sums of products: fp32 by one and by two differs in the last bits.
+            "threads": torch.get_num_threads() if network.device.type == "cpu" else None,
             "fused": self.fused,
             "img_size": network.config.img_size,
             "short_side": network.reader.prepare.short_side,

@@ -18,6 +18,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ _KIND = "deit pieces"
 _KEY = b"deit"  # of a piece's metadata
 _NAME = re.compile(r"piece-(\d{6,})\.parquet")
 _PARTIAL = re.compile(r"\.(piece-\d{6,}\.parquet|_run\.json)\.\d+\.tmp")
+
+# Folders that this process writes to: a record lock keeps out other processes alone.
+_OURS: dict[str, Pieces] = {}
 
 
 def require() -> None:
@@ -65,13 +69,10 @@ class Pieces:
             raise ValueError(f"out: expected a folder, new or of an earlier run; {folder} is none")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_ours()
-        self._lock = open(self.folder / LOCK, "ab")  # noqa: SIM115
-        try:
-            self._claim()
+        with ExitStack() as held:
+            self._claim(held)
             self._take_up()
-        except BaseException:
-            self._lock.close()
-            raise
+            self._held = held.pop_all()
 
     def _check_ours(self) -> None:
         names = {entry.name for entry in os.scandir(self.folder)}
@@ -82,11 +83,17 @@ class Pieces:
                 f"{sorted(strange)[0]} and no {ABOUT}"
             )
 
-    def _claim(self) -> None:
+    def _claim(self, held: ExitStack) -> None:
+        path = os.path.realpath(self.folder)
+        if _OURS.setdefault(path, self) is not self:
+            raise ValueError(f"out: another run of this process is writing to {self.folder}")
+        held.callback(_OURS.pop, path)
+        lock = open(self.folder / LOCK, "ab")  # noqa: SIM115
+        held.callback(lock.close)
         # A record lock: the processes that decode are forked from this one, and would hold a
         # flock for some seconds after it was killed.
         try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"out: another process is writing to {self.folder}") from None
 
@@ -195,8 +202,8 @@ class Pieces:
             self.finished = dict(finished)
 
     def close(self) -> None:
-        """Let another process write here."""
-        self._lock.close()
+        """Let another run write here."""
+        self._held.close()
 
 
 def _text(name: str) -> str:

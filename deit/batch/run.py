@@ -52,8 +52,8 @@ def run(
     The columns: `path` (of a shard's member SHARD:MEMBER), what the model gives, and `error`,
     which is null where the image could be read; where not, the others are. A file appears when it
     is whole. A run that was killed, even by SIGKILL, goes on when it is called again with the same
-    arguments; rows and bits are those of a run that nothing interrupted. `workers`, the model's
-    `threads` and where it runs may change between, not its device's kind.
+    arguments; rows and bits are those of a run that nothing interrupted. `workers` and where it
+    runs may change between, not its device's kind, nor torch's number of threads on a CPU.
 
     Args:
         model: with `output="embedding"` the column `embedding`, a list of fp32; likewise `logits`
@@ -69,13 +69,14 @@ def run(
 
     Raises:
         ValueError: a number outside its range; `topk` without probabilities; pyarrow missing; an
-            `out` that is not of this run, or in use; inputs that changed since; a shard that is not
-            whole. Nothing is overwritten, and pieces that were made stay.
+            `out` that is not of this run, in use, or within a glob; inputs that changed since; a
+            shard that is not whole. Nothing is overwritten, and pieces that were made stay.
         OSError: a full disk, a worker that was killed (`WorkerDied`).
     """
     workers = min(cores(), 16) if workers is None else workers
     rows = -(-ROWS // model.batch_size) * model.batch_size if rows is None else rows
     _check(model, topk, rows, workers)
+    inputs.check_apart(out)
     asked = _asked(model, inputs, topk, rows)
     start = time.perf_counter()
     # Outermost: a worker's death is reported once more wherever this process then is.
@@ -93,7 +94,7 @@ def run(
         if plan.fault is not None:
             raise plan.fault
         if not plan.seen:
-            raise ValueError("images: there is no image in the shards")
+            raise ValueError("images: there is no image in what was given")
         unreadable = plan.unreadable + pace.unreadable
         pieces.finish(plan.number, {"rows": plan.seen, "unreadable": unreadable})
     return Summary(plan.seen, unreadable, pace.made, time.perf_counter() - start, pace.waited)

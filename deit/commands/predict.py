@@ -50,7 +50,7 @@ class Predict:
     """A text file with one class name a line; a run's own classes or ImageNet's if left out."""
     device: str = "auto"
     """A torch device; auto is the first GPU, or the CPU where there is none."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    dtype: Literal["fp32", "bf16", "fp16", "int8", "fp8"] = "fp32"
     """What the network computes in."""
     batch_size: int = 16
     """Photographs at a time."""
@@ -58,6 +58,8 @@ class Predict:
     """Run on the fused operators."""
     json: bool = False
     """Print one JSON document instead of text."""
+    threads: flags.OptionalInt = None
+    """Threads of the network; torch's own number if left out."""
     workers: flags.OptionalInt = None
     """Processes that decode; chosen by the cores and the number of images if left out."""
     rows: flags.OptionalInt = None
@@ -74,22 +76,31 @@ class Predict:
             return self._written(self.out)
         if self.list is not None or self.rows is not None or self.decode != "exact":
             raise ValueError("--list, --rows, --decode: they go with --out")
+        import torch
+
         from deit import devices
         from deit.data.images import IMAGENET_MEAN, IMAGENET_STD, NothingReadable, PhotoLoader
+        from deit.fused_vit import eight_bits, fuse
         from deit.predict import class_names, predict
         from deit.weights import networks
 
+        bits = self.dtype if self.dtype in eight_bits.KINDS else None
+        dtype = torch.float32 if bits else devices.DTYPES[self.dtype]
+        if bits and not self.fuse:
+            raise ValueError(f"--dtype: {bits} is of the fused operators; got --no-fuse")
+        if self.threads is not None:
+            if self.threads < 1:
+                raise ValueError(f"--threads: expected at least 1; got {self.threads}")
+            torch.set_num_threads(self.threads)
         paths, failed = _find([Path(each) for each in self.images])
         device = devices.named(self.device)
         model, about = self._load()
-        model.to(device, devices.DTYPES[self.dtype])
+        model.to(device, dtype)
         names = about.get("classes")
         if names is None or self.classes is not None:
             names = class_names(model.config.num_classes, self.classes)
         if self.fuse:
-            from deit.fused_vit import fuse
-
-            fuse(model)
+            fuse(model, dtype=bits)
         size = model.config.img_size
         how = f"{model.config.label} at {size} px, {self.dtype} on {device}"
         how += ", fused" if self.fuse else ", not fused"
@@ -105,7 +116,7 @@ class Predict:
                 mean=about.get("mean", IMAGENET_MEAN),
                 std=about.get("std", IMAGENET_STD),
                 device=device,
-                dtype=devices.DTYPES[self.dtype],
+                dtype=dtype,
             )
             batches = predict(model, loader, names, self.topk)
             with contextlib.suppress(NothingReadable):  # each file is named below
@@ -134,6 +145,7 @@ class Predict:
             "probabilities",
             self.dtype,
             self.device,
+            self.threads,
             img_size=self.img_size,
             test_head=self.test_head,
             batch_size=self.batch_size,

@@ -8,10 +8,11 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from deit.data.limits import limit, not_regular
 
@@ -123,17 +124,36 @@ def load_image(
     DEIT_MAX_IMAGE_BYTES, or of a mode without a defined range.
     """
     path = source if isinstance(source, (str, Path)) else name or "image"
-    try:
+    with _unreadable(path):
         if isinstance(source, bytes):
             check_size(len(source), path)
             source = io.BytesIO(source)
         elif isinstance(source, (str, Path)):
             _check_file(Path(source))
         with Image.open(source, formats=FORMATS) as image:
-            _check_pixels(image, path)
-            if at_least is not None:
-                image.draft(None, (at_least, at_least))  # sets the decoder's scale; JPEGs' alone
-            return to_rgb(_upright(image), path)
+            return _decoded(image, path, at_least)
+
+
+def of_pillow(image: Image.Image, name: str) -> Image.Image:
+    """8-bit RGB of an image that Pillow has opened or made.
+
+    One that is as it was opened is decoded as `load_image` does, upright. One that was made from
+    another keeps its EXIF, so nothing says whether it was turned already: it is taken as it is.
+
+    Raises UnreadableImage as `load_image` does.
+    """
+    with _unreadable(name):
+        if isinstance(image, ImageFile.ImageFile):
+            return _decoded(image, name, None)
+        _check_pixels(image, name)
+        return to_rgb(image, name)
+
+
+@contextmanager
+def _unreadable(path: str | Path) -> Iterator[None]:
+    """Within: whatever a decoder raises becomes an UnreadableImage with its reason."""
+    try:
+        yield
     except UnreadableImage:
         raise
     except Image.UnidentifiedImageError:
@@ -143,6 +163,13 @@ def load_image(
         # damaged files; whatever it is, it goes into the report and the other files go on.
         reason = getattr(error, "strerror", None) or str(error) or "no reason given"
         raise UnreadableImage(path, f"{reason} ({type(error).__name__})") from error
+
+
+def _decoded(image: Image.Image, path: str | Path, at_least: int | None) -> Image.Image:
+    _check_pixels(image, path)
+    if at_least is not None:
+        image.draft(None, (at_least, at_least))  # sets the decoder's scale; JPEGs' alone
+    return to_rgb(_upright(image), path)
 
 
 def keep_memory(bytes_: int = 256 << 20) -> None:

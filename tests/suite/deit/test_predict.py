@@ -227,7 +227,7 @@ def test_every_name_is_printed_by_every_stream(small, tmp_path, monkeypatch, enc
         assert b"/\\U0001f600.jpg" in out
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 def test_image_size_and_dtype(capsys, small, dtype):
     options = ("--weights", small, "--img-size", 64, "--dtype", dtype)
     code, _, err = predict(capsys, PHOTOS[0], *options)
@@ -255,6 +255,8 @@ def test_batches(capsys, small):
         (("--weights", "SMALL", "--topk", "11"), "topk: expected 1 to 10.*got 11"),
         (("--weights", "SMALL", "--topk", "0"), "topk: expected 1 to 10.*got 0"),
         (("--weights", "SMALL", "--batch-size", "0"), "batch_size: expected at least 1"),
+        (("--weights", "SMALL", "--threads", "0"), "--threads: expected at least 1; got 0"),
+        (("--weights", "SMALL", "--dtype", "int8", "--no-fuse"), "--dtype: int8 is of the fused"),
         (("--weights", "SMALL", "--device", "toaster"), "device: cannot use 'toaster'"),
         (("--weights", "SMALL", "--classes", "absent.txt"), "No such file.*absent.txt"),
     ],

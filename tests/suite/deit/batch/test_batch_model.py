@@ -237,6 +237,36 @@ def jpeg(image, **how):
     return file.getvalue()
 
 
+def test_an_image_that_pillow_opened_is_as_its_bytes(model):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    data = jpeg(load_image(IMAGES[1]), exif=turned)
+    opened = Image.open(io.BytesIO(data))
+    np.testing.assert_array_equal(model([opened]), model([data]))
+    made = Image.open(io.BytesIO(data)).convert("RGB")  # keeps its EXIF; taken as it is
+    np.testing.assert_array_equal(model([made]), model([np.asarray(made)]))
+
+
+def test_an_image_that_pillow_opened_may_be_unreadable(model, monkeypatch):
+    opened = Image.open(io.BytesIO(IMAGES[0][:2000]))
+    values, errors = model.read([IMAGES[1], opened])
+    assert errors[0] is None
+    assert "truncated" in errors[1]
+    assert np.isnan(values[1]).all()
+    large = (Image.new("RGB", (20, 10)), Image.open(io.BytesIO(IMAGES[0])))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for image in large:
+        assert "limit of 100" in model.read([image]).errors[0]
+    monkeypatch.undo()
+    assert "no defined range" in model.read([Image.new("F", (20, 10))]).errors[0]
+
+
+def test_a_limit_that_is_no_number_is_no_image_s_fault(weights, monkeypatch):
+    monkeypatch.setenv("DEIT_MAX_IMAGE_BYTES", "much")
+    with pytest.raises(ValueError, match="DEIT_MAX_IMAGE_BYTES: expected a whole number"):
+        Model(weights)
+
+
 def test_fast_decoding_leaves_the_rest_to_pillow(monkeypatch, tmp_path):
     simplejpeg = pytest.importorskip("simplejpeg", reason="simplejpeg is not installed")
     photo = load_image(IMAGES[1])

@@ -86,8 +86,8 @@ def test_litserve_answers(weights, monkeypatch):
             api.decode_request(bad)
 
 
-def test_torchrun_over_shards(weights, tmp_path):
-    """Two processes, then one: the same files."""
+def test_torchrun_over_shards(weights, tmp_path, threads):
+    """Two processes, then one with as many threads as each had: the same files."""
     pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     for number in range(3):
         collection.shard(tmp_path / f"{number}.tar", IMAGES[number : number + 2])
@@ -96,6 +96,7 @@ def test_torchrun_over_shards(weights, tmp_path):
                str(tmp_path / "out"), str(weights)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, env=environment, timeout=300, capture_output=True)
+    threads(max(1, len(os.sched_getaffinity(0)) // 2))
     model = Model(weights, output="embedding")
     for number in range(3):
         given = Inputs([f"{tmp_path}/{number}.tar"])

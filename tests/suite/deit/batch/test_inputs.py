@@ -36,6 +36,51 @@ def test_a_folder_is_in_the_order_of_find_images(tmp_path):
     assert len(names(tmp_path)) == 6
 
 
+def test_links_that_lead_nowhere_are_files(tmp_path):
+    touch(tmp_path, "a.jpg")
+    (tmp_path / "itself.jpg").symlink_to(tmp_path / "itself.jpg")
+    (tmp_path / "note").symlink_to(tmp_path / "note")
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "absent.jpg")
+    found = names(tmp_path)
+    assert found == [str(tmp_path / name) for name in ("a.jpg", "gone.jpg", "itself.jpg")]
+    assert found == [str(path) for path in find_images(tmp_path)]
+
+
+def test_a_list_of_odd_names(tmp_path):
+    odd = ["a\rb.jpg", " c.jpg ", "d\udcff.jpg", "e\u2028f.jpg"]
+    listed = tmp_path / "list.txt"
+    text = "\n".join(odd).encode("utf-8", "surrogateescape")
+    listed.write_bytes(b"\xef\xbb\xbf" + text)  # as Windows begins a file
+    assert names(listed=listed) == odd
+
+
+@pytest.mark.parametrize(
+    ("given", "out", "apart"),
+    [
+        ("photos/**", "photos/a/out", False),
+        ("**/*", "out", False),
+        ("photos/*/*", "photos/out", False),
+        ("photos/*/*", "link/out", False),
+        ("link/*/*.parquet", "photos/out", False),
+        ("photos/**/*.jpg", "photos/out", True),
+        ("photos/*", "photos/out", True),  # a folder's images are taken, and nothing else
+        ("photos/**", "photos/.out", True),
+        ("photos/**", "out", True),
+        (".*/*", "../out", True),
+    ],
+)
+def test_an_output_folder_within_a_glob_is_refused(tmp_path, monkeypatch, given, out, apart):
+    touch(tmp_path, "in/photos/a/b.jpg", "in/photos/out/c.parquet", "in/.d/e.jpg")
+    (tmp_path / "in/link").symlink_to("photos")
+    monkeypatch.chdir(tmp_path / "in")
+    found = Inputs([given])
+    if apart:
+        found.check_apart(out)
+    else:
+        with pytest.raises(ValueError, match=r"images: .* takes in what is written into"):
+            found.check_apart(out)
+
+
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 64, 500])
 def test_a_large_folder_is_sorted_through_a_file(tmp_path, monkeypatch, count):
     monkeypatch.setattr(inputs, "SORTED_AT_ONCE", 8)
@@ -120,6 +165,7 @@ def test_shards_and_lists(tmp_path):
         (["empty"], "images: no image file in folder empty"),
         (["{0..3}.tar"], "images: no such shard: 1.tar"),
         (["a.jpg", "a.jpg"], "images: a.jpg is given twice"),
+        (["a.jpg", "./a.jpg"], "images: ./a.jpg is given twice"),
         ([".", "sub"], r"images: sub is in \.: its images would come twice"),
         (["sub", "sub/b.jpg"], "images: sub/b.jpg is in sub: its"),
         (["sub", "./sub/*.jpg"], r"images: \./sub/\*\.jpg is in sub: its"),

@@ -13,6 +13,7 @@ import collection
 import numpy as np
 import pytest
 import small_disk
+import torch
 
 from deit.batch import Inputs, Model, pieces, run
 from deit.batch.decoding import Plan
@@ -176,6 +177,15 @@ def test_options_that_changed_are_refused(whole, weights, model, photos):
     assert collection.same_bytes(out) == before
 
 
+def test_another_number_of_threads_is_refused(model, photos, tmp_path, threads):
+    """Sums are split by threads, so that bits depend on them."""
+    before = torch.get_num_threads()
+    run(model, Inputs([photos / "0"]), tmp_path, rows=4, workers=0)
+    threads(before + 1)
+    with pytest.raises(ValueError, match=f"threads was {before} and is {before + 1}"):
+        run(model, Inputs([photos / "0"]), tmp_path, rows=4, workers=0)
+
+
 def test_other_weights_under_the_same_name_are_refused(tmp_path, photos):
     import small
 
@@ -212,6 +222,30 @@ def test_a_collection_that_changed_is_refused(model, tmp_path):
     assert {name: data for name, data in collection.same_bytes(out).items() if name in before} == (
         before
     )
+
+
+def test_the_same_names_in_another_folder_are_refused(model, photos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    for place in ("a", "b"):
+        collection.folder(tmp_path / place / "photos", 8)
+    monkeypatch.chdir(tmp_path / "a")
+    run(model, Inputs(["photos"]), out, rows=4, workers=0)
+    (out / "piece-000001.parquet").unlink()
+    monkeypatch.chdir(tmp_path / "b")
+    with pytest.raises(ValueError, match=r"relative_to was '.* and is '"):
+        run(model, Inputs(["photos"]), out, rows=4, workers=0)
+    monkeypatch.chdir(tmp_path / "a")
+    assert run(model, Inputs(["photos"]), out, rows=4, workers=0).made == 4
+
+
+def test_an_output_folder_within_a_glob_is_refused(model, photos, tmp_path):
+    collection.folder(tmp_path / "photos", 4)
+    with pytest.raises(ValueError, match=r"\*\* takes in what is written"):
+        run(model, Inputs([f"{tmp_path}/photos/**"]), tmp_path / "photos" / "out", workers=0)
+    assert not (tmp_path / "photos" / "out").exists()
+    within = run(model, Inputs([tmp_path / "photos"]), tmp_path / "photos" / "out", workers=0)
+    assert within.rows == 4
+    assert run(model, Inputs([tmp_path / "photos"]), tmp_path / "photos" / "out").made == 0
 
 
 def test_folders_that_are_not_of_a_run(model, photos, tmp_path):
@@ -279,7 +313,7 @@ def test_a_full_disk_is_named_and_leaves_whole_pieces(tmp_path):
     assert left == "[]"
 
 
-def test_two_processes_do_not_share_a_folder(model, photos, tmp_path):
+def test_two_runs_do_not_share_a_folder(model, photos, tmp_path):
     code = (
         "import fcntl, sys; f = open(sys.argv[1] + '/.lock', 'ab');"
         "fcntl.lockf(f, fcntl.LOCK_EX); print('open', flush=True); sys.stdin.read()"
@@ -291,6 +325,10 @@ def test_two_processes_do_not_share_a_folder(model, photos, tmp_path):
         with pytest.raises(ValueError, match="another process is writing"):
             pieces.Pieces(tmp_path, {"a": 1})
         process.stdin.close()
+    ours = pieces.Pieces(tmp_path, {"a": 1})
+    with pytest.raises(ValueError, match="another run of this process is writing"):
+        pieces.Pieces(tmp_path, {"a": 1})
+    ours.close()
     pieces.Pieces(tmp_path, {"a": 1}).close()
 
 
@@ -365,6 +403,9 @@ def test_the_commands(weights, photos, tmp_path, capsys):
     values = probabilities([row["path"]])[0]
     assert row["class"] == list(np.argsort(-values)[:3])
     np.testing.assert_allclose(row["score"], np.sort(values)[::-1][:3], rtol=1e-4)
+    eight = ["--dtype", "int8", "--threads", str(torch.get_num_threads())]
+    assert main(["predict", str(photos), "--out", str(tmp_path / "8"), *eight, *how]) == 1
+    assert collection.rows(tmp_path / "8")[3]["class"][0] == row["class"][0]
     assert main(["embed", str(photos / "*" / "*.jpg"), "--out", str(tmp_path / "e"), *how]) == 1
     assert "embedding" in collection.rows(tmp_path / "e")[0]
     assert main(["embed", str(photos), *how]) == 2
