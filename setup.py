@@ -72,11 +72,12 @@ def instruction_sets(machine: str, system: str) -> tuple[dict[str, str], dict[st
 
 CPU_SETS, INT8_SETS = instruction_sets(platform.machine(), sys.platform)
 
-# Machine code for A100, H100 and B200; PTX of the last for whatever comes after.
+# Machine code for A100, H100, B200 and GeForce's Blackwell; PTX for whatever comes after B200.
 CUDA_CODE = {
     "sm_80": "arch=compute_80,code=sm_80",
     "sm_90a": "arch=compute_90a,code=sm_90a",
     "sm_100": "arch=compute_100,code=sm_100",
+    "sm_120": "arch=compute_120,code=sm_120",
     "compute_100": "arch=compute_100,code=compute_100",
 }
 CXXFLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra"

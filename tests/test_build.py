@@ -155,7 +155,7 @@ def test_the_build_asks_for_the_oldest_interface_and_no_run_path(build, tmp_path
         assert "-DTORCH_TARGET_VERSION=0x020b000000000000" in text
         assert "rpath" not in text
     assert "torch_cuda" not in cpu
-    for code in ("sm_80", "sm_90a", "sm_100", "code=compute_100"):
+    for code in ("sm_80", "sm_90a", "sm_100", "sm_120", "code=compute_100"):
         assert code in cuda
 
 

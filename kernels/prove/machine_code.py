@@ -28,7 +28,8 @@ _FLOAT = {"float": 4, "__half": 2, "__nv_bfloat16": 2}
 # Instructions that are looked for: the matrix units', and what feeds them.
 _UNITS = ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG")
 # Shared memory that a block may have on every GPU that runs the code: 8.6 and 8.9 run sm_80's.
-_SHARED = {"sm_80": 99 * 1024, "sm_90a": 227 * 1024, "sm_100": 227 * 1024}
+_SHARED = {"sm_80": 99 * 1024, "sm_90a": 227 * 1024, "sm_100": 227 * 1024,
+           "sm_120": 99 * 1024}  # fmt: skip
 
 
 @dataclass(frozen=True)
