@@ -82,7 +82,7 @@ def test_a_run_leaves_evidence_and_guards_its_ratio(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"impl": "fast"}, "--impl: expected one of auto, triton, cuda, cpu; got 'fast'"),
+        ({"impl": "fast"}, "--impl: expected one of auto, triton, cuda, cublaslt, cpu; got 'fast'"),
         ({"rounds": 0}, "--rounds: expected at least 1; got 0"),
         ({"bs": -1}, "--bs: expected at least 1; got -1"),
         ({"archs": "resnet"}, "arch: unknown name 'resnet'"),
