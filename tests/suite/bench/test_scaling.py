@@ -264,6 +264,6 @@ def test_a_worker_finds_out_what_is_wrong(train: bool, what: str) -> None:
 
 def test_a_worker_that_found_something_wrong_is_an_error() -> None:
     ours, theirs = multiprocessing.Pipe()
-    theirs.send("the fused logits are off")
+    theirs.send_bytes(b"the fused logits are off")
     with pytest.raises(RuntimeError, match="the fused logits are off"):
         processes.Pool([ours], 1).ask("fused")
