@@ -10,6 +10,7 @@ import argparse
 import numpy as np
 from pyspark.ml.functions import predict_batch_udf
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 ROW = T.StructType(
@@ -30,7 +31,7 @@ def predictor(weights: str, threads: int, topk: int):
         def predict(images):
             values, errors = model.read(images)
             best = np.argsort(-values, axis=1)[:, :topk]
-            score = np.take_along_axis(values, best, axis=1)  # NaN where there is an error
+            score = np.take_along_axis(values, best, axis=1)
             return {"class": best, "score": score, "error": np.array(errors, dtype=object)}
 
         return predict
@@ -41,7 +42,9 @@ def predictor(weights: str, threads: int, topk: int):
 def predict(spark: SparkSession, images: str, out: str, weights: str, threads=1, topk=5) -> None:
     files = spark.read.format("binaryFile").option("recursiveFileLookup", "true").load(images)
     found = files.select("path", predictor(weights, threads, topk)("content").alias("found"))
-    found.select("path", "found.*").write.parquet(out)
+    read = F.col("found.error").isNull()
+    values = [F.when(read, F.col(f"found.{name}")).alias(name) for name in ("class", "score")]
+    found.select("path", *values, "found.error").write.parquet(out)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,10 @@ def test_ray_with_an_actor_killed(photos, weights, tmp_path):
 def test_spark_with_an_executor_killed(photos, weights, tmp_path):
     if shutil.which("java") is None and not os.environ.get("JAVA_HOME"):
         pytest.skip("Spark needs Java")
-    rows = good(driven("drive_spark.py", "pyspark", photos, weights, tmp_path))
+    every = driven("drive_spark.py", "pyspark", photos, weights, tmp_path)
+    for row in every.values():  # neither classes nor scores where there is an error
+        assert (row["class"] is None) == (row["score"] is None) == (row["error"] is not None)
+    rows = good(every)
     values = Model(weights, output="probabilities")(list(rows))
     for row, wanted in zip(rows.values(), values, strict=True):
         assert row["class"] == list(np.argsort(-wanted)[:3])
