@@ -11,9 +11,10 @@ from simulator import sanitize
 from test_operators import FEW, LEAN, Case, Size, measure
 
 from deit.kernels.attention import triton as attention
-from deit.kernels.device import common
+from deit.kernels.device import common, few_rows
 from deit.kernels.layer_norm import triton as layer_norm
 from deit.kernels.layer_norm import triton_bwd as layer_norm_bwd
+from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton as linear
 from deit.kernels.linear import triton_gradients as gradients
 from deit.kernels.linear import triton_split as split
@@ -25,13 +26,17 @@ NORM, LINEAR = Size(3, 61, 192), Size(3, 61, 192, width=768)
 
 @dataclass(frozen=True)
 class Fault:
-    """`right` of a kernel's source is `wrong`, and this call of it is found by that."""
+    """`right` of a kernel's source is `wrong`, and this call of it is found by that.
+
+    whole: the call runs as one of many rows, whose sums are not cut into parts.
+    """
 
     kernel: object
     right: str
     wrong: str
     case: Case
     found_by: str
+    whole: bool = False
 
 
 FAULTS = {
@@ -45,7 +50,7 @@ FAULTS = {
         Case("linear", 80, "bf16", LINEAR, "least"), "past the end"),
     "the stride of another tensor": Fault(
         linear_tile.product,
-        "col.to(tl.int64)[:, None] * weight_stride", "col.to(tl.int64)[:, None] * width",
+        "col.to(tl.int64)[:, None] * weight_stride", "col.to(tl.int64)[:, None] * last",
         Case("linear", 80, "bf16", LINEAR, "least", unaligned=True), RULE),
     "a descriptor read at the wrong depth": Fault(
         linear_tile.product, "x.load([m0, k0])", "x.load([m0, 0])",
@@ -77,7 +82,7 @@ FAULTS = {
         linear_tile.product,
         "acc = tl.dot(a, b.T, acc, input_precision=PRECISION)",
         "acc = tl.dot(a, b.T, acc, input_precision=PRECISION).to(a.dtype).to(tl.float32)",
-        Case("linear", 90, "bf16", Size(1, 61, 3072, width=64), "least"), RULE),
+        Case("linear", 90, "bf16", Size(1, 61, 3072, width=64), "least"), RULE, whole=True),
     "a store that cuts off": Fault(
         common.store_tile,
         "stored = tile.to(out.dtype)\n",
@@ -115,9 +120,11 @@ FAULTS = {
 
 
 @pytest.fixture
-def seeded(request: pytest.FixtureRequest) -> Iterator[Fault]:
+def seeded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fault]:
     """The fault, in its kernel's source until the test is over."""
     fault = FAULTS[request.param]
+    if fault.whole:
+        monkeypatch.setattr(linear_tiles, "rows_class", lambda _: few_rows.MANY)
     source = fault.kernel.src
     assert fault.right in source, "the kernel was rewritten: seed the fault anew"
     fault.kernel._unsafe_update_src(source.replace(fault.right, fault.wrong))
