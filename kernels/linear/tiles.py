@@ -255,10 +255,8 @@ def for_few_rows(
     if dtype == torch.float32:
         tiles = ((64, 64),)
     stages = 4 if pinned.tma else pinned.num_stages
-    if (
-        arch == 80 and dtype != torch.float32
-    ):  # with one more, parts of 128 x 64 spill 8 bytes under triton 3.6
-        stages -= 1
+    if arch == 80 and dtype != torch.float32:
+        stages -= 1  # with one more, parts of 128 x 64 spill 8 bytes under triton 3.6
     found = [
         replace(
             pinned, block_m=m, block_n=n, num_warps=8 if m * n == 128 * 128 else 4,
