@@ -209,6 +209,10 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.only
         or any(w.lower() in f"{family.name} {family.model}".lower() for w in options.only)
     ]
+    if options.bs < 1 or not options.seconds >= 0:
+        got = f"{options.bs} and {options.seconds}"
+        print(f"error: bs, seconds: expected at least 1 and at least 0; got {got}", file=sys.stderr)
+        return 2
     if not chosen:
         print(f"error: only: no family has {' or '.join(options.only)} in it", file=sys.stderr)
         return 2
