@@ -9,15 +9,7 @@ import pytest
 import torch
 
 from deit.kernels import attention, explain, layer_norm, linear, measure
-from deit.kernels.engine import (
-    cache_files,
-    device_key,
-    dispatch,
-    measured,
-    native,
-    registry,
-    verdicts,
-)
+from deit.kernels.engine import cache_files, device_key, dispatch, measured, native, verdicts
 from deit.kernels.engine.json_files import Fields
 from deit.kernels.engine.operator import OPERATORS
 from deit.kernels.engine.problems import Problem, TensorSpec
@@ -268,12 +260,8 @@ def test_the_shipped_files_are_read(path):
     found = verdicts.revive_all(*measured.shipped(prior))
     assert found
     for one in found:
-        operator = one.shape_class.operator
-        assert operator in OPERATORS
+        assert one.shape_class.operator in OPERATORS
         assert set(one.order) <= set(one.candidates)
-        # Of a call by fewer arguments than it has by now, no call would be told again.
-        schema = registry.COMPILED["cpu"][operator]._schema
-        assert len(one.problem.arguments) == len(schema.arguments), operator
 
 
 # ---- a simulated GPU
