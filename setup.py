@@ -191,8 +191,8 @@ def cpu_objects(
         (f"int8_{isa}.o", source / "int8_kernels.cpp", f"-DDEIT_ISA={isa} {flags}")
         for isa, flags in sets[1].items()
     ]
-    choices = [(f"{path.stem}.o", path, "") for path in sorted(source.glob("*dispatch.cpp"))]
-    return [*kernels, *eights, *choices]
+    others = [*sorted(source.glob("*dispatch.cpp")), source / "team.cpp"]
+    return [*kernels, *eights, *((f"{path.stem}.o", path, "") for path in others)]
 
 
 def cpu_ninja(compiler: str, torch: Torch, target: Path) -> str:

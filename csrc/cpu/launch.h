@@ -14,6 +14,7 @@
 #include "../common/tensors.h"
 #include "isa.h"
 #include "shares.h"
+#include "team.h"
 
 namespace deit {
 
@@ -39,15 +40,26 @@ inline int64_t grain_of(int64_t work) {
   return std::max<int64_t>(1, 4 * kGrain / std::max<int64_t>(1, work));
 }
 
-// A thread's end of a region, by return or by exception.
-struct Leaving {
-  Shares& shares;
-  int64_t members;
-  ~Leaving() {
-    shares.leave(members);
-    shares.wait();
-  }
-};
+// run(member) for every one of [0, members), each by a thread of its own where one comes in time:
+// PyTorch's, or this library's own while PyTorch's do not.
+template <class Run>
+void on_threads(int64_t members, const Run& run) {
+  using Clock = Patience::Clock;
+  static thread_local Patience patience;
+  const Threads selected = selected_threads.load(std::memory_order_relaxed);
+  const bool own =
+      selected == Threads::own ||
+      (selected == Threads::automatic && patience.lost(Clock::now()) && Team::has_cores(members));
+  if (own) return Team::mine().run(members, run);
+  const Clock::time_point begun = Clock::now();
+  Clock::time_point done = begun;
+  torch::stable::parallel_for(0, members, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t member = begin; member < end; ++member) run(member);
+    if (begin == 0) done = Clock::now();
+  });
+  const Clock::time_point now = Clock::now();
+  patience.waited(now, done - begun, now - done);
+}
 
 // [0, tasks) over threads, whoever is free taking the next, each with a workspace of its own:
 // run(workspace, begin, end), several times a thread. There are as many threads as have `grain`
@@ -63,12 +75,9 @@ void over_threads(int64_t tasks, int64_t grain, size_t floats, const Run& run,
     return run(workspace.get(), int64_t{0}, tasks);
   }
   Shares shares(tasks, members, together);
-  torch::stable::parallel_for(0, members, 1, [&](int64_t begin, int64_t end) {
-    const Leaving leaving{shares, end - begin};
+  on_threads(members, [&](int64_t member) {
     const Buffer workspace = allocate(floats);
-    for (int64_t member = begin; member < end; ++member) {
-      shares.work(member, [&](int64_t from, int64_t to) { run(workspace.get(), from, to); });
-    }
+    shares.work(member, [&](int64_t from, int64_t to) { run(workspace.get(), from, to); });
   });
 }
 

@@ -3,14 +3,12 @@
 // before it left there. Shares are taken step by step. Who has finished its own goes on with steps
 // of the others', so that a thread which the system has taken off its core holds one step at most.
 //
-// Knows neither torch nor OpenMP, so that the sanitizers run it (tests/native/fence.h).
+// Knows neither torch nor threads, so that the sanitizers run it (tests/native/fence.h).
 #pragma once
 
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <memory>
-#include <thread>
 
 namespace deit {
 
@@ -38,32 +36,9 @@ class Shares {
     }
   }
 
-  // A thread's last word, once for each member that it is: it runs no more tasks.
-  void leave(int64_t members) { left_.fetch_add(members, std::memory_order_acq_rel); }
-
-  // Until all have left. OpenMP's threads wait for each other in a loop of some 3 ms. The core of
-  // one that spins is not free for the thread it waits for, where that has lost its own. So the
-  // wait is here: a short loop, then offers of this core to whoever wants it. It does not sleep: a
-  // thread that wakes is moved to the other's core, and one image of DeiT-Ti beside a busy process
-  // took 130 to 300 ms so, where yielding it takes 32 to 49. It ends after 5 ms at most: a pool that
-  // does not start all members at once (not OpenMP's) may wait for this thread to start another.
-  void wait() const {
-    for (int i = 0; i < kSpins; ++i) {
-      if (all_left()) return;
-#if defined(__x86_64__) || defined(_M_X64)
-      __builtin_ia32_pause();
-#endif
-    }
-    const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(5);
-    while (!all_left() && std::chrono::steady_clock::now() < end) std::this_thread::yield();
-  }
-
  private:
   static constexpr std::memory_order kRelaxed = std::memory_order_relaxed;  // steps share no data
   static constexpr int64_t kSteps = 8;  // of one share, at most one more
-  static constexpr int kSpins = 2000;   // 20 to 80 us
-
-  bool all_left() const { return left_.load(std::memory_order_acquire) >= members_; }
 
   static int64_t step_of(int64_t tasks, int64_t members, int64_t together) {
     const int64_t most = tasks / (kSteps * members);
@@ -77,7 +52,6 @@ class Shares {
 
   int64_t tasks_, members_, step_;
   std::unique_ptr<Taken[]> taken_;
-  std::atomic<int64_t> left_{0};
 };
 
 }  // namespace deit

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ FOLDER = Path(__file__).resolve().parents[1]
 # The sources stand beside the folder in a checkout (editable install), not in a wheel.
 CSRC = FOLDER.parent / "csrc"
 LIBRARIES = {"cpu": "_cpu.abi3.so", "cuda": "_cuda.abi3.so"}
+THREADS = "FUSED_DEIT_THREADS"
 AGAIN = "run `pip install -e .` in the source tree again"
 
 
@@ -40,6 +42,8 @@ def why_not(kind: str) -> tuple[str, ...]:
         torch.ops.load_library(path)
     except OSError as error:
         return (f"the {kind} library does not load: {error}",)
+    if kind == "cpu":
+        _select_threads(ctypes.CDLL(str(path)), os.environ.get(THREADS, "auto"), THREADS)
     others = ("cublaslt",) if kind == "cuda" else ()
     missing = [
         name
@@ -148,6 +152,7 @@ def _cpu_library() -> ctypes.CDLL:
     library.deit_cpu_select_isa.argtypes = [ctypes.c_char_p]
     library.deit_cpu_int8_isa.restype = ctypes.c_char_p
     library.deit_cpu_select_int8_isa.argtypes = [ctypes.c_char_p]
+    library.deit_cpu_select_threads.argtypes = [ctypes.c_char_p]
     library.deit_cpu_make_marks.argtypes = [ctypes.c_void_p]
     library.deit_cpu_make_marks.restype = None
     library.deit_cpu_has_marks.argtypes = [ctypes.c_void_p, ctypes.c_int64]
@@ -195,6 +200,21 @@ def select_cpu_int8_isa(name: str | None) -> None:
     """As `select_cpu_isa`, for products in 8 bits."""
     known = "avx512vnni, avxvnni, avx2, neon_i8mm, neon_dotprod, neon or portable"
     _select(_cpu_library().deit_cpu_select_int8_isa, name, known)
+
+
+def select_cpu_threads(name: str) -> None:
+    """Whose threads the C++ kernels run by: "own", "torch", or "auto", which is PyTorch's as long as
+    they come in time. Outputs are the same bits by any.
+
+    It holds for the whole process, at once; FUSED_DEIT_THREADS says it from the start. Raises
+    ValueError for another name, RuntimeError where the library is not usable.
+    """
+    _select_threads(_cpu_library(), name, "name")
+
+
+def _select_threads(library: ctypes.CDLL, name: str, argument: str) -> None:
+    if library.deit_cpu_select_threads(name.encode()) != 0:
+        raise ValueError(f"{argument}: expected auto, own or torch; got {name!r}")
 
 
 def _select(select: Callable[[bytes], int], name: str | None, known: str) -> None:

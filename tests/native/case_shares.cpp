@@ -27,20 +27,14 @@ void fuzz_shares(Random& random, const deit::Kernels&) {
       waited_for.fetch_sub(1);
       while (waited_for.load() > 0) std::this_thread::yield();
       work(t);
-      shares.leave(1);
-      if (late == members) shares.wait();
     });
   }
+  for (std::thread& thread : pool) thread.join();
   if (late < members) {  // a member that begins when all others have left finds nothing to do
-    for (std::thread& thread : pool) thread.join();
     const bool alone = members == 1;
     const std::vector<int> before = runs;
     work(late);
     if (!alone && before != runs) fail("tasks were left to a member that was late");
-    shares.leave(1);
-    shares.wait();
-  } else {
-    for (std::thread& thread : pool) thread.join();
   }
   for (const int count : runs) {
     if (count != 1) fail("a task was run " + std::to_string(count) + " times");

@@ -8,6 +8,7 @@ namespace fuzz {
 class Random;
 
 void fuzz_shares(Random& random, const deit::Kernels& set);
+void fuzz_team(Random& random, const deit::Kernels& set);
 void fuzz_lanes(Random& random, const deit::Kernels& set);
 void fuzz_layer_norm(Random& random, const deit::Kernels& set);
 void fuzz_attention(Random& random, const deit::Kernels& set);

@@ -257,8 +257,6 @@ inline void run(int64_t tasks, size_t workspace_floats, const std::vector<Elemen
       pool.emplace_back([&shares, &cuts, anywhere, own, t] {
         if (anywhere) return own(cuts[static_cast<size_t>(t)], cuts[static_cast<size_t>(t) + 1]);
         shares.work(t, own);
-        shares.leave(1);
-        shares.wait();
       });
     }
     for (std::thread& thread : pool) thread.join();

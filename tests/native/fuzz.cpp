@@ -31,6 +31,7 @@ struct Case {
 };
 constexpr Case kCases[] = {
     {"shares", fuzz_shares},
+    {"team", fuzz_team},
     {"lanes", fuzz_lanes},
     {"layer_norm", fuzz_layer_norm},
     {"attention", fuzz_attention},
