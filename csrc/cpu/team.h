@@ -53,7 +53,7 @@ class Team {
 
   struct alignas(64) Worker {
     std::atomic<uint32_t> asleep{0};
-    std::atomic<bool> inside{false};
+    std::atomic<bool> inside{false}, brought{false};
     std::thread thread;
     Watch watch;  // the caller's
   };

@@ -1,7 +1,5 @@
 // This library's own threads: a region is whole when its caller goes on, whoever came, and whatever
 // was thrown. And when PyTorch's threads are given up, by made-up clocks.
-#include <sys/wait.h>
-
 #include <chrono>
 #include <stdexcept>
 #include <thread>
@@ -55,26 +53,6 @@ void within(deit::Team& team) {  // a region within a region: by its caller alon
   if (runs != 1) fail("a region within a region ran " + std::to_string(runs) + " times");
 }
 
-void in_a_child(deit::Team& team) {  // where the parent's workers are not: it has its own
-  team.run(3, [](int64_t) {});
-  const pid_t child = fork();
-  if (child == 0) {
-    alarm(10);
-    std::atomic<int> came{0};
-    while (came.load() == 0) {
-      team.run(3, [&](int64_t member) {
-        if (member > 0) came.fetch_add(1);
-        std::this_thread::sleep_for(milliseconds(1));
-      });
-    }
-    team.~Team();
-    std::_Exit(0);
-  }
-  int status = 0;
-  waitpid(child, &status, 0);
-  if (status != 0) fail("a forked child: status " + std::to_string(status));
-}
-
 void patience() {
   deit::Patience patience;
   deit::Patience::Time now = deit::Patience::Time{} + seconds(100);
@@ -110,10 +88,6 @@ void fuzz_team(Random& random, const deit::Kernels&) {
     region(team, random);
     if (random.chance(0.05)) std::this_thread::sleep_for(milliseconds(1));  // the workers sleep
   }
-#if !defined(__SANITIZE_THREAD__)  // which forbids threads in a forked child
-  if (random.chance(0.1)) in_a_child(team);
-#endif
-  region(team, random);
 }
 
 }  // namespace fuzz

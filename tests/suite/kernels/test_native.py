@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import multiprocessing
+import os
 import subprocess
 import sys
 import textwrap
@@ -236,9 +237,29 @@ def test_threads_change_no_bit(isa, threads):
     ]
     threads(1)
     alone = [call() for call in calls]
-    for count in (2, 8):
-        threads(count)
-        assert all(torch.equal(a, call()) for a, call in zip(alone, calls, strict=True))
+    try:
+        for whose in ("own", "torch"):
+            native.select_cpu_threads(whose)
+            for count in (2, 8):
+                threads(count)
+                assert all(torch.equal(a, call()) for a, call in zip(alone, calls, strict=True))
+    finally:
+        native.select_cpu_threads("auto")
+
+
+def test_whose_threads_is_one_of_three_names():
+    with pytest.raises(ValueError, match=r"name: expected auto, own or torch; got 'mine'"):
+        native.select_cpu_threads("mine")
+    run = subprocess.run(
+        [sys.executable, "-c", "from deit.kernels.engine import native; native.why_not('cpu')"],
+        env=os.environ | {"FUSED_DEIT_THREADS": "gomp"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    last = run.stderr.splitlines()[-1]
+    assert last == "ValueError: FUSED_DEIT_THREADS: expected auto, own or torch; got 'gomp'"
 
 
 def _child(expected, x, qkv):
@@ -256,6 +277,38 @@ def test_works_after_fork():
     child.start()
     child.join(60)
     assert child.exitcode == 0  # None: it hangs
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="fork is the start method on Linux alone")
+def test_own_threads_after_fork():
+    """The child has none of its parent's: it starts its own, and ends without waiting for others."""
+    code = """
+        import os, signal, torch
+        from deit.kernels import layer_norm
+        from deit.kernels.engine import native
+        native.select_cpu_threads("own")
+        torch.set_num_threads(2)
+        x = torch.randn(8, 197, 192)
+        expected = layer_norm(x, torch.ones(192), impl="cpu")
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            found = layer_norm(x, torch.ones(192), impl="cpu")
+            assert len(os.listdir("/proc/self/task")) == 2
+            torch.set_num_threads(1)  # torch.equal's threads are OpenMP's, and gone
+            assert torch.equal(found, expected)
+        else:
+            assert os.waitpid(child, 0)[1] == 0
+    """
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
