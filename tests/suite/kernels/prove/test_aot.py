@@ -133,6 +133,17 @@ def test_a_spill_is_found():
     assert spills > 0
 
 
+def test_products_that_ptxas_cannot_leave_in_flight_are_said():
+    """Of the whole head's gradient it left none in flight while dq was its last product. By 256
+    queries and 32 keys of 32 channels in 4 warps it still leaves none."""
+    case = launches.Shipped("attention_bwd", "197", "bf16", 64, 90)
+    assert not aot.compile_case(case).serialised
+    narrow = aot.compile_case(dataclasses.replace(case, size=32))
+    assert narrow.serialised
+    assert not narrow.faults
+    assert ", one by one" in aot.row(narrow)
+
+
 def test_faults_are_named():
     result = aot.Result(
         case=launches.Shipped("linear", "bias", "bf16", 192, 90),
