@@ -22,6 +22,12 @@ class LayerNormConfig(Configuration):
     rows: int
     num_warps: int
 
+    def rules(self, arguments: Arguments) -> list[str]:
+        each = (self.rows << max(arguments["dim"] - 1, 0).bit_length()) // (32 * self.num_warps)
+        if each <= 128:
+            return []
+        return [f"{each} elements a thread, 128 fit its registers: 256 spill 488 bytes on sm_90"]
+
     @classmethod
     def space(cls, arguments: Arguments, pinned: Any) -> Iterator[LayerNormConfig]:
         for rows, warps in itertools.product((1, 2, 4, 8, 16), (4, 8, 2)):
