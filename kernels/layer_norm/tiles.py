@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,9 @@ class LayerNormBwdConfig(Configuration):
             yield replace(pinned, rows=rows, programs=programs, num_warps=warps)
 
 
+Rows = TypeVar("Rows", LayerNormConfig, LayerNormBwdConfig)
+
+
 @tunable(LayerNormConfig)
 def layer_norm(arch: int, dtype: torch.dtype, dim: int) -> LayerNormConfig:
     """About 32 elements a thread: enough loads in flight to cover memory latency."""
@@ -76,12 +79,14 @@ def layer_norm_bwd(arch: int, dtype: torch.dtype, dim: int) -> LayerNormBwdConfi
     return LayerNormBwdConfig(rows=rows, programs=2, num_warps=num_warps, num_stages=2)
 
 
-def rms_norm_bwd(arch: int, dtype: torch.dtype, dim: int) -> LayerNormBwdConfig:
-    """LayerNorm's; with fewer rows where they spill 8 bytes, on sm_90 under triton 3.6."""
-    config = layer_norm_bwd(arch, dtype, dim)
-    if dtype == torch.float32 or not 256 < dim <= 512:
-        return config
+def halved(config: Rows) -> Rows:
+    """For a form of a kernel that spills 8 bytes by as many rows, on sm_90 under triton 3.6."""
     return replace(config, rows=max(1, config.rows // 2))
+
+
+def rms_norm_bwd(arch: int, dtype: torch.dtype, dim: int) -> LayerNormBwdConfig:
+    config = layer_norm_bwd(arch, dtype, dim)
+    return config if dtype == torch.float32 or not 256 < dim <= 512 else halved(config)
 
 
 def choose(x: Tensor, *_: Any) -> Choice:
