@@ -75,7 +75,7 @@ def persistent_kernel(
                     inside = first + tl.arange(0, 256 >> i) < tokens
                     part = tl.where(inside[None, :], part, float("-inf"))
                 largest = tl.maximum(largest, tl.max(part, 1))
-            scores += (part,)
+            scores += (part,)  # type: ignore[assignment]
         # -inf - 0 gives the probability 0, -inf - -inf would give NaN.
         reference = tl.where(largest == float("-inf"), 0.0, largest) * scale
         total = tl.zeros((BLOCK_M,), tl.float32)
