@@ -83,7 +83,7 @@ def main(settings: Settings) -> int:
         faulty += bool(one.result.faults) and not tried
         hashes.add(one.hash)
         if one.result.faults:
-            print(aot.row(one.result), flush=True)
+            print(f"{aot.row(one.result)}  by {one.result.kernel}", flush=True)
     about = {"arch": settings.arch, "triton": triton.__version__, "stages": list(stages),
              "kernels_sha256": evidence.kernels_sha256()}  # fmt: skip
     count = compiled.pack(cache, hashes, settings.out, about)

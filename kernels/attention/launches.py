@@ -43,6 +43,8 @@ def _attention(shipped: Shipped) -> common.Launch:
             pointed = config.tma and "pointed" in shipped.variant
             keys = 128 if config.tma and tokens == 577 else 64
             config = attention_tiles.lean(config, 64, keys, 2, pointed=pointed)
+        elif shipped.operator == "attention_persistent":
+            config = attention_tiles.persistent(tokens)
         lse = shipped.operator.endswith("_fwd")
         return first(
             attention.plan(qkv, heads, 0.125, key_bias, rope=rope, save_lse=lse, config=config)
@@ -72,6 +74,10 @@ def _config_lean(arch: int, dtype: torch.dtype, size: int) -> object:
     return None if dtype == torch.float32 else _config(arch, dtype, size)
 
 
+def _config_persistent(arch: int, dtype: torch.dtype, size: int) -> object:
+    return attention_tiles.persistent(TOKENS) if arch == 90 and dtype != torch.float32 else None
+
+
 def _config_bwd(arch: int, dtype: torch.dtype, size: int) -> object:
     return attention_tiles.attention_bwd(arch, dtype, size, TOKENS)
 
@@ -94,8 +100,9 @@ _KERNEL = functools.partial(
 KERNELS = {
     "attention": _KERNEL(("197", "197 bias", "577", "577 bias", "unaligned"), _config),
     "attention_lean": _KERNEL(
-        ("197", "197 pointed", "577", "577 pointed", "unaligned"), _config_lean, sizes=(64,)
+        ("197", "197 pointed", "577 pointed", "unaligned"), _config_lean, sizes=(64,)
     ),
+    "attention_persistent": _KERNEL(("197",), _config_persistent, sizes=(64,)),
     "attention_fwd": _KERNEL(("197", "197 bias", "577 bias"), _config),
     "attention_bwd": _KERNEL(
         ("197", "197 bias", "577", "577 bias", "unaligned", "delta"), _config_bwd

@@ -27,8 +27,9 @@ class AttentionConfig(Configuration):
 
     online: softmax rescales as blocks of keys pass; else block_n holds every key.
     tma: read qkv by tensor descriptors where its strides and address allow them.
-    lean: by triton_lean.py in the calls that it takes (`plan`), in all others by these tiles.
-    pointed: there, with tma, queries come by pointers.
+    lean: in the calls that they take (`plan`), by triton_lean.py where softmax is online and else
+        by triton_persistent.py; in all others by these tiles.
+    pointed: by triton_lean.py, with tma, queries come by pointers.
     """
 
     block_m: int
@@ -42,12 +43,14 @@ class AttentionConfig(Configuration):
 
     def rules(self, arguments: Arguments) -> list[str]:
         found = []
-        if self.lean and not (self.online and arguments["dtype"] != torch.float32):
-            found.append("lean: of online softmax, and half precision")
-        if self.lean and not self.tma and self.block_n > 64:
+        if self.lean and arguments["dtype"] == torch.float32:
+            found.append("lean: of half precision")
+        if self.lean and self.online and not self.tma and self.block_n > 64:
             found.append("lean: 64 keys at most by pointers, 128 spill 32 bytes on sm_120")
-        if self.pointed and not (self.lean and self.tma):
-            found.append("pointed: of lean, with tma")
+        if self.lean and not self.online and (arguments["arch"], arguments["head_dim"]) != (90, 64):
+            found.append("lean, all keys at once: of 64 channels, on sm_90")
+        if self.pointed and not (self.lean and self.online and self.tma):
+            found.append("pointed: of lean and online, with tma")
         if not self.online:
             if self.block_n < arguments["tokens"]:
                 found.append(f"block_n {self.block_n} for {arguments['tokens']} keys at once")
@@ -57,13 +60,21 @@ class AttentionConfig(Configuration):
 
     def shared_memory(self, arguments: Arguments, itemsize: int) -> int:
         keys = 2 * self.block_n * (self.num_stages if self.online else 1)
-        return (keys + self.block_m) * arguments["head_dim"] * itemsize
+        rows = keys + self.block_m
+        if self.lean and not self.online:
+            stage = 2 * padded_keys(arguments["tokens"]) + self.block_m
+            rows = self.num_stages * stage + self.block_m
+        return rows * arguments["head_dim"] * itemsize
 
     @classmethod
     def space(cls, arguments: Arguments, pinned: Any) -> Iterator[AttentionConfig]:
         everything = max(16, 1 << (arguments["tokens"] - 1).bit_length())
+        if arguments["tokens"] <= ONE_BLOCK_KEYS:
+            for stages in (3, 2):
+                yield persistent(arguments["tokens"], stages)
         for tiles, pointed in itertools.product(((64, 64, 2), (64, 128, 2), (64, 32, 3)), (1, 0)):
-            if arguments["head_dim"] == 64:  # others were not compiled
+            # Other heads were not compiled. Of 128 keys, where blocks are few, Q is not awaited.
+            if arguments["head_dim"] == 64 and (pointed or tiles[1] < 128):
                 yield lean(pinned, *tiles, pointed=bool(pointed))
         for block_m, warps in itertools.product((64, 128), (4, 8)):
             if arguments["tokens"] <= ONE_BLOCK_KEYS:
@@ -79,6 +90,17 @@ def lean(
     return AttentionConfig(
         block_m, block_n, True, pinned.tma, 4, num_stages, lean=True, pointed=pointed
     )
+
+
+def persistent(tokens: int, num_stages: int = 3) -> AttentionConfig:
+    """`AttentionConfig.lean` with all keys at once: 128 queries in 8 warps."""
+    keys = max(16, 1 << (tokens - 1).bit_length())
+    return AttentionConfig(128, keys, False, True, 8, num_stages, lean=True)
+
+
+def padded_keys(tokens: int) -> int:
+    """How many keys triton_persistent.py takes at once."""
+    return -(-tokens // 16) * 16
 
 
 @dataclass(frozen=True)
@@ -102,6 +124,11 @@ class AttentionBwdConfig(Configuration):
             return [f"resident {self.resident} for a head of {arguments['tokens']} tokens"]
         if self.whole_head and not self.tma:
             return ["a whole head at once needs tma"]
+        # Scores, dp and two gradients: 192 of them, 128 x 32 in 4 warps, spill 8 bytes on sm_90.
+        tiles = 2 * self.resident * (self.passing + arguments["head_dim"])
+        each = tiles // (32 * self.num_warps)
+        if not self.whole_head and each >= 192:
+            return [f"{each} sums a thread, fewer than 192 fit its registers"]
         return []
 
     def shared_memory(self, arguments: Arguments, itemsize: int) -> int:

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deit.kernels.attention import tiles as attention_tiles
-from deit.kernels.attention import triton_lean
+from deit.kernels.attention import triton_lean, triton_persistent
 from deit.kernels.attention import triton_qkv as qkv_tiles
 from deit.kernels.device import common, launching
 
@@ -114,6 +114,10 @@ def plan(
     if config is None and rope is None:
         config = attention_tiles.attention(*known, tokens, common.describable(qkv))
     config = config or attention_tiles.rotary_attention(*known)
+    lean = config.lean and rope is None and key_bias is None and not save_lse and scale > 0
+    if lean and not config.online:
+        scale *= _LOG2_E.value
+        return (out, lse), triton_persistent.plan(qkv, out, num_heads, scale, config)
     query_blocks = triton.cdiv(tokens, config.block_m)
     arguments = {
         "q_source": qkv_tiles.source(qkv, config.block_m, head_dim, config.tma),
@@ -135,7 +139,7 @@ def plan(
         "TMA": config.tma,
         "PRECISION": common.precision(qkv.dtype),
     }
-    if config.lean and rope is None and key_bias is None and not save_lse and scale > 0:
+    if lean:
         for name in ("key_bias", "lse", "bias_b", "bias_n"):
             del arguments[name]
         if config.pointed:

@@ -330,18 +330,19 @@ def _whole_head_kernel(
 ):  # fmt: skip
     batch, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
     width, channel = num_heads * HEAD_DIM, head * HEAD_DIM
+    # Loads to registers are awaited where they are used, tensor copies where they stand.
+    o = qkv_tiles.load(
+        out, batch, 0, channel, tokens, tokens * width, width,
+        RESIDENT, HEAD_DIM, BLOCK_D, False,
+    )  # fmt: skip
+    row_lse = _load_lse(lse, tl.program_id(0), 0, tokens, RESIDENT)
     q = qkv_tiles.load(
         qkv_resident, batch, 0, channel, tokens, qkv_b, qkv_n, RESIDENT, HEAD_DIM, BLOCK_D, TMA
     )
     do = qkv_tiles.load(
         dout_resident, batch, 0, channel, tokens, dout_b, dout_n, RESIDENT, HEAD_DIM, BLOCK_D, TMA
     )
-    o = qkv_tiles.load(
-        out, batch, 0, channel, tokens, tokens * width, width,
-        RESIDENT, HEAD_DIM, BLOCK_D, False,
-    )  # fmt: skip
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    row_lse = _load_lse(lse, tl.program_id(0), 0, tokens, RESIDENT)
     dq = tl.zeros((RESIDENT, BLOCK_D), tl.float32)
     for n0 in tl.range(0, tokens, PASSING):
         k = qkv_tiles.load(
@@ -357,10 +358,10 @@ def _whole_head_kernel(
         p = tl.exp(scores - row_lse[:, None])
         dp = tl.dot(do, v.T, input_precision=PRECISION)
         ds = (p * (dp - delta[:, None])).to(q.dtype)
+        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
         # Transposed, so that the 64 channels are the rows: wgmma takes no fewer than 64.
         dv = tl.dot(do.T, p.to(do.dtype), input_precision=PRECISION)
         dk = tl.dot(q.T, ds, input_precision=PRECISION)
-        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
         qkv_tiles.store(dqkv, dk.T * scale, batch, n0, width + channel, tokens, 3 * width, HEAD_DIM)
         qkv_tiles.store(dqkv, dv.T, batch, n0, 2 * width + channel, tokens, 3 * width, HEAD_DIM)
     qkv_tiles.store(dqkv, dq * scale, batch, 0, channel, tokens, 3 * width, HEAD_DIM)

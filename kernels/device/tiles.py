@@ -87,9 +87,9 @@ class Configuration:
         return iter(())
 
 
-def accumulators(rows: int, columns: int, warps: int) -> list[str]:
+def accumulators(rows: int, columns: int, warps: int, most: int = ACCUMULATORS) -> list[str]:
     """Why a tile has more accumulators than a thread can hold; empty where it has not."""
     each = rows * columns // (32 * warps)
-    if each <= ACCUMULATORS:
+    if each <= most:
         return []
-    return [f"{each} accumulators a thread, {ACCUMULATORS} fit its registers"]
+    return [f"{each} accumulators a thread, {most} fit its registers"]

@@ -121,6 +121,7 @@ def _launch(
         "OUT_TMA": out_tma,
         "ROUNDS_FIRST": interpreted(),
         "GROUP": config.group,
+        "FLATTEN": config.flatten,
         "PARTS": parts,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -208,12 +209,13 @@ def _fp8_product_kernel(
     OUT_TMA: tl.constexpr,
     ROUNDS_FIRST: tl.constexpr,
     GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(width, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         m0, n0 = common.tile_origin(tile, rows, width, BLOCK_M, BLOCK_N, GROUP)
         row = m0 + tl.arange(0, BLOCK_M)
         row_mask = row < rows

@@ -52,8 +52,8 @@ class MlpConfig(Configuration):
 
     def shared_memory(self, arguments: Arguments, itemsize: int) -> int:
         x = 3 * self.block_m * self.chunk
-        weights = 2 * 3 * self.chunk * self.block_h
-        return (x + weights + self.block_m * self.block_h) * itemsize
+        weights = self.num_stages * 2 * 3 * self.chunk * self.block_h
+        return (x + weights + self.block_m * self.chunk) * itemsize  # which is written last
 
     @classmethod
     def space(cls, arguments: Arguments, pinned: Any) -> Iterator[MlpConfig | None]:

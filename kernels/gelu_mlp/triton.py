@@ -220,17 +220,20 @@ def _gelu_mlp_kernel(
         acc1 = tl.zeros((BLOCK_M, CHUNK), tl.float32)
         acc2 = tl.zeros((BLOCK_M, CHUNK), tl.float32)
         for h0 in tl.range(0, hidden, BLOCK_H):
-            h = tl.dot(x0, w1.load([h0, 0]).T)
-            h = tl.dot(x1, w1.load([h0, CHUNK]).T, h)
-            h = tl.dot(x2, w1.load([h0, 2 * CHUNK]).T, h)
+            # Copies that are loaded beside one another are awaited together.
+            in0, in1, in2 = w1.load([h0, 0]), w1.load([h0, CHUNK]), w1.load([h0, 2 * CHUNK])
+            h = tl.dot(x0, in0.T)
+            h = tl.dot(x1, in1.T, h)
+            h = tl.dot(x2, in2.T, h)
             if b1 is not None:
                 at = h0 + tl.arange(0, BLOCK_H)
                 h += tl.load(b1 + at, mask=at < hidden, other=0.0).to(tl.float32)[None, :]
             # Channels past the last are act(0) = 0, and meet zeros of w2.
             p = common.activate(w2, h, ACTIVATION, True).to(w2.dtype)
-            acc0 = tl.dot(p, w2.load([0, h0]).T, acc0)
-            acc1 = tl.dot(p, w2.load([CHUNK, h0]).T, acc1)
-            acc2 = tl.dot(p, w2.load([2 * CHUNK, h0]).T, acc2)
+            out0, out1, out2 = w2.load([0, h0]), w2.load([CHUNK, h0]), w2.load([2 * CHUNK, h0])
+            acc0 = tl.dot(p, out0.T, acc0)
+            acc1 = tl.dot(p, out1.T, acc1)
+            acc2 = tl.dot(p, out2.T, acc2)
         accs = (acc0, acc1, acc2)
         for chunk in tl.static_range(3):
             _finish(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,12 @@ class LayerNormConfig(Configuration):
 
     rows: int
     num_warps: int
+
+    def rules(self, arguments: Arguments) -> list[str]:
+        each = (self.rows << max(arguments["dim"] - 1, 0).bit_length()) // (32 * self.num_warps)
+        if each <= 128:
+            return []
+        return [f"{each} elements a thread, 128 fit its registers: 256 spill 488 bytes on sm_90"]
 
     @classmethod
     def space(cls, arguments: Arguments, pinned: Any) -> Iterator[LayerNormConfig]:
@@ -41,6 +47,9 @@ class LayerNormBwdConfig(Configuration):
     def space(cls, arguments: Arguments, pinned: Any) -> Iterator[LayerNormBwdConfig]:
         for rows, programs, warps in itertools.product((1, 2, 4, 8), (2, 1, 4), (4, 8)):
             yield replace(pinned, rows=rows, programs=programs, num_warps=warps)
+
+
+Rows = TypeVar("Rows", LayerNormConfig, LayerNormBwdConfig)
 
 
 @tunable(LayerNormConfig)
@@ -70,12 +79,14 @@ def layer_norm_bwd(arch: int, dtype: torch.dtype, dim: int) -> LayerNormBwdConfi
     return LayerNormBwdConfig(rows=rows, programs=2, num_warps=num_warps, num_stages=2)
 
 
-def rms_norm_bwd(arch: int, dtype: torch.dtype, dim: int) -> LayerNormBwdConfig:
-    """LayerNorm's; with fewer rows where they spill 8 bytes, on sm_90 under triton 3.6."""
-    config = layer_norm_bwd(arch, dtype, dim)
-    if dtype == torch.float32 or not 256 < dim <= 512:
-        return config
+def halved(config: Rows) -> Rows:
+    """For a form of a kernel that spills 8 bytes by as many rows, on sm_90 under triton 3.6."""
     return replace(config, rows=max(1, config.rows // 2))
+
+
+def rms_norm_bwd(arch: int, dtype: torch.dtype, dim: int) -> LayerNormBwdConfig:
+    config = layer_norm_bwd(arch, dtype, dim)
+    return config if dtype == torch.float32 or not 256 < dim <= 512 else halved(config)
 
 
 def choose(x: Tensor, *_: Any) -> Choice:

@@ -129,6 +129,8 @@ def plan_add_layer_norm(
     dim = x.shape[-1]
     config = config or layer_norm_tiles.layer_norm(common.architecture(x), x.dtype, dim)
     view, residual_view = common.as_rows(x, residual)
+    if view.shape[1] > 1:  # beside the addresses of rows at two distances
+        config = layer_norm_tiles.halved(config)
     arguments = {
         **_row_arguments(view, dim, eps, config),
         **common.contiguous(weight=weight, bias=bias),

@@ -122,6 +122,8 @@ def plan(
         return outputs, []
     norm = layer_norm_tiles.rms_norm_bwd if mean is None else layer_norm_tiles.layer_norm_bwd
     config = config or norm(common.architecture(total), total.dtype, dim)
+    if of_gamma and keep is not None and weight.element_size() == 2 and dim <= 256:
+        config = layer_norm_tiles.halved(config)
     arguments = _views(dout, dtotal, x if of_gamma else None, total) | common.contiguous(
         weight=weight, mean=mean, rstd=rstd, gamma=gamma, keep=keep
     )

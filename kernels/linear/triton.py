@@ -123,9 +123,10 @@ def plan(
     if affine is not None and config.tma:
         columns = 64 if out.element_size() == 4 else 128
     elif affine is not None:
-        # Pointers to 64 spill 8 to 24 bytes on sm_100 and sm_120. Where a residual is read number
-        # by number, 32 take 255 registers and spill 80 to 112 on sm_80 and sm_90, and 64 take 183.
-        columns = 32 if residual is None or _by_vectors(residual_view) else 64
+        # Pointers to 64 spill 8 to 24 bytes on sm_100 and sm_120. Where an operand is read number
+        # by number, 32 take 255 registers and spill 80 to 120 on sm_80 and sm_90, and 64 take 183.
+        read = (x_view, weight, residual_view)
+        columns = 32 if all(v is None or _by_vectors(v) for v in read) else 64
     if row_stats is not None:
         columns = STATS_COLUMNS
         # Four stages spill 8 bytes in fp16 on sm_100 under triton 3.8.

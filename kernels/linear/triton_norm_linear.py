@@ -144,9 +144,15 @@ def _panel_kernel(
         m0 = unit // splits * BLOCK_M
         first = unit % splits * split_width
         for n0 in tl.range(first, tl.minimum(first + split_width, width), BLOCK_N):
-            acc = tl.dot(x0, weight.load([n0, 0]).T)
-            acc = tl.dot(x1, weight.load([n0, CHUNK]).T, acc)
-            acc = tl.dot(x2, weight.load([n0, 2 * CHUNK]).T, acc)
+            # Copies that are loaded beside one another are awaited together.
+            w0, w1, w2 = (
+                weight.load([n0, 0]),
+                weight.load([n0, CHUNK]),
+                weight.load([n0, 2 * CHUNK]),
+            )
+            acc = tl.dot(x0, w0.T)
+            acc = tl.dot(x1, w1.T, acc)
+            acc = tl.dot(x2, w2.T, acc)
             if bias is not None:
                 col = n0 + tl.arange(0, BLOCK_N)
                 acc += tl.load(bias + col, mask=col < width, other=0.0).to(tl.float32)[None, :]

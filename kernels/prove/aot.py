@@ -6,7 +6,8 @@ Runs Triton's whole compiler, ptxas included, on a CPU, and reads registers and 
 the machine code. The exit status is 1 if a kernel spills a register, asks for more shared memory
 than the architecture has, lacks the matrix instructions (wgmma on Hopper, tcgen05 on Blackwell,
 mma elsewhere) or the tensor copies (TMA) meant for it, computes an index that its bits cannot
-hold (`offsets`), or may overwrite what a product still reads (`hazards`). Launches of the same
+hold (`offsets`), or may overwrite what a product still reads (`hazards`). Where ptxas could not
+leave Hopper's products in flight together it is said, and no fault. Launches of the same
 kernel share one compilation. Nothing is proved about values.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import multiprocessing
 import os
 import re
@@ -37,6 +39,7 @@ from deit.kernels.prove import hazards, launches, offsets
 
 _MATRIX = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
 _TMA = "cp.async.bulk.tensor"
+_SERIALISED = "wgmma.mma_async instructions are serialized"
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -47,6 +50,7 @@ class Result:
     blocks: how many blocks of `warps` warps a multiprocessor holds at once.
     overflows: what `offsets` says of the case on tensors of more than 2**31 elements.
     overwrites: what `hazards` says of the kernel.
+    serialised: ptxas waits for each wgmma before the next; known only of what is compiled anew.
     """
 
     case: launches.Shipped
@@ -59,6 +63,7 @@ class Result:
     blocks: int = 0
     overflows: tuple[str, ...] = ()
     overwrites: tuple[str, ...] = ()
+    serialised: bool = False
     error: str = ""
 
     @property
@@ -114,6 +119,14 @@ def target(arch: int, device: int | None = None) -> Iterator[None]:
         driver.set_active(None)
 
 
+@contextlib.contextmanager
+def _ptxas_log() -> Iterator[io.StringIO]:
+    """What ptxas says of the kernels compiled inside, which Triton prints where it is asked to."""
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
+        knobs.nvidia.dump_ptxas_log = True
+        yield log
+
+
 def compile_case(case: launches.Shipped) -> Result:
     """Compile one case. Raises RuntimeError under TRITON_INTERPRET, which has no compiler."""
     return compile_group([case])[0]
@@ -135,7 +148,7 @@ def compile_launch(case: launches.Shipped, launch: common.Launch) -> tuple[Resul
     """What became of a launch, and the compiled kernel; None where it does not compile."""
     name = launch.kernel.fn.__name__
     try:
-        with target(case.arch):
+        with target(case.arch), _ptxas_log() as log:
             compiled = launch.compile()
     except (triton.TritonError, RuntimeError) as error:  # a pass that gives up is a RuntimeError
         message = f"does not compile: {' '.join(str(error).split())[-300:]}"
@@ -152,6 +165,7 @@ def compile_launch(case: launches.Shipped, launch: common.Launch) -> tuple[Resul
         instructions=tuple(i for i in (*sorted(set(_MATRIX.values())), _TMA) if i in ptx),
         warps=made.num_warps,
         overwrites=tuple(hazards.faults(compiled.asm["ttgir"])),
+        serialised=_SERIALISED in log.getvalue(),
         blocks=chips.resident_blocks(case.arch, made.num_warps, registers, made.shared, columns),
     )
     return result, compiled
@@ -232,6 +246,7 @@ def row(result: Result) -> str:
         f"{result.registers:>4}{result.spills:>7}{result.shared:>8}/{limit:<7}"
         f"{result.blocks:>2} x {result.warps:<2}{result.occupancy:>6.0%}  "
         f"{', '.join(result.instructions)}"
+        + ", one by one" * result.serialised
         + "".join(f"  FAULT: {fault}" for fault in result.faults)
     )
 

@@ -8,8 +8,8 @@ import torch
 from deit.kernels import attention, explain
 from deit.kernels.attention import tiles as attention_tiles
 from deit.kernels.attention import triton as implementation
-from deit.kernels.attention import triton_lean
-from deit.kernels.device import chips
+from deit.kernels.attention import triton_lean, triton_persistent
+from deit.kernels.device import chips, common
 from deit.kernels.engine import registry
 from deit.kernels.prove import oracle, reference
 
@@ -129,15 +129,44 @@ def test_lean_on_every_family(family):
     _check(make_qkv(2, 50, family=family), config=LEAN[0])
 
 
-def test_what_is_not_lean_runs_by_the_same_tiles():
+@pytest.mark.parametrize("tokens", [1, 16, 100, 197, 256])
+def test_persistent(tokens):
+    """One part of the keys and up to three, one block of queries and two, several a program."""
+    qkv, config = make_qkv(2, tokens, heads=2), attention_tiles.persistent(tokens)
+    _, launch = implementation.plan(qkv, 2, 0.125, None, config=config)
+    assert launch.kernel is triton_persistent.persistent_kernel
+    assert launch.grid[0] <= common.multiprocessors(qkv)
+    _check(qkv, 2, config=config)
+
+
+@pytest.mark.parametrize("family", [*oracle.FAMILIES[1:], "one_hot"])
+def test_persistent_on_every_family(family):
+    _check(
+        make_qkv(2, 50, dtype=torch.bfloat16, family=family), config=attention_tiles.persistent(50)
+    )
+
+
+def test_persistent_reads_and_writes_its_own_sample_alone():
+    """The copies of a sample's last rows end past it."""
+    qkv = make_qkv(3, 50, heads=1)
+    qkv[1] = torch.nan
+    out = implementation.attention(qkv, 1, 0.125, None, config=attention_tiles.persistent(50))
+    assert out[1].isnan().all()
+    oracle.check(out[::2], reference.attention, (qkv[::2], 1, 0.125, None))
+
+
+@pytest.mark.parametrize(
+    "config", [LEAN[0], attention_tiles.persistent(70)], ids=["lean", "persistent"]
+)
+def test_what_is_not_lean_runs_by_the_same_tiles(config):
     """A key bias, what training saves, and a scale whose maximum is the scores' minimum."""
-    qkv, config = make_qkv(2, 70), LEAN[0]
-    bias = torch.randn(2, 70)
+    qkv, bias = make_qkv(2, 70), torch.randn(2, 70)
+    kernel = implementation._online_kernel if config.online else implementation._one_block_kernel
     for scale, key_bias, save_lse in ((0.125, bias, False), (-0.5, None, False), (0.0, None, False),
                                       (0.125, None, True)):  # fmt: skip
         options = {"save_lse": save_lse, "config": config}
         _, launch = implementation.plan(qkv, 3, scale, key_bias, **options)
-        assert launch.kernel is implementation._online_kernel
+        assert launch.kernel is kernel
         if not save_lse:
             _check(qkv, key_bias=key_bias, scale=scale, config=config)
 

@@ -94,6 +94,24 @@ def test_illegal(changes, why):
     assert why in "; ".join(tuned(**changes).illegal(LINEAR))
 
 
+@pytest.mark.parametrize(
+    ("factory", "sizes", "changes", "why"),
+    [
+        ("patch_embed", {"dim": 768}, {"num_warps": 4}, "128 accumulators a thread"),
+        ("layer_norm", {"dim": 768}, {"rows": 16, "num_warps": 2}, "256 elements a thread"),
+        ("fp8_product", {"width": 768, "depth": 768}, {"block_n": 256}, "192 sums a thread"),
+        ("attention_bwd", {"head_dim": 64, "tokens": 197, "tma": True},
+         {"whole_head": False, "resident": 128, "num_warps": 4}, "192 sums a thread"),
+        ("gelu_mlp", {"dim": 192}, {"block_h": 128}, "bytes of shared memory"),
+    ],
+)  # fmt: skip
+def test_what_spills_is_no_candidate(factory, sizes, changes, why):
+    """Each was compiled for sm_90 and spilled, or found no shared memory."""
+    arguments = tuning.TUNABLE[factory].arguments(90, torch.bfloat16, **sizes)
+    wrong = dataclasses.replace(tuning.TUNABLE[factory].pinned(**arguments), **changes)
+    assert why in "; ".join(wrong.illegal(arguments))
+
+
 @pytest.mark.parametrize("factory", SIZES)
 def test_absurd_numbers_are_illegal_everywhere(factory):
     arguments = tuning.TUNABLE[factory].arguments(90, torch.bfloat16, **SIZES[factory])

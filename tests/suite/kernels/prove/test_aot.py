@@ -133,6 +133,16 @@ def test_a_spill_is_found():
     assert spills > 0
 
 
+def test_products_that_ptxas_cannot_leave_in_flight_are_said():
+    """Of a whole head's gradient it left none in flight while dq was its last product."""
+    result = aot.compile_case(launches.Shipped("attention_bwd", "197", "bf16", 64, 90))
+    assert not result.serialised
+    assert ", one by one" not in aot.row(result)
+    one_by_one = dataclasses.replace(result, serialised=True)
+    assert ", one by one" in aot.row(one_by_one)
+    assert not one_by_one.faults
+
+
 def test_faults_are_named():
     result = aot.Result(
         case=launches.Shipped("linear", "bias", "bf16", 192, 90),
