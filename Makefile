@@ -76,9 +76,10 @@ simulate: $(SIMULATORS)
 simulate-all: $(SIMULATORS)
 	$(SIMULATED) DEIT_SIMULATE=all $(PYTHON) -m pytest tests/simulated $(SELECT)
 
-# docs/numerics.md's tables of Triton's bf16 and e4m3.
+# docs/numerics.md's tables of Triton's bf16 and e4m3; by ROWS='build/rows-*.json', those of all that
+# was simulated: DEIT_SIMULATED=build/rows-2.json make simulate-all SHARD=2/8 writes a part's rows.
 simulated-figures: $(SIMULATORS)
-	$(SIMULATED) DEIT_SIMULATE=all $(PYTHON) tests/simulated/figures.py
+	$(SIMULATED) DEIT_SIMULATE=all $(PYTHON) tests/simulated/figures.py $(ROWS)
 
 $(SIMULATORS):
 	$(PYTHON) -m pip install -q --no-deps --ignore-requires-python --target $@ \
