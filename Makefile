@@ -63,10 +63,9 @@ arm:
 	$(PYTHON) tests/native/arm.py
 
 # The Triton kernels on GPUs that ttsem simulates on the CPU: results, bounds and races. `simulate`
-# is CI's part, 5.5 minutes on two cores of a Zen 4. `simulate-all` is all 2,225 tests, about an hour
-# and a half of one core by a sample of them; SHARD=2/8 runs the second of eight parts of it. ttsem's
-# metadata asks for Python 3.12, and its code runs on 3.11, so it is unpacked beside. It reads the IR
-# of triton 3.8 alone.
+# is CI's part, 5.5 minutes on two cores of a Zen 4. `simulate-all` is all 2,300 tests, 2.3 hours of one
+# such core; SHARD=2/8 runs the second of eight parts of it. ttsem's metadata asks for Python 3.12, and
+# its code runs on 3.11, so it is unpacked beside. It reads the IR of triton 3.8 alone.
 SIMULATORS := build/simulators
 SIMULATED = OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(SIMULATORS):$(CURDIR)/bench:$(CURDIR)/tests
 

@@ -26,7 +26,7 @@ E4M3 = "fp8 (e4m3)"
 def main() -> None:
     """The tables of the files of rows that are named; of none, what is measured here."""
     if files := sys.argv[1:]:
-        rows = [row for file in files for row in _rows(file)]
+        rows = shown.latest(map(_rows, files))
         numerics.insert(PAGE, shown.markdown(rows))
         print(shown.total(rows))
     else:

@@ -1,7 +1,8 @@
 """What a run of these tests showed, as tables: of the rows that they note.
 
 A row says `what` ran in which `dtype` on which `arch`, with how many `launches`, of them
-`unchecked` for races, and `used` of what its rule allows or how many shipped `kernels`. One of a
+`unchecked` for races, and `used` of what its rule allows in which `case`, or how many shipped
+`kernels`. One of a
 seeded `fault` says in which `kernel` it was, on which `case` it was seen, and what `found` it. One
 of a `stage`, a file of tests, says in which `run` it was ("slice" or "all"), how many `tests` it
 had, how many `failed`, and the `seconds` that a core worked.
@@ -31,6 +32,17 @@ def tables(rows: Sequence[Row]) -> dict[str, Table]:
         STAGES: _stages([row for row in rows if "stage" in row]),
     }
     return {heading: table for heading, table in made.items() if len(table) > 1}
+
+
+def latest(parts: Iterable[Sequence[Row]]) -> list[Row]:
+    """The rows of all parts; of what was run again, those of the last part that has it."""
+    found: dict[Any, Row] = {}
+    for number, part in enumerate(parts):
+        for index, row in enumerate(part):
+            named = {"fault", "case", "kernels"} & row.keys()
+            names = ("fault", "what", "dtype", "arch", "case")
+            found[(*sorted(named), *map(row.get, names)) if named else (number, index)] = row
+    return [*found.values()]
 
 
 def _share(rows: list[Row]) -> str:
