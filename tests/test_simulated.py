@@ -61,7 +61,8 @@ def _case(arch, used, launches=3, unchecked=0, what="linear"):
 
 
 PARTS = (
-    [{**_case(90, 19.0), "case": "run again"}, _case(90, 0.25), _case(80, 0.5), _case(90, 0.755, 4), _case(90, 0.1, what="attention"),
+    [{**_case(90, 19.0), "case": "run again"}, _case(90, 0.25), _case(80, 0.5),
+     _case(90, 0.755, 4), _case(90, 0.1, what="attention"),
      {"run": "all", "stage": "test_operators", "tests": 4, "failed": 0, "seconds": 7.4}],
     [{**_case(90, 0.3), "case": "run again"}, _case(80, 0.75, unchecked=1),
      {"what": "linear", "dtype": "fp16", "arch": 89, "kernels": 5, "launches": 9, "unchecked": 0},

@@ -54,22 +54,27 @@ def _convolution_backward(dout: Tensor, images: Tensor, weight: Tensor, *_: Any)
     return None, dweight.view_as(weight), rows.sum(0)
 
 
-def _scores(q: Tensor, k: Tensor, *, attn_mask: Tensor | None = None, scale: float) -> Tensor:
+def _scores(q: Tensor, k: Tensor, scale: float, attn_mask: Tensor | None) -> Tensor:
     scores = _product(q, k.mT) * scale
     return scores if attn_mask is None else scores + attn_mask
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, *_: Any, **scores: Any) -> tuple[Tensor, Tensor]:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, *_: Any,
+    attn_mask: Tensor | None = None, scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, lse) of q, k and v [B, H, N, d]; a query with no key is none of the calls'."""
-    s = _scores(q, k, **scores)
-    return _product(s.softmax(-1), v), s.logsumexp(-1)
+    scores = _scores(q, k, scale or q.shape[-1] ** -0.5, attn_mask)
+    return _product(scores.softmax(-1), v), scores.logsumexp(-1)
 
 
 def _attend_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *_: Any, **scores: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    p = (_scores(q, k, **scores) - lse[..., None]).exp()
-    ds = p * (_product(dout, v.mT) - (dout * out).sum(-1, keepdim=True)) * scores["scale"]
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *_: Any,
+    attn_mask: Tensor | None = None, scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    scale = scale or q.shape[-1] ** -0.5
+    p = (_scores(q, k, scale, attn_mask) - lse[..., None]).exp()
+    ds = p * (_product(dout, v.mT) - (dout * out).sum(-1, keepdim=True)) * scale
     return _product(ds, k), _product(ds.mT, q), _product(p.mT, dout)
 
 
@@ -96,5 +101,5 @@ class _OneChain(TorchDispatchMode):
 @contextlib.contextmanager
 def one_chain() -> Iterator[None]:
     """Inside, PyTorch's products in fp32 are one chain each, attention's too."""
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), _OneChain():
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]), _OneChain():
         yield
