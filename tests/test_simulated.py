@@ -79,11 +79,11 @@ TABLES = """
 | attention | bf16 |  | 0.10 | 1 | 3 | 0 |
 | linear | bf16 | 0.75 | 0.76 | 5 | 16 | 1 |
 
-**simulated GPUs: every launch that ships: kernels, launches**
+**simulated GPUs: every launch that ships: kernels**
 
 | operator | sm_89 | launches | not searched for races |
 |---|---|---|---|
-| linear | 7, 11 | 11 | 0 |
+| linear | 7 | 11 | 0 |
 
 **simulated GPUs: seeded faults**
 
