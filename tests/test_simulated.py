@@ -79,7 +79,7 @@ TABLES = """
 | attention | bf16 |  | 0.10 | 1 | 3 | 0 |
 | linear | bf16 | 0.75 | 0.76 | 5 | 16 | 1 |
 
-**simulated GPUs: every launch that ships: kernels**
+**simulated GPUs: kernels of the launches that ship**
 
 | operator | sm_89 | launches | not searched for races |
 |---|---|---|---|

@@ -17,7 +17,7 @@ Row = dict[str, Any]
 Table = list[list[str]]  # its first line is the head
 
 RULE = "largest share of what the rule allows"
-SHIPPED = "every launch that ships: kernels"
+SHIPPED = "kernels of the launches that ship"
 FAULTS = "seeded faults"
 STAGES = "time"
 RUNS = {"slice": "make simulate", "all": "make simulate-all"}
