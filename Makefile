@@ -63,10 +63,9 @@ arm:
 	$(PYTHON) tests/native/arm.py
 
 # The Triton kernels on GPUs that ttsem simulates on the CPU: results, bounds and races. `simulate`
-# is CI's part, 5.5 minutes on two cores of a Zen 4. `simulate-all` is all 2,225 tests, about an hour
-# and a half of one core by a sample of them; SHARD=2/8 runs the second of eight parts of it. ttsem's
-# metadata asks for Python 3.12, and its code runs on 3.11, so it is unpacked beside. It reads the IR
-# of triton 3.8 alone.
+# is CI's part, 5.5 minutes on two cores of a Zen 4. `simulate-all` is all 2,300 tests, 2.8 hours of one
+# such core; SHARD=2/8 runs the second of eight parts of it. ttsem's metadata asks for Python 3.12, and
+# its code runs on 3.11, so it is unpacked beside. It reads the IR of triton 3.8 alone.
 SIMULATORS := build/simulators
 SIMULATED = OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(SIMULATORS):$(CURDIR)/bench:$(CURDIR)/tests
 
@@ -76,9 +75,10 @@ simulate: $(SIMULATORS)
 simulate-all: $(SIMULATORS)
 	$(SIMULATED) DEIT_SIMULATE=all $(PYTHON) -m pytest tests/simulated $(SELECT)
 
-# docs/numerics.md's tables of Triton's bf16 and e4m3.
+# docs/numerics.md's tables of Triton's bf16 and e4m3; by ROWS='build/rows-*.json', those of all that
+# was simulated: DEIT_SIMULATED=build/rows-2.json make simulate-all SHARD=2/8 writes a part's rows.
 simulated-figures: $(SIMULATORS)
-	$(SIMULATED) DEIT_SIMULATE=all $(PYTHON) tests/simulated/figures.py
+	$(SIMULATED) DEIT_SIMULATE=all $(PYTHON) tests/simulated/figures.py $(ROWS)
 
 $(SIMULATORS):
 	$(PYTHON) -m pip install -q --no-deps --ignore-requires-python --target $@ \

@@ -55,7 +55,8 @@ class Settings:
     """write every figure here"""
     write: Path | None = None
     """a Markdown file that gets the tables, between the lines <!-- figures --> and <!-- end -->,
-    each in the place of an earlier one of its implementation and dtype"""
+    each in the place of an earlier one of its implementation and dtype; with `operator`, the
+    earlier one's lines of other operators stay"""
 
 
 @dataclass(frozen=True)
@@ -199,17 +200,34 @@ def _plain(row: Row) -> str:
     return text.replace("[red]", "**").replace("[/red]", "**")
 
 
-def insert(path: Path, text: str) -> None:
+def insert(path: Path, text: str, *, keep: bool = False) -> None:
     """Put `text`'s tables between the two marks of a file, where others that are there stay.
 
+    keep: of an earlier table with the same heading, the lines of other operators stay, too.
     ValueError: the marks are not there.
     """
     before, mark, rest = path.read_text().partition("<!-- figures -->")
     old, end, after = rest.partition("<!-- end -->")
     if not mark or not end:
         raise ValueError(f"{path}: expected the lines <!-- figures --> and <!-- end -->")
-    tables = "\n\n".join((_by_heading(old) | _by_heading(text)).values())
-    path.write_text(f"{before}{mark}\n\n{tables}\n\n{end}{after}")
+    tables = _by_heading(old)
+    for heading, made in _by_heading(text).items():
+        tables[heading] = _joined(tables.get(heading, ""), made) if keep else made
+    written = "\n\n".join(tables.values())
+    path.write_text(f"{before}{mark}\n\n{written}\n\n{end}{after}")
+
+
+def _joined(old: str, new: str) -> str:
+    """`new`, and before its own lines those of `old` that are of other operators."""
+
+    def operator(line: str) -> str:
+        return line.split("|")[1] if line.startswith("|") else ""
+
+    lines = new.splitlines()
+    made = {"", *map(operator, lines)}
+    stay = [line for line in old.splitlines() if operator(line) not in made]
+    first = next(i for i, line in enumerate(lines) if line.startswith("|---")) + 1
+    return "\n".join([*lines[:first], *stay, *lines[first:]])
 
 
 def _by_heading(text: str) -> dict[str, str]:
@@ -247,7 +265,7 @@ def main(settings: Settings) -> int:
     if settings.json is not None:
         write(settings.json, rows, device)
     if settings.write is not None:
-        insert(settings.write, markdown(rows, settings))
+        insert(settings.write, markdown(rows, settings), keep=bool(settings.operator))
     above = [row for row in rows if row.used > 1]
     console.print(f"{len(rows)} figures, {len(above)} above the rule")
     return 1 if above else 0

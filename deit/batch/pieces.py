@@ -53,6 +53,19 @@ def digest(items: Sequence[Item]) -> str:
     return sums.hexdigest()
 
 
+def _lists(values: np.ndarray, bad: np.ndarray) -> Any:
+    """[n, width] as an Arrow array of lists, null where `bad`.
+
+    Not of a fixed size, which pyarrow before 26 writes and cannot read where one is null
+    (apache/arrow#35692).
+    """
+    import pyarrow as pa
+
+    ends = np.cumsum(np.where(bad, 0, values.shape[1]))
+    offsets = pa.array(np.concatenate([[0], ends]), pa.int32())
+    return pa.ListArray.from_arrays(offsets, pa.array(values[~bad].reshape(-1)), mask=pa.array(bad))
+
+
 class Pieces:
     """The output folder of one run; closed by `close`, and whenever its process ends."""
 
@@ -178,10 +191,7 @@ class Pieces:
         bad = np.array([error is not None for error in errors])
         arrays = {"path": pa.array([_text(item.name) for item in items], pa.string())}
         for name, values in columns.items():
-            flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-            arrays[name] = pa.FixedSizeListArray.from_arrays(
-                flat, values.shape[1], mask=pa.array(bad)
-            )
+            arrays[name] = _lists(values, bad)
         arrays["error"] = pa.array([None if e is None else _text(e) for e in errors], pa.string())
         about = {"piece": number, "names": digest(items), "unreadable": int(bad.sum())}
         table = pa.table(arrays).replace_schema_metadata({_KEY: json.dumps(about).encode()})

@@ -4,6 +4,10 @@ The rule compares a kernel with PyTorch on the same device. A CPU's products add
 chains, whose error is smaller: by that measure an exact fp32 kernel of a GPU fails (by 1.7 for
 patch_embed's d weight). So in fp32 the yardstick's products are one chain each, of multiply-adds
 that round once, by the tool's own arithmetic.
+
+Attention's gradient subtracts the sum of dout * out from the products dout vT, as PyTorch's fused
+kernels do on a GPU in fp32 too. PyTorch's own softmax sums what it subtracts in another way: where
+one key takes everything it is exactly 0, and a fused kernel's rounding is not.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
+_attention = aten._scaled_dot_product_flash_attention_for_cpu
+_attention_backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def _product(a: Tensor, b: Tensor, start: Tensor | float = 0.0) -> Tensor:
@@ -48,24 +54,52 @@ def _convolution_backward(dout: Tensor, images: Tensor, weight: Tensor, *_: Any)
     return None, dweight.view_as(weight), rows.sum(0)
 
 
+def _scores(q: Tensor, k: Tensor, scale: float, attn_mask: Tensor | None) -> Tensor:
+    scores = _product(q, k.mT) * scale
+    return scores if attn_mask is None else scores + attn_mask
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, *_: Any,
+    attn_mask: Tensor | None = None, scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, lse) of q, k and v [B, H, N, d]; a query with no key is none of the calls'."""
+    scores = _scores(q, k, scale or q.shape[-1] ** -0.5, attn_mask)
+    return _product(scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+def _attend_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *_: Any,
+    attn_mask: Tensor | None = None, scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    scale = scale or q.shape[-1] ** -0.5
+    p = (_scores(q, k, scale, attn_mask) - lse[..., None]).exp()
+    ds = p * (_product(dout, v.mT) - (dout * out).sum(-1, keepdim=True)) * scale
+    return _product(ds, k), _product(ds.mT, q), _product(p.mT, dout)
+
+
 _CHAINS: dict[Any, Callable[..., Any]] = {
     aten.mm.default: _product,
     aten.bmm.default: _product,
     aten.addmm.default: lambda start, a, b: _product(a, b, start),
+    _attention.default: _attend,
+    _attention_backward.default: _attend_backward,
     aten.convolution.default: _convolution,
     aten.convolution_backward.default: _convolution_backward,
 }
+_OF_SCORES = {"attn_mask", "scale"}  # the options that some of these take
 
 
 class _OneChain(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _CHAINS and args[0].dtype == torch.float32 and not kwargs:
-            return _CHAINS[func](*args)
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in _CHAINS and args[0].dtype == torch.float32 and kwargs.keys() <= _OF_SCORES:
+            return _CHAINS[func](*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
 def one_chain() -> Iterator[None]:
     """Inside, PyTorch's products in fp32 are one chain each, attention's too."""
-    with sdpa_kernel(SDPBackend.MATH), _OneChain():
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]), _OneChain():
         yield

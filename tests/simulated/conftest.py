@@ -1,6 +1,8 @@
-"""Shows what was simulated: the largest share of the rule by kernel, dtype and GPU.
+"""Shows what was simulated: the largest share of the rule by kernel, dtype and GPU, and what else.
 
 SHARD=2/16 runs the second of sixteen parts: every sixteenth test from the second on.
+DEIT_SIMULATED=FILE writes the rows that this is shown of, for docs/numerics.md's tables
+(figures.py).
 """
 
 from __future__ import annotations
@@ -8,13 +10,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import shown
 
-_ROWS: list[dict[str, Any]] = []
+_ROWS: list[shown.Row] = []
+_STAGES: dict[str, shown.Row] = {}  # by the file of its tests
 _HERE = Path(__file__).parent
 
 
@@ -42,24 +46,34 @@ def note() -> Callable[..., None]:
     return lambda **row: _ROWS.append(row)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
+    name = item.path.stem
+    row = {"run": os.environ["DEIT_SIMULATE"], "stage": name, "tests": 0, "failed": 0}
+    stage = _STAGES.setdefault(name, {**row, "seconds": 0.0})
+    began = _worked()
+    result = yield
+    stage["tests"] += 1
+    stage["seconds"] += _worked() - began
+    return result
+
+
+def _worked() -> float:
+    """Seconds that a core worked for this process and those that it waited for."""
+    return sum(os.times()[:4])
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not _ROWS:
         return
-    terminalreporter.section("simulated: largest error, as a share of what the rule allows")
-    table: dict[tuple[str, str], dict[int, list[float]]] = {}
-    for row in filter(lambda row: "used" in row, _ROWS):
-        cells = table.setdefault((row["what"], row["dtype"]), {})
-        cells.setdefault(row["arch"], []).append(row["used"])
-    archs = sorted({arch for cells in table.values() for arch in cells})
-    line = "{:<22}{:<6}".format
-    terminalreporter.write_line(line("", "") + "".join(f"{f'sm_{arch}':>9}" for arch in archs))
-    for key, cells in sorted(table.items()):
-        figures = (f"{max(cells[arch]):>9.2f}" if arch in cells else " " * 9 for arch in archs)
-        terminalreporter.write_line(line(*key) + "".join(figures))
-    launches = sum(row["launches"] for row in _ROWS)
-    unchecked = sum(row["unchecked"] for row in _ROWS)
-    terminalreporter.write_line(
-        f"{len(_ROWS)} cases, {launches} launches, {unchecked} of them not searched for races"
-    )
+    stats = terminalreporter.stats
+    for report in (*stats.get("failed", ()), *stats.get("error", ())):
+        _STAGES[Path(report.nodeid.split("::")[0]).stem]["failed"] += 1
+    rows = [*_ROWS, *_STAGES.values()]
+    for heading, table in shown.tables(rows).items():
+        terminalreporter.section(f"simulated: {heading}")
+        for line in shown.aligned(table):
+            terminalreporter.write_line(line)
+    terminalreporter.write_line(shown.total(rows))
     if place := os.environ.get("DEIT_SIMULATED"):
-        Path(place).write_text(json.dumps(_ROWS, indent=1))
+        Path(place).write_text(json.dumps(rows, indent=1))

@@ -1,14 +1,18 @@
-"""Writes docs/numerics.md's tables of Triton's bf16 and e4m3: by a simulated H100.
+"""Writes docs/numerics.md's tables of simulated GPUs.
 
-make simulated-figures
+make simulated-figures            # Triton's bf16 and e4m3, by a simulated H100
+DEIT_SIMULATED=build/rows-1.json make simulate-all SHARD=1/4    # and so on: of whole runs,
+python tests/simulated/figures.py build/rows-*.json             # parts of one in any order
 """
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from pathlib import Path
 
-import simulator
+import shown
 import torch
 
 import numerics
@@ -20,7 +24,27 @@ E4M3 = "fp8 (e4m3)"
 
 
 def main() -> None:
+    """The tables of the files of rows that are named; of none, what is measured here."""
+    if files := sys.argv[1:]:
+        rows = shown.latest(map(_rows, files))
+        numerics.insert(PAGE, shown.markdown(rows))
+        print(shown.total(rows))
+    else:
+        measure()
+
+
+def _rows(file: str) -> list[shown.Row]:
+    try:
+        rows: list[shown.Row] = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        sys.exit(f"{file}: expected the rows that DEIT_SIMULATED={file} writes; {error}")
+    return rows
+
+
+def measure() -> None:
     """As `bench/numerics.py --impl triton --dtype bf16 --draws 2 --write`, and in e4m3."""
+    import simulator  # nothing but this needs it
+
     settings = numerics.Settings(impl=("triton",), dtype=("bf16",), draws=2)
     with simulator.device(90) as launched:
         rows, _ = numerics.measure(settings, torch.device("cpu"))

@@ -21,6 +21,14 @@ from deit.kernels.linear import triton_split as split
 from deit.kernels.linear import triton_tile as linear_tile
 
 RULE, LEANS = "above the rule", "leans"
+# What a finding is in words, where the tool's own are short.
+SAID = {
+    "past the end": "an access out of bounds",
+    "write-write": "a race: two programs write",
+    "read-write": "a race: one program reads, another writes",
+    "NaN": "NaN: what was never written",
+    LEANS: "errors that lean to one side",
+}
 NORM, LINEAR = Size(3, 61, 192), Size(3, 61, 192, width=768)
 
 
@@ -135,8 +143,10 @@ def seeded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 @pytest.mark.parametrize("seeded", FAULTS, indirect=True)
-def test_it_is_found(seeded):
+def test_it_is_found(seeded, request, note):
     assert seeded.found_by in _finding(seeded.case)
+    note(fault=request.node.callspec.params["seeded"], kernel=seeded.kernel.fn.__name__.strip("_"),
+         case=str(seeded.case), found=SAID.get(seeded.found_by, seeded.found_by))  # fmt: skip
 
 
 def _finding(case: Case) -> str:

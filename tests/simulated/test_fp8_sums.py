@@ -58,8 +58,9 @@ def test_an_h100s_sums(operator, depth, h100, note):
         out = call.results("triton", call.inputs)["out"]
     distance = float((out - expected).norm() / expected.norm())
     assert set(h100) == {GROUP}
-    note(what=f"{call.operator}, H100", dtype="fp32", arch=90, used=distance / ALLOWED[operator],
-         launches=launched.launches, unchecked=launched.races_unchecked)  # fmt: skip
+    note(what=f"{call.operator}, H100", dtype="fp32", arch=90, case=str(depth),
+         used=distance / ALLOWED[operator], launches=launched.launches,
+         unchecked=launched.races_unchecked)  # fmt: skip
     assert distance <= (GROUPED if operator == "linear" else ALLOWED[operator])
 
 

@@ -8,6 +8,7 @@ of GELU, ViT-L's width. Launches of one compiled kernel count once, as `make aot
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import simulator
@@ -61,11 +62,21 @@ class _Memory:
         return made.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
-def _run(case: launches.Shipped) -> None:
-    launch = replace(case, batch=IMAGES).build()
+def _run(case: launches.Shipped, images: int) -> None:
+    launch = replace(case, batch=images).build()
     memory = _Memory()
     arguments = {name: memory(value) for name, value in launch.arguments.items()}
     replace(launch, arguments=arguments).run(torch.empty(0))
+
+
+def _searched(case: launches.Shipped, launched: Any) -> bool:
+    """Run a launch; with fewer images where it is too large to be searched for races."""
+    for images in range(IMAGES, 0, -1):
+        too_large = launched.races_unchecked
+        _run(case, images)
+        if launched.races_unchecked == too_large:
+            return True
+    return False
 
 
 @pytest.mark.parametrize(("operator", "arch", "dtype"), _groups())
@@ -73,14 +84,16 @@ def test_within_bounds_and_without_races(operator, arch, dtype, note):
     cases = _kernels(operator, arch, dtype)
     if simulator.ASKED != "all":
         cases = cases[:: -(-len(cases) // KERNELS)]
+    unchecked = []
     with simulator.device(arch) as launched:
         for case in cases:
             try:
-                _run(case)
+                unchecked += [] if _searched(case, launched) else [str(case)]
             except Exception as error:
                 error.add_note(str(case))
                 raise
-    note(what=operator, dtype=dtype, arch=arch, kernels=len(cases), launches=launched.launches,
-         unchecked=launched.races_unchecked)  # fmt: skip
-    assert launched.launches >= len(cases)
-    assert not launched.races_unchecked
+    once = launched.launches - launched.races_unchecked + len(unchecked)
+    note(what=operator, dtype=dtype, arch=arch, kernels=len(cases), launches=once,
+         unchecked=len(unchecked))  # fmt: skip
+    assert once >= len(cases)
+    assert not unchecked

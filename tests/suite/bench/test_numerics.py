@@ -71,3 +71,18 @@ def test_tables_of_what_was_not_measured_stay(tmp_path):
     page.write_text("no marks\n")
     with pytest.raises(ValueError, match="figures"):
         numerics.insert(page, "")
+
+
+def test_lines_of_other_operators_stay_where_some_are_named(tmp_path):
+    def rows(*figures):
+        made = (numerics.Row("cpu", o, "out", "fp32", "random", n, 1, n, 1, 0) for o, n in figures)
+        return numerics.markdown([*made], numerics.Settings(impl=("cpu",), dtype=("fp32",)))
+
+    page = tmp_path / "page.md"
+    page.write_text("<!-- figures -->\n<!-- end -->\n")
+    numerics.insert(page, rows(("linear", 0.5), ("attention", 0.6)), keep=True)
+    numerics.insert(page, rows(("linear", 0.25), ("rms_norm", 1)), keep=True)
+    expected = rows(("attention", 0.6), ("linear", 0.25), ("rms_norm", 1))
+    assert page.read_text() == f"<!-- figures -->\n{expected}\n\n<!-- end -->\n"
+    numerics.insert(page, rows(("linear", 0.5)))
+    assert page.read_text() == f"<!-- figures -->\n{rows(('linear', 0.5))}\n\n<!-- end -->\n"

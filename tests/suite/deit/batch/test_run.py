@@ -22,6 +22,7 @@ from deit.commands.cli import main
 from deit.training.progress import Watch
 
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+pa = pytest.importorskip("pyarrow")
 
 COUNT = 42
 BAD = (5, 17)
@@ -65,7 +66,9 @@ def test_a_row_for_every_image(whole, model, photos):
             np.testing.assert_allclose(
                 row["embedding"], model([row["path"]])[0], rtol=1e-4, atol=1e-5
             )
-    assert pq.read_table(out).num_rows == COUNT  # readers pass over _run.json and .lock
+    table = pq.read_table(out)
+    assert table.num_rows == COUNT  # readers pass over _run.json and .lock
+    assert table.schema.field("embedding").type == pa.list_(pa.float32())  # any pyarrow's null
 
 
 @pytest.mark.parametrize("workers", [1, 2])
