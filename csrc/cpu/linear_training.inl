@@ -1,4 +1,4 @@
-// The fp32 products of training, forward and backward. Included by kernels.cpp.
+// The products of training in fp32 and bf16, forward and backward. Included by kernels.cpp.
 //
 // Why not oneDNN's, which is as fast: it adds up to 1000 terms in one chain, and its error at
 // DeiT's depths (5.3e-7 at 1536 against 2.6e-7 of PyTorch's own linear layer) breaks the error
@@ -34,92 +34,118 @@
 constexpr int64_t kLayerChain = kFused ? 48 : kChain;
 constexpr int64_t kRowTile = 96;  // rows of a task: a panel's block is read 16 times from L1
 
-void pack_operand(const PackArgs& args, int64_t begin, int64_t end) {
+template <class T>
+void pack_operand_typed(const PackArgs& args, int64_t begin, int64_t end) {
+  const T* b = static_cast<const T*>(args.b);
+  const int64_t words = (args.depth + kInWord<T> - 1) / kInWord<T>;
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t first_column = panel * kPanel, left = args.width - first_column;
-    float* to = args.panels + first_column * args.depth;
+    float* to = args.panels + first_column * words;
     if (args.transposed) {
-      pack_keys(args.b + first_column * args.ldb, args.ldb, left < kPanel ? left : kPanel,
-                args.depth, to);
+      pack_keys(reinterpret_cast<const float*>(b + first_column * args.ldb),
+                args.ldb / kInWord<T>, left < kPanel ? left : kPanel, words, to);
     } else {
-      pack_columns<kPanel>(args.b + first_column, args.ldb, args.depth, left, to);
+      pack_columns<kPanel>(b + first_column, args.ldb, args.depth, left, to);
     }
   }
 }
 
+void pack_operand(const PackArgs& args, int64_t begin, int64_t end) {
+  args.type == Scalar::f32 ? pack_operand_typed<float>(args, begin, end)
+                           : pack_operand_typed<BF16>(args, begin, end);
+}
+
+// What the forward takes of an activation. In fp32 its backward computes the same bits again. In
+// bf16 that starts from an `affine` that was rounded, so the cheaper GELU serves.
+template <class T>
+DEIT_INLINE Vec activated_by(Vec y, Activation activation) {
+  if (sizeof(T) < sizeof(float) && activation == Activation::gelu) return gelu(y);
+  return activate_with_slope(y, activation).value;
+}
+
 // The epilogue on `sums`, [rows, columns] at row stride kPanel, of the product's columns from
 // `column`.
+template <class T, class Out>
 DEIT_INLINE void finish(const TrainingProductArgs& p, const float* sums, int64_t column,
                         int64_t columns) {
   for (int64_t row = 0; row < p.rows; ++row, sums += kPanel) {
     const int64_t sample = p.keep ? (p.first_row + row) / p.rows_per_sample : 0;
     const Vec kept = broadcast(p.keep ? p.keep[sample] : 1.0f);
     const int64_t at = row * p.width + column;
+    Out* out = static_cast<Out*>(p.out) + at;
     each_vector(columns, [&](int64_t j, int lanes) __attribute__((always_inline)) {
       Vec y = load(sums + j);
       if (p.hidden) {
-        const Vec hidden = load_lanes(p.hidden + at + j, lanes);
+        const Vec hidden = load_lanes(static_cast<const T*>(p.hidden) + at + j, lanes);
         const Activated found = activate_with_slope(hidden, p.activation);
-        if (p.activated) store_lanes(p.activated + at + j, found.value, lanes);
-        return store_lanes(p.out + at + j, y * found.slope, lanes);
+        if (p.activated) store_lanes(static_cast<T*>(p.activated) + at + j, found.value, lanes);
+        return store_lanes(out + j, y * found.slope, lanes);
       }
       if (p.bias) y = y + load_lanes(p.bias + column + j, lanes);
-      if (p.affine) store_lanes(p.affine + at + j, y, lanes);
-      if (p.activation != Activation::none) y = activate_with_slope(y, p.activation).value;
+      if (p.affine) store_lanes(static_cast<T*>(p.affine) + at + j, y, lanes);
+      if (p.activation != Activation::none) y = activated_by<T>(y, p.activation);
       if (p.gamma) y = y * load_lanes(p.gamma + column + j, lanes);
       if (p.keep) y = y * kept;
-      if (p.residual) y = load_lanes(p.residual + at + j, lanes) + y;
-      store_lanes(p.out + at + j, y, lanes);
+      if (p.residual) y = load_lanes(static_cast<const Out*>(p.residual) + at + j, lanes) + y;
+      store_lanes(out + j, y, lanes);
     });
   }
 }
 
 // The whole of `p`, which has kRowTile rows at most.
+template <class T, class Out>
 void product_tile(const TrainingProductArgs& p, float* sums) {
   for (int64_t column = 0; column < p.width; column += kPanel) {
     const int64_t left = p.width - column, columns = left < kPanel ? left : kPanel;
     const float* panel = p.panels + column * p.depth;
     for (int64_t k = 0; k < p.depth; k += kLayerChain) {
       const int64_t chain = p.depth - k < kLayerChain ? p.depth - k : kLayerChain;
-      multiply<float, false>(p.a + k, p.lda, panel + k * kPanel, kPanel, p.rows, chain,
-                      vectors_of(columns), k > 0, sums, kPanel);
+      multiply<T, false>(p.a + k, p.lda, panel + k * kPanel, kPanel, p.rows, chain,
+                         vectors_of(columns), k > 0, sums, kPanel);
     }
-    finish(p, sums, column, columns);
+    finish<T, Out>(p, sums, column, columns);
   }
 }
 
 // `p` on its tile of rows.
+template <class T, class Out>
 DEIT_INLINE TrainingProductArgs on_tile(TrainingProductArgs p, int64_t tile) {
-  const int64_t row = tile * kRowTile;
+  const int64_t row = tile * kRowTile, at = row * p.width;
   p.rows = p.rows - row < kRowTile ? p.rows - row : kRowTile;
   p.first_row += row;
   if (p.a) p.a += row * p.lda;
-  float** const written[] = {&p.out, &p.affine, &p.activated};
-  for (float** to : written) {
-    if (*to) *to += row * p.width;
-  }
-  const float** const read[] = {&p.residual, &p.hidden};
-  for (const float** from : read) {
-    if (*from) *from += row * p.width;
-  }
+  if (p.out) p.out = static_cast<Out*>(p.out) + at;
+  if (p.residual) p.residual = static_cast<const Out*>(p.residual) + at;
+  if (p.affine) p.affine = static_cast<T*>(p.affine) + at;
+  if (p.hidden) p.hidden = static_cast<const T*>(p.hidden) + at;
+  if (p.activated) p.activated = static_cast<T*>(p.activated) + at;
   return p;
 }
 
+// A product before another has that one's depth, in words, for its width.
 size_t product_workspace(const TrainingProductArgs& p) {
-  return static_cast<size_t>(kRowTile * kPanel + (p.before ? kRowTile * p.before->width : 0));
+  return static_cast<size_t>(kRowTile * kPanel + (p.before ? kRowTile * p.depth : 0));
+}
+
+template <class T, class Out>
+void product_tiles_typed(const TrainingProductArgs& args, float* sums, int64_t begin, int64_t end) {
+  for (int64_t tile = begin; tile < end; ++tile) {
+    TrainingProductArgs p = on_tile<T, Out>(args, tile);
+    if (args.before) {
+      TrainingProductArgs first = on_tile<T, T>(*args.before, tile);
+      float* between = sums + kRowTile * kPanel;
+      first.out = between;
+      product_tile<T, T>(first, sums);
+      p.a = between;
+    }
+    product_tile<T, Out>(p, sums);
+  }
 }
 
 void product_tiles(const TrainingProductArgs& args, float* sums, int64_t begin, int64_t end) {
-  for (int64_t tile = begin; tile < end; ++tile) {
-    TrainingProductArgs p = on_tile(args, tile);
-    if (args.before) {
-      TrainingProductArgs first = on_tile(*args.before, tile);
-      first.out = sums + kRowTile * kPanel;
-      product_tile(first, sums);
-      p.a = first.out;
-    }
-    product_tile(p, sums);
-  }
+  if (args.type == Scalar::f32) return product_tiles_typed<float, float>(args, sums, begin, end);
+  args.out_type == Scalar::f32 ? product_tiles_typed<BF16, float>(args, sums, begin, end)
+                               : product_tiles_typed<BF16, BF16>(args, sums, begin, end);
 }
 
 constexpr TrainingProductKernels training_product_kernels = {
