@@ -379,6 +379,18 @@ DEIT_INLINE void store_two(T* p, Vec a, Vec b) {
   store(p + kWidth, b);
 }
 
+// The same where denormals may become zeros, as the processor's own rounding to bf16 makes them.
+template <class T>
+DEIT_INLINE void round_two(T* p, Vec a, Vec b) {
+  store_two(p, a, b);
+}
+#if defined(__AVX512BF16__)
+template <>
+DEIT_INLINE void round_two(BF16* p, Vec a, Vec b) {
+  _mm512_storeu_ps(p, narrowed(a, b));
+}
+#endif
+
 // The first n < kWidth lanes, zeros in the others; memory past them is not touched.
 template <class T>
 DEIT_INLINE Vec load_first(const T* p, int n) {
