@@ -13,7 +13,7 @@ from layers import feed_forward, keep_of, layer
 import deit
 from deit.fused_vit import fuse
 from deit.kernels import add_layer_norm, attention, explain, gelu_mlp, layer_norm, linear
-from deit.kernels.engine import native, registry
+from deit.kernels.engine import dispatch, native, registry
 from deit.kernels.prove import reference
 
 pytestmark = pytest.mark.skipif(
@@ -253,8 +253,11 @@ def test_loss_curves_are_those_of_the_plain_model(arch):
     torch.testing.assert_close(train(fused, 20), train(plain, 20), rtol=2e-4, atol=0)
 
 
-def test_loss_curve_under_autocast():
+@pytest.mark.parametrize("measured", [False, True], ids=["as shipped", "products measured faster"])
+def test_loss_curve_under_autocast(measured, monkeypatch):
     plain, fused = pair()
+    if measured:
+        monkeypatch.setattr(dispatch, "_of_any", lambda *_: ("cpu",))
     found, expected = (train(m, 5, autocast=True) for m in (fused, plain))
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=0)
 
