@@ -36,13 +36,14 @@ constexpr int64_t kLayerChain = kFused ? 48 : kChain;
 template <class T>
 constexpr int64_t kChainOf = sizeof(T) == sizeof(float) ? kLayerChain : 192;
 constexpr int64_t kRowTile = 96;  // rows of a task: a panel's block is read 16 times from L1
-// Rows that are multiplied and finished before the next ones. In bf16 a product has half the time
-// to hide what its epilogue waits for, lines of the outputs and the hidden layer: those of 6 rows
-// are fetched while these are multiplied. A hidden layer's gradient took 4.8 / 14.3 / 46.1 ms before
-// and takes 3.4 / 10.5 / 38.8 (1576 rows, D = 192 / 384 / 768, one core of a Zen 4; the product
-// alone 2.8 / 9.7 / 36.6 and 2.7 / 9.4 / 35.4). With 12 rows at once most of that is lost.
-template <class T>
-constexpr int64_t kRowsAtOnce = sizeof(T) == sizeof(float) ? kRowTile : kRows;
+// Rows that are multiplied and finished before the next ones. With AVX-512 a product is too fast to
+// hide what its epilogue waits for, lines of the outputs and of the hidden layer: those of 6 rows are
+// fetched while these are multiplied. ms of a hidden layer's gradient before and now, 1576 rows, one
+// core of a Zen 4 beside other work, D = 192 / 384 (with 12 or 24 rows most of it is lost):
+//     bf16   4.8 / 14.3   3.4 / 10.5
+//     fp32   7.0 / 22.6   6.4 / 21.1
+// With AVX2 it changed nothing.
+constexpr int64_t kRowsAtOnce = kWidth == 16 ? kRows : kRowTile;
 
 template <class T>
 void pack_operand_typed(const PackArgs& args, int64_t begin, int64_t end) {
@@ -180,9 +181,9 @@ void product_tile(const TrainingProductArgs& p, float* sums) {
   for (int64_t column = 0; column < p.width; column += kPanel) {
     const int64_t left = p.width - column, columns = left < kPanel ? left : kPanel;
     const float* panel = p.panels + column * p.depth;
-    for (int64_t row = 0; row < p.rows; row += kRowsAtOnce<T>) {
-      const int64_t rows = p.rows - row < kRowsAtOnce<T> ? p.rows - row : kRowsAtOnce<T>;
-      if (kRowsAtOnce<T> < kRowTile) {
+    for (int64_t row = 0; row < p.rows; row += kRowsAtOnce) {
+      const int64_t rows = p.rows - row < kRowsAtOnce ? p.rows - row : kRowsAtOnce;
+      if (kRowsAtOnce < kRowTile) {
         const int64_t end = row + rows;
         prefetch_part<Out>(p.out, row, end, p.width, column, columns);
         prefetch_part<Out>(p.residual, row, end, p.width, column, columns);
