@@ -1,4 +1,4 @@
-// The MLP of a block on the CPU, in inference and in fp32 training: two products, by rows whose
+// The MLP of a block on the CPU, in inference and in training: two products, by rows whose
 // activated hidden layer stays in a cache.
 #include <string>
 
@@ -63,10 +63,11 @@ std::tuple<Tensor, Tensor, Tensor> gelu_mlp_fwd(Tensor x, Tensor w1, Optional b1
   check_linear(x, w1, "w1");
   STD_TORCH_CHECK(w2.dim() == 2 && w2.size(1) == w1.size(0) && w2.size(1) > 0,
                   "w2: expected [D', M] with M > 0 the rows of w1");
-  x = fp32("x", x);
+  const ScalarType type = x.scalar_type();
+  x = contiguous("x", x, type);
   const int64_t hidden_width = w1.size(0), width = w2.size(0);
   Tensor hidden = torch::stable::new_empty(x, with_last(x, hidden_width));
-  Tensor out = torch::stable::new_empty(x, with_last(x, width));
+  Tensor out = torch::stable::new_empty(residual.value_or(x), with_last(x, width));
   Tensor affine = gamma.has_value() ? torch::stable::new_empty(x, with_last(x, width)) : none(x);
   Epilogue epilogues[2];
   TrainingProductArgs first = product_of(x, hidden_width, hidden);
@@ -76,11 +77,11 @@ std::tuple<Tensor, Tensor, Tensor> gelu_mlp_fwd(Tensor x, Tensor w1, Optional b1
   first.out = nullptr;
   TrainingProductArgs second = product_of(hidden, width, out);
   epilogues[1].describe(x, width, b2, residual, gamma, keep, second);
-  second.affine = gamma.has_value() ? mutable_floats(affine) : nullptr;
+  second.affine = gamma.has_value() ? affine.mutable_data_ptr() : nullptr;
   second.a = nullptr;
   second.before = &first;
-  const Buffer packed[2] = {pack_operand(first, fp32("w1", w1), true),
-                            pack_operand(second, fp32("w2", w2), true)};
+  const Buffer packed[2] = {pack_operand(first, contiguous("w1", w1, type), true),
+                            pack_operand(second, contiguous("w2", w2, type), true)};
   run_product(second);
   return {out, hidden, affine};
 }
@@ -92,24 +93,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gelu_mlp_bwd(
   const Wanted wants(wanted, 6);
   check_gradient(hidden, x, w1, "w1", "hidden: expected [.., M] with M the rows of w1");
   check_gradient(dout, hidden, w2, "w2");
-  hidden = fp32("hidden", hidden);
+  const ScalarType type = w2.scalar_type();
+  hidden = contiguous("hidden", hidden, type);
   const bool first = wants[0] || wants[1] || wants[2];  // what lies before the hidden layer
-  const auto [g, dgamma] = output_gradient(dout, affine, Activation::none, gamma, keep,
+  const auto [g, dgamma] = output_gradient(dout, affine, Activation::none, gamma, keep, type,
                                            first || wants[3] || wants[4], wants[5]);
   Tensor dhidden = none(hidden), activated = none(hidden);
   if (wants[3]) activated = torch::stable::new_empty(hidden, hidden.sizes());
   if (first || wants[3]) {
     dhidden = torch::stable::new_empty(hidden, hidden.sizes());
-    TrainingProductArgs args = product_of(g, w2.size(1), dhidden);
-    args.hidden = floats(hidden);
-    args.activated = wants[3] ? mutable_floats(activated) : nullptr;
+    const Tensor a = in_whole_words(g);
+    TrainingProductArgs args = product_of(a, w2.size(1), dhidden);
+    args.hidden = hidden.const_data_ptr();
+    args.activated = wants[3] ? activated.mutable_data_ptr() : nullptr;
     args.activation = activation_of_mlp(activation);
-    const Buffer packed = pack_operand(args, fp32("w2", w2), false);
+    const Buffer packed = pack_operand(args, contiguous("w2", w2, type), false);
     run_product(args);
   }
   const auto [dw2, db2] = weight_gradient(g, activated, wants[3], wants[4]);
   const auto [dw1, db1] = weight_gradient(dhidden, x, wants[1], wants[2]);
-  Tensor dx = wants[0] ? input_gradient(dhidden, fp32("w1", w1)) : none(dout);
+  Tensor dx = wants[0] ? input_gradient(dhidden, contiguous("w1", w1, type)) : none(w1);
   return {dx, dw1, db1, dw2, db2, dgamma};
 }
 

@@ -23,17 +23,19 @@ Tensor gelu_mlp_of(const Tensor& x, const Tensor& w1, const Optional& b1,
                    const Optional& residual, const Optional& gamma,
                    const Optional& keep, Activation activation = Activation::gelu);
 
-// For training alone, all of which is in fp32.
-inline const float* floats(const Tensor& tensor) {
-  return static_cast<const float*>(tensor.const_data_ptr());
-}
-inline float* mutable_floats(const Tensor& tensor) {
-  return static_cast<float*>(tensor.mutable_data_ptr());
-}
-inline Tensor fp32(const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, ": expected fp32");
+// For training alone. `contiguous` refuses what is not in the operands' dtype, fp32 or bf16.
+inline Tensor contiguous(const char* name, const Tensor& tensor, ScalarType type) {
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, name,
+                  ": expected fp32 or bf16");
+  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": expected the product's dtype");
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
+// The same of what may be in fp32 beside operands in bf16: a residual, and its output's gradient.
+inline Tensor contiguous_stream(const char* name, const Tensor& tensor, ScalarType type) {
+  const bool wide = tensor.scalar_type() == ScalarType::Float;
+  return contiguous(name, tensor, wide ? ScalarType::Float : type);
+}
+inline int64_t in_word(ScalarType type) { return type == ScalarType::BFloat16 ? 2 : 1; }
 inline std::vector<int64_t> with_last(const Tensor& tensor, int64_t size) {
   std::vector<int64_t> sizes(tensor.sizes().begin(), tensor.sizes().end());
   sizes.back() = size;
@@ -44,16 +46,21 @@ void check_linear(const Tensor& x, const Tensor& weight, const char* name);
 // `dout` is shaped as the output of the layer `weight` on x, where that is given.
 void check_gradient(const Tensor& dout, const Optional& x, const Tensor& weight, const char* name,
                     const char* message = "dout: expected the output's shape");
-// g = keep * gamma * dout * activation'(affine), dout itself where it may be, and dgamma.
+// g = keep * gamma * dout * activation'(affine) in `type`, dout itself where it may be, and dgamma.
 std::tuple<Tensor, Tensor> output_gradient(const Tensor& dout, const Optional& affine,
                                            Activation activation, const Optional& gamma,
-                                           const Optional& keep, bool wants_g, bool wants_gamma);
+                                           const Optional& keep, ScalarType type, bool wants_g,
+                                           bool wants_gamma);
 // dweight [M, K] and dbias [M] of a layer whose output's gradient is g [T, M] and input x [T, K],
 // which is read for dweight alone.
 std::tuple<Tensor, Tensor> weight_gradient(const Tensor& g, const Optional& x, bool wants_weight,
                                            bool wants_bias);
-// a [.., K] times [K, width] -> out, described; `pack_operand` gives it the right operand.
+// a [.., K] times [K, width] -> out, described; `pack_operand` gives it the right operand. K is whole
+// words.
 TrainingProductArgs product_of(const Tensor& a, int64_t width, const Tensor& out);
+// g with a column of zeros more where its rows do not end with a word: an odd number of outputs in
+// bf16.
+Tensor in_whole_words(const Tensor& g);
 // Packs `b` as the right operand of `args`: [width, depth] where transposed, else [depth, width].
 Buffer pack_operand(TrainingProductArgs& args, const Tensor& b, bool transposed);
 // A product over all threads.
@@ -76,8 +83,8 @@ struct Epilogue {
     if (residual.has_value()) {
       STD_TORCH_CHECK(residual->numel() == args.rows * width && last(*residual) == width,
                       "residual: expected the output's shape");
-      residual_held = fp32("residual", *residual);
-      args.residual = floats(residual_held);
+      residual_held = contiguous_stream("residual", *residual, x.scalar_type());
+      args.residual = residual_held.const_data_ptr();
     }
   }
 };

@@ -33,16 +33,18 @@ struct ProductArgs {
   int64_t panels, tasks;
 };
 
-// Training: all of it fp32, and contiguous unless a stride is given, in elements.
+// Training, of fp32 or bf16 with sums in fp32. Words are as above. Matrices are contiguous unless a
+// stride is given, in elements.
 
 // A matrix as the right operand of a product, packed into panels: [width, depth] is a linear
 // layer's weight as its forward reads it, [depth, width] as the gradient of its input does.
 struct PackArgs {
-  const float* b;
+  const void* b;
   int64_t ldb;
-  bool transposed;  // [width, depth]
-  int64_t depth, width;
-  float* panels;  // panel_floats()
+  bool transposed;        // [width, depth], depth whole words
+  int64_t depth, width;   // in elements
+  float* panels;          // [panels, words of depth, columns]
+  Scalar type;
 };
 
 // out = epilogue(a b), a task one tile of rows. The epilogue of the forward is
@@ -51,19 +53,21 @@ struct PackArgs {
 //     out = a b * activation'(hidden)      activated = activation(hidden)
 struct TrainingProductArgs {
   const TrainingProductArgs* before;  // the product whose out, kept in cache by tiles, is a; or null
-  const float* a;             // [rows, depth], row stride lda; null where there is one before
-  int64_t lda;
+  const float* a;             // [rows, depth] in words, row stride lda; null where there is one before
+  int64_t lda;                // in words
   const float* panels;
-  int64_t rows, depth, width;
-  float* out;             // [rows, width]; null in a product before another
-  float* affine;          // [rows, width] or null
-  const float* bias;      // [width] or null
-  const float* gamma;     // [width] or null
-  const float* keep;      // [rows / rows_per_sample] or null
-  const float* residual;  // [rows, width] or null
-  const float* hidden;    // [rows, width] or null
-  float* activated;       // [rows, width] beside hidden, or null
+  int64_t rows, depth, width; // depth in words
+  void* out;                  // [rows, width]; null in a product before another
+  void* affine;               // [rows, width] or null
+  const float* bias;          // [width] or null
+  const float* gamma;         // [width] or null
+  const float* keep;          // [rows / rows_per_sample] or null
+  const void* residual;       // [rows, width] or null
+  const void* hidden;         // [rows, width] or null
+  void* activated;            // [rows, width] beside hidden, or null
   int64_t rows_per_sample, first_row;
+  Scalar type;                // of all but what follows
+  Scalar out_type;            // of out and residual: type or f32
   Activation activation;
 };
 
@@ -71,23 +75,26 @@ struct TrainingProductArgs {
 // No partial sum is shared, and a sum's order is that of the rows whatever the number of threads.
 // A dbias alone is a weight without inputs, in blocks of outputs.
 struct WeightGradientArgs {
-  const float* g;  // [rows, outputs], row stride ldg
-  const float* x;  // [rows, inputs], row stride ldx
+  const void* g;  // [rows, outputs], row stride ldg
+  const void* x;  // [rows, inputs], row stride ldx
   int64_t ldg, ldx, rows, outputs, inputs;
-  float* dweight;  // [outputs, inputs]; null where inputs is 0
-  float* dbias;    // [outputs] or null
+  void* dweight;  // [outputs, inputs]; null where inputs is 0
+  void* dbias;    // [outputs] or null
+  Scalar type;    // of all of them
   int64_t output_block, input_block;
 };
 
 // g = keep * gamma * dout * activation'(affine), and partial sums over a chunk's rows of
 // keep * dout * activation(affine), dgamma's.
 struct OutputGradientArgs {
-  const float* dout;    // [rows, channels], row stride ldd
-  const float* affine;  // [rows, channels]; null where activation is none and dgamma null
+  const void* dout;     // [rows, channels], row stride ldd
+  const void* affine;   // [rows, channels]; null where activation is none and dgamma null
   const float* gamma;   // [channels] or null
   const float* keep;    // [rows / rows_per_sample] or null
-  float* g;             // [rows, channels] or null
+  void* g;              // [rows, channels] or null
   float* dgamma;        // [chunks, 2, channels] or null
+  Scalar type;          // of affine and g
+  Scalar dout_type;     // type or f32
   int64_t ldd, rows, channels, rows_per_sample;
   Activation activation;
 };

@@ -1,9 +1,10 @@
 // dweight = gT x and dbias = the sum of g's rows. Included by kernels.cpp.
 //
-// Both operands have the rows for their depth, so a chunk of kChain rows is packed by copying, with
-// nothing to transpose: x goes into panels [kChain, kPanel], g side by side. The block of dweight
-// stays in the second-level cache while all rows go by. (Panels [kChain, kRows] of g took a quarter
-// of the time: ten times as many stores, most of them across a cache line.)
+// Both operands have the rows for their depth, so a chunk of kChain words (rows, or pairs of rows in
+// bf16) is packed by copying, with nothing to transpose: x goes into panels [kChain, kPanel], g side
+// by side. The block of dweight stays in the second-level cache while all rows go by. (Panels
+// [kChain, kRows] of g took a quarter of the time: ten times as many stores, most of them across a
+// cache line.)
 
 struct GradientBlock {
   int64_t first_output, outputs, first_input, inputs;
@@ -36,24 +37,37 @@ size_t weight_gradient_workspace(const WeightGradientArgs& args) {
   return static_cast<size_t>(b.g - static_cast<float*>(nullptr) + kChain * args.output_block);
 }
 
-// [rows, columns] of `from` at row stride ldt: rows of a wide matrix lie multiples of KBs apart,
-// where a chunk of them would meet in a few sets of L1.
-DEIT_INLINE void pack_rows(const float* from, int64_t ldf, int64_t rows, int64_t columns, float* to,
+// Rows of `from` as words at row stride ldt: rows of a wide matrix lie multiples of KBs apart, where
+// a chunk of them would meet in a few sets of L1.
+template <class T>
+DEIT_INLINE void pack_rows(const T* from, int64_t ldf, int64_t rows, int64_t columns, float* to,
                            int64_t ldt) {
-  for (int64_t i = 0; i < rows; ++i, from += ldf, to += ldt) {
+  for (; rows > 0; rows -= kInWord<T>, from += kInWord<T> * ldf, to += ldt) {
     each_vector(columns, [&](int64_t j, int lanes) __attribute__((always_inline)) {
-      store_lanes(to + j, load_lanes(from + j, lanes), lanes);
+      store_lanes(to + j, load_words(from + j, ldf, rows, lanes), lanes);
     });
   }
 }
 
+// A word of ones: times it, a word gives the sum of what it holds.
+template <class T>
+DEIT_INLINE Vec ones() {
+  const uint32_t bits = sizeof(T) == sizeof(float) ? 0x3f800000u : 0x3f803f80u;
+  float one;
+  std::memcpy(&one, &bits, sizeof one);
+  return broadcast(one);
+}
+
 // bias += the sum of a chunk's rows, four chains a column, and chunks in fp64.
-DEIT_INLINE void add_rows(const float* g, int64_t ldg, int64_t rows, int64_t columns,
+template <class T>
+DEIT_INLINE void add_rows(const float* g, int64_t ldg, int64_t words, int64_t columns,
                           double* bias) {
+  const Vec one = ones<T>();
   each_vector(columns, [&](int64_t j, int lanes) __attribute__((always_inline)) {
     Vec chains[kChains] = {};
-    for (int64_t i = 0; i < rows; ++i) {
-      chains[i % kChains] = chains[i % kChains] + load_lanes(g + i * ldg + j, lanes);
+    for (int64_t i = 0; i < words; ++i) {
+      Vec& chain = chains[i % kChains];
+      chain = multiply_word<T>(load_lanes(g + i * ldg + j, lanes), one, chain);
     }
     float total[kWidth];
     store(total, joined(chains));
@@ -61,43 +75,65 @@ DEIT_INLINE void add_rows(const float* g, int64_t ldg, int64_t rows, int64_t col
   });
 }
 
-DEIT_INLINE void add_chunk(const GradientBlock& b, int64_t ldg, int64_t rows, bool add) {
+template <class T>
+DEIT_INLINE void add_chunk(const GradientBlock& b, int64_t ldg, int64_t words, bool add) {
   for (int64_t j = 0; j < b.inputs; j += kPanel) {
-    multiply<float, true>(b.g, ldg, b.x + j * rows, kPanel, b.outputs, rows,
-                          vectors_of(b.inputs - j), add, b.sums + j, b.inputs_padded);
+    multiply<T, true>(b.g, ldg, b.x + j * words, kPanel, b.outputs, words,
+                      vectors_of(b.inputs - j), add, b.sums + j, b.inputs_padded);
+  }
+}
+
+template <class T>
+DEIT_INLINE void write_gradients(const WeightGradientArgs& args, const GradientBlock& b,
+                                 bool sums_bias) {
+  for (int64_t i = 0; i < b.outputs; ++i) {
+    if (sums_bias) {
+      const Vec total = broadcast(static_cast<float>(b.bias[i]));
+      store_first(static_cast<T*>(args.dbias) + b.first_output + i, total, 1);
+    }
+    if (b.inputs == 0) continue;
+    const float* from = b.sums + i * b.inputs_padded;
+    T* to = static_cast<T*>(args.dweight) + (b.first_output + i) * args.inputs + b.first_input;
+    each_vector(b.inputs, [&](int64_t j, int lanes) __attribute__((always_inline)) {
+      store_lanes(to + j, load(from + j), lanes);
+    });
+  }
+}
+
+template <class T>
+void weight_gradient_typed(const WeightGradientArgs& args, float* workspace, int64_t begin,
+                           int64_t end) {
+  constexpr int64_t kChunk = kChain * kInWord<T>;  // rows
+  for (int64_t task = begin; task < end; ++task) {
+    const GradientBlock b = block_of(args, task, workspace);
+    const bool sums_bias = args.dbias && b.first_input == 0;
+    for (int64_t i = 0; i < b.outputs; ++i) b.bias[i] = 0.0;
+    for (int64_t row = 0; row < args.rows; row += kChunk) {
+      const int64_t rows = args.rows - row < kChunk ? args.rows - row : kChunk;
+      const int64_t words = (rows + kInWord<T> - 1) / kInWord<T>;
+      for (int64_t j = 0; j < b.inputs; j += kPanel) {
+        const T* x = static_cast<const T*>(args.x) + row * args.ldx + b.first_input + j;
+        pack_columns<kPanel>(x, args.ldx, rows, b.inputs - j, b.x + j * words);
+      }
+      const T* g = static_cast<const T*>(args.g) + row * args.ldg + b.first_output;
+      pack_rows(g, args.ldg, rows, b.outputs, b.g, args.output_block);
+      if (sums_bias) add_rows<T>(b.g, args.output_block, words, b.outputs, b.bias);
+      add_chunk<T>(b, args.output_block, words, row > 0);
+    }
+    write_gradients<T>(args, b, sums_bias);
   }
 }
 
 void weight_gradient(const WeightGradientArgs& args, float* workspace, int64_t begin,
                      int64_t end) {
-  for (int64_t task = begin; task < end; ++task) {
-    const GradientBlock b = block_of(args, task, workspace);
-    const bool sums_bias = args.dbias && b.first_input == 0;
-    for (int64_t i = 0; i < b.outputs; ++i) b.bias[i] = 0.0;
-    for (int64_t row = 0; row < args.rows; row += kChain) {
-      const int64_t rows = args.rows - row < kChain ? args.rows - row : kChain;
-      const float* g = args.g + row * args.ldg + b.first_output;
-      for (int64_t j = 0; j < b.inputs; j += kPanel) {
-        pack_columns<kPanel>(args.x + row * args.ldx + b.first_input + j, args.ldx, rows,
-                             b.inputs - j, b.x + j * rows);
-      }
-      pack_rows(g, args.ldg, rows, b.outputs, b.g, args.output_block);
-      if (sums_bias) add_rows(b.g, args.output_block, rows, b.outputs, b.bias);
-      add_chunk(b, args.output_block, rows, row > 0);
-    }
-    for (int64_t i = 0; i < b.outputs; ++i) {
-      if (sums_bias) args.dbias[b.first_output + i] = static_cast<float>(b.bias[i]);
-      if (b.inputs == 0) continue;
-      const float* from = b.sums + i * b.inputs_padded;
-      float* to = args.dweight + (b.first_output + i) * args.inputs + b.first_input;
-      each_vector(b.inputs, [&](int64_t j, int lanes) __attribute__((always_inline)) {
-        store_lanes(to + j, load(from + j), lanes);
-      });
-    }
-  }
+  args.type == Scalar::f32 ? weight_gradient_typed<float>(args, workspace, begin, end)
+                           : weight_gradient_typed<BF16>(args, workspace, begin, end);
 }
 
-void output_gradient(const OutputGradientArgs& args, int64_t begin, int64_t end) {
+template <class T, class Dout>
+void output_gradient_typed(const OutputGradientArgs& args, int64_t begin, int64_t end) {
+  const T* affine = static_cast<const T*>(args.affine);
+  T* out = static_cast<T*>(args.g);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t first_row = chunk * kRowChunk, channels = args.channels;
     const int64_t left = args.rows - first_row;
@@ -105,22 +141,28 @@ void output_gradient(const OutputGradientArgs& args, int64_t begin, int64_t end)
     for (int64_t i = 0; sums && i < 2 * channels; ++i) sums[i] = 0.0f;
     for (int64_t row = first_row; row < first_row + (left < kRowChunk ? left : kRowChunk); ++row) {
       const Vec kept = broadcast(args.keep ? args.keep[row / args.rows_per_sample] : 1.0f);
-      const float* dout = args.dout + row * args.ldd;
+      const Dout* dout = static_cast<const Dout*>(args.dout) + row * args.ldd;
       const int64_t at = row * channels;
       each_vector(channels, [&](int64_t j, int lanes) __attribute__((always_inline)) {
         const Vec dy = load_lanes(dout + j, lanes) * kept;
         Vec g = args.gamma ? dy * load_lanes(args.gamma + j, lanes) : dy;
-        Vec y = args.affine ? load_lanes(args.affine + at + j, lanes) : dy;
+        Vec y = affine ? load_lanes(affine + at + j, lanes) : dy;
         if (args.activation != Activation::none) {
           const Activated found = activate_with_slope(y, args.activation);
           y = found.value;
           g = g * found.slope;
         }
         if (sums) add_exactly(sums + j, sums + channels + j, dy * y, lanes);
-        if (args.g) store_lanes(args.g + at + j, g, lanes);
+        if (out) store_lanes(out + at + j, g, lanes);
       });
     }
   }
+}
+
+void output_gradient(const OutputGradientArgs& args, int64_t begin, int64_t end) {
+  if (args.type == Scalar::f32) return output_gradient_typed<float, float>(args, begin, end);
+  args.dout_type == Scalar::f32 ? output_gradient_typed<BF16, float>(args, begin, end)
+                                : output_gradient_typed<BF16, BF16>(args, begin, end);
 }
 
 constexpr LinearGradientKernels linear_gradient_kernels = {weight_gradient_workspace,

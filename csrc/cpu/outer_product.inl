@@ -108,16 +108,16 @@ DEIT_INLINE int vectors_of(int64_t columns) {
   return static_cast<int>(((columns < kPanel ? columns : kPanel) + kWidth - 1) / kWidth);
 }
 
-// Rows of `from` into a panel [rows, kColumns], zeros past `columns`.
-template <int64_t kColumns>
-DEIT_INLINE void pack_columns(const float* from, int64_t ldf, int64_t rows, int64_t columns,
+// Rows of `from` into a panel of words, [words, kColumns], zeros past `columns`.
+template <int64_t kColumns, class T>
+DEIT_INLINE void pack_columns(const T* from, int64_t ldf, int64_t rows, int64_t columns,
                               float* to) {
   const int64_t count = columns < kColumns ? columns : kColumns;
-  for (int64_t i = 0; i < rows; ++i, from += ldf, to += kColumns) {
+  for (; rows > 0; rows -= kInWord<T>, from += kInWord<T> * ldf, to += kColumns) {
     for (int64_t j = 0; j < kColumns; j += kWidth) {
       const int64_t left = count - j;
-      store(to + j, left >= kWidth ? load(from + j)
-                    : left > 0     ? load_first(from + j, static_cast<int>(left))
+      store(to + j, left >= kWidth ? load_words(from + j, ldf, rows, kWidth)
+                    : left > 0     ? load_words(from + j, ldf, rows, static_cast<int>(left))
                                    : broadcast(0.0f));
     }
   }

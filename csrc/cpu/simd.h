@@ -103,6 +103,14 @@ DEIT_INLINE Vec multiply_pairs(Vec a, Vec b, Vec c) {
 #endif
 }
 
+// Words of the columns of two rows, `low`'s in their lower halves.
+DEIT_INLINE Vec load_pairs(const BF16* low, const BF16* high) {
+  const __m256i even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(low));
+  const __m256i odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high));
+  const __m512i top = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16);
+  return _mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(even), top));
+}
+
 #if defined(__AVX512BF16__)
 // Words of two bf16 each. `narrowed` pairs neighbours in (low, high), taken as one row of 32.
 // `interleaved` pairs the lanes of `low` with those of `high`.
@@ -214,6 +222,13 @@ DEIT_INLINE Vec multiply_pairs(Vec a, Vec b, Vec c) {
           _mm256_castsi256_ps(_mm256_slli_epi32(y, 16)), c);
   return fma(_mm256_castsi256_ps(_mm256_and_si256(x, high)),
              _mm256_castsi256_ps(_mm256_and_si256(y, high)), c);
+}
+
+DEIT_INLINE Vec load_pairs(const BF16* low, const BF16* high) {
+  const __m128i even = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low));
+  const __m128i odd = _mm_loadu_si128(reinterpret_cast<const __m128i*>(high));
+  const __m256i top = _mm256_slli_epi32(_mm256_cvtepu16_epi32(odd), 16);
+  return _mm256_castsi256_ps(_mm256_or_si256(_mm256_cvtepu16_epi32(even), top));
 }
 
 DEIT_INLINE void transpose(Vec (&r)[8]) {
@@ -337,6 +352,14 @@ DEIT_INLINE Vec multiply_pairs(Vec a, Vec b, Vec c) {
   return fma(reinterpret_cast<Vec>(x & high), reinterpret_cast<Vec>(y & high), c);
 }
 
+DEIT_INLINE Vec load_pairs(const BF16* low, const BF16* high) {
+  Vec words;
+  for (int i = 0; i < kWidth; ++i) {
+    words[i] = float_of(low[i].bits | static_cast<uint32_t>(high[i].bits) << 16);
+  }
+  return words;
+}
+
 DEIT_INLINE void transpose(Vec (&r)[4]) {
   for (int i = 0; i < 4; ++i) {
     for (int j = i + 1; j < 4; ++j) {
@@ -356,6 +379,18 @@ DEIT_INLINE void store_two(T* p, Vec a, Vec b) {
   store(p + kWidth, b);
 }
 
+// The same where denormals may become zeros, as the processor's own rounding to bf16 makes them.
+template <class T>
+DEIT_INLINE void round_two(T* p, Vec a, Vec b) {
+  store_two(p, a, b);
+}
+#if defined(__AVX512BF16__)
+template <>
+DEIT_INLINE void round_two(BF16* p, Vec a, Vec b) {
+  _mm512_storeu_ps(p, narrowed(a, b));
+}
+#endif
+
 // The first n < kWidth lanes, zeros in the others; memory past them is not touched.
 template <class T>
 DEIT_INLINE Vec load_first(const T* p, int n) {
@@ -369,6 +404,10 @@ DEIT_INLINE void store_first(T* p, Vec a, int n) {
   store(lanes, a);
   std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
 }
+
+// Elements of a word: an fp32, or a pair of bf16.
+template <class T>
+constexpr int64_t kInWord = static_cast<int64_t>(sizeof(float) / sizeof(T));
 
 // c + a * b of what two words hold: an fp32 each, or a pair of bf16 whose two products are added.
 template <class T>

@@ -57,6 +57,12 @@ DEIT_INLINE Vec multiply_pairs(Vec a, Vec b, Vec c) {
              c);
 }
 
+DEIT_INLINE Vec load_pairs(const BF16* low, const BF16* high) {
+  const uint16x4_t even = vld1_u16(reinterpret_cast<const uint16_t*>(low));
+  const uint16x4_t odd = vld1_u16(reinterpret_cast<const uint16_t*>(high));
+  return vreinterpretq_f32_u16(vcombine_u16(vzip1_u16(even, odd), vzip2_u16(even, odd)));
+}
+
 // Two rows of two words each, of lanes; and the lower and upper halves of squares [2, 2], which are
 // their rows.
 DEIT_INLINE Vec low_halves(Vec a, Vec b) { return vcombine_f32(vget_low_f32(a), vget_low_f32(b)); }

@@ -158,8 +158,6 @@ def _training_reasons(operator: Operator, arguments: Arguments, implementation: 
     kernels = registry.KERNELS[implementation]
     if operator.train is None or f"{operator.name}_bwd" not in kernels:
         return ["an input requires grad and the kernel is forward-only"]
-    if implementation in operator.trains_in_fp32 and arguments[0].dtype != torch.float32:
-        return [f"an input requires grad and the gradients are for fp32, not {arguments[0].dtype}"]
     return [
         f"{name} requires grad and the kernel has no gradient for it"
         for position, name in operator.constants.items()

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deit.kernels.engine import json_files
 from deit.kernels.engine.device_key import DeviceKey
 from deit.kernels.engine.json_files import Fields
@@ -28,7 +30,8 @@ class Prior:
 
     operators: operator, or operator_bwd for its training -> implementations, the fastest first;
     where it is left out, PyTorch's was the fastest or none was measured. unmeasured: operators of
-    which it says nothing. file: verdicts instead of a table.
+    which it says nothing. in_fp32: entries of `operators` that speak for fp32 alone. file: verdicts
+    instead of a table.
     """
 
     kind: str
@@ -39,6 +42,7 @@ class Prior:
     capability: tuple[int, int] | None = None
     operators: dict[str, tuple[str, ...]] = field(default_factory=dict)
     unmeasured: tuple[str, ...] = ()
+    in_fp32: tuple[str, ...] = ()
     file: Path | None = None
 
     @property
@@ -64,11 +68,22 @@ class Prior:
             return (), "its sizes are not among those shipped"
         if shape.operator in self.unmeasured:
             return (), f"{shape.operator} was not measured here"
-        return self.of_any(shape.operator, shape.training), ""
+        if _entry(shape.operator, shape.training) in self.in_fp32 and shape.dtype != torch.float32:
+            return (), f"{shape.operator} was trained in fp32 alone here"
+        return self.of_any(shape.operator, shape.training, shape.dtype), ""
 
-    def of_any(self, operator: str, training: bool) -> tuple[str, ...]:
+    def of_any(
+        self, operator: str, training: bool, dtype: torch.dtype = torch.float32
+    ) -> tuple[str, ...]:
         """What the table says of an operator, whatever its sizes and rows."""
-        return self.operators.get(f"{operator}_bwd" if training else operator, ())
+        entry = _entry(operator, training)
+        if entry in self.in_fp32 and dtype != torch.float32:
+            return ()
+        return self.operators.get(entry, ())
+
+
+def _entry(operator: str, training: bool) -> str:
+    return f"{operator}_bwd" if training else operator
 
 
 TABLES = (
@@ -103,6 +118,7 @@ TABLES = (
             "int8_vit_block": ("cpu",),
         },
         unmeasured=("rotary_attention", "cross_entropy", "distillation_loss"),
+        in_fp32=("gelu_mlp_bwd", "linear_bwd"),
     ),
 )
 

@@ -36,7 +36,6 @@ class Operator:
     train: (implementation, *schema arguments) -> the output, differentiable by that
         implementation's own `_fwd` and `_bwd` kernels.
     constants: the schema arguments for which those kernels compute no gradient, by position.
-    trains_in_fp32: the implementations whose gradients have fp32 kernels alone.
     sizes: (*schema arguments) -> what of them a measurement's figures depend on beside the first
         argument's dtype, rows and tokens: widths, heads, options that are set. It reads shapes and
         dtypes alone, and those of weights where it may: a captured graph leaves others open.
@@ -52,7 +51,6 @@ class Operator:
     limits: Callable[..., list[str]] = no_limits
     train: Callable[..., Any] | None = None
     constants: dict[int, str] = field(default_factory=dict)
-    trains_in_fp32: tuple[str, ...] = ()
     sizes: Callable[..., tuple[Any, ...]] = no_sizes
     by_tokens: bool = False
     rival: Callable[..., Any] | None = None

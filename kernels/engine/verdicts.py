@@ -367,7 +367,7 @@ def of_any(
     if table.prior is None and not table.here and device.type in ("cpu", "cuda"):
         measured.warn_unmeasured(str(table.key), COMMAND)
     prior, group = table.prior, (operator, training, dtype)
-    found = {() if prior is None else prior.of_any(operator, training)}
+    found = {() if prior is None else prior.of_any(operator, training, dtype)}
     for rows in (table.here, table.shipped):
         found |= {order(one) for one in itertools.chain(*rows.get(group, {}).values())}
     return found.pop() if len(found) == 1 else None
@@ -394,7 +394,7 @@ def of_sizes(
     if found:
         orders = {one.order for one in found}
         return orders.pop() if len(orders) == 1 else None
-    return () if table.prior is None else table.prior.of_any(operator, training)
+    return () if table.prior is None else table.prior.of_any(operator, training, dtype)
 
 
 def of_rows(

@@ -174,7 +174,6 @@ _GELU_MLP = register(
         _limits,
         _train,
         constants={7: "keep"},
-        trains_in_fp32=("cpu",),
         sizes=_sizes,
     )
 )

@@ -126,7 +126,6 @@ _LINEAR = register(
         _limits,
         train,
         constants={6: "keep"},
-        trains_in_fp32=("cpu",),
         sizes=_sizes,
     )
 )

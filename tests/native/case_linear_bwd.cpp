@@ -8,17 +8,18 @@ namespace fuzz {
 void fuzz_weight_gradient(Random& random, const deit::Kernels& set) {
   deit::WeightGradientArgs args{};
   const bool large = random.chance(0.1);
+  const deit::Scalar type = args.type = any_operand(random);
   args.rows = random.size(large ? 200 : 140);
   args.outputs = random.size(large ? 400 : 110);
   args.inputs = random.chance(0.15) ? 0 : random.size(large ? 400 : 110);  // 0: dbias alone
   const bool sums_bias = args.inputs == 0 || random.chance(0.7);
-  Strided g({args.rows}, args.outputs, f32, random), x({args.rows}, args.inputs, f32, random);
-  Elements dweight(args.outputs * args.inputs, f32, random);
-  Elements dbias(sums_bias ? args.outputs : 0, f32, random);
-  args.g = g.elements.memory.floats(), args.ldg = stride_of(g);
-  args.x = x.elements.memory.floats(), args.ldx = stride_of(x);
-  if (args.inputs > 0) args.dweight = dweight.memory.floats();
-  if (sums_bias) args.dbias = dbias.memory.floats();
+  Strided g({args.rows}, args.outputs, type, random), x({args.rows}, args.inputs, type, random);
+  Elements dweight(args.outputs * args.inputs, type, random);
+  Elements dbias(sums_bias ? args.outputs : 0, type, random);
+  args.g = g.elements.memory.data(), args.ldg = stride_of(g);
+  args.x = x.elements.memory.data(), args.ldx = stride_of(x);
+  if (args.inputs > 0) args.dweight = dweight.memory.data();
+  if (sums_bias) args.dbias = dbias.memory.data();
   const int64_t blocks[][2] = {{48, 64}, {192, 192}, {random.size(120), random.size(120)}};
   std::vector<uint8_t> bits[2];
   for (const auto& [output_block, input_block] : blocks) {  // any may be chosen, to the same bits
@@ -49,10 +50,10 @@ void fuzz_weight_gradient(Random& random, const deit::Kernels& set) {
   }
   for (size_t i = 0; i < weight.size(); ++i) {
     const int64_t index = static_cast<int64_t>(i);
-    near("dweight", index, dweight.at(index), weight[i], f32);
+    near("dweight", index, dweight.at(index), weight[i], type);
   }
   for (size_t i = 0; sums_bias && i < bias.size(); ++i) {
-    near("dbias", static_cast<int64_t>(i), dbias.at(static_cast<int64_t>(i)), bias[i], f32);
+    near("dbias", static_cast<int64_t>(i), dbias.at(static_cast<int64_t>(i)), bias[i], type);
   }
 }
 
@@ -61,17 +62,21 @@ void fuzz_output_gradient(Random& random, const deit::Kernels& set) {
   const int64_t samples = random.between(1, 4), each = random.size(80);
   args.rows = samples * each, args.channels = random.size(140), args.rows_per_sample = each;
   args.activation = any_activation(random);
-  Strided dout({args.rows}, args.channels, f32, random);
+  const deit::Scalar type = args.type = any_operand(random);
+  args.dout_type = random.chance(0.5) ? type : f32;
+  Strided dout({args.rows}, args.channels, args.dout_type, random);
   Parameter gamma(args.channels, 0.5, random), keep(samples, 0.5, random);
   const bool wants_g = random.chance(0.8), wants_gamma = gamma.data && random.chance(0.7);
   const bool reads_affine = args.activation != Activation::none || wants_gamma;
-  Parameter affine(args.rows * args.channels, reads_affine ? 1.0 : 0.0, random);
+  Elements affine(reads_affine ? args.rows * args.channels : 0, type, random);
+  for (int64_t i = 0; reads_affine && i < args.rows * args.channels; ++i) affine.randomise(i, random);
   const int64_t chunks = (args.rows + deit::kRowChunk - 1) / deit::kRowChunk;
-  Elements g(wants_g ? args.rows * args.channels : 0, f32, random);
+  Elements g(wants_g ? args.rows * args.channels : 0, type, random);
   Elements sums(wants_gamma ? chunks * 2 * args.channels : 0, f32, random);
-  args.dout = dout.elements.memory.floats(), args.ldd = stride_of(dout);
-  args.affine = affine.data, args.gamma = gamma.data, args.keep = keep.data;
-  if (wants_g) args.g = g.memory.floats();
+  args.dout = dout.elements.memory.data(), args.ldd = stride_of(dout);
+  args.gamma = gamma.data, args.keep = keep.data;
+  if (reads_affine) args.affine = affine.memory.data();
+  if (wants_g) args.g = g.memory.data();
   if (wants_gamma) args.dgamma = sums.memory.floats();
   run(chunks, 0, {&g, &sums}, random, [&](float*, int64_t begin, int64_t end) {
     set.linear_gradient.output(args, begin, end);
@@ -81,8 +86,8 @@ void fuzz_output_gradient(Random& random, const deit::Kernels& set) {
   for (int64_t i = 0; i < args.rows * args.channels; ++i) {
     const int64_t row = i / args.channels, n = i % args.channels;
     const double dy = dout.at(row, n) * keep.at(row / each, 1.0);
-    const Activated y = activated(affine.at(i, 0.0), args.activation);
-    if (wants_g) near("g", i, g.at(i), dy * gamma.at(n, 1.0) * y.slope, f32);
+    const Activated y = activated(reads_affine ? affine.at(i) : 0.0, args.activation);
+    if (wants_g) near("g", i, g.at(i), dy * gamma.at(n, 1.0) * y.slope, type);
     dgamma[static_cast<size_t>(row / deit::kRowChunk * args.channels + n)] += dy * y.value;
   }
   for (int64_t i = 0; wants_gamma && i < chunks * args.channels; ++i) {

@@ -36,6 +36,11 @@ inline Activation any_activation(Random& random, Activation first = Activation::
   return static_cast<Activation>(random.between(static_cast<int>(first), static_cast<int>(last)));
 }
 
+// What training's operands are in.
+inline deit::Scalar any_operand(Random& random) {
+  return random.chance(0.5) ? deit::Scalar::bf16 : f32;
+}
+
 // The row stride of a Strided with one leading axis.
 inline int64_t stride_of(const Strided& rows) { return rows.rows.strides[0]; }
 

@@ -276,6 +276,37 @@ def test_gelu_mlp_of_deit_ti(tokens):
     check(mlp(keep_of(1)), arguments, [dout])
 
 
+def in_bf16(arguments, stream):
+    """The arguments in bf16; a residual of several axes in `stream`."""
+    *others, residual, gamma = arguments
+    half = [None if a is None else a.bfloat16() for a in (*others, gamma)]
+    return (*half[:-1], None if residual is None else residual.to(stream), half[-1])
+
+
+@pytest.mark.skipif(
+    native.cpu_isa() not in ("avx512_bf16", "neon_bf16"), reason="no bf16 products here"
+)
+@pytest.mark.parametrize("family", oracle.FAMILIES)
+@pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32])
+def test_products_in_bf16(stream, family):
+    """All in bf16, and as under autocast: what passes by in fp32. Odd widths leave half a word."""
+    for activation, width in ((None, 100), ("gelu", 35), ("silu", 100)):
+        draws, dout = draws_of(layer, 3, 67, 192, width, family=family)
+        draws = [in_bf16(arguments, stream) for arguments in draws]
+        check_draws(project(activation, keep_of(3)), draws, [dout])
+        bare = [(*arguments[:2], None, None, None) for arguments in draws]
+        check_draws(project(activation), bare, [dout])
+    for recompute, width in ((False, 192), (True, 33)):
+        draws, dout = draws_of(feed_forward, 3, 101, 192, 196, family=family)
+        draws = [in_bf16(arguments, stream) for arguments in draws]
+        if width == 33:
+            draws = [(x, w1, b1, w2[:33], b2[:33], r[..., :33], g[:33])
+                     for x, w1, b1, w2, b2, r, g in draws]  # fmt: skip
+        check_draws(mlp(keep_of(3), recompute=recompute), draws, [dout[..., :width]])
+        bare = [(x, w1, None, w2, None, None, None) for x, w1, _, w2, *_ in draws]
+        check_draws(mlp(recompute=recompute), bare, [dout[..., :width]])
+
+
 def test_gelu_at_its_edges(base_isa):
     """Tails keep their relative precision; infinities and NaN go where PyTorch's go."""
     x = torch.cat([torch.linspace(-14, 14, 4001), torch.tensor([0.0, -0.0, 1e-30, 1e30, -1e30])])

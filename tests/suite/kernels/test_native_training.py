@@ -13,7 +13,7 @@ from layers import feed_forward, keep_of, layer
 import deit
 from deit.fused_vit import fuse
 from deit.kernels import add_layer_norm, attention, explain, gelu_mlp, layer_norm, linear
-from deit.kernels.engine import native, registry
+from deit.kernels.engine import dispatch, native, registry
 from deit.kernels.prove import reference
 
 pytestmark = pytest.mark.skipif(
@@ -49,13 +49,26 @@ def calls():
         "gelu_mlp_bwd": (dy, h, w1, w2, hidden, mlp_affine, g2, keep),
         "linear_bwd_plain": (dout, x, weight, nothing, None, None, None),
     }
-    return {name: (name.removesuffix("_plain"), given) for name, given in arguments.items()}
+    for name, stream in STREAM.items():  # which stays in fp32, as under autocast
+        arguments[f"{name}_bf16"] = tuple(
+            a.bfloat16() if isinstance(a, torch.Tensor) and i != stream else a
+            for i, a in enumerate(arguments[name])
+        )
+    return {name: (_operator(name), given) for name, given in arguments.items()}
+
+
+def _operator(name):
+    return name.removesuffix("_plain").removesuffix("_bf16")
+
+
+# The products' residual or dout, by position.
+STREAM = {"linear_fwd": 4, "linear_bwd": 0, "gelu_mlp_fwd": 5, "gelu_mlp_bwd": 0}
 
 
 CALLS = ["_".join(pair) for pair in itertools.product(
     ("layer_norm", "rms_norm", "add_layer_norm", "attention", "linear", "gelu_mlp"),
     ("fwd", "bwd"),
-)] + ["linear_bwd_plain"]  # fmt: skip
+)] + ["linear_bwd_plain"] + [f"{name}_bf16" for name in STREAM]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +174,10 @@ def test_nan_stays_in_its_sample(base_isa):
 def test_what_it_does_not_train_is_left_to_pytorch():
     half = torch.randn(2, 8, requires_grad=True, dtype=torch.bfloat16)
     weight = torch.randn(4, 8, dtype=torch.bfloat16)
-    assert explain("linear", half, weight).chosen == "reference"
+    assert explain("linear", half, weight).chosen == "reference"  # in bf16 measured by nobody yet
     assert explain("linear", half.detach().float().requires_grad_(), weight.float()).chosen == "cpu"
+    fp16 = explain("linear", half.detach().half().requires_grad_(), weight.half())
+    assert "fp32 and bf16" in "; ".join(fp16.reasons["cpu"])
     bias = torch.zeros(2, 5, requires_grad=True)
     refused = explain("attention", torch.randn(2, 5, 192), 1, key_bias=bias)
     assert "no gradient for it" in refused.reasons["cpu"][0]
@@ -187,6 +202,10 @@ def test_what_it_does_not_train_is_left_to_pytorch():
         ("add_layer_norm_bwd", (1, torch.ones(3, 197, 48).half()), "dtotal"),
         ("attention_bwd", (0, torch.ones(3, 197, 65)), "dout"),
         ("attention_bwd", (4, 5), "qkv"),
+        ("linear_fwd_bf16", (1, torch.ones(200, 48)), "weight: expected the product's dtype"),
+        ("linear_fwd_bf16", (4, torch.ones(3, 197, 200).half()), "residual: expected"),
+        ("linear_bwd_bf16", (1, torch.ones(3, 197, 48)), "x: expected the product's dtype"),
+        ("gelu_mlp_fwd_bf16", (3, torch.ones(48, 200)), "w2: expected the product's dtype"),
     ],
 )
 def test_a_raw_call_with_wrong_shapes_raises(prepared, name, change, message):
@@ -234,8 +253,11 @@ def test_loss_curves_are_those_of_the_plain_model(arch):
     torch.testing.assert_close(train(fused, 20), train(plain, 20), rtol=2e-4, atol=0)
 
 
-def test_loss_curve_under_autocast():
+@pytest.mark.parametrize("measured", [False, True], ids=["as shipped", "products measured faster"])
+def test_loss_curve_under_autocast(measured, monkeypatch):
     plain, fused = pair()
+    if measured:
+        monkeypatch.setattr(dispatch, "_of_any", lambda *_: ("cpu",))
     found, expected = (train(m, 5, autocast=True) for m in (fused, plain))
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=0)
 

@@ -38,8 +38,6 @@ def each(value):
 def refuses(name, dtype):
     """Whether the C++ kernel of a schema is not for a dtype, on any processor."""
     operator = OPERATORS[name.removesuffix("_fwd").removesuffix("_bwd")]
-    if name != operator.name and "cpu" in operator.trains_in_fp32:
-        return dtype != torch.float32
     why_not = operator.limits("cpu", *schema_calls.forward(operator.name, dtype=dtype))
     return any(reason.startswith("dtype") for reason in why_not)
 
