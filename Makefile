@@ -48,6 +48,7 @@ clusters:
 lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	@! git grep -nE '^(<{7}|>{7}) ' || { echo "a merge's markers" >&2; exit 1; }
 
 types:
 	$(PYTHON) -m mypy -p deit

@@ -281,7 +281,7 @@ def test_works_after_fork():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="fork is the start method on Linux alone")
 def test_own_threads_after_fork():
-    """The child has none of its parent's: it starts its own, and ends without waiting for others."""
+    """The child has none of its parent's: it starts its own, and ends without waiting."""
     code = """
         import os, signal, torch
         from deit.kernels import layer_norm
