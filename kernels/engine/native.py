@@ -203,8 +203,8 @@ def select_cpu_int8_isa(name: str | None) -> None:
 
 
 def select_cpu_threads(name: str) -> None:
-    """Whose threads the C++ kernels run by: "own", "torch", or "auto", which is PyTorch's while those
-    come in time. Outputs are the same bits by any.
+    """Whose threads the C++ kernels run by: "own", "torch", or "auto": PyTorch's while they come in
+    time. Outputs are the same bits by any.
 
     It holds for the whole process, at once; FUSED_DEIT_THREADS says it from the start. Raises
     ValueError for another name, RuntimeError where the library is not usable.
