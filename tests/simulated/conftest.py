@@ -49,7 +49,7 @@ def note() -> Callable[..., None]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
     name = item.path.stem
-    row = {"run": os.environ["DEIT_SIMULATE"], "stage": name, "tests": 0, "failed": 0}
+    row = {"run": os.environ.get("DEIT_SIMULATE", ""), "stage": name, "tests": 0, "failed": 0}
     stage = _STAGES.setdefault(name, {**row, "seconds": 0.0})
     began = _worked()
     result = yield
