@@ -1,6 +1,7 @@
 // On which cores threads are. Where the system does not say, nothing here does anything.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <ctime>
 #include <thread>
@@ -18,6 +19,17 @@ inline int this_core() {
   return sched_getcpu();
 #else
   return -1;
+#endif
+}
+
+// CPU time of this thread; the clock's where the system does not say.
+inline int64_t cpu_nanoseconds() {
+#if defined(__unix__) || defined(__APPLE__)
+  timespec time{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return time.tv_sec * int64_t{1'000'000'000} + time.tv_nsec;
+#else
+  return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
 #endif
 }
 

@@ -49,16 +49,18 @@ void on_threads(int64_t members, const Run& run) {
   const Threads selected = selected_threads.load(std::memory_order_relaxed);
   const bool own =
       selected == Threads::own ||
-      (selected == Threads::automatic && patience.lost(Clock::now()) && Team::has_cores(members));
+      (selected == Threads::automatic && patience.over(Clock::now()) && Team::has_cores(members));
   if (own) return Team::mine().run(members, run);
   const Clock::time_point begun = Clock::now();
+  const int64_t had = cpu_nanoseconds();
   Clock::time_point done = begun;
   torch::stable::parallel_for(0, members, 1, [&](int64_t begin, int64_t end) {
     for (int64_t member = begin; member < end; ++member) run(member);
     if (begin == 0) done = Clock::now();
   });
   const Clock::time_point now = Clock::now();
-  patience.waited(now, done - begun, now - done);
+  const Clock::duration lost = now - begun - std::chrono::nanoseconds(cpu_nanoseconds() - had);
+  patience.ended(now, done - begun, std::max(now - done, lost));
 }
 
 // [0, tasks) over threads, whoever is free taking the next, each with a workspace of its own:

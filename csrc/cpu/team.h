@@ -79,23 +79,24 @@ class Team {
   std::exception_ptr failure_;
 };
 
-// Whether PyTorch's threads come in time, by how long their caller waits for them.
+// Whether PyTorch's threads come in time, by what their caller loses: it waits for them, or its own
+// core is taken.
 class Patience {
  public:
   using Clock = std::chrono::steady_clock;
   using Time = Clock::time_point;
   using Span = Clock::duration;
 
-  bool lost(Time now) const { return now < until_; }
+  bool over(Time now) const { return now < until_; }
 
-  // A region that ended `now`: the caller was done with its own part after `worked`, and then
-  // `waited`. 0.3 ms or a quarter of its work is nobody's fault. What is more is owed, and time pays
+  // A region that ended `now`: the caller was done with its own part after `worked`, and it lost
+  // `lost`. 0.3 ms or a quarter of its work is nobody's fault. What is more is owed, and time pays
   // a sixteenth of itself back. 8 ms owed lose the patience, for 2 seconds, then for twice as long
   // as before while the next try fails within as long. Beside a busy process a forward of 16 ms owes
   // 5 and more; on a quiet machine something of 3 ms comes once in a while.
-  void waited(Time now, Span worked, Span waited) {
+  void ended(Time now, Span worked, Span lost) {
     owed_ = std::max(Span{0}, owed_ - (now - last_) / 16);
-    owed_ += std::max(Span{0}, waited - std::max<Span>(kShort, worked / 4));
+    owed_ += std::max(Span{0}, lost - std::max<Span>(kShort, worked / 4));
     last_ = now;
     if (owed_ <= kLimit) return;
     turn_ = now - until_ < turn_ ? std::min(2 * turn_, kMost) : kLeast;

@@ -58,8 +58,8 @@ void patience() {
   deit::Patience::Time now = deit::Patience::Time{} + seconds(100);
   const auto after = [&](auto apart, auto worked, auto waited) {
     now += apart;
-    patience.waited(now, worked, waited);
-    return patience.lost(now);
+    patience.ended(now, worked, waited);
+    return patience.over(now);
   };
   for (int i = 0; i < 1000; ++i) {
     if (after(milliseconds(2), milliseconds(1), std::chrono::microseconds(250))) fail("short waits are no loss");
@@ -72,8 +72,8 @@ void patience() {
   for (const int turn : {2, 4, 8, 16, 32, 32, 2}) {  // the last after a try that went well
     if (turn == 2) now += seconds(70);
     if (!after(milliseconds(50), milliseconds(1), milliseconds(40))) fail("patience without end");
-    if (!patience.lost(now + milliseconds(1000 * turn - 1))) fail("tried again too early");
-    if (patience.lost(now + seconds(turn))) fail("never tried again");
+    if (!patience.over(now + milliseconds(1000 * turn - 1))) fail("tried again too early");
+    if (patience.over(now + seconds(turn))) fail("never tried again");
     now += seconds(turn);
   }
 }
