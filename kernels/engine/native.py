@@ -42,8 +42,6 @@ def why_not(kind: str) -> tuple[str, ...]:
         torch.ops.load_library(path)
     except OSError as error:
         return (f"the {kind} library does not load: {error}",)
-    if kind == "cpu":
-        _select_threads(ctypes.CDLL(str(path)), os.environ.get(THREADS, "auto"), THREADS)
     others = ("cublaslt",) if kind == "cuda" else ()
     missing = [
         name
@@ -53,6 +51,11 @@ def why_not(kind: str) -> tuple[str, ...]:
     ]
     if missing:
         return (f"the {kind} library has no kernel for {', '.join(missing)}: {AGAIN}",)
+    if kind == "cpu":
+        library = ctypes.CDLL(str(path))
+        if not hasattr(library, "deit_cpu_select_threads"):
+            return (f"the {kind} library is of older sources: {AGAIN}",)
+        _select_threads(library, os.environ.get(THREADS, "auto"), THREADS)
     return _why_no_device() if kind == "cuda" else ()
 
 

@@ -420,6 +420,16 @@ def test_no_cuda_library_is_loaded_without_cuda(monkeypatch):
     assert "without CUDA" in reason
 
 
+def test_a_library_of_older_sources_is_a_reason(monkeypatch):
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda path: object())
+    native.why_not.cache_clear()
+    try:
+        (reason,) = native.why_not("cpu")
+    finally:
+        native.why_not.cache_clear()
+    assert reason == f"the cpu library is of older sources: {native.AGAIN}"
+
+
 def test_the_library_names_no_path_of_the_build():
     path = native.status("cpu")["path"]
     dynamic = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=False)
