@@ -62,7 +62,9 @@ void patience() {
     return patience.over(now);
   };
   for (int i = 0; i < 1000; ++i) {
-    if (after(milliseconds(2), milliseconds(1), std::chrono::microseconds(250))) fail("short waits are no loss");
+    if (after(milliseconds(2), milliseconds(1), std::chrono::microseconds(250))) {
+      fail("short waits are no loss");
+    }
     if (after(milliseconds(900), milliseconds(800), milliseconds(100))) fail("nor long work's");
   }
   if (after(milliseconds(10), milliseconds(1), milliseconds(5))) fail("a single late thread");
