@@ -105,7 +105,8 @@ class Patience {
   }
 
  private:
-  static constexpr Span kShort = std::chrono::microseconds(300), kLimit = std::chrono::milliseconds(8);
+  static constexpr Span kShort = std::chrono::microseconds(300);
+  static constexpr Span kLimit = std::chrono::milliseconds(8);
   static constexpr Span kLeast = std::chrono::seconds(2), kMost = std::chrono::seconds(32);
 
   Span owed_{0}, turn_{0};
