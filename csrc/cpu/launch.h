@@ -45,7 +45,7 @@ inline int64_t grain_of(int64_t work) {
 template <class Run>
 void on_threads(int64_t members, const Run& run) {
   using Clock = Patience::Clock;
-  static thread_local Patience patience;
+  Patience& patience = Patience::mine();
   const Threads selected = selected_threads.load(std::memory_order_relaxed);
   const bool own =
       selected == Threads::own ||

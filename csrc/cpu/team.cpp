@@ -54,6 +54,11 @@ Team& Team::mine() {
   return team;
 }
 
+Patience& Patience::mine() {
+  static thread_local Patience patience;
+  return patience;
+}
+
 Team::~Team() {
   if (forks_ != forks_so_far()) {
     for (auto& worker : workers_) static_cast<void>(worker.release());  // the parent's

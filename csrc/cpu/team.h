@@ -87,6 +87,9 @@ class Patience {
   using Time = Clock::time_point;
   using Span = Clock::duration;
 
+  // This thread's, whatever operators it calls.
+  static Patience& mine();
+
   bool over(Time now) const { return now < until_; }
 
   // A region that ended `now`: the caller was done with its own part after `worked`, and it lost

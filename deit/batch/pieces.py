@@ -172,6 +172,12 @@ class Pieces:
                 f"out: {path} holds other images than are there now: files were added, removed or "
                 "renamed since. Give another folder"
             )
+        columns = found.schema.to_arrow_schema()
+        if any(pa.types.is_fixed_size_list(column.type) for column in columns):
+            raise ValueError(
+                f"out: {path} has lists of a fixed size, as an older version wrote them: remove it "
+                "to have it made again, or give another folder"
+            )
         return json_files.Fields(about, str(path)).integer("unreadable", 0, len(items))
 
     def write(

@@ -272,6 +272,20 @@ def test_folders_that_are_not_of_a_run(model, photos, tmp_path):
     refused(tmp_path / "b", "expected JSON")
 
 
+def test_a_piece_of_an_older_version_is_named(model, photos, tmp_path):
+    """Its lists were of a fixed size: beside new ones nobody could read the folder as one table."""
+    run(model, Inputs([photos]), tmp_path, rows=8, workers=0)
+    piece = tmp_path / "piece-000002.parquet"
+    table = pq.read_table(piece)
+    index = next(i for i, field in enumerate(table.schema) if pa.types.is_list(field.type))
+    field, width = table.schema.field(index), len(table.column(index)[0])
+    flat = table.column(index).combine_chunks().flatten()
+    old = pa.FixedSizeListArray.from_arrays(flat, width)
+    pq.write_table(table.set_column(index, field.name, old), piece)
+    with pytest.raises(ValueError, match="has lists of a fixed size, as an older version wrote"):
+        run(model, Inputs([photos]), tmp_path, rows=8, workers=0)
+
+
 def test_a_damaged_piece_is_named(model, photos, tmp_path):
     run(model, Inputs([photos]), tmp_path, rows=8, workers=0)
     path = tmp_path / "piece-000002.parquet"
