@@ -9,6 +9,7 @@ if __name__ == "kernels":  # found from the repository's root instead of the PyP
 else:
     from deit.kernels.layer_norm import add_layer_norm, layer_norm, rms_norm
     from deit.kernels.attention import attention, rotary_attention
+    from deit.kernels.cross_attention import cross_attention
     from deit.kernels.linear import linear
     from deit.kernels.gelu_mlp import gelu_mlp
     from deit.kernels.gelu_mlp.gated import glu_mlp
@@ -25,6 +26,7 @@ __all__ = [
     "Explanation",
     "add_layer_norm",
     "attention",
+    "cross_attention",
     "cross_entropy",
     "distillation_loss",
     "explain",

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "attention.h"
+#include "cross_attention.h"
 #include "layer_norm.h"
 #include "linear.h"
 #include "losses.h"
@@ -25,6 +26,7 @@ struct Kernels {
   const char* name;
   LayerNormKernels layer_norm;
   AttentionKernels attention;
+  CrossAttentionKernels cross_attention;
   ProductKernels product;
   TrainingProductKernels training_product;
   LinearGradientKernels linear_gradient;

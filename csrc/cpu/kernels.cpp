@@ -20,6 +20,7 @@ namespace {
 #include "layer_norm_bwd.inl"
 #include "attention.inl"
 #include "attention_bwd.inl"
+#include "cross_attention.inl"
 #include "linear.inl"
 #include "gelu_mlp.inl"
 #include "linear_training.inl"
@@ -35,6 +36,7 @@ const Kernels DEIT_TABLE(DEIT_ISA) = {
     DEIT_TEXT(DEIT_ISA),
     DEIT_ISA::layer_norm_kernels,
     DEIT_ISA::attention_kernels,
+    DEIT_ISA::cross_attention_kernels,
     DEIT_ISA::products::kernels,
     DEIT_ISA::training_product_kernels,
     DEIT_ISA::linear_gradient_kernels,

@@ -11,6 +11,7 @@
     " Tensor? key_bias) -> Tensor dqkv",
 "attention_fwd(Tensor qkv, int num_heads, float scale, Tensor? key_bias) -> (Tensor out, "
     "Tensor lse)",
+"cross_attention(Tensor q, Tensor kv, int num_heads, float scale) -> Tensor",
 "cross_entropy(Tensor logits, Tensor target, float label_smoothing) -> Tensor",
 "cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor statistics, float "
     "label_smoothing) -> Tensor dlogits",

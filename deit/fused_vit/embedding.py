@@ -45,7 +45,9 @@ class ImageEmbedding:
         return [*inherited, self.patch_embed, self.patch_embed.proj]
 
     def operators(self) -> tuple[str, ...]:
-        return () if self.why_steps() is not None else super().operators()  # type: ignore[misc]
+        found: tuple[str, ...] = super().operators()  # type: ignore[misc]
+        by_steps = () if self.why_steps() is None else ImageEmbedding.OPERATORS
+        return tuple(name for name in found if name not in by_steps)
 
     def remark(self) -> str:
         reason, inherited = self.why_steps(), super().remark()  # type: ignore[misc]

@@ -33,7 +33,10 @@ class PrefixOnly(Fused):
         return self.ROWS
 
     def remark(self) -> str:
-        return f"last block for the first {self.rows()} of its tokens (attention by PyTorch's SDPA)"
+        return f"last block for the first {self.rows()} of its tokens"
+
+    def operators(self) -> tuple[str, ...]:
+        return (*super().operators(), "cross_attention")
 
     def unsupported(self) -> str | None:
         if type(self.blocks) is not nn.Sequential or len(self.blocks) == 0:

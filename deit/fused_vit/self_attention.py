@@ -6,10 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deit.kernels import attention, linear, thirds
+from deit.kernels import attention, cross_attention, linear, thirds
+from deit.kernels.engine.derivatives import needs_gradient
 
 
 class SelfAttention:
@@ -88,8 +88,7 @@ class SelfAttention:
     ) -> Tensor:
         """[B, rows, D']: the first `rows` queries against all keys, heads concatenated.
 
-        `project` is called in the place of `linear` where it is given. PyTorch's attention is good
-        enough for B * H * rows queries, which are half a percent of a layer's.
+        `project` is called in the place of `linear` where it is given.
         """
         heads, scale = self.geometry()
         if project is None:
@@ -98,6 +97,7 @@ class SelfAttention:
         bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
         q = project(x[:, :rows], weight[:width], bias_q)
         kv = project(x, weight[width:], bias_kv)
-        q = q.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, H, rows, d]
-        k, v = kv.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, N, d]
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+        impl = self.fused_impls["cross_attention"]
+        if impl != "reference" and needs_gradient((q, kv)):
+            impl = "auto"  # PyTorch's: the kernel has no gradients, whoever names it
+        return cross_attention(q, kv, heads, scale=scale, impl=impl)

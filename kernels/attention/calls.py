@@ -16,7 +16,7 @@ from deit.kernels.prove.calls import Call, Draw, Part, Size, Stated
 
 def _attention(draw: Draw, size: Size, form: str) -> Call:
     """The families of `oracle.packed`."""
-    inputs = {"qkv": _packed(draw, size)}
+    inputs = {"qkv": packed(draw, size)}
     options: dict[str, Any] = {"num_heads": size.heads}
     if form == "every":
         options["scale"] = 0.2
@@ -48,7 +48,7 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _packed(draw: Draw, size: Size) -> Tensor:
+def packed(draw: Draw, size: Size) -> Tensor:
     """In Triton's interpreter q and k are multiples of 1/64, which makes scores exact in fp32. Its
     BLAS sums q kT and k qT in different orders, where the GPU's products have one order."""
     shape = (size.batch, size.tokens, 3 * size.dim)

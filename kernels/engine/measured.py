@@ -117,7 +117,7 @@ TABLES = (
             "int8_gelu_mlp": ("cpu",),
             "int8_vit_block": ("cpu",),
         },
-        unmeasured=("rotary_attention", "cross_entropy", "distillation_loss"),
+        unmeasured=("rotary_attention", "cross_attention", "cross_entropy", "distillation_loss"),
         in_fp32=("gelu_mlp_bwd", "linear_bwd"),
     ),
 )

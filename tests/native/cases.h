@@ -12,6 +12,7 @@ void fuzz_team(Random& random, const deit::Kernels& set);
 void fuzz_lanes(Random& random, const deit::Kernels& set);
 void fuzz_layer_norm(Random& random, const deit::Kernels& set);
 void fuzz_attention(Random& random, const deit::Kernels& set);
+void fuzz_cross_attention(Random& random, const deit::Kernels& set);
 void fuzz_product(Random& random, const deit::Kernels& set);
 void fuzz_block(Random& random, const deit::Kernels& set);
 void fuzz_int8(Random& random, const deit::Kernels& set);

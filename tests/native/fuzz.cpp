@@ -35,6 +35,7 @@ constexpr Case kCases[] = {
     {"lanes", fuzz_lanes},
     {"layer_norm", fuzz_layer_norm},
     {"attention", fuzz_attention},
+    {"cross_attention", fuzz_cross_attention},
     {"product", fuzz_product},
     {"block", fuzz_block},
     {"int8", fuzz_int8},
@@ -45,7 +46,7 @@ constexpr Case kCases[] = {
     {"layer_norm_gradient", fuzz_layer_norm_gradient},
     {"losses", fuzz_losses},
 };
-static_assert(sizeof(deit::Kernels) == 29 * sizeof(void*),
+static_assert(sizeof(deit::Kernels) == 31 * sizeof(void*),
               "Kernels has a new entry: give it a case above, then its new size here");
 
 // A sanitizer that does not ring is no sanitizer: sanitize.py sets each off first.

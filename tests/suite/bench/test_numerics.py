@@ -16,7 +16,7 @@ def _call(operator):
 def test_every_operator_is_there():
     assert set(calls.operators()) == set(operator_names(eight_bits=False))
     assert set(calls.operators(softmax=True)) == {
-        "attention", "rotary_attention", "cross_entropy", "distillation_loss"
+        "attention", "rotary_attention", "cross_attention", "cross_entropy", "distillation_loss"
     }  # fmt: skip
 
 

@@ -139,7 +139,10 @@ def test_a_transform_is_refused_by_a_named_kernel(name):
         torch.vmap(lambda x: run(x, *rest))(first[None])
 
 
-PRODUCTS = ("attention", "rotary_attention", "linear", "gelu_mlp", "patch_embed", "vit_block")
+PRODUCTS = (
+    "attention", "rotary_attention", "cross_attention", "linear", "gelu_mlp", "patch_embed",
+    "vit_block",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
