@@ -182,6 +182,8 @@ def _triton_rows(
     if driver is None:
         raise SystemExit("this version of Triton has no launcher that is known: no call is kept")
     for options, made in wanted:
+        if made.operator not in registry.KERNELS["triton"]:
+            continue
         places, names = made.written(made.to(device).inputs)
         names["impl"], public = "triton", getattr(deit.kernels, made.operator)
         call = lambda run=public, places=places, names=names: run(*places, **names)

@@ -66,7 +66,7 @@ def _evaluate(call: calls.Call, inputs: dict[str, Tensor], backward: bool) -> No
 
 def _correctness(noted: Noted) -> None:
     for dtype in correctness.DTYPES:
-        for operator in calls.operators():
+        for operator in calls.operators(implementation="triton"):
             for shape, family in correctness.plan(operator, correctness.SHAPES, False):
                 if family != "random":  # which numbers are drawn makes no other kernel
                     continue
@@ -93,7 +93,7 @@ def _fp8(noted: Noted) -> None:
 def _robustness(noted: Noted) -> None:
     """Its layouts, a graph's call, which is an inference, and its largest tensors."""
     context = _context("robustness")
-    for operator in calls.operators():
+    for operator in calls.operators(implementation="triton"):
         call = robustness._call(context, operator)
         backward = call.differentiable("triton")
         layouts: dict[str, Callable[[Any], Any]] = {"plain": lambda t: t, **robustness._views()}
@@ -115,7 +115,7 @@ def _robustness(noted: Noted) -> None:
 
 def _sanitizer(noted: Noted) -> None:
     context = _context("sanitizer")
-    for operator in calls.operators():
+    for operator in calls.operators(implementation="triton"):
         call = robustness._call(context, operator)
         noted.operator, noted.variant = operator, "bf16, sanitizer"
         _evaluate(call, call.inputs, call.differentiable("triton"))
@@ -135,7 +135,7 @@ def _tune(noted: Noted) -> None:
 
 def _speed(noted: Noted) -> None:
     for dim in speed.WIDTHS:
-        for operator in calls.operators():
+        for operator in calls.operators(implementation="triton"):
             if calls.stated()[operator].loss and dim != speed.WIDTHS[0]:
                 continue
             draw = calls.Draw(dtype=torch.bfloat16, device=META)
@@ -169,7 +169,7 @@ def _forms(noted: Noted) -> None:
     """Every form of each operator in each dtype, and on rows that no descriptor takes."""
     unaligned = robustness._views()["rows off 16 bytes"]
     for dtype in correctness.DTYPES:
-        for operator in calls.operators():
+        for operator in calls.operators(implementation="triton"):
             for size in RAGGED + (HEADS if "attention" in operator else ()):
                 for form in calls.FORMS:
                     draw = calls.Draw(dtype=numerics.DTYPES[dtype], device=META)

@@ -23,7 +23,7 @@ IMPLEMENTATIONS = ("triton", "cuda", "cublaslt")
 def robustness(context: Context) -> None:
     """As a stage: one job an operator. As a job: every check on it."""
     if not context.job and not context.dry:
-        context.fan_out(calls.operators())
+        context.fan_out(calls.operators(implementation="triton"))
         context.jobs = 2  # each takes up to 30 GB
         context.fan_out([f"{operator}:large" for operator in LARGE])
         context.note(f"{len(context.rows)} checks passed")
@@ -217,7 +217,11 @@ def sanitizer(context: Context) -> None:
         context.skip("compute-sanitizer: absent")
         return
     # Each tensor is an allocation of its own, so that a step past its end is seen.
-    context.fan_out(calls.operators(), [tool, *MEMCHECK], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    context.fan_out(
+        calls.operators(implementation="triton"),
+        [tool, *MEMCHECK],
+        PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+    )
     unable = [text for text in context.failures if "Device not supported" in text]
     if unable:
         context.failures = [text for text in context.failures if text not in unable]

@@ -31,7 +31,7 @@ def speed(context: Context) -> None:
     ceilings = measure_ceilings(context)
     for dim in WIDTHS[: 1 if context.dry else None]:
         for backward in (False, True):
-            for operator in calls.operators():
+            for operator in calls.operators(implementation="triton"):
                 loss = calls.stated()[operator].loss
                 if backward and OPERATORS[operator].train is None:
                     continue

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 import deit.kernels
+from deit.kernels.engine import registry
 from deit.kernels.engine.operator import OPERATORS, operator_names
 from deit.kernels.prove import oracle
 
@@ -275,10 +276,14 @@ def folders() -> list[str]:
     return list(dict.fromkeys(map(_folder, stated())))
 
 
-def operators(*, softmax: bool = False) -> list[str]:
-    """All operators but those in 8 bits, to which the rule against fp64 does not apply; with
-    `softmax`, only those that have one."""
-    exact = operator_names(eight_bits=False)
+def operators(*, softmax: bool = False, implementation: str = "") -> list[str]:
+    """All operators but those in 8 bits, to which the rule against fp64 does not apply.
+
+    softmax: only those that have one. implementation: only those that it has a kernel of.
+    """
+    exact = set(operator_names(eight_bits=False))
+    if implementation:
+        exact &= registry.KERNELS[implementation]
     return [n for n, one in stated().items() if n in exact and one.softmax >= softmax]
 
 

@@ -7,9 +7,9 @@ from bad_input import ALWAYS_WRONG, LAYOUTS, WRONG, outcome
 
 from deit.kernels import attention, explain
 from deit.kernels.engine import registry
-from deit.kernels.engine.operator import operator_names
+from deit.kernels.prove import calls
 
-PUBLIC = sorted(operator_names(eight_bits=False))
+PUBLIC = sorted(calls.operators(implementation="triton"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

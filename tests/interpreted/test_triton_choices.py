@@ -5,10 +5,9 @@ import torch
 
 import deit.kernels
 from deit.kernels.device import tuning
-from deit.kernels.engine.operator import operator_names
 from deit.kernels.prove import calls
 
-SIZES = {name: calls.Size(1, 5, 192) for name in operator_names(eight_bits=False)} | {
+SIZES = {name: calls.Size(1, 5, 192) for name in calls.operators(implementation="triton")} | {
     "gelu_mlp": calls.Size(1, 2, 64),
     "vit_block, wide": calls.Size(1, 5, 384),
     "patch_embed": calls.Size(1, 2, 64, side=1),

@@ -75,7 +75,7 @@ def _cases() -> Iterator[tuple[Case, bool]]:
     for arch in simulator.ARCHITECTURES:
         for dtype in ("bf16", "fp16", "fp32"):
             first = arch == 90 and dtype == "bf16"
-            for operator in calls.operators():
+            for operator in calls.operators(implementation="triton"):
                 stated = calls.stated()[operator]
                 sizes = (LOGITS,) if stated.loss else DIMS
                 case = Case(operator, arch, dtype, sizes[0])
