@@ -43,8 +43,8 @@ void fuzz_cross_attention(Random& random, const deit::Kernels& set) {
   args.head_dim = random.chance(0.3) ? 64 : random.size(80);
   args.scale = 0.25f / std::sqrt(static_cast<float>(args.head_dim));
   const int64_t channels = args.heads * args.head_dim;
-  const Sequence q(args.batch, args.queries, channels, args.type, random);
-  const Sequence kv(args.batch, args.tokens, 2 * channels, args.type, random);
+  Sequence q(args.batch, args.queries, channels, args.type, random);
+  Sequence kv(args.batch, args.tokens, 2 * channels, args.type, random);
   Elements out(args.batch * args.queries * channels, args.type, random);
   args.q = q.elements.memory.data();
   args.kv = kv.elements.memory.data();
