@@ -75,7 +75,8 @@ def _config_lean(arch: int, dtype: torch.dtype, size: int) -> object:
 
 
 def _config_persistent(arch: int, dtype: torch.dtype, size: int) -> object:
-    return attention_tiles.persistent(TOKENS) if arch == 90 and dtype != torch.float32 else None
+    there = arch in attention_tiles.PERSISTENT and dtype != torch.float32
+    return attention_tiles.persistent(TOKENS) if there else None
 
 
 def _config_bwd(arch: int, dtype: torch.dtype, size: int) -> object:

@@ -17,6 +17,9 @@ from deit.kernels.device.tuning import tunable
 # Up to this many keys are held at once: 197 and 198 tokens pad to 256.
 ONE_BLOCK_KEYS = 256
 
+# GPUs whose matrix units read all keys of triton_persistent.py from shared memory.
+PERSISTENT = (90, 100)
+
 # Widths of a head that a descriptor's block, whose sides are powers of two, covers exactly.
 TMA_HEAD_DIMS = (32, 64, 128)
 
@@ -47,8 +50,9 @@ class AttentionConfig(Configuration):
             found.append("lean: of half precision")
         if self.lean and self.online and not self.tma and self.block_n > 64:
             found.append("lean: 64 keys at most by pointers, 128 spill 32 bytes on sm_120")
-        if self.lean and not self.online and (arguments["arch"], arguments["head_dim"]) != (90, 64):
-            found.append("lean, all keys at once: of 64 channels, on sm_90")
+        served = arguments["arch"] in PERSISTENT and arguments["head_dim"] == 64
+        if self.lean and not self.online and not served:
+            found.append("lean, all keys at once: of 64 channels, on sm_90 and sm_100")
         if self.pointed and not (self.lean and self.online and self.tma):
             found.append("pointed: of lean and online, with tma")
         if not self.online:

@@ -316,6 +316,9 @@ def _online_kernel(
     maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     y = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if sin is not None and lse is None:
+        # A way around the loop would set y, and ptxas then await every wgmma (triton 3.6, 3.8).
+        tl.assume(tokens > 0)
     for n0 in tl.range(0, tokens, BLOCK_N):
         k = qkv_tiles.load(
             kv_source,

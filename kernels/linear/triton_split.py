@@ -82,13 +82,16 @@ def _parts_kernel(
     split = tl.program_id(0) // tiles
     m0, n0 = common.tile_origin(tl.program_id(0) % tiles, rows, width, BLOCK_M, BLOCK_N, GROUP)
     first = split * split_depth
+    last = tl.minimum(first + split_depth, depth)
+    # A way around the loop would set the sums, and ptxas then await every wgmma (triton 3.6).
+    tl.assume(first < last)
     acc = product(
         x,
         weight,
         m0,
         n0,
         first,
-        tl.minimum(first + split_depth, depth),
+        last,
         rows,
         width,
         inner,

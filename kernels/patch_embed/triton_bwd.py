@@ -74,12 +74,14 @@ def plan_weight(
     # As many splits as fill the GPU, but no sum shorter than four blocks.
     splits = config.programs * common.multiprocessors(images) // tiles
     splits = max(1, min(splits, rows // (4 * config.block_k)))
+    span = triton.cdiv(triton.cdiv(rows, splits), config.block_k) * config.block_k
+    splits = triton.cdiv(rows, span)  # none is empty
     partial = torch.empty((1, splits, dweight.numel()), dtype=torch.float32, device=images.device)
     arguments = patch_embed.gather_arguments(images, weight) | {
         "dout": dout,
         "partial": partial,
         "rows": rows,
-        "span": triton.cdiv(triton.cdiv(rows, splits), config.block_k) * config.block_k,
+        "span": span,
         "patches": patches,
         "prefix_tokens": prefix_tokens,
         "width": dim,
@@ -173,7 +175,10 @@ def _weight_kernel(
         k, image_c, image_h, image_w, CHANNELS, PATCH_H, PATCH_W, CHANNELS_LAST
     )
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for r0 in tl.range(split * span, tl.minimum(split * span + span, rows), BLOCK_K):
+    first, last = split * span, tl.minimum(split * span + span, rows)
+    # A way around the loop would set the sums, and ptxas then await every wgmma (triton 3.6).
+    tl.assume(first < last)
+    for r0 in tl.range(first, last, BLOCK_K):
         row = r0 + tl.arange(0, BLOCK_K)
         row_mask = (row < rows)[:, None]
         image = row // patches

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -137,6 +139,28 @@ def test_persistent(tokens):
     assert launch.kernel is triton_persistent.persistent_kernel
     assert launch.grid[0] <= common.multiprocessors(qkv)
     _check(qkv, 2, config=config)
+
+
+@pytest.mark.parametrize(("tokens", "heads", "units"), [(50, 2, 6), (197, 1, 6)])
+def test_persistent_gives_the_same_bits_by_any_number_of_programs(tokens, heads, units):
+    """A program a block, as one that is not persistent has, then fewer, one, and more than blocks;
+    and of an image the same bits alone."""
+    qkv = make_qkv(3, tokens, heads)
+
+    def bits(qkv, programs=None):
+        (out, _), launch = implementation.plan(
+            qkv, heads, 0.125, None, config=attention_tiles.persistent(tokens)
+        )
+        assert launch.arguments["units"] == units * len(qkv) // 3
+        out.fill_(torch.nan)
+        replace(launch, grid=launch.grid if programs is None else (programs,)).run(qkv)
+        return out
+
+    expected = bits(qkv, units)
+    assert expected.isfinite().all()
+    for programs in (None, None, 1, 4, units + 3):
+        assert torch.equal(bits(qkv, programs), expected), programs
+    assert torch.equal(bits(qkv[1:2]), expected[1:2])
 
 
 @pytest.mark.parametrize("family", [*oracle.FAMILIES[1:], "one_hot"])

@@ -12,6 +12,7 @@ import torch
 
 from deit.kernels import explain, patch_embed
 from deit.kernels.engine import registry
+from deit.kernels.patch_embed import triton_bwd
 from deit.kernels.prove import oracle
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -98,6 +99,16 @@ def test_dweight_is_split_over_programs(channels_last):
     if channels_last:
         images, weight = (t.contiguous(memory_format=torch.channels_last) for t in (images, weight))
     _check((images, weight, *rest))
+
+
+def test_no_part_of_dweight_is_empty():
+    """400 patches, six parts of whole blocks of 16: five of 80, which a sixth would follow."""
+    images, weight, *rest = _make(25, (4, 4), 48, patch=(4, 4), dtype=torch.float32)
+    dout = oracle.make("random", (25, 17, 48), seed=9)
+    _, launches = triton_bwd.plan_weight(dout, images, weight, 1)
+    assert launches[0].grid == (5,)
+    assert launches[0].arguments["span"] == 80
+    _check((images, weight, *rest), dout)
 
 
 def test_strided_gradients():

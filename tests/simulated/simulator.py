@@ -56,6 +56,8 @@ os.environ["FUSED_DEIT_TUNED"] = "0"  # the pinned configurations, whatever was 
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from triton._C.libtriton import ir, passes  # noqa: E402
+from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from ttsem import harness, memory, ops, sanitize  # noqa: E402
 from ttsem._fakedriver import unstub_torch_cuda  # noqa: E402
 
@@ -85,6 +87,32 @@ def device(arch: int = 90) -> Iterator[Any]:
         unstub_torch_cuda()
         torch.use_deterministic_algorithms(filled)
         dispatch.environment, common._INTERPRETED_ARCH = can_run, stood_for
+
+
+@contextlib.contextmanager
+def flattened() -> Iterator[None]:
+    """Loops are executed flattened inside where a kernel asks for it, as on a GPU.
+
+    Triton's pass for it runs behind the IR that is executed, so elsewhere both forms are the loops
+    of the source.
+    """
+    make = CUDABackend.make_ttir
+
+    def and_flatten(module: Any, *rest: Any) -> Any:
+        module = make(module, *rest)
+        manager = ir.pass_manager(module.context)
+        passes.ttgpuir.add_fuse_nested_loops(manager)
+        passes.common.add_canonicalizer(manager)
+        manager.run(module, "flatten")
+        return module
+
+    CUDABackend.make_ttir = staticmethod(and_flatten)
+    forget()  # what was made as a plain loop
+    try:
+        yield
+    finally:
+        CUDABackend.make_ttir = staticmethod(make)
+        forget()
 
 
 def _runs_triton(can_run: Any) -> Any:
@@ -138,6 +166,11 @@ def _ir(make: Any, record: Any, stage: str, target: Any) -> str:
     if key not in _made:
         _made[key] = make(record, stage, target)
     return _made[key]
+
+
+def executed() -> list[str]:
+    """The IR of what was launched since the last `forget`, that of each kernel once."""
+    return [*_made.values()]
 
 
 def forget() -> None:

@@ -159,7 +159,8 @@ def test_the_rule_holds(case, note):
 
 
 @pytest.mark.parametrize(
-    ("arch", "keys", "pointed"), [(90, 64, True), (90, None, False), (80, 64, False)]
+    ("arch", "keys", "pointed"),
+    [(90, 64, True), (90, None, False), (100, None, False), (80, 64, False)],
 )
 def test_a_lean_attention_holds_it_too(arch, keys, pointed, note):
     """Its configurations are no default: `deit tune` tries them."""

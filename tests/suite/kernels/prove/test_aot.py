@@ -133,9 +133,13 @@ def test_a_spill_is_found():
     assert spills > 0
 
 
-def test_products_that_ptxas_cannot_leave_in_flight_are_said():
-    """Of a whole head's gradient it left none in flight while dq was its last product."""
-    result = aot.compile_case(launches.Shipped("attention_bwd", "197", "bf16", 64, 90))
+@pytest.mark.parametrize(
+    ("operator", "size"), [("attention_bwd", 64), ("attention_bwd", 32), ("rotary_attention", 64)]
+)
+def test_products_that_ptxas_cannot_leave_in_flight_are_said(operator, size):
+    """Of a whole head's gradient it left none in flight while dq was its last product; of the
+    others while there was a way around the loop."""
+    result = aot.compile_case(launches.Shipped(operator, "197", "bf16", size, 90))
     assert not result.serialised
     assert ", one by one" not in aot.row(result)
     one_by_one = dataclasses.replace(result, serialised=True)
