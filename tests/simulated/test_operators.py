@@ -16,6 +16,7 @@ from deit.kernels.attention import TRITON_ROTARY_HEAD_DIMS
 from deit.kernels.attention import tiles as attention_tiles
 from deit.kernels.attention import triton as attention_triton
 from deit.kernels.prove import calls, oracle, reference
+from qualification import correctness
 
 Size = calls.Size
 # Of D = 64, a weight's gradient has fewer tiles than there are programs, and its rows are split.
@@ -111,9 +112,9 @@ class Found:
 # Rounding to nearest leans by 0.02 at most here, a cut by 1.0, which uses 0.55 of the rule.
 LEAN, ENOUGH = 0.15, 1000
 
-# What is above the rule on few draws can be luck, and is held to it over more. gelu_mlp's largest
-# error of 192 d gamma in fp32 is 1.16 of what is allowed on one draw, and 0.73 to 0.76 on five.
-FEW_DRAWS, MORE = {"one_hot": 3}, 8
+# What is above the rule on few draws is held to it over more, as on a GPU. gelu_mlp's largest error
+# of 192 d gamma in fp32 is 1.16 of what is allowed on one draw, and 0.73 to 0.76 on five.
+FEW_DRAWS = {"one_hot": 3}
 
 
 def measure(case: Case, draws: int = 0) -> Found:
@@ -148,7 +149,7 @@ CASES = [case for case, least in _cases() if least or simulator.ASKED == "all"]
 def test_the_rule_holds(case, note):
     found = measure(case)
     if max(found.used.values()) > 1:
-        found = measure(case, MORE)
+        found = measure(case, correctness.MORE)
     used, lean = max(found.used.values()), max(map(abs, found.lean.values()))
     note(what=case.operator, dtype=case.dtype, arch=case.arch, case=str(case), used=used, lean=lean,
          launches=found.launches, unchecked=found.unchecked)  # fmt: skip
