@@ -48,7 +48,10 @@ def calls():
         "gelu_mlp_fwd": (h, w1, b1, w2, b2, r, g2, keep),
         "gelu_mlp_bwd": (dy, h, w1, w2, hidden, mlp_affine, g2, keep),
         "linear_bwd_plain": (dout, x, weight, nothing, None, None, None),
-    }
+        "patch_embed_bwd": (
+            torch.randn(3, 14, 48), torch.randn(3, 3, 64, 48), torch.randn(48, 3, 16, 16), 2
+        ),
+    }  # fmt: skip
     for name, stream in STREAM.items():  # which stays in fp32, as under autocast
         arguments[f"{name}_bf16"] = tuple(
             a.bfloat16() if isinstance(a, torch.Tensor) and i != stream else a
@@ -61,14 +64,22 @@ def _operator(name):
     return name.removesuffix("_plain").removesuffix("_bf16")
 
 
-# The products' residual or dout, by position.
-STREAM = {"linear_fwd": 4, "linear_bwd": 0, "gelu_mlp_fwd": 5, "gelu_mlp_bwd": 0}
+# What may stay in fp32 beside bf16 by position, the products' residual or dout; None: nothing.
+STREAM = {
+    "linear_fwd": 4,
+    "linear_bwd": 0,
+    "gelu_mlp_fwd": 5,
+    "gelu_mlp_bwd": 0,
+    "attention_fwd": None,
+    "attention_bwd": 3,  # lse
+    "patch_embed_bwd": None,
+}
 
 
 CALLS = ["_".join(pair) for pair in itertools.product(
     ("layer_norm", "rms_norm", "add_layer_norm", "attention", "linear", "gelu_mlp"),
     ("fwd", "bwd"),
-)] + ["linear_bwd_plain"] + [f"{name}_bf16" for name in STREAM]  # fmt: skip
+)] + ["linear_bwd_plain", "patch_embed_bwd"] + [f"{name}_bf16" for name in STREAM]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +94,7 @@ def outputs_of(name, arguments):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_threads_change_no_bit(base_isa, threads, prepared, name):
+def test_threads_change_no_bit(isa, threads, prepared, name):
     operator, arguments = prepared[name]
     threads(1)
     alone = outputs_of(operator, arguments)
@@ -162,8 +173,9 @@ def test_empty(shape):
     assert (dbias == 0).all()
 
 
-def test_nan_stays_in_its_sample(base_isa):
-    qkv, dout = torch.randn(2, 30, 192), torch.randn(2, 30, 64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_stays_in_its_sample(isa, dtype):
+    qkv, dout = torch.randn(2, 30, 192, dtype=dtype), torch.randn(2, 30, 64, dtype=dtype)
     dout[0, 3, 5] = torch.nan
     out, lse = OPS["attention_fwd"](qkv, 1, 0.125, None)
     dqkv = OPS["attention_bwd"](dout, qkv, out, lse, 1, 0.125, None)
@@ -206,6 +218,12 @@ def test_what_it_does_not_train_is_left_to_pytorch():
         ("linear_fwd_bf16", (4, torch.ones(3, 197, 200).half()), "residual: expected"),
         ("linear_bwd_bf16", (1, torch.ones(3, 197, 48)), "x: expected the product's dtype"),
         ("gelu_mlp_fwd_bf16", (3, torch.ones(48, 200)), "w2: expected the product's dtype"),
+        ("patch_embed_bwd", (0, torch.ones(3, 14, 47)), "dout"),
+        ("patch_embed_bwd", (0, torch.ones(2, 14, 48)), "images: expected those of dout"),
+        ("patch_embed_bwd", (1, torch.ones(3, 3, 64, 32)), "images: expected those of dout"),
+        ("patch_embed_bwd", (1, torch.ones(3, 3, 60, 48)), "images: expected height and width"),
+        ("patch_embed_bwd_bf16", (1, torch.ones(3, 3, 64, 48)), "images: expected dout's dtype"),
+        ("patch_embed_bwd_bf16", (0, torch.ones(3, 14, 48)), "dout: expected the product's dtype"),
     ],
 )
 def test_a_raw_call_with_wrong_shapes_raises(prepared, name, change, message):
