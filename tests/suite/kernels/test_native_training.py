@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from layers import feed_forward, keep_of, layer
 
 import deit
@@ -147,6 +148,46 @@ def test_an_expanded_gradient():
         if impl == "cpu":
             found = x.grad, weight.grad
     torch.testing.assert_close(found, (x.grad, weight.grad), rtol=1e-4, atol=1e-5)
+
+
+class Made(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names = [*getattr(self, "names", []), str(func)]
+        return func(*args, **(kwargs or {}))
+
+
+class Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dout):
+        return None
+
+
+def test_nothing_is_made_for_outputs_without_a_gradient():
+    """Autograd would fill zeros for what a forward saves; and pass on that there is no gradient."""
+    x = torch.randn(2, 9, 192, requires_grad=True)
+    weight, vector = torch.randn(192, 192, requires_grad=True), torch.randn(192, requires_grad=True)
+    for call in (
+        lambda: layer_norm(x, vector, impl="cpu"),
+        lambda: add_layer_norm(x, x.detach(), vector, impl="cpu")[0],
+        lambda: attention(x, 1, impl="cpu"),
+        lambda: linear(x, weight, activation="gelu", impl="cpu"),
+        lambda: gelu_mlp(x, weight, None, weight, None, gamma=vector, impl="cpu"),
+    ):
+        y = call()
+        with Made() as made:
+            y.backward(torch.ones_like(y))
+        assert any("_bwd" in name for name in made.names)
+        zeros = [name for name in made.names if "zeros." in name]
+        assert zeros == [] or "add_layer_norm_bwd" in "".join(made.names)  # of its second output
+        x.grad = None
+        Dropped.apply(call()).sum().backward()
+        assert x.grad is None
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
