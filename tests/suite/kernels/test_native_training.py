@@ -8,8 +8,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from layers import feed_forward, keep_of, layer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deit
 from deit.fused_vit import fuse
