@@ -45,7 +45,11 @@ size_t bf16_workspace(const AttentionArgs& args) {
 
 // kStep neighbours as words, and the columns of two rows.
 DEIT_INLINE Vec words_of(const float* p) { return narrowed(load(p), load(p + kWidth)); }
-DEIT_INLINE Vec words_of(const BF16* p) { return load(reinterpret_cast<const float*>(p)); }
+DEIT_INLINE Vec words_of(const BF16* p) {  // which no word's alignment is promised of
+  Vec words;
+  std::memcpy(&words, p, sizeof words);
+  return words;
+}
 DEIT_INLINE Vec pairs_of(const float* low, const float* high) {
   return interleaved(load(low), load(high));
 }
