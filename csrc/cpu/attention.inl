@@ -94,14 +94,27 @@ DEIT_INLINE void pack_keys(const T* keys, int64_t stride, int64_t tokens, int64_
   }
 }
 
-// Scores -> exp(score - largest), in place; returns 1 / their sum. A row whose every score is
-// -inf becomes zeros, as in PyTorch's scaled_dot_product_attention. `lse`, where it is asked for,
-// is log(sum(exp(scores))). kPaired: they become bf16, two a word, in the first half of the row;
-// `padded` is then a multiple of two vectors.
+DEIT_INLINE bool is_power_of_two(float a) {
+  uint32_t bits;
+  std::memcpy(&bits, &a, sizeof bits);
+  return a > 0.0f && (bits & 0x7fffffu) == 0;
+}
+
+// Scores -> exp(scale * score + bias - largest), in place; returns 1 / their sum. A row whose every
+// score is -inf becomes zeros, as in PyTorch's scaled_dot_product_attention. `lse`, where it is
+// asked for, is log(sum(exp(scores))). kPaired: they become bf16, two a word, in the first half of
+// the row; `padded` is then a multiple of two vectors. A power of two scales in the exponent's
+// multiply-add, exactly: the largest score's exponent must be 0, whatever its size.
 template <bool kPaired = false>
-DEIT_INLINE float softmax_row(float* scores, const float* key_bias, int64_t tokens,
-                              int64_t padded, float* lse = nullptr) {
+DEIT_INLINE float softmax_row(float* scores, const float* key_bias, int64_t tokens, int64_t padded,
+                              float* lse = nullptr, float scale = 1.0f) {
   const float infinity = __builtin_inff();
+  if (scale != 1.0f && (key_bias || !is_power_of_two(scale))) {
+    for (int64_t j = 0; j < tokens; j += kWidth) {
+      store(scores + j, load(scores + j) * broadcast(scale));
+    }
+    scale = 1.0f;
+  }
   for (int64_t j = tokens; j < padded; ++j) scores[j] = -infinity;
   Vec top = broadcast(-infinity);
   int64_t j = 0;
@@ -115,7 +128,7 @@ DEIT_INLINE float softmax_row(float* scores, const float* key_bias, int64_t toke
     j = tokens / kWidth * kWidth;
   }
   for (; j < padded; j += kWidth) top = max(load(scores + j), top);
-  const float largest_score = largest(top);
+  const float largest_score = largest(top) * scale;
   if (lse) *lse = largest_score;
   if (largest_score == -infinity) {
     float total = 0.0f;  // -inf unless a score is NaN, which `max` passes over
@@ -125,19 +138,19 @@ DEIT_INLINE float softmax_row(float* scores, const float* key_bias, int64_t toke
       return 0.0f;
     }
   }
-  const Vec base = broadcast(largest_score);
+  const Vec factor = broadcast(scale), base = broadcast(-largest_score);
   Vec total = broadcast(0.0f);
   j = 0;
 #if defined(DEIT_BF16_PRODUCTS)
   for (; kPaired && j < padded; j += 2 * kWidth) {
-    const Vec p = exp_nonpositive(load(scores + j) - base);
-    const Vec next = exp_nonpositive(load(scores + j + kWidth) - base);
+    const Vec p = exp_nonpositive(fma(load(scores + j), factor, base));
+    const Vec next = exp_nonpositive(fma(load(scores + j + kWidth), factor, base));
     store(scores + j / 2, narrowed(p, next));
     total = total + (p + next);
   }
 #endif
   for (; j < padded; j += kWidth) {
-    const Vec p = exp_nonpositive(load(scores + j) - base);
+    const Vec p = exp_nonpositive(fma(load(scores + j), factor, base));
     store(scores + j, p);
     total = total + p;
   }

@@ -49,7 +49,8 @@ DEIT_INLINE GradientWorkspace lay_out(const AttentionGradientArgs& args, float* 
 }
 
 // c = (or +=) a b for any width, b in panels of [depth, kPanel], or row-major at panel_step kPanel.
-template <bool kOuter>
+// `depth` counts words.
+template <bool kOuter, class W = float>
 DEIT_INLINE void multiply_all(const float* a, int64_t lda, const float* b, int64_t ldb,
                               int64_t panel_step, int64_t rows, int64_t depth, int64_t width,
                               bool add, float* c, int64_t ldc) {
@@ -57,8 +58,8 @@ DEIT_INLINE void multiply_all(const float* a, int64_t lda, const float* b, int64
     const float* panel = b + column / kPanel * panel_step;
     for (int64_t k = 0; k < depth; k += kChain) {
       const int64_t chain = depth - k < kChain ? depth - k : kChain;
-      multiply<float, kOuter>(a + k * (kOuter ? lda : 1), lda, panel + k * ldb, ldb, rows, chain,
-                       vectors_of(width - column), add || k > 0, c + column, ldc);
+      multiply<W, kOuter>(a + k * (kOuter ? lda : 1), lda, panel + k * ldb, ldb, rows, chain,
+                          vectors_of(width - column), add || k > 0, c + column, ldc);
     }
   }
 }
@@ -145,8 +146,11 @@ void attention_gradient_typed(const AttentionGradientArgs& args, float* workspac
   }
 }
 
+#include "attention_bwd_bf16.inl"
+
 void attention_gradient(const AttentionGradientArgs& args, float* workspace, int64_t begin,
                         int64_t end) {
+  if (in_bf16(args)) return attention_gradient_in_bf16(args, workspace, begin, end);
   switch (args.type) {
     case Scalar::f32: return attention_gradient_typed<float>(args, workspace, begin, end);
     case Scalar::f16: return attention_gradient_typed<F16>(args, workspace, begin, end);
@@ -163,6 +167,7 @@ void plan_attention_gradient(AttentionGradientArgs& args) {
 }
 
 size_t attention_gradient_workspace(const AttentionGradientArgs& args) {
+  if (in_bf16(args)) return bf16_workspace(args);
   return static_cast<size_t>(lay_out(args, nullptr).end - static_cast<float*>(nullptr));
 }
 

@@ -55,6 +55,8 @@ std::tuple<Tensor, Tensor> output_gradient(const Tensor& dout, const Optional& a
 // which is read for dweight alone.
 std::tuple<Tensor, Tensor> weight_gradient(const Tensor& g, const Optional& x, bool wants_weight,
                                            bool wants_bias);
+// One that is described, in blocks for the threads that there are.
+void run_weight_gradient(WeightGradientArgs& args);
 // a [.., K] times [K, width] -> out, described; `pack_operand` gives it the right operand. K is whole
 // words.
 TrainingProductArgs product_of(const Tensor& a, int64_t width, const Tensor& out);

@@ -147,6 +147,17 @@ void share_out(WeightGradientArgs& args) {
 
 }  // namespace
 
+void run_weight_gradient(WeightGradientArgs& args) {
+  share_out(args);
+  const LinearGradientKernels& set = kernels().linear_gradient;
+  const int64_t rows = args.samples * args.rows;
+  const int64_t work = rows * args.output_block * std::min(args.input_block, args.inputs + 1);
+  over_threads(tasks_of(args), grain_of(work), set.weight_workspace(args),
+               [&](float* workspace, int64_t begin, int64_t end) {
+                 set.weight(args, workspace, begin, end);
+               });
+}
+
 std::tuple<Tensor, Tensor> weight_gradient(const Tensor& g, const Optional& x,
                                                bool wants_weight, bool wants_bias) {
   if (!wants_weight && !wants_bias) return {none(g), none(g)};
@@ -154,6 +165,7 @@ std::tuple<Tensor, Tensor> weight_gradient(const Tensor& g, const Optional& x,
   args.outputs = args.ldg = last(g);
   const Tensor inputs = wants_weight ? contiguous("x", required("x", x), g.scalar_type()) : none(g);
   args.inputs = args.ldx = last(inputs);
+  args.samples = 1;
   args.rows = args.outputs == 0 ? 0 : g.numel() / args.outputs;
   Tensor dweight = wants_weight ? torch::stable::new_empty(g, {args.outputs, args.inputs}) : none(g);
   Tensor dbias = wants_bias ? torch::stable::new_empty(g, {args.outputs}) : none(g);
@@ -163,13 +175,7 @@ std::tuple<Tensor, Tensor> weight_gradient(const Tensor& g, const Optional& x,
   args.type = scalar_of("dout", g);
   args.dweight = wants_weight ? dweight.mutable_data_ptr() : nullptr;
   args.dbias = wants_bias ? dbias.mutable_data_ptr() : nullptr;
-  share_out(args);
-  const LinearGradientKernels& set = kernels().linear_gradient;
-  const int64_t work = args.rows * args.output_block * std::min(args.input_block, args.inputs + 1);
-  over_threads(tasks_of(args), grain_of(work), set.weight_workspace(args),
-               [&](float* workspace, int64_t begin, int64_t end) {
-                 set.weight(args, workspace, begin, end);
-               });
+  run_weight_gradient(args);
   return {dweight, dbias};
 }
 

@@ -6,6 +6,7 @@
 
 #include "../common/rows.h"
 #include "layer_norm.h"  // kRowChunk
+#include "patches.h"
 
 namespace deit {
 
@@ -73,11 +74,13 @@ struct TrainingProductArgs {
 
 // dweight = gT x and dbias = the sum of g's rows. A task is one block of dweight over all rows.
 // No partial sum is shared, and a sum's order is that of the rows whatever the number of threads.
-// A dbias alone is a weight without inputs, in blocks of outputs.
+// A dbias alone is a weight without inputs, in blocks of outputs. Rows are those of `samples`
+// matrices one after another, each of which begins a chain of its own.
 struct WeightGradientArgs {
-  const void* g;  // [rows, outputs], row stride ldg
-  const void* x;  // [rows, inputs], row stride ldx
-  int64_t ldg, ldx, rows, outputs, inputs;
+  const void* g;         // [samples, rows, outputs], strides sample_ldg and ldg
+  const void* x;         // [rows, inputs], row stride ldx, of one sample; or null, and
+  const Images* images;  // an image a sample, whose patches are the rows
+  int64_t sample_ldg, ldg, ldx, samples, rows, outputs, inputs;
   void* dweight;  // [outputs, inputs]; null where inputs is 0
   void* dbias;    // [outputs] or null
   Scalar type;    // of all of them

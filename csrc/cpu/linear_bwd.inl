@@ -100,25 +100,83 @@ DEIT_INLINE void write_gradients(const WeightGradientArgs& args, const GradientB
   }
 }
 
+// Where rows [row, row + rows) of a sample begin, patches in its image.
+DEIT_INLINE void find_patches(const Images& in, int64_t sample, int64_t row, int64_t rows,
+                              int64_t* starts) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t down = (row + i) / in.across, right = (row + i) % in.across;
+    starts[i] = sample * in.strides[0] + down * in.height * in.strides[2] +
+                right * in.width * in.strides[3];
+  }
+}
+
+// How far from its patch's start an input lies.
+DEIT_INLINE int64_t within_patch(const Images& in, int64_t input) {
+  const int64_t x = input % in.width, line = input / in.width;
+  return line / in.height * in.strides[1] + line % in.height * in.strides[2] + x * in.strides[3];
+}
+
+// `pack_columns` of patches that begin at `starts`: their inputs from `input` on. Whole vectors of
+// a line are read where they lie, as in patches of 16; elsewhere inputs are read one by one.
+template <class T>
+DEIT_INLINE void pack_patches(const Images& in, const int64_t* starts, int64_t rows, int64_t input,
+                              int64_t columns, float* to) {
+  const T* data = static_cast<const T*>(in.data);
+  const int64_t count = columns < kPanel ? columns : kPanel;
+  for (int64_t j = 0; j < kPanel; j += kWidth) {
+    const int64_t left = count - j, first = input + j;
+    const int lanes = static_cast<int>(left < 0 ? 0 : left < kWidth ? left : kWidth);
+    const bool together =
+        lanes == kWidth && in.strides[3] == 1 && first % in.width + kWidth <= in.width;
+    int64_t offsets[kWidth] = {};
+    for (int lane = 0; lane < lanes; ++lane) offsets[lane] = within_patch(in, first + lane);
+    for (int64_t i = 0; i < rows; i += kInWord<T>) {
+      const T* row = data + starts[i];
+      float* word = to + i / kInWord<T> * kPanel + j;
+      if (together) {
+        const int64_t next = i + 1 < rows ? starts[i + 1] - starts[i] : 0;
+        store(word, load_words(row + offsets[0], next, rows - i, kWidth));
+        continue;
+      }
+      T found[kInWord<T>][kWidth] = {};
+      for (int64_t k = 0; k < kInWord<T> && i + k < rows; ++k) {
+        for (int lane = 0; lane < lanes; ++lane) {
+          found[k][lane] = data[starts[i + k] + offsets[lane]];
+        }
+      }
+      store(word, load_words(found[0], kWidth, kInWord<T>, kWidth));
+    }
+  }
+}
+
 template <class T>
 void weight_gradient_typed(const WeightGradientArgs& args, float* workspace, int64_t begin,
                            int64_t end) {
   constexpr int64_t kChunk = kChain * kInWord<T>;  // rows
+  int64_t starts[kChunk];
   for (int64_t task = begin; task < end; ++task) {
     const GradientBlock b = block_of(args, task, workspace);
     const bool sums_bias = args.dbias && b.first_input == 0;
     for (int64_t i = 0; i < b.outputs; ++i) b.bias[i] = 0.0;
-    for (int64_t row = 0; row < args.rows; row += kChunk) {
-      const int64_t rows = args.rows - row < kChunk ? args.rows - row : kChunk;
+    for (int64_t at = 0; at < args.samples * args.rows;) {
+      const int64_t sample = at / args.rows, row = at % args.rows, left = args.rows - row;
+      const int64_t rows = left < kChunk ? left : kChunk;
       const int64_t words = (rows + kInWord<T> - 1) / kInWord<T>;
+      if (args.images) find_patches(*args.images, sample, row, rows, starts);
       for (int64_t j = 0; j < b.inputs; j += kPanel) {
-        const T* x = static_cast<const T*>(args.x) + row * args.ldx + b.first_input + j;
-        pack_columns<kPanel>(x, args.ldx, rows, b.inputs - j, b.x + j * words);
+        float* panel = b.x + j * words;
+        if (args.images) {
+          pack_patches<T>(*args.images, starts, rows, b.first_input + j, b.inputs - j, panel);
+        } else {
+          const T* x = static_cast<const T*>(args.x) + row * args.ldx + b.first_input + j;
+          pack_columns<kPanel>(x, args.ldx, rows, b.inputs - j, panel);
+        }
       }
-      const T* g = static_cast<const T*>(args.g) + row * args.ldg + b.first_output;
-      pack_rows(g, args.ldg, rows, b.outputs, b.g, args.output_block);
+      const T* g = static_cast<const T*>(args.g) + sample * args.sample_ldg + row * args.ldg;
+      pack_rows(g + b.first_output, args.ldg, rows, b.outputs, b.g, args.output_block);
       if (sums_bias) add_rows<T>(b.g, args.output_block, words, b.outputs, b.bias);
-      add_chunk<T>(b, args.output_block, words, row > 0);
+      add_chunk<T>(b, args.output_block, words, at > 0);
+      at += rows;
     }
     write_gradients<T>(args, b, sums_bias);
   }

@@ -62,6 +62,8 @@
 "linear_thirds(Tensor x, Tensor first, Tensor second, Tensor third, Tensor? bias) -> Tensor",
 "patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor prefix, Tensor pos_embed) "
     "-> Tensor",
+"patch_embed_bwd(Tensor dout, Tensor? images, Tensor weight, int prefix_tokens, bool[]? "
+    "wanted=None) -> (Tensor dweight, Tensor dbias, Tensor dprefix, Tensor dpos_embed)",
 "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
 "rms_norm_bwd(Tensor dout, Tensor x, Tensor weight, Tensor rstd, bool[]? wanted=None) -> "
     "(Tensor dx, Tensor dweight)",

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from deit.kernels.attention import reference
 from deit.kernels.attention import schema as schema
 from deit.kernels.engine import autocast, dispatch, limits, validate
+from deit.kernels.engine.derivatives import once_differentiable
 from deit.kernels.engine.operator import Operator, register
 from deit.kernels.engine.registry import COMPILED
 
@@ -198,6 +198,7 @@ class _Attention(torch.autograd.Function):
         ctx.places = [i for i, value in enumerate(rest) if isinstance(value, Tensor)]
         ctx.save_for_backward(qkv, out, lse, *tensors)
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # or autograd fills zeros for lse
         return out, lse
 
     @staticmethod

@@ -29,7 +29,7 @@ class Prior:
     """What is shipped for a kind of device.
 
     operators: operator, or operator_bwd for its training -> implementations, the fastest first;
-    where it is left out, PyTorch's was the fastest or none was measured. unmeasured: operators of
+    where it is left out, PyTorch's was the fastest or none was measured. unmeasured: such names, of
     which it says nothing. in_fp32: entries of `operators` that speak for fp32 alone. file: verdicts
     instead of a table.
     """
@@ -66,9 +66,12 @@ class Prior:
         """What the table says of a class, and why it says nothing ("" where it speaks)."""
         if self.file is not None:
             return (), "its sizes are not among those shipped"
+        entry = _entry(shape.operator, shape.training)
         if shape.operator in self.unmeasured:
             return (), f"{shape.operator} was not measured here"
-        if _entry(shape.operator, shape.training) in self.in_fp32 and shape.dtype != torch.float32:
+        if entry in self.unmeasured:
+            return (), f"{shape.operator} was not measured in training here"
+        if entry in self.in_fp32 and shape.dtype != torch.float32:
             return (), f"{shape.operator} was trained in fp32 alone here"
         return self.of_any(shape.operator, shape.training, shape.dtype), ""
 
@@ -117,7 +120,13 @@ TABLES = (
             "int8_gelu_mlp": ("cpu",),
             "int8_vit_block": ("cpu",),
         },
-        unmeasured=("rotary_attention", "cross_attention", "cross_entropy", "distillation_loss"),
+        unmeasured=(
+            "rotary_attention",
+            "cross_attention",
+            "cross_entropy",
+            "distillation_loss",
+            "patch_embed_bwd",
+        ),
         in_fp32=("gelu_mlp_bwd", "linear_bwd"),
     ),
 )

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from deit.kernels.engine import autocast, dispatch, limits, validate
-from deit.kernels.engine.derivatives import gradients, needs_gradient
+from deit.kernels.engine.derivatives import gradients, needs_gradient, once_differentiable
 from deit.kernels.engine.operator import Operator, register
 from deit.kernels.engine.registry import COMPILED
 from deit.kernels.gelu_mlp import reference
@@ -114,6 +113,7 @@ class _GeluMlp(torch.autograd.Function):
         kept_affine = affine if of_gamma else None
         ctx.save_for_backward(kept_x, w1, kept_b1, w2, hidden, kept_affine, gamma, keep)
         ctx.mark_non_differentiable(hidden, affine)
+        ctx.set_materialize_grads(False)  # or autograd fills zeros for these
         return out, hidden, affine
 
     @staticmethod

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from deit.kernels.engine import dispatch, validate
-from deit.kernels.engine.derivatives import gradients
+from deit.kernels.engine.derivatives import gradients, once_differentiable
 from deit.kernels.engine.operator import Operator, register
 from deit.kernels.engine.registry import COMPILED
 from deit.kernels.layer_norm import reference

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from deit.kernels.engine import autocast, dispatch, limits, validate
-from deit.kernels.engine.derivatives import gradients
+from deit.kernels.engine.derivatives import gradients, once_differentiable
 from deit.kernels.engine.operator import Operator, register
 from deit.kernels.engine.registry import COMPILED
 from deit.kernels.linear import reference
@@ -88,6 +87,7 @@ class _Linear(torch.autograd.Function):
             x if of_weight else None, weight, affine if reads_affine else None, gamma, keep
         )
         ctx.mark_non_differentiable(affine)
+        ctx.set_materialize_grads(False)  # or autograd fills zeros for affine
         return out, affine
 
     @staticmethod

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from deit.kernels.engine import autocast, dispatch, limits, validate
-from deit.kernels.engine.derivatives import gradients
+from deit.kernels.engine.derivatives import gradients, once_differentiable
 from deit.kernels.engine.operator import Operator, register
 from deit.kernels.engine.registry import COMPILED
 from deit.kernels.patch_embed import reference
@@ -74,6 +73,7 @@ class _PatchEmbed(torch.autograd.Function):
         images, weight, _, prefix, _ = arguments
         ctx.implementation, ctx.prefix_tokens = implementation, prefix.shape[1]
         ctx.save_for_backward(images if ctx.needs_input_grad[2] else None, weight)
+        ctx.set_materialize_grads(False)
         return COMPILED[implementation]["patch_embed"](*arguments)
 
     @staticmethod

@@ -41,5 +41,6 @@ define(
     "(Tensor dout, Tensor? images, Tensor weight, int prefix_tokens, bool[]? wanted=None) "
     "-> (Tensor dweight, Tensor dbias, Tensor dprefix, Tensor dpos_embed)",
     _bwd,
+    cpu=CSRC,
     triton="patch_embed.triton_bwd",
 )

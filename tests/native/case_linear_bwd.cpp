@@ -4,20 +4,65 @@
 #include "linear.h"
 
 namespace fuzz {
+namespace {
+
+// A weight's inputs: a matrix, or the patches of images, whose channels come before pixels or after.
+struct Inputs {
+  Inputs(deit::WeightGradientArgs& args, bool large, Random& random) {
+    const bool patches = random.chance(0.4);
+    args.samples = patches || random.chance(0.2) ? random.between(1, 3) : 1;
+    args.rows = random.size((large ? 200 : 140) / args.samples);
+    args.inputs = random.size(large ? 400 : 110);
+    if (!patches) {
+      if (args.samples > 1 || random.chance(0.15)) args.inputs = 0;  // dbias alone
+      const std::vector<int64_t> sizes = {args.rows};
+      matrix = std::make_unique<Strided>(sizes, args.inputs, args.type, random);
+      args.x = matrix->elements.memory.data(), args.ldx = stride_of(*matrix);
+      return;
+    }
+    in.width = random.chance(0.5) ? 16 : random.size(20), in.height = random.size(5);
+    in.channels = random.between(1, 3), in.across = random.size(large ? 14 : 7);
+    args.rows = in.patches = in.across * random.size(large ? 14 : 7);
+    args.inputs = in.channels * in.height * in.width;
+    const int64_t down = in.patches / in.across * in.height, right = in.across * in.width;
+    const bool last = random.chance(0.3);
+    const int64_t c = in.channels;
+    const std::vector<int64_t> sizes = {args.samples, last ? down : c, last ? right : down};
+    matrix = std::make_unique<Strided>(sizes, last ? c : right, args.type, random);
+    const int64_t* strides = matrix->rows.strides;
+    const int64_t before[] = {strides[0], strides[1], strides[2], 1};
+    const int64_t after[] = {strides[0], 1, strides[1], strides[2]};
+    std::copy_n(last ? after : before, 4, in.strides);
+    in.data = matrix->elements.memory.data();
+    args.images = &in;
+  }
+
+  double at(int64_t sample, int64_t row, int64_t i) {
+    if (!in.data) return matrix->at(row, i);
+    const int64_t x = row % in.across * in.width + i % in.width, line = i / in.width;
+    const int64_t y = row / in.across * in.height + line % in.height, c = line / in.height;
+    return matrix->elements.at(sample * in.strides[0] + c * in.strides[1] + y * in.strides[2] +
+                               x * in.strides[3]);
+  }
+
+  deit::Images in{};
+  std::unique_ptr<Strided> matrix;
+};
+
+}  // namespace
 
 void fuzz_weight_gradient(Random& random, const deit::Kernels& set) {
   deit::WeightGradientArgs args{};
   const bool large = random.chance(0.1);
   const deit::Scalar type = args.type = any_operand(random);
-  args.rows = random.size(large ? 200 : 140);
   args.outputs = random.size(large ? 400 : 110);
-  args.inputs = random.chance(0.15) ? 0 : random.size(large ? 400 : 110);  // 0: dbias alone
+  Inputs x(args, large, random);
   const bool sums_bias = args.inputs == 0 || random.chance(0.7);
-  Strided g({args.rows}, args.outputs, type, random), x({args.rows}, args.inputs, type, random);
+  Strided g({args.samples, args.rows}, args.outputs, type, random);
   Elements dweight(args.outputs * args.inputs, type, random);
   Elements dbias(sums_bias ? args.outputs : 0, type, random);
-  args.g = g.elements.memory.data(), args.ldg = stride_of(g);
-  args.x = x.elements.memory.data(), args.ldx = stride_of(x);
+  args.g = g.elements.memory.data();
+  args.sample_ldg = g.rows.strides[0], args.ldg = g.rows.strides[1];
   if (args.inputs > 0) args.dweight = dweight.memory.data();
   if (sums_bias) args.dbias = dbias.memory.data();
   const int64_t blocks[][2] = {{48, 64}, {192, 192}, {random.size(120), random.size(120)}};
@@ -38,9 +83,11 @@ void fuzz_weight_gradient(Random& random, const deit::Kernels& set) {
 
   std::vector<double> weight(static_cast<size_t>(args.outputs * args.inputs));
   std::vector<double> bias(static_cast<size_t>(args.outputs));
-  for (int64_t row = 0; row < args.rows; ++row) {
+  for (int64_t row = 0; row < args.samples * args.rows; ++row) {
     std::vector<double> of_row;
-    for (int64_t i = 0; i < args.inputs; ++i) of_row.push_back(x.at(row, i));
+    for (int64_t i = 0; i < args.inputs; ++i) {
+      of_row.push_back(x.at(row / args.rows, row % args.rows, i));
+    }
     for (int64_t o = 0; o < args.outputs; ++o) {
       const double factor = g.at(row, o);
       double* to = weight.data() + o * args.inputs;

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layers import feed_forward, keep_of, layer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deit
 from deit.fused_vit import fuse
@@ -48,7 +49,10 @@ def calls():
         "gelu_mlp_fwd": (h, w1, b1, w2, b2, r, g2, keep),
         "gelu_mlp_bwd": (dy, h, w1, w2, hidden, mlp_affine, g2, keep),
         "linear_bwd_plain": (dout, x, weight, nothing, None, None, None),
-    }
+        "patch_embed_bwd": (
+            torch.randn(3, 14, 48), torch.randn(3, 3, 64, 48), torch.randn(48, 3, 16, 16), 2
+        ),
+    }  # fmt: skip
     for name, stream in STREAM.items():  # which stays in fp32, as under autocast
         arguments[f"{name}_bf16"] = tuple(
             a.bfloat16() if isinstance(a, torch.Tensor) and i != stream else a
@@ -61,14 +65,22 @@ def _operator(name):
     return name.removesuffix("_plain").removesuffix("_bf16")
 
 
-# The products' residual or dout, by position.
-STREAM = {"linear_fwd": 4, "linear_bwd": 0, "gelu_mlp_fwd": 5, "gelu_mlp_bwd": 0}
+# What may stay in fp32 beside bf16 by position, the products' residual or dout; None: nothing.
+STREAM = {
+    "linear_fwd": 4,
+    "linear_bwd": 0,
+    "gelu_mlp_fwd": 5,
+    "gelu_mlp_bwd": 0,
+    "attention_fwd": None,
+    "attention_bwd": 3,  # lse
+    "patch_embed_bwd": None,
+}
 
 
 CALLS = ["_".join(pair) for pair in itertools.product(
     ("layer_norm", "rms_norm", "add_layer_norm", "attention", "linear", "gelu_mlp"),
     ("fwd", "bwd"),
-)] + ["linear_bwd_plain"] + [f"{name}_bf16" for name in STREAM]  # fmt: skip
+)] + ["linear_bwd_plain", "patch_embed_bwd"] + [f"{name}_bf16" for name in STREAM]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +95,7 @@ def outputs_of(name, arguments):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_threads_change_no_bit(base_isa, threads, prepared, name):
+def test_threads_change_no_bit(isa, threads, prepared, name):
     operator, arguments = prepared[name]
     threads(1)
     alone = outputs_of(operator, arguments)
@@ -138,6 +150,46 @@ def test_an_expanded_gradient():
     torch.testing.assert_close(found, (x.grad, weight.grad), rtol=1e-4, atol=1e-5)
 
 
+class Made(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names = [*getattr(self, "names", []), str(func)]
+        return func(*args, **(kwargs or {}))
+
+
+class Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dout):
+        return None
+
+
+def test_nothing_is_made_for_outputs_without_a_gradient():
+    """Autograd would fill zeros for what a forward saves; and pass on that there is no gradient."""
+    x = torch.randn(2, 9, 192, requires_grad=True)
+    weight, vector = torch.randn(192, 192, requires_grad=True), torch.randn(192, requires_grad=True)
+    for call in (
+        lambda: layer_norm(x, vector, impl="cpu"),
+        lambda: add_layer_norm(x, x.detach(), vector, impl="cpu")[0],
+        lambda: attention(x, 1, impl="cpu"),
+        lambda: linear(x, weight, activation="gelu", impl="cpu"),
+        lambda: gelu_mlp(x, weight, None, weight, None, gamma=vector, impl="cpu"),
+    ):
+        y = call()
+        with Made() as made:
+            y.backward(torch.ones_like(y))
+        assert any("_bwd" in name for name in made.names)
+        zeros = [name for name in made.names if "zeros." in name]
+        assert zeros == [] or "add_layer_norm_bwd" in "".join(made.names)  # of its second output
+        x.grad = None
+        Dropped.apply(call()).sum().backward()
+        assert x.grad is None
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
 def test_empty(shape):
     """An empty batch has empty gradients and zeros for its parameters, by every kernel."""
@@ -162,8 +214,9 @@ def test_empty(shape):
     assert (dbias == 0).all()
 
 
-def test_nan_stays_in_its_sample(base_isa):
-    qkv, dout = torch.randn(2, 30, 192), torch.randn(2, 30, 64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_stays_in_its_sample(isa, dtype):
+    qkv, dout = torch.randn(2, 30, 192, dtype=dtype), torch.randn(2, 30, 64, dtype=dtype)
     dout[0, 3, 5] = torch.nan
     out, lse = OPS["attention_fwd"](qkv, 1, 0.125, None)
     dqkv = OPS["attention_bwd"](dout, qkv, out, lse, 1, 0.125, None)
@@ -206,6 +259,12 @@ def test_what_it_does_not_train_is_left_to_pytorch():
         ("linear_fwd_bf16", (4, torch.ones(3, 197, 200).half()), "residual: expected"),
         ("linear_bwd_bf16", (1, torch.ones(3, 197, 48)), "x: expected the product's dtype"),
         ("gelu_mlp_fwd_bf16", (3, torch.ones(48, 200)), "w2: expected the product's dtype"),
+        ("patch_embed_bwd", (0, torch.ones(3, 14, 47)), "dout"),
+        ("patch_embed_bwd", (0, torch.ones(2, 14, 48)), "images: expected those of dout"),
+        ("patch_embed_bwd", (1, torch.ones(3, 3, 64, 32)), "images: expected those of dout"),
+        ("patch_embed_bwd", (1, torch.ones(3, 3, 60, 48)), "images: expected height and width"),
+        ("patch_embed_bwd_bf16", (1, torch.ones(3, 3, 64, 48)), "images: expected dout's dtype"),
+        ("patch_embed_bwd_bf16", (0, torch.ones(3, 14, 48)), "dout: expected the product's dtype"),
     ],
 )
 def test_a_raw_call_with_wrong_shapes_raises(prepared, name, change, message):

@@ -128,7 +128,10 @@ def test_a_prefix_is_left_alone(isa, dtype):
     none = sin[:0]
     assert torch.equal(OPS["rotary_attention"](qkv, heads, scale, none, none, 9, False), plain)
     turned = [torch.zeros_like(sin), torch.ones_like(cos), 4, True]
-    torch.testing.assert_close(OPS["rotary_attention"](qkv, heads, scale, *turned), plain)
+    found = OPS["rotary_attention"](qkv, heads, scale, *turned)
+    # Without positions bf16 is multiplied in bf16, probabilities rounded.
+    loose = {"rtol": 1.6e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(found, plain, **loose)
     # Infinite pairs times a sine of 0 would be NaN: a prefix is not turned by an angle of 0.
     qkv[:, 0, 1] = torch.inf
     qkv[:, 0, 128:256] = 0
