@@ -64,7 +64,7 @@ arm:
 	$(PYTHON) tests/native/arm.py
 
 # The Triton kernels on GPUs that ttsem simulates on the CPU: results, bounds and races. `simulate`
-# is CI's part, 5.5 minutes on two cores of a Zen 4. `simulate-all` is all 2,300 tests, 2.8 hours of one
+# is CI's part, 5.5 minutes on two cores of a Zen 4. `simulate-all` is all 2,300 tests, 1.8 hours of one
 # such core; SHARD=2/8 runs the second of eight parts of it. ttsem's metadata asks for Python 3.12, and
 # its code runs on 3.11, so it is unpacked beside. It reads the IR of triton 3.8 alone.
 SIMULATORS := build/simulators
