@@ -20,6 +20,7 @@ from deit.kernels.device import drivers, launching, tuning
 from deit.kernels.engine import dispatch, registry
 from deit.kernels.linear import tiles as linear_tiles
 from deit.kernels.linear import triton as linear_module
+from deit.kernels.prove import calls
 
 TRITON = sorted(registry.KERNELS["triton"])
 LINEAR = linear_module.linear
@@ -337,7 +338,7 @@ def dispatched(monkeypatch):
     return noted
 
 
-@pytest.mark.parametrize("name", schema_calls.CALLS)
+@pytest.mark.parametrize("name", calls.operators(implementation="triton"))
 def test_a_public_call_is_repeated_past_the_dispatcher(name, driver, dispatched):
     places, names = schema_calls.CALLS[name]
     run = lambda: getattr(deit.kernels, name)(*places, **names, impl="triton")
