@@ -60,6 +60,9 @@ def test_gradients(isa, shape, family):
     """Of weight, bias, prefix and positions; of each of them alone; with no bias."""
     for dtype in DTYPES:
         given = arguments(**shape, dtype=dtype, family=family)
+        if reasons := explain("patch_embed", *given).reasons["cpu"]:
+            assert dtype == torch.bfloat16, reasons  # of which this processor has no products
+            continue
         dout = oracle.make("random", run(*given).shape, dtype, seed=9)
         wanted = [1, 2, 3, 4] if given[3].numel() else [1, 2, 4]
         found = gradients.check(patch_embed, given, wanted, [dout], impl="cpu")
