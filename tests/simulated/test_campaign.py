@@ -123,7 +123,7 @@ def test_speed(stage, monkeypatch):
     monkeypatch.setattr(speed, "measure_ceilings", lambda _: measure.Ceilings(1e12, 1e15, 1, ""))
     monkeypatch.setattr(measure, "SAMPLE_SECONDS", 1e-3)  # a tick: one pass
     monkeypatch.setattr(measure, "copies", lambda *_: 1)
-    monkeypatch.setattr(calls, "operators", lambda: ["layer_norm", "attention", "vit_block"])
+    monkeypatch.setattr(calls, "operators", lambda **_: ["layer_norm", "attention", "vit_block"])
     with gpu.cuda() as launched:
         context = stage("speed")
         speed.speed(context)
