@@ -12,7 +12,7 @@ from torch import nn
 
 from deit.fused_vit.modules import Fused
 from deit.fused_vit.whole_models import Outcome
-from deit.kernels.engine import device_key, dispatch, verdicts
+from deit.kernels.engine import dispatch, verdicts
 from deit.kernels.engine.operator import OPERATORS
 from deit.kernels.engine.problems import Problem
 
@@ -159,11 +159,8 @@ def evidence(
         measured = [basis.verdict for basis in bases if basis.verdict is not None]
         sources = [basis.evidence for basis in bases]
         if not bases:
-            key = str(device_key.device_key(device))
-            table = verdicts.table_of(device)
             measured = [v for v in verdicts.in_force(device) if v.problem.operator == operator]
-            sources = [verdicts.HERE if v.device == key else _shipped(table) for v in measured]
-            sources = sources or [_shipped(table, operator)]
+            sources = [verdicts.HERE if measured else _shipped(verdicts.table_of(device), operator)]
         ratios, other = [one.ratio for one in measured], "PyTorch's speed"
         if OPERATORS[operator].eight_bits:  # PyTorch has none: its own dtype is what it replaces
             ratios = [one.rival.ratio for one in measured if one.rival is not None]
@@ -177,10 +174,8 @@ def evidence(
     return found
 
 
-def _shipped(table: verdicts.Table, operator: str = "") -> str:
-    if table.prior is None or operator in table.prior.unmeasured:
-        return verdicts.NOT_MEASURED
-    return f"shipped for {table.label}"
+def _shipped(table: verdicts.Table, operator: str) -> str:
+    return f"shipped for {table.label}" if table.ships(operator) else verdicts.NOT_MEASURED
 
 
 def _owns_parameters(module: nn.Module) -> bool:

@@ -136,15 +136,7 @@ def rotary_attention(
 def _head_dim(qkv: Tensor, num_heads: int) -> int:
     """The channels of a head, with qkv and num_heads checked."""
     validate.tensor("qkv", qkv, rank=3)
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-        raise ValueError(f"num_heads: expected a positive integer; got {num_heads!r}")
-    channels = qkv.shape[2]
-    if channels % (3 * num_heads):
-        raise ValueError(
-            f"qkv: expected a last axis of 3 * D with D a multiple of num_heads={num_heads}; "
-            f"got shape {tuple(qkv.shape)}"
-        )
-    return channels // (3 * num_heads)
+    return validate.heads("qkv", qkv, num_heads, parts=3) // num_heads
 
 
 def _tables(rope: Any, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -42,27 +42,14 @@ def cross_attention(
     """
     validate.tensor("q", q, rank=3)
     validate.tensor("kv", kv, rank=3)
-    head_dim = _head_dim(q, num_heads)
+    dim = validate.heads("q", q, num_heads)
     q, kv = autocast.cast(q, kv)
     tokens = kv.shape[1]
     if tokens < 1:
         raise ValueError(f"kv: expected at least one token; got shape {tuple(kv.shape)}")
-    validate.parameters(q, ("kv", kv, (q.shape[0], tokens, 2 * q.shape[2])))
-    scale = float(head_dim**-0.5) if scale is None else validate.number("scale", scale)
+    validate.parameters(q, ("kv", kv, (q.shape[0], tokens, 2 * dim)))
+    scale = float((dim // num_heads) ** -0.5) if scale is None else validate.number("scale", scale)
     return dispatch.run(_CROSS_ATTENTION, (q, kv, num_heads, scale), impl)
-
-
-def _head_dim(q: Tensor, num_heads: int) -> int:
-    """The channels of a head, with num_heads checked."""
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-        raise ValueError(f"num_heads: expected a positive integer; got {num_heads!r}")
-    channels = q.shape[2]
-    if channels % num_heads or channels == 0:
-        raise ValueError(
-            f"q: expected a last axis that is a multiple of num_heads={num_heads}; "
-            f"got shape {tuple(q.shape)}"
-        )
-    return channels // num_heads
 
 
 def _sizes(q: Tensor, kv: Tensor, num_heads: int, scale: float) -> tuple[Any, ...]:

@@ -33,17 +33,18 @@ def present(**values: object) -> None:
             raise TypeError(f"{name}: expected a Tensor; got NoneType")
 
 
-def heads(x: Tensor, num_heads: object) -> int:
-    """The channels of x [..., D], a positive multiple of a positive number of heads."""
-    if not isinstance(num_heads, int) or num_heads < 1:
+def heads(name: str, x: Tensor, num_heads: object, parts: int = 1) -> int:
+    """D of x [..., parts * D], a positive multiple of a positive number of heads."""
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
         raise ValueError(f"num_heads: expected a positive integer; got {num_heads!r}")
-    dim = x.shape[-1]
-    if dim % num_heads or dim == 0:
+    channels = x.shape[-1]
+    if channels % (parts * num_heads) or channels == 0:
+        axis = "that is" if parts == 1 else f"of {parts} * D with D"
         raise ValueError(
-            f"x: expected a last axis that is a multiple of num_heads={num_heads}; "
+            f"{name}: expected a last axis {axis} a multiple of num_heads={num_heads}; "
             f"got shape {tuple(x.shape)}"
         )
-    return dim
+    return channels // parts
 
 
 def rows(name: str, value: object) -> int:

@@ -238,6 +238,14 @@ class Table:
         """What is shipped for it, in words."""
         return self.prior.label if self.prior is not None else ""
 
+    def ships(self, operator: str) -> bool:
+        """Whether what is shipped for it says anything of an operator."""
+        if self.prior is None or operator in self.prior.unmeasured:
+            return False
+        entries = (one for of_sizes in self.shipped.values() for each in of_sizes.values()
+                   for one in each)  # fmt: skip
+        return self.prior.file is None or any(one.problem.operator == operator for one in entries)
+
 
 @known
 def table_of(device: torch.device) -> Table:

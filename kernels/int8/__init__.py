@@ -149,7 +149,7 @@ def int8_vit_block(
         NotImplementedError: a gradient is wanted; the implementation named by `impl` cannot run.
     """
     validate.tensor("x", x, rank=3)
-    dim = validate.heads(x, num_heads)
+    dim = validate.heads("x", x, num_heads)
     hidden = eight_bits.channels("w1", w1, x, dim)
     validate.present(norm1_weight=norm1_weight, norm2_weight=norm2_weight)
     validate.parameters(

@@ -192,7 +192,7 @@ def _check_stream(
     x: Tensor, like: Tensor, row_stats: Tensor | None, num_heads: int, eps: float
 ) -> None:
     """x against the products' dtype and device, and what belongs to x."""
-    validate.heads(x, num_heads)
+    validate.heads("x", x, num_heads)
     if x.dtype not in (like.dtype, torch.float32):
         raise TypeError(f"x: expected {like.dtype}, as qkv_weight's, or fp32; got {x.dtype}")
     if x.device != like.device:

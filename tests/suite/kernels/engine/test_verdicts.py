@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deit.fused_vit import report
 from deit.kernels import attention, explain, layer_norm, linear, measure
 from deit.kernels.engine import cache_files, device_key, dispatch, measured, native, verdicts
 from deit.kernels.engine.json_files import Fields
@@ -248,6 +249,9 @@ def test_a_file_of_priors_speaks_for_its_kind_of_processor(unknown, monkeypatch,
         text = str(explain("layer_norm", torch.randn(8, 64), torch.ones(64)))
         assert "auto runs cpu (shipped for Acme family 1, AVX2 2026-01-31: 2.00 times" in text
         assert measure.missing([problem(8), problem(8, width=32)], CPU) == [problem(8, width=32)]
+        said = report.evidence((), CPU, ["layer_norm", "linear"])  # of the second the file has none
+        assert said["layer_norm"].source == "shipped for Acme family 1, AVX2"
+        assert said["linear"].source == verdicts.NOT_MEASURED
         verdicts.use([verdict(problem(8), "reference")])  # what was measured here stands above
         assert chosen(8) == "reference"
     finally:
