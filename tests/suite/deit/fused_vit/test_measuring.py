@@ -120,7 +120,8 @@ def test_an_example_says_what_to_measure_at(asked):
 
 
 def test_what_is_named_is_not_measured(asked):
-    assert fuse(make("ours"), impl="reference").fused
+    for impl in ("reference", "triton"):
+        assert fuse(make("ours"), impl=impl).fused
     assert fuse(make("ours"), measure="never").fused
     assert asked == []
 
